@@ -1,0 +1,49 @@
+# make demo and make test are all that a person types; see the README.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+STAMP_DEV := $(VENV)/.installed-dev
+
+.PHONY: help install demo test slow lint clean
+
+help:
+	@echo "make install   the set-up alone: .venv with the rankopt command"
+	@echo "make demo      compress a small CNN on real digits and write runs/demo/report.html"
+	@echo "make test      install what tests need and run them"
+	@echo "make slow      the tests that take minutes"
+	@echo "make lint      ruff and mypy"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[ray,studies]"
+	@touch $@
+
+$(STAMP_DEV): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@ $(STAMP)
+
+install: $(STAMP)
+
+demo: install
+	@rm -rf runs/demo
+	$(BIN)/rankopt search digits --budget params=0.3 --strategy optuna --trials 30 --out runs/demo
+	@echo "open runs/demo/report.html"
+
+test: $(STAMP_DEV)
+	@tests/install_browser.sh
+	$(BIN)/python -m pytest
+
+slow: $(STAMP_DEV)
+	@tests/install_browser.sh
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,52 @@
+"""rankopt: which tensor decomposition, at which rank, for every layer, under one budget."""
+
+from rankopt.budget import Limit, parse_budget
+from rankopt.compress import load, read_plan
+from rankopt.core import (
+    BudgetError,
+    Candidate,
+    Choice,
+    Cost,
+    Layer,
+    Plan,
+    PlanError,
+    RankoptError,
+    StudyError,
+    Task,
+    TaskError,
+    Trial,
+)
+from rankopt.decompositions import DECOMPOSITIONS
+from rankopt.inventory import count, inventory
+from rankopt.job import Result, compress
+from rankopt.space import SearchSpace, load_space
+from rankopt.strategies import STRATEGIES
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DECOMPOSITIONS",
+    "STRATEGIES",
+    "BudgetError",
+    "Candidate",
+    "Choice",
+    "Cost",
+    "Layer",
+    "Limit",
+    "Plan",
+    "PlanError",
+    "RankoptError",
+    "Result",
+    "SearchSpace",
+    "StudyError",
+    "Task",
+    "TaskError",
+    "Trial",
+    "compress",
+    "count",
+    "inventory",
+    "load",
+    "load_space",
+    "parse_budget",
+    "read_plan",
+]

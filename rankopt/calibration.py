@@ -1,0 +1,148 @@
+"""Second moments of every layer's input, on real batches, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankopt.core import Layer, TaskError
+from rankopt.inventory import inference, run, to_device
+
+CHUNK = 2**23  # elements of a patch matrix held at once (32 MB in float32)
+
+
+def moments(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], progress: Any = None) -> dict[str, Tensor]:
+    """Second moment of each layer's input: S = E[x xᵀ] over patches (Conv2d) or vectors (Linear).
+
+    Returns name -> float64 (groups, patch, patch) on the model's device, patch = in_channels // groups *
+    height * width in the weight's own order. Products are taken in the input's precision a chunk at a
+    time and summed in float64. Raises TaskError naming the layer whose input is not finite.
+    """
+    modules = {name: model.get_submodule(name) for name in (layer.name for layer in layers)}
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = dict.fromkeys(modules, 0)
+
+    def collect(layer: Layer, module: nn.Module, x: Tensor) -> None:
+        if not torch.isfinite(x).all():
+            raise TaskError(f"the input of layer {layer.name!r} is NaN or infinite on the calibration data")
+        gram, rows = _gram(layer, module, x.detach())
+        sums[layer.name] = sums[layer.name] + gram if layer.name in sums else gram
+        counts[layer.name] += rows
+
+    handles = [
+        modules[layer.name].register_forward_pre_hook(lambda m, args, layer=layer: collect(layer, m, args[0]))
+        for layer in layers
+    ]
+    try:
+        with inference(model):
+            for batch in batches:
+                run(model, to_device(batch, model))
+                if progress:
+                    progress()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: sums[name] / counts[name] for name in sums}
+
+
+def _gram(layer: Layer, module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """Sum of x xᵀ over patches, float64 (groups, patch, patch), and how many patches it holds."""
+    if isinstance(module, nn.Linear):
+        flat = x.reshape(-1, 1, x.shape[-1])
+        size = max(1, CHUNK // x.shape[-1])
+        return sum(_outer(c.permute(1, 2, 0)) for c in flat.split(size)), len(flat)  # type: ignore[return-value]
+    assert isinstance(module, nn.Conv2d)
+    x = x if x.ndim == 4 else x[None]
+    total = torch.zeros(layer.groups, layer.patch, layer.patch, dtype=torch.float64, device=x.device)
+    rows, positions = 0, x.shape[-1] * x.shape[-2]
+    for part in x.split(max(1, CHUNK // (positions * layer.patch * layer.groups))):
+        columns = patches(module, part)  # (b, groups * patch, positions)
+        rows += columns.shape[0] * columns.shape[2]
+        columns = columns.unflatten(1, (layer.groups, layer.patch)).permute(1, 2, 0, 3).flatten(2)
+        total += _outer(columns)
+    return total, rows
+
+
+def _outer(columns: Tensor) -> Tensor:
+    """(groups, patch, rows) -> float64 (groups, patch, patch)."""
+    wide = columns if columns.dtype == torch.float64 else columns.float()
+    return (wide @ wide.mT).double()
+
+
+def patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The patches that a convolution sees: (b, c, h, w) -> (b, c * kh * kw, positions)."""
+    padded = F.pad(x, conv._reversed_padding_repeated_twice, **_pad_mode(conv))
+    return F.unfold(padded, conv.kernel_size, conv.dilation, 0, conv.stride)  # type: ignore[arg-type]
+
+
+def _pad_mode(conv: nn.Conv2d) -> dict[str, str]:
+    return {"mode": "constant" if conv.padding_mode == "zeros" else conv.padding_mode}
+
+
+# --- how much the model feels each output ----------------------------------------------------------
+
+
+def output_metrics(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], progress: Any = None
+) -> dict[str, Tensor]:
+    """Second moment of the model's response to each layer's output: H = E[g gᵀ], g = d(vᵀ z)/d(output).
+
+    z are the model's outputs, v random directions (seeded), mean-free over classes as a softmax ignores the
+    mean: a Gauss-Newton metric in output space (Martens 2020, section 6) that does not fade where the model
+    is sure of itself, as the Fisher matrix does. Returns name -> float64 (groups, T, T), trace T; layers
+    that no gradient reaches are left out.
+    """
+    sums: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def collect(layer: Layer, gradient: Tensor) -> None:
+        columns = gradient.flatten(2).movedim(1, 0) if gradient.ndim == 4 else gradient.movedim(-1, 0)
+        gram = _outer(columns.reshape(layer.groups, layer.out_channels, -1))
+        sums[layer.name] = sums.get(layer.name, 0) + gram
+
+    def watch(layer: Layer, output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_()
+        # A hook on the tensor sees the gradient of this output even if a later layer changes it in place.
+        output.register_hook(lambda gradient: collect(layer, gradient.detach()))
+
+    handles = [
+        model.get_submodule(layer.name).register_forward_hook(lambda m, a, out, layer=layer: watch(layer, out))
+        for layer in layers
+    ]
+    try:
+        with inference(model), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+            for batch in batches:
+                z = main_output(run(model, to_device(batch, model)))
+                v = torch.randn(z.shape, generator=generator).to(z)
+                if z.ndim >= 2 and z.shape[1] > 1:
+                    v = v - v.mean(1, keepdim=True)
+                inputs = [p for p in model.parameters() if p.requires_grad]
+                torch.autograd.backward((z * v).sum(), inputs=inputs or None)
+                model.zero_grad(set_to_none=True)
+                if progress:
+                    progress()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _unit_trace(h) for name, h in sums.items() if torch.isfinite(h).all() and h.abs().max() > 0}
+
+
+def _unit_trace(h: Tensor) -> Tensor:
+    return h / h.diagonal(dim1=-2, dim2=-1).mean()
+
+
+def main_output(out: Any) -> Tensor:
+    """The tensor of a model's output: itself, .logits, or the first in a tuple, list or dict."""
+    if isinstance(out, Tensor):
+        return out
+    if isinstance(getattr(out, "logits", None), Tensor):
+        return out.logits  # type: ignore[no-any-return]
+    values = list(out.values()) if isinstance(out, dict) else list(out) if isinstance(out, (tuple, list)) else []
+    if not values:
+        raise TaskError(f"the model returns {type(out).__name__}: give the task an objective of its own")
+    return main_output(values[0])

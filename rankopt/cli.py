@@ -1,0 +1,235 @@
+"""The command line: inspect, search, report, apply."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rankopt.core import RankoptError, StudyError, Trial
+
+app = typer.Typer(
+    help="Choose a tensor decomposition and its rank for every layer of a PyTorch model, under one budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+TaskName = Annotated[str, typer.Argument(help="a built-in task (digits) or FILE.py:function; the file is run")]
+SpaceName = Annotated[str, typer.Option("--space", help="a search space by name, or a .toml file")]
+CacheFolder = Annotated[Path | None, typer.Option("--cache", help="where candidates are kept [RANKOPT_CACHE]")]
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """One line for what a user can mend, exit code 2; Ctrl-C says how to go on."""
+    try:
+        yield
+    except RankoptError as error:
+        console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print("stopped; every finished trial is kept: go on with --resume", markup=False)
+        raise typer.Exit(130) from None
+    except OSError as error:
+        if error.errno is None:
+            raise
+        console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def track(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+    """A progress bar on standard error; gone when done, one line where there is no terminal."""
+    if total == 0:
+        yield from items
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        for item in items:
+            yield item
+            progress.advance(task)
+        elapsed = progress.tasks[0].elapsed or 0
+    console.print(f"{what}: {total} in {elapsed:.1f} s", markup=False, highlight=False)
+
+
+@app.command()
+def inspect(task: TaskName, space: SpaceName = "default") -> None:
+    """Show a task's layers: shape, parameters, MACs, what each may become, what stays dense and why."""
+    with clear_errors():
+        from rankopt.inventory import count, inventory
+        from rankopt.prepare import mark_dense
+        from rankopt.report.text import inspection
+        from rankopt.space import load_space
+        from rankopt.tasks import load_task
+
+        found, allowed = load_task(task), load_space(space)
+        layers = mark_dense(inventory(found.model, found.example_input), allowed)
+        families = {x.name: [f for f in allowed.families if allowed.ranks(f, x)] for x in layers if x.reason is None}
+        Console(width=max(100, Console().width)).print(
+            inspection(layers, count(found.model, found.example_input), families)
+        )
+
+
+@app.command()
+def search(
+    task: TaskName,
+    budget: Annotated[list[str], typer.Option("--budget", help="METRIC=VALUE, repeatable: params=0.5, macs=30%, bytes=500KB")],
+    strategy: Annotated[str, typer.Option(help="knapsack, uniform, energy, random, greedy, evbmf or optuna")] = "knapsack",
+    trials: Annotated[int | None, typer.Option(help="distinct plans to evaluate in total [30]")] = None,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same plans")] = 0,
+    out: Annotated[Path | None, typer.Option(help="the run folder [runs/TASK-STRATEGY]")] = None,
+    space: SpaceName = "default",
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run folder")] = False,
+    workers: Annotated[int, typer.Option(help="evaluate on Ray Tune with so many workers (0: in this process)")] = 0,
+    ray_address: Annotated[str | None, typer.Option(help="a running Ray cluster, or auto")] = None,
+    gpus_per_trial: Annotated[float, typer.Option(help="GPUs of one Ray trial, may be a fraction")] = 0.0,
+    cache: CacheFolder = None,
+    html: Annotated[bool, typer.Option(help="write report.html")] = True,
+) -> None:
+    """Search for the best plan within a budget and write the run folder."""
+    with clear_errors():
+        from rankopt.budget import parse_budget
+        from rankopt.core import METRICS, Cost
+        from rankopt.job import Settings, open_folder, run_search
+        from rankopt.prepare import prepare
+        from rankopt.strategies import strategy_class
+        from rankopt.tasks import load_task
+
+        strategy_class(strategy)
+        # What can be refused before the task is loaded is refused now.
+        parse_budget(budget, Cost(*[2**62] * len(METRICS)))
+        runner = _runner(workers, ray_address, gpus_per_trial)
+        out = out or Path("runs") / f"{Path(task.rpartition(':')[0] or task).stem}-{strategy}"
+        open_folder(out, resume)
+        prepared = prepare(load_task(task), space, cache, track)
+        shown = _TrialLines()
+        result = run_search(
+            prepared, prepared.problem(budget), Settings(strategy, trials, seed, resume), out, runner, shown
+        )
+        _print(result.summary())
+        if prepared.family_seconds:
+            spent = ", ".join(f"{k} {v:.0f}" for k, v in sorted(prepared.family_seconds.items(), key=lambda x: -x[1]))
+            _print(f"seconds of fitting per family, summed over workers: {spent}")
+        if html:
+            from rankopt.report.html import write_report
+
+            _print(f"report: {write_report(out)}")
+
+
+def _runner(workers: int, ray_address: str | None, gpus_per_trial: float) -> Any:
+    """The search loop to use: in this process, or on Ray Tune."""
+    from rankopt.search import search as in_process
+
+    if workers < 0 or gpus_per_trial < 0:
+        raise RankoptError("--workers and --gpus-per-trial must not be negative")
+    if not workers and not ray_address and not gpus_per_trial:
+        return in_process
+    from rankopt.search_ray import RaySearch
+
+    return RaySearch(max(workers, 1), ray_address, gpus_per_trial)
+
+
+class _TrialLines:
+    """One line a finished trial on standard error."""
+
+    def __init__(self) -> None:
+        self.best = float("inf")
+
+    def __call__(self, trial: Trial) -> None:
+        if trial.objective is None:
+            console.print(f"trial {trial.number}: failed, {trial.error}", style="red", markup=False, highlight=False)
+            return
+        mark = " *" if trial.objective < self.best else ""
+        self.best = min(self.best, trial.objective)
+        score = "" if trial.score is None else f", score {trial.score:.2%}"
+        console.print(
+            f"trial {trial.number}: objective {trial.objective:.5g}{score}, {trial.cost.params:,} parameters, "
+            f"{trial.seconds:.1f} s{mark}",
+            markup=False,
+            highlight=False,
+        )
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Write a run's report.html and print the same as text."""
+    with clear_errors():
+        from rankopt.report.html import write_report
+        from rankopt.report.text import summary
+
+        _print(summary(read_result(run)))
+        _print(f"report: {write_report(run)}")
+
+
+@app.command()
+def apply(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    task: Annotated[str, typer.Option(help="the task whose model is rebuilt; its file is run")],
+    check: Annotated[bool, typer.Option("--check", help="count the cost again and score the rebuilt model")] = False,
+) -> None:
+    """Rebuild a compressed model from plan.json and its weights."""
+    with clear_errors():
+        from rankopt.compress import load, read_plan
+        from rankopt.inventory import count
+        from rankopt.tasks import load_task
+
+        found = load_task(task)
+        plan, _ = read_plan(run)
+        model = load(found.model, run)
+        changed = sum(c.method != "dense" for c in plan.choices)
+        _print(f"rebuilt {run}: {changed} of {len(plan.choices)} layers factorised")
+        if check:
+            cost = count(model, found.example_input)
+            if cost != plan.cost:
+                raise RankoptError(f"the rebuilt model costs {cost}, the plan says {plan.cost}")
+            _print(f"cost counted again: {cost.params:,} parameters, {cost.macs:,} MACs, {cost.bytes:,} bytes, as planned")
+            _check_scores(found, model, read_result(run))
+
+
+def _check_scores(task: Any, model: Any, info: dict[str, Any]) -> None:
+    from rankopt.evaluate import call
+
+    for part, function in (("validation", task.score), ("test", task.test)):
+        value = call(f"the {part} score", function, model)
+        if value is not None:
+            before = info["score"]["compressed"][part]
+            noted = "" if before is None else f" (the run noted {before:.2%})"
+            _print(f"{part} score {value:.2%}{noted}")
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """A run's result.json. Raises StudyError if it is missing or damaged."""
+    path = run / "result.json"
+    try:
+        info = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise StudyError(f"there is no {path}: name a finished run's folder, or finish it with --resume") from None
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} is damaged ({error}): run the search again with --resume") from error
+    if not isinstance(info, dict) or not {"score", "cost", "budget", "layers"} <= info.keys():
+        raise StudyError(f"{path} is damaged: it is not a rankopt result")
+    return info
+
+
+def _print(text: str) -> None:
+    typer.echo(text)
+
+
+def main() -> None:
+    """Entry point of the `rankopt` command."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    app()
+
+
+if __name__ == "__main__":
+    main()

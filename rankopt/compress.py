@@ -1,0 +1,162 @@
+"""Plan <-> module: applying a plan, saving it, and rebuilding from a folder."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from rankopt.candidates import FactorStore, write_beside
+from rankopt.core import Candidate, Choice, Cost, Layer, Plan, PlanError
+from rankopt.decompositions import DECOMPOSITIONS, DENSE
+from rankopt.decompositions.base import load_factors
+
+FORMAT, VERSION = "rankopt-plan", 1
+PLAN, WEIGHTS = "plan.json", "model.safetensors"
+
+
+# --- replacing layers ------------------------------------------------------------------------------
+
+
+def replace(model: nn.Module, layer: Layer, new: nn.Module) -> nn.Module:
+    """Put a module in a layer's place, under each of its names; returns the model (the new one, if it is the root)."""
+    if layer.name == "":
+        return new
+    for name in (layer.name, *layer.aliases):
+        model.set_submodule(name, new)
+    return model
+
+
+def apply(
+    model: nn.Module, layers: Sequence[Layer], candidates: Sequence[Candidate], factors: FactorStore
+) -> nn.Module:
+    """A copy of the model with each layer in its candidate's form. The input model is unchanged."""
+    model = copy.deepcopy(model)
+    for layer, candidate in zip(layers, candidates, strict=True):
+        if candidate.method == DENSE:
+            continue
+        new = DECOMPOSITIONS[candidate.method].build(model.get_submodule(layer.name), layer, candidate.rank)
+        assert candidate.key is not None
+        load_factors(new, factors[candidate.key])
+        model = replace(model, layer, new)
+    return model
+
+
+# --- the plan on disk ------------------------------------------------------------------------------
+
+
+def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
+    """Write model.safetensors and plan.json (which holds the weights' checksum) into a folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_beside(folder / WEIGHTS, lambda p: save_model(model, str(p)))
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "cost": dataclasses.asdict(plan.cost),
+        "dense": dataclasses.asdict(plan.dense),
+        "weights": {"sha256": _sha256(folder / WEIGHTS)},
+        "layers": [dataclasses.asdict(c) for c in plan.choices],
+    }
+    write_beside(folder / PLAN, lambda p: p.write_text(json.dumps(content, indent=1)))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_plan(folder: str | Path) -> tuple[Plan, str]:
+    """The plan in a folder and its weights' checksum. Raises PlanError if it is missing, damaged or too new."""
+    path = Path(folder) / PLAN
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise PlanError(f"there is no {path}: name the folder that a search wrote") from None
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path} is damaged ({error}): run the search again with --resume") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise PlanError(f"{path} is not a rankopt plan")
+    if content.get("version") != VERSION:
+        raise PlanError(f"{path} has version {content.get('version')!r}; this rankopt reads version {VERSION}")
+    try:
+        choices = tuple(_choice(c) for c in content["layers"])
+        plan = Plan(choices, _cost(content["cost"]), _cost(content["dense"]))
+        return plan, str(content["weights"]["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _choice(entry: Mapping[str, Any]) -> Choice:
+    choice = Choice(**entry)
+    numbers = (*choice.shape, *choice.rank, choice.params, choice.macs)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        raise ValueError(f"layer {choice.name!r}: shapes, ranks and costs must be whole numbers")
+    if not all(isinstance(s, str) for s in (choice.name, choice.kind, choice.method, choice.reason)):
+        raise ValueError(f"layer {choice.name!r}: names, methods and reasons must be text")
+    if choice.method != DENSE and choice.method not in DECOMPOSITIONS:
+        raise ValueError(f"layer {choice.name!r}: unknown method {choice.method!r}")
+    return dataclasses.replace(choice, shape=tuple(choice.shape), rank=tuple(choice.rank))
+
+
+def _cost(entry: Mapping[str, Any]) -> Cost:
+    return Cost(int(entry["params"]), int(entry["macs"]), int(entry["bytes"]))
+
+
+# --- rebuilding ------------------------------------------------------------------------------------
+
+
+def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the model in the plan's form, its factors still empty. Raises PlanError for another model's plan."""
+    model = copy.deepcopy(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for choice in plan.choices:
+        module = modules.get(choice.name)
+        if module is None:
+            raise PlanError(f"the plan is for another model: this one has no layer {choice.name!r}")
+        if choice.method == DENSE:
+            continue
+        shape = tuple(module.weight.shape) if isinstance(module, (nn.Conv2d, nn.Linear)) else ()
+        if shape != choice.shape:
+            raise PlanError(
+                f"the plan is for another model: layer {choice.name!r} is {type(module).__name__} with weight {shape}, "
+                f"the plan has {choice.kind} {choice.shape}"
+            )
+        aliases = tuple(n for n, m in modules.items() if m is module and n != choice.name)
+        layer = Layer(choice.name, choice.kind, shape, getattr(module, "groups", 1), aliases=aliases)
+        family = DECOMPOSITIONS[choice.method]
+        full = family.full_rank(layer)
+        if full is None or len(full) != len(choice.rank) or any(not 1 <= r <= f for r, f in zip(choice.rank, full, strict=True)):
+            raise PlanError(f"layer {choice.name!r}: {choice.method} cannot have rank {choice.rank} (full rank: {full})")
+        model = replace(model, layer, family.build(module, layer, choice.rank))
+    return model
+
+
+def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.Module:
+    """The compressed model of a folder: plan.json + model.safetensors on a dense model or its builder.
+
+    Nothing is unpickled. Raises PlanError if a file is missing or damaged, or belongs to another model.
+    """
+    plan, checksum = read_plan(folder)
+    dense = model if isinstance(model, nn.Module) else model()
+    small = rebuild(dense, plan)
+    path = Path(folder) / WEIGHTS
+    try:
+        if _sha256(path) != checksum:
+            raise PlanError(f"{path} is damaged or from another run: its checksum is not the one in {PLAN}")
+        load_model(small, str(path))
+    except OSError as error:
+        raise PlanError(f"{path} cannot be read: {error}") from error
+    except (SafetensorError, RuntimeError) as error:
+        raise PlanError(f"{path} does not fit this model: {error}") from error
+    return small
+
+

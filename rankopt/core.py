@@ -1,0 +1,185 @@
+"""The records that everything else passes around, and the errors. Imports nothing of ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Rank = tuple[int, ...]
+METRICS = ("params", "macs", "bytes")
+
+
+class RankoptError(ValueError):
+    """Base of every error that a user can mend; the message says what is wrong and what to do."""
+
+
+class BudgetError(RankoptError):
+    """A budget that cannot be read or cannot be met."""
+
+
+class TaskError(RankoptError):
+    """A task, model or calibration set that cannot be used."""
+
+
+class PlanError(RankoptError):
+    """A plan that is damaged or belongs to another model."""
+
+
+class StudyError(RankoptError):
+    """A run folder or study store that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a layer or a model costs.
+
+    params: elements of unique parameters. macs: multiply-accumulates for one example.
+    bytes: parameters (for a whole model: and buffers) as stored.
+    """
+
+    params: int
+    macs: int
+    bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.params + other.params, self.macs + other.macs, self.bytes + other.bytes)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.params - other.params, self.macs - other.macs, self.bytes - other.bytes)
+
+    def __getitem__(self, metric: str) -> int:
+        return int(getattr(self, metric))
+
+
+class Call(NamedTuple):
+    """One use of a layer in a forward pass of one example.
+
+    count: how many maps (Conv2d) or vectors (Linear, of size 1x1) pass; sizes are (height, width).
+    """
+
+    count: int
+    size_in: tuple[int, int]
+    size_out: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with a weight, as the inventory found it. `reason` says why it must stay dense, if it must."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]  # of the weight: (out, in // groups, height, width) or (out, in)
+    groups: int = 1
+    bias: bool = False
+    calls: tuple[Call, ...] = ()
+    cost: Cost = Cost(0, 0, 0)
+    element_size: int = 4
+    reason: str | None = None
+    aliases: tuple[str, ...] = ()  # further names of the same module
+
+    @property
+    def out_channels(self) -> int:
+        """Output channels of one group."""
+        return self.shape[0] // self.groups
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels of one group."""
+        return self.shape[1]
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        return (self.shape[2], self.shape[3]) if len(self.shape) == 4 else (1, 1)
+
+    @property
+    def patch(self) -> int:
+        """Inputs that one output of one group sees: in_channels * height * width."""
+        return self.in_channels * math.prod(self.kernel)
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to realise one layer. `error` is relative: 0 is exact, 1 is no better than a zero weight."""
+
+    method: str
+    rank: Rank
+    cost: Cost
+    error: float
+    loss: float = 0.0  # predicted rise of the objective when this layer alone uses the candidate
+    key: str | None = None  # where the factors are kept; None for dense
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan says of one layer."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    method: str
+    rank: Rank
+    params: int
+    macs: int
+    error: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision for every layer, and the whole model's cost under it."""
+
+    choices: tuple[Choice, ...]
+    cost: Cost
+    dense: Cost
+
+
+Proposal = tuple[int, ...]
+"""One frontier index per free layer, in the problem's order; 0 is the cheapest candidate's position."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluated proposal. state: "finished" or "failed"; objective is minimised."""
+
+    number: int
+    proposal: Proposal
+    state: str
+    cost: Cost
+    objective: float | None = None
+    score: float | None = None
+    predicted: float | None = None
+    seconds: float = 0.0
+    error: str | None = None
+
+
+@dataclass
+class Task:
+    """A model with what is needed to compress it. See the README for a complete example.
+
+    model: any nn.Module. example_input: a tensor, or a tuple or dict of the forward's arguments.
+    calibration: an iterable of batches; a batch is a tensor, a tuple or list whose first item is the
+    input (as a DataLoader gives), or a dict of keyword arguments.
+    score: model -> float on validation data, a fraction, higher is better.
+    objective: model -> float, minimised by searches; default: KL divergence to the dense model's
+    predictions on the calibration batches. train, loss: for training. test: as score, on test data,
+    read once at the end.
+    """
+
+    model: nn.Module
+    example_input: Any
+    calibration: Iterable[Any]
+    score: Callable[[nn.Module], float] | None = None
+    objective: Callable[[nn.Module], float] | None = None
+    train: Iterable[Any] | None = None
+    loss: Callable[[Any, Any], Any] | None = None
+    test: Callable[[nn.Module], float] | None = None
+    name: str = field(default="")

@@ -1,0 +1,30 @@
+"""The registry of decompositions: add a family by a file and a line here (or an entry point of another package)."""
+
+from __future__ import annotations
+
+from rankopt.decompositions.base import Decomposition
+from rankopt.decompositions.cp import Cp
+from rankopt.decompositions.cp_merged import CpMerged
+from rankopt.decompositions.svd_in import SvdIn
+from rankopt.decompositions.svd_out import SvdOut
+from rankopt.decompositions.svd_spatial import SvdSpatial
+from rankopt.decompositions.tt import TensorTrain
+from rankopt.decompositions.tucker2 import Tucker2
+from rankopt.registry import Registry
+
+DENSE = "dense"
+"""The method of a layer that stays as it is; always allowed, so not in the registry."""
+
+DECOMPOSITIONS: Registry[Decomposition] = Registry(
+    "decomposition",
+    "rankopt.decompositions",
+    {
+        "svd_out": SvdOut(),
+        "svd_in": SvdIn(),
+        "svd_spatial": SvdSpatial(),
+        "tucker2": Tucker2(),
+        "cp": Cp(),
+        "cp_merged": CpMerged(),
+        "tt": TensorTrain(),
+    },
+)

@@ -1,0 +1,276 @@
+"""What every decomposition is: numbers in, module out.
+
+Notation, per group of a layer: weight W (T, n) with n = C * kh * kw inputs of one output; S (n, n) second
+moment of the input patches; H (T, T) second moment of the model's response to the layer's outputs. The error
+of an approximation is, relative to the same of W itself,
+
+    ‖W − Ŵ‖² = tr(H (W − Ŵ) S (W − Ŵ)ᵀ)
+
+which is the error of the layer's output, weighted by how much the model's output feels it. Without
+calibration S and H are the identity: the plain weight error.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rankopt.core import Cost, Layer, Rank
+
+Factors = tuple[Tensor, ...]
+"""The weights of a replacement's stages, in order and in the layout of their modules."""
+
+
+class Stage(NamedTuple):
+    """One convolution of a replacement; channels per group of the original layer.
+
+    axes: whose stride, padding and dilation of the original it takes over: "hw", "h", "w" or "".
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int] = (1, 1)
+    axes: str = ""
+    depthwise: bool = False
+
+    def shape(self, groups: int) -> tuple[int, ...]:
+        return (groups * self.out_channels, 1 if self.depthwise else self.in_channels, *self.kernel)
+
+    def weights(self, groups: int) -> int:
+        return math.prod(self.shape(groups))
+
+
+class Fit(NamedTuple):
+    """A fitted candidate: its factors in the weight's dtype, and their relative error."""
+
+    rank: Rank
+    factors: Factors
+    error: float
+
+
+class Target(NamedTuple):
+    """What a fit approximates, float64: weight (g, T, n), input moment S (g, n, n), output metric H (g, T, T)."""
+
+    weight: Tensor
+    moment: Tensor
+    metric: Tensor
+
+    def error(self, approximation: Tensor) -> float:
+        """Relative squared error of an approximation (g, T, n)."""
+        difference = self.weight - approximation
+        whole = self._square(self.weight)
+        return self._square(difference) / whole if whole > 0 else 0.0
+
+    def _square(self, w: Tensor) -> float:
+        return ((self.metric @ w @ self.moment) * w).sum().item()
+
+
+class Decomposition(ABC):
+    """A family of replacements for a layer. One instance serves all layers; it holds no state."""
+
+    name: ClassVar[str]
+    effort: ClassVar[float] = 1.0  # share of the search space's steps that its fit takes
+    density: ClassVar[int] = 1  # ranks tried per point of the search space's grid: more where a rank costs nothing
+    aspects: ClassVar[tuple[tuple[float, ...], ...]] = ((1.0,),)  # proportions of full rank to try
+
+    @abstractmethod
+    def full_rank(self, layer: Layer) -> Rank | None:
+        """The rank at which the layer is reproduced exactly; None if this family has no place there."""
+
+    @abstractmethod
+    def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
+        """The convolutions (1x1 for Linear) that replace the layer."""
+
+    @abstractmethod
+    def fit(
+        self,
+        layer: Layer,
+        weight: Tensor,
+        ranks: Sequence[Rank],
+        moment: Tensor | None = None,
+        metric: Tensor | None = None,
+        steps: int = 100,
+    ) -> Iterator[Fit]:
+        """Factors for each rank, which share what work they can.
+
+        weight: the layer's own. moment: S, float64 (groups, n, n). metric: H, float64 (groups, T, T).
+        """
+
+    # --- ranks ---
+
+    def valid(self, layer: Layer, rank: Rank) -> Rank:
+        """The rank cut to what the layer and its neighbours allow (a bond is at most the modes beside it)."""
+        full = self.full_rank(layer)
+        assert full is not None
+        return tuple(max(1, min(r, f)) for r, f in zip(rank, full, strict=True))
+
+    def ranks(self, layer: Layer, fractions: Sequence[float], nearest: bool = False) -> list[Rank]:
+        """The largest ranks whose weights are at most each fraction of the layer's; cheaper than dense only.
+
+        nearest: for families of one rank, the rank nearest to the fraction instead (Python's round).
+        """
+        full = self.full_rank(layer)
+        if full is None:
+            return []
+        found = set()
+        for aspect in self.aspects:
+            for fraction in fractions:
+                if nearest and len(full) == 1:
+                    rank = (max(1, round(fraction * layer.weights / self.weights(layer, (1,)))),)
+                else:
+                    rank = self._largest(layer, full, aspect, fraction * layer.weights)
+                if self.weights(layer, rank) < layer.weights:
+                    found.add(rank)
+        return sorted(found, key=lambda r: self.weights(layer, r))
+
+    def _largest(self, layer: Layer, full: Rank, aspect: tuple[float, ...], weights: float) -> Rank:
+        """The largest rank in the direction aspect * full with at most so many weights (or the least there is)."""
+
+        def at(scale: float) -> Rank:
+            return self.valid(layer, tuple(int(scale * a * f) for a, f in zip(aspect, full, strict=True)))
+
+        low, high = 0.0, 1.0
+        for _ in range(24):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.weights(layer, at(middle)) <= weights else (low, middle)
+        return at(low)
+
+    # --- cost, in closed form ---
+
+    def weights(self, layer: Layer, rank: Rank) -> int:
+        """Elements of all factors."""
+        return sum(s.weights(layer.groups) for s in self.stages(layer, rank))
+
+    def macs(self, layer: Layer, rank: Rank) -> int:
+        """Multiply-accumulates for one example."""
+        return sum(call.count * self._macs_of_map(layer, rank, call.size_in, call.size_out) for call in layer.calls)
+
+    def _macs_of_map(self, layer: Layer, rank: Rank, size: tuple[int, int], size_out: tuple[int, int]) -> int:
+        macs = 0
+        for stage in self.stages(layer, rank):
+            size = (size_out[0] if "h" in stage.axes else size[0], size_out[1] if "w" in stage.axes else size[1])
+            macs += stage.weights(layer.groups) * size[0] * size[1]
+        return macs
+
+    def cost(self, layer: Layer, rank: Rank) -> Cost:
+        """Parameters (bias included), MACs for one example and bytes of the replacement."""
+        params = self.weights(layer, rank) + (layer.shape[0] if layer.bias else 0)
+        return Cost(params, self.macs(layer, rank), params * layer.element_size)
+
+    # --- modules ---
+
+    def weight(self, layer: Layer, factors: Factors) -> Tensor:
+        """The dense weight that the factors stand for, in the layer's own shape."""
+        g = layer.groups
+        product: Tensor | None = None
+        for factor in factors:
+            stage = factor.reshape(g, factor.shape[0] // g, factor.shape[1], *_kernel(factor))
+            product = stage if product is None else _compose(stage, product)
+        assert product is not None
+        return product.reshape(layer.shape)
+
+    def build(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
+        """An empty replacement for the module: same bias, dtype, device, mode and requires_grad."""
+        return chain(module, self.stages(layer, rank), self.name, rank)
+
+
+def _kernel(factor: Tensor) -> tuple[int, int]:
+    return (factor.shape[2], factor.shape[3]) if factor.ndim == 4 else (1, 1)
+
+
+def _compose(second: Tensor, first: Tensor) -> Tensor:
+    """The kernel of two convolutions in a row, which must not both extend along an axis. (g, out, in, h, w) each."""
+    if second.shape[2] == 1 and first.shape[1] == second.shape[1] and first.shape[1] > 1:
+        product = torch.einsum("gmab,gmicd->gmiacbd", second[:, :, 0], first)
+    else:
+        product = torch.einsum("gomab,gmicd->goiacbd", second, first)
+    return product.flatten(5, 6).flatten(3, 4)
+
+
+# --- replacement modules -------------------------------------------------------------------------
+
+
+class Factorised(nn.Sequential):
+    """A layer replaced by smaller ones in a row. Reads of .weight get the dense weight, rebuilt; .bias the bias."""
+
+    method: str
+    rank: Rank
+
+    def __init__(self, stages: Sequence[nn.Module], method: str, rank: Rank, groups: int, shape: Sequence[int]) -> None:
+        super().__init__(*stages)
+        self.method, self.rank, self.groups, self.shape = method, rank, groups, tuple(shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out, in // groups, *kernel)."""
+        from rankopt.decompositions import DECOMPOSITIONS
+
+        layer = Layer("", "", self.shape, self.groups)
+        return DECOMPOSITIONS[self.method].weight(layer, tuple(s.weight for s in self))  # type: ignore[misc]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self[-1].bias  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        return f"method={self.method}, rank={self.rank}"
+
+
+def chain(module: nn.Module, stages: Sequence[Stage], method: str, rank: Rank) -> nn.Module:
+    """The stages as modules in a row, geometry taken from the original; the last one carries its bias."""
+    last = len(stages) - 1
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    parts: list[nn.Module] = []
+    for i, s in enumerate(stages):
+        bias = i == last and module.bias is not None
+        if isinstance(module, nn.Linear):
+            parts.append(nn.Linear(s.in_channels, s.out_channels, bias, **like))
+        else:
+            assert isinstance(module, nn.Conv2d)
+            parts.append(_conv(module, s, bias, like))
+    return finish(Factorised(parts, method, rank, getattr(module, "groups", 1), weight.shape), module)
+
+
+def _conv(conv: nn.Conv2d, s: Stage, bias: bool, like: dict[str, Any]) -> nn.Conv2d:
+    pick = [axis in s.axes for axis in "hw"]
+    padding: Any = conv.padding
+    if not isinstance(padding, str):
+        padding = tuple(p if on else 0 for p, on in zip(padding, pick, strict=True))
+    return nn.Conv2d(
+        conv.groups * s.in_channels,
+        conv.groups * s.out_channels,
+        s.kernel,
+        stride=tuple(p if on else 1 for p, on in zip(conv.stride, pick, strict=True)),  # type: ignore[arg-type]
+        padding=padding if s.axes else 0,
+        dilation=tuple(p if on else 1 for p, on in zip(conv.dilation, pick, strict=True)),  # type: ignore[arg-type]
+        groups=conv.groups * (s.in_channels if s.depthwise else 1),
+        bias=bias,
+        padding_mode=conv.padding_mode if s.axes else "zeros",
+        **like,
+    )
+
+
+def finish(replacement: nn.Module, module: nn.Module) -> nn.Module:
+    """Copy the bias, mode and requires_grad of the original; factors take the weight's requires_grad."""
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    with torch.no_grad():
+        for parameter in replacement.parameters():
+            parameter.requires_grad_(module.weight.requires_grad)  # type: ignore[union-attr, arg-type]
+        if bias is not None:
+            replacement.bias.copy_(bias)  # type: ignore[union-attr, operator]
+            replacement.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr, operator]
+    return replacement.train(module.training)
+
+
+def load_factors(replacement: nn.Module, factors: Factors) -> None:
+    """Write the factors into an empty replacement."""
+    weights = [p for name, p in replacement.named_parameters() if not name.endswith("bias")]
+    with torch.no_grad():
+        for parameter, factor in zip(weights, factors, strict=True):
+            parameter.copy_(factor)

@@ -1,0 +1,182 @@
+"""Tensor train (Oseledets 2011).
+
+Conv2d, modes (C, kh, kw, T): 1 x 1 to R1, k x 1 to R2, 1 x k to R3, 1 x 1 to T.
+Linear, modes (C1, C2, T1, T2) with C = C1 C2 and T = T1 T2, the most square factorisations.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankopt.core import Layer, Rank
+from rankopt.decompositions.base import Factors, Stage, Target, finish
+from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced, leading_rows
+from rankopt.decompositions.svd_in import input_start
+from rankopt.decompositions.svd_spatial import width_rows
+from rankopt.decompositions.tucker2 import low_rank
+
+
+def square_factors(n: int) -> tuple[int, int]:
+    """n = a * b with a <= b as near as can be."""
+    a = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
+    return a, n // a
+
+
+class TensorTrain(OutputSolved):
+    name = "tt"
+    effort = 0.3
+    aspects = ((1.0, 0.33, 1.0), (1.0, 0.66, 1.0))
+
+    def modes(self, layer: Layer) -> tuple[int, int, int, int] | None:
+        """The four modes, in the order of the train; None if the layer has no place for it."""
+        if len(layer.shape) == 2:
+            c, t = square_factors(layer.in_channels), square_factors(layer.out_channels)
+            return None if c[0] == 1 and t[0] == 1 else (*c, *t)
+        if min(layer.kernel) == 1:
+            return None
+        return (layer.in_channels, *layer.kernel, layer.out_channels)
+
+    def full_rank(self, layer: Layer) -> Rank | None:
+        modes = self.modes(layer)
+        if modes is None:
+            return None
+        a, b, c, d = modes
+        return min(a, b * c * d), min(a * b, c * d), min(a * b * c, d)
+
+    def valid(self, layer: Layer, rank: Rank) -> Rank:
+        modes = self.modes(layer)
+        assert modes is not None
+        r1, r2, r3 = super().valid(layer, rank)
+        _, b, c, _ = modes
+        r2 = min(r2, r1 * b, r3 * c)
+        return min(r1, b * r2), r2, min(r3, c * r2)
+
+    def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
+        r1, r2, r3 = rank
+        height, width = layer.kernel
+        return (
+            Stage(layer.in_channels, r1),
+            Stage(r1, r2, (height, 1), "h"),
+            Stage(r2, r3, (1, width), "w"),
+            Stage(r3, layer.out_channels),
+        )
+
+    # --- fit: the two input cores are searched ---
+
+    def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
+        modes = self.modes(layer)
+        assert modes is not None
+        a, b, _, _ = modes
+        if len(layer.shape) == 2:
+            unfolded = target.weight.unflatten(-1, (a, b)).transpose(-1, -2).flatten(1, 2)
+            first = leading_rows(unfolded, rank[0])
+        else:
+            first = input_start(layer, target, rank[0])
+        first = torch.linalg.qr(first.mT)[0].mT.contiguous()
+        # W projected on the first core's rows, unfolded as (T, width) x (R1, height)
+        projected = torch.einsum("gtabk,gra->gtkrb", target.weight.unflatten(-1, (a, b, -1)), first)
+        return first, leading_rows(projected.flatten(3, 4).flatten(1, 2), rank[1])
+
+    def rows(self, layer: Layer, theta: Parameters) -> Tensor:
+        first, second = theta
+        columns = torch.einsum("gra,gsrb->gsab", first, second.unflatten(-1, (first.shape[1], -1))).flatten(2)
+        return columns if len(layer.shape) == 2 else width_rows(layer, columns)
+
+    def output_rank(self, layer: Layer, rank: Rank) -> tuple[int, int] | None:
+        modes = self.modes(layer)
+        assert modes is not None
+        return modes[3], rank[2]
+
+    def factors(self, layer: Layer, theta: Parameters, output: Tensor, rank: Rank) -> Factors:
+        modes = self.modes(layer)
+        assert modes is not None
+        (r1, r2, r3), (a, b, c, d) = rank, modes
+        first, second = theta
+        g = len(first)
+        if len(layer.shape) == 2:  # B (T1 T2, R2) -> (T2, R2 T1)
+            output = output.view(g, c, d, r2).permute(0, 2, 3, 1).reshape(g, d, r2 * c)
+        last, third = low_rank(output, r3)  # (g, d, R3), (g, R3, R2 * c)
+        left = third.view(g, r3, r2, c).transpose(-1, -2).reshape(g, r3 * c, r2)
+        left, second = balanced(left, second)
+        third = left.view(g, r3, c, r2).transpose(-1, -2)
+        left = second.view(g, r2, r1, b).transpose(-1, -2).reshape(g, r2 * b, r1)
+        left, first = balanced(left, first)
+        second = left.view(g, r2, b, r1).transpose(-1, -2)
+        if len(layer.shape) == 2:
+            return first[0], second[0], third[0], last[0]
+        return (
+            first.reshape(-1, a, 1, 1),
+            second.reshape(-1, r1, b, 1),
+            third.reshape(-1, r2, 1, c),
+            last.reshape(-1, r3, 1, 1),
+        )
+
+    # --- Linear has its own cost, weight and module ---
+
+    def weights(self, layer: Layer, rank: Rank) -> int:
+        if len(layer.shape) == 4:
+            return super().weights(layer, rank)
+        return sum(math.prod(s) for s in self._core_shapes(layer, rank))
+
+    def _core_shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
+        modes = self.modes(layer)
+        assert modes is not None
+        (r1, r2, r3), (a, b, c, d) = rank, modes
+        return (r1, a), (r2, r1, b), (r3, r2, c), (d, r3)
+
+    def macs(self, layer: Layer, rank: Rank) -> int:
+        if len(layer.shape) == 4:
+            return super().macs(layer, rank)
+        modes = self.modes(layer)
+        assert modes is not None
+        (r1, r2, r3), (a, b, c, d) = rank, modes
+        one = a * b * r1 + r1 * b * r2 + r2 * c * r3 + r3 * c * d
+        return one * sum(call.count for call in layer.calls)
+
+    def weight(self, layer: Layer, factors: Factors) -> Tensor:
+        if len(layer.shape) == 4:
+            return super().weight(layer, factors)
+        return torch.einsum("pa,qpb,rqc,dr->cdab", *factors).reshape(layer.shape)
+
+    def build(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
+        if len(layer.shape) == 4:
+            return super().build(module, layer, rank)
+        assert isinstance(module, nn.Linear)
+        like = {"device": module.weight.device, "dtype": module.weight.dtype}
+        new = TensorTrainLinear(self._core_shapes(layer, rank), rank, module.bias is not None, like)
+        return finish(new, module)
+
+
+class TensorTrainLinear(nn.Module):
+    """y = x Wᵀ + bias with W a tensor train of four cores; x (..., C1 C2) -> (..., T1 T2)."""
+
+    method = TensorTrain.name
+
+    def __init__(self, shapes: tuple[tuple[int, ...], ...], rank: Rank, bias: bool, like: dict[str, Any]) -> None:
+        super().__init__()
+        self.rank = rank
+        self.cores = nn.ParameterList(nn.Parameter(torch.empty(s, **like)) for s in shapes)
+        self.modes = (shapes[0][1], shapes[1][2], shapes[2][2], shapes[3][0])
+        self.bias = nn.Parameter(torch.empty(self.modes[2] * self.modes[3], **like)) if bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (T, C)."""
+        _, _, c, d = self.modes
+        return torch.einsum("pa,qpb,rqc,dr->cdab", *self.cores).reshape(c * d, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, last = self.cores
+        (r1, r2, r3), (a, b, c, d) = self.rank, self.modes
+        y = x.reshape(-1, a, b).transpose(1, 2).reshape(-1, a) @ first.T  # (n b, R1)
+        y = y.view(-1, b, r1).transpose(1, 2).reshape(-1, r1 * b) @ second.reshape(r2, r1 * b).T  # (n, R2)
+        y = y @ third.permute(1, 2, 0).reshape(r2, c * r3)  # (n, c R3)
+        y = (y.view(-1, r3) @ last.T).reshape(*x.shape[:-1], c * d)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"method={self.method}, rank={self.rank}, modes={self.modes}"

@@ -1,0 +1,26 @@
+"""Per layer, the candidates that no other beats in every cost and in error, dense included, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rankopt.core import Candidate, Layer
+from rankopt.decompositions import DENSE
+
+
+def dense_candidate(layer: Layer) -> Candidate:
+    """The layer as it is."""
+    return Candidate(DENSE, (), layer.cost, error=0.0, loss=0.0)
+
+
+def frontier(layer: Layer, candidates: Iterable[Candidate], metrics: Sequence[str]) -> tuple[Candidate, ...]:
+    """The Pareto set over the budget's metrics and the error, by falling error: dense comes last."""
+    ordered = sorted(
+        [dense_candidate(layer), *candidates],
+        key=lambda c: (c.error, *(c.cost[m] for m in metrics), c.method, c.rank),
+    )
+    kept: list[Candidate] = []
+    for candidate in ordered:  # nothing later has a smaller error, so only costs are left to compare
+        if not any(all(k.cost[m] <= candidate.cost[m] for m in metrics) for k in kept):
+            kept.append(candidate)
+    return tuple(reversed(kept))

@@ -1,0 +1,224 @@
+"""Model + example input -> layers: what may be factorised, at what dense cost, and what not and why."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
+
+from rankopt.core import Call, Cost, Layer, TaskError
+
+FACTORISABLE = (nn.Conv2d, nn.Linear)
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+
+# --- running a model -----------------------------------------------------------------------------
+
+
+def model_input(batch: Any) -> Any:
+    """The input in a batch: a tensor or dict as it is, the first item of a tuple or list."""
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise TaskError("a calibration batch is an empty tuple: give (input, ...) or a tensor")
+        return batch[0]
+    return batch
+
+
+def run(model: nn.Module, x: Any) -> Any:
+    """Call the model with a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(x, dict):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple) else model(x)
+
+
+def to_device(x: Any, model: nn.Module) -> Any:
+    """Move the tensors of an input to the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return map_tensors(x, lambda t: t.to(device))
+
+
+def map_tensors(x: Any, function: Any) -> Any:
+    """Apply a function to every tensor of a nested input."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, dict):
+        return {k: map_tensors(v, function) for k, v in x.items()}
+    if isinstance(x, (tuple, list)):
+        return type(x)(map_tensors(v, function) for v in x)
+    return x
+
+
+def batch_size(x: Any) -> int:
+    """The first dimension of the first tensor of an input."""
+    sizes: list[int] = []
+    map_tensors(x, lambda t: sizes.append(len(t) if t.ndim else 1))
+    if not sizes:
+        raise TaskError("the input holds no tensor: give a tensor, or a tuple or dict with one")
+    return sizes[0]
+
+
+def one_example(x: Any) -> Any:
+    """The first example of a batched input: every tensor with the batch's first dimension is cut to 1."""
+    n = batch_size(x)
+    return map_tensors(x, lambda t: t[:1] if t.ndim and len(t) == n else t)
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients and without attention's fused path, which hides its layers; restored after."""
+    modes = {m: m.training for m in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+# --- counting ------------------------------------------------------------------------------------
+
+
+def count(model: nn.Module, example_input: Any) -> Cost:
+    """What the model really costs: unique parameters, torch's flop counter / 2, bytes as stored."""
+    with inference(model), FlopCounterMode(display=False) as flops:
+        run(model, to_device(one_example(example_input), model))
+    tensors = [*model.parameters(), *model.buffers()]
+    return Cost(
+        params=sum(p.numel() for p in model.parameters()),
+        macs=flops.get_total_flops() // 2,
+        bytes=sum(t.numel() * t.element_size() for t in tensors),
+    )
+
+
+# --- finding layers ------------------------------------------------------------------------------
+
+
+def inventory(model: nn.Module, example_input: Any) -> tuple[Layer, ...]:
+    """Every module that owns a weight of two or more dimensions, in the model's order.
+
+    Raises TaskError for a model that does not run on the example, or with a NaN or infinite weight.
+    """
+    names = _names(model)
+    calls = _record_calls(model, example_input)
+    owners = _weight_owners(model)
+    layers = []
+    for module, aliases in names.items():
+        weight = _main_weight(module)
+        if weight is None or isinstance(module, NORMS):
+            continue
+        if not torch.isfinite(weight).all():
+            raise TaskError(f"layer {aliases[0]!r} has NaN or infinite weights: load a sound checkpoint")
+        layers.append(_layer(module, weight, aliases, calls[module], owners))
+    return tuple(layers)
+
+
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    return names
+
+
+def _main_weight(module: nn.Module) -> Tensor | None:
+    """The module's own largest parameter of two or more dimensions (parametrised ones included)."""
+    own = [*module.parameters(recurse=False)]
+    if parametrize.is_parametrized(module):
+        own += [getattr(module, name) for name in module.parametrizations]  # type: ignore[union-attr]
+    own = [p for p in own if p.ndim >= 2]
+    return max(own, key=lambda p: p.numel(), default=None)
+
+
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Parameter id -> names under which distinct modules own it (more than one: tied)."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners[id(parameter)].append(f"{name}.{key}" if name else key)
+    return owners
+
+
+def _record_calls(model: nn.Module, example_input: Any) -> dict[nn.Module, list[Call]]:
+    """Run one example and note the sizes at every call of a layer."""
+    calls: dict[nn.Module, list[Call]] = defaultdict(list)
+
+    def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if isinstance(module, nn.Conv2d) and args:
+            x = args[0] if args[0].ndim == 4 else args[0][None]
+            calls[module].append(Call(len(x), tuple(x.shape[-2:]), tuple(out.shape[-2:])))  # type: ignore[arg-type]
+        elif args and isinstance(args[0], Tensor):
+            calls[module].append(Call(args[0].numel() // max(args[0].shape[-1], 1), (1, 1), (1, 1)))
+        else:  # called with keywords: seen, but not described
+            calls[module].append(Call(0, (0, 0), (0, 0)))
+
+    handles = [m.register_forward_hook(note) for m in model.modules() if _main_weight(m) is not None]
+    try:
+        with inference(model):
+            run(model, to_device(one_example(example_input), model))
+    except Exception as error:
+        raise TaskError(f"the model does not run on example_input: {type(error).__name__}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _layer(
+    module: nn.Module, weight: Tensor, aliases: list[str], calls: list[Call], owners: dict[int, list[str]]
+) -> Layer:
+    groups = getattr(module, "groups", 1)
+    bias = getattr(module, "bias", None)
+    kernel_area = weight[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
+    macs = 0
+    if type(module) in FACTORISABLE:
+        macs = sum(c.count * c.size_out[0] * c.size_out[1] * weight.numel() for c in calls)
+        assert weight.shape[1] * kernel_area * weight.shape[0] == weight.numel()
+    own = list(module.parameters(recurse=False))
+    return Layer(
+        name=aliases[0],
+        kind=type(module).__name__,
+        shape=tuple(weight.shape),
+        groups=groups if isinstance(groups, int) else 1,
+        bias=isinstance(bias, Tensor),
+        calls=tuple(calls),
+        cost=Cost(
+            params=sum(p.numel() for p in own), macs=macs, bytes=sum(p.numel() * p.element_size() for p in own)
+        ),
+        element_size=weight.element_size(),
+        reason=_reason(module, weight, calls, owners),
+        aliases=tuple(aliases[1:]),
+    )
+
+
+def _reason(module: nn.Module, weight: Tensor, calls: list[Call], owners: dict[int, list[str]]) -> str | None:
+    """Why a layer must stay dense; None if it may be factorised."""
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrised (weight_norm, spectral_norm, ...): remove the parametrisation first"
+    if type(module) not in FACTORISABLE:
+        base = next((c.__name__ for c in FACTORISABLE if isinstance(module, c)), None)
+        if base:
+            return f"a subclass of {base} may do something else with its weight"
+        return f"{type(module).__name__} cannot be factorised yet"
+    shared = owners[id(weight)]
+    if len(shared) > 1:
+        return f"its weight is shared: {', '.join(shared)}"
+    if not calls:
+        return "not called as a module by the example input (unused, or its weight is read directly)"
+    if any(c.count == 0 for c in calls):
+        return "called with keyword arguments, which the replacement does not take"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "it carries hooks, which the replacement would lose"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    return None

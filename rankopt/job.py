@@ -1,0 +1,315 @@
+"""The main job: search under a budget, rebuild the best plan's model, count and score it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankopt import compress as folder_io
+from rankopt.budget import Limit, Problem, allocate, relative_gap
+from rankopt.candidates import write_beside
+from rankopt.core import Candidate, Choice, Layer, Plan, Proposal, RankoptError, StudyError, Task, TaskError, Trial
+from rankopt.decompositions import DENSE
+from rankopt.evaluate import call
+from rankopt.inventory import batch_size, count, inference, model_input, one_example, run, to_device
+from rankopt.prepare import CALIBRATION_EXAMPLES, Prepared, Track, prepare, silent
+from rankopt.search import Evaluate, Study, best, search
+from rankopt.space import SearchSpace
+from rankopt.strategies import make_strategy, strategy_class
+
+
+# --- searching ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Evaluator:
+    """Builds a proposal's model and measures it; what a runner calls, here or in a worker."""
+
+    prepared: Prepared
+    problem: Problem
+
+    def __call__(self, proposal: Proposal) -> tuple[float, float | None]:
+        """(objective, validation score)."""
+        model = self.prepared.apply(self.problem, proposal)
+        objective = call("the objective", self.prepared.objective, model)
+        assert objective is not None
+        return objective, call("the score", self.prepared.task.score, model)
+
+
+@dataclass
+class Result:
+    """What a compression gives: `model` is an ordinary nn.Module."""
+
+    model: nn.Module
+    plan: Plan
+    limits: tuple[Limit, ...]
+    info: dict[str, Any]  # the content of result.json
+
+    def summary(self) -> str:
+        """The result as text, at most 100 columns wide."""
+        from rankopt.report.text import summary
+
+        return summary(self.info)
+
+    def save(self, folder: str | Path) -> None:
+        """Write plan.json, model.safetensors and result.json."""
+        folder_io.save(folder, self.model, self.plan)
+        write_beside(Path(folder) / "result.json", lambda p: p.write_text(json.dumps(self.info, indent=1)))
+
+
+def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
+    """Every layer's decision with its reason."""
+    chosen = {
+        layer.name: (f, i)
+        for layer, f, i in zip(problem.layers, problem.frontiers, proposal, strict=True)
+    }
+    choices = []
+    for layer in prepared.layers:
+        if layer.name in chosen:
+            candidates, at = chosen[layer.name]
+            candidate, reason = candidates[at], _why(candidates, at, layer, problem.limits)
+        else:
+            candidate, reason = Candidate(DENSE, (), layer.cost, 0.0), layer.reason or ""
+        choices.append(
+            Choice(
+                layer.name,
+                layer.kind,
+                layer.shape,
+                candidate.method,
+                candidate.rank,
+                candidate.cost.params,
+                candidate.cost.macs,
+                candidate.error,
+                reason,
+            )
+        )
+    return Plan(tuple(choices), problem.cost(proposal), prepared.dense)
+
+
+def _why(candidates: Sequence[Candidate], at: int, layer: Layer, limits: Sequence[Limit]) -> str:
+    """Why a layer got this candidate: what it gives up for what it saves, and the steps beside it."""
+    metric = limits[0].metric
+    chosen, dense = candidates[at], candidates[-1]
+    families = sorted({c.method for c in candidates} - {DENSE})
+    among = f"best of {len(candidates)} on its frontier ({', '.join(families) or 'dense alone'})"
+    if chosen.method == DENSE:
+        if at == 0:
+            return "dense: no candidate is cheaper than the layer itself"
+        below = candidates[at - 1]
+        saved = 1 - below.cost[metric] / max(dense.cost[metric], 1)
+        return f"dense: the mildest candidate ({below.method}) would save {saved:.0%} and raise the objective by {below.loss:.2g}"
+    text = f"keeps {chosen.cost[metric] / max(dense.cost[metric], 1):.0%} of its {metric} for a predicted rise of {chosen.loss:.2g}; {among}"
+    if at > 0:
+        text += f"; the next cheaper would cost {candidates[at - 1].loss:.2g}"
+    return text
+
+
+def finish(
+    prepared: Prepared, problem: Problem, trials: Sequence[Trial], chosen: Trial, about: Mapping[str, Any]
+) -> Result:
+    """Rebuild the chosen plan's model, count its cost again, score it (test data once) and put it all together."""
+    task, clock = prepared.task, prepared.clock
+    plan = make_plan(prepared, problem, chosen.proposal)
+    model = prepared.apply(problem, chosen.proposal)
+    achieved = count(model, task.example_input)
+    for limit in problem.limits:
+        if achieved[limit.metric] > limit.target:
+            raise RankoptError(
+                f"the rebuilt model has {limit.metric} {achieved[limit.metric]:,}, above the budget of {limit.target:,} "
+                f"(the plan says {plan.cost[limit.metric]:,}): this is a bug in rankopt, please report it"
+            )
+    plan = dataclasses.replace(plan, cost=achieved)
+    with clock.stage("scoring"):
+        score = {
+            "dense": {"validation": call("the score", task.score, task.model), "test": None},
+            "compressed": {"validation": chosen.score, "test": None},
+        }
+    with clock.stage("test"):
+        score["dense"]["test"] = call("the test score", task.test, task.model)
+        score["compressed"]["test"] = call("the test score", task.test, model)
+    bound = allocate(problem).bound
+    info = {
+        **about,
+        "seconds": {k: round(v, 3) for k, v in clock.items()},
+        "family_seconds": {k: round(v, 3) for k, v in prepared.family_seconds.items()},
+        "trials": {
+            "asked": about.get("asked", len(trials)),
+            "finished": sum(t.state == "finished" for t in trials),
+            "failed": sum(t.state == "failed" for t in trials),
+            "distinct": len({t.proposal for t in trials}),
+        },
+        "budget": {
+            x.metric: {
+                "requested": x.requested,
+                "target": x.target,
+                "achieved": achieved[x.metric],
+                "dense": prepared.dense[x.metric],
+            }
+            for x in problem.limits
+        },
+        "cost": {"dense": dataclasses.asdict(prepared.dense), "compressed": dataclasses.asdict(achieved)},
+        "optimality_gap": relative_gap(problem.loss(chosen.proposal), bound),
+        "objective": {"best": chosen.objective, "predicted": chosen.predicted},
+        "score": score,
+        "milliseconds": time_forward([task.model, model], task.example_input),
+        "layers": [
+            {
+                "name": c.name,
+                "method": c.method,
+                "rank": list(c.rank),
+                "params": c.params,
+                "macs": c.macs,
+                "error": c.error,
+                "reason": c.reason,
+                "kind": c.kind,
+                "shape": list(c.shape),
+                "dense_params": layer.cost.params,
+                "dense_macs": layer.cost.macs,
+            }
+            for c, layer in zip(plan.choices, prepared.layers, strict=True)
+        ],
+    }
+    info.pop("asked", None)
+    return Result(model, plan, problem.limits, info)
+
+
+def time_forward(models: Sequence[nn.Module], example_input: Any, seconds: float = 1.0) -> dict[str, Any]:
+    """Median milliseconds of a forward pass of one example for the dense and the compressed model, interleaved."""
+    x = to_device(one_example(example_input), models[0])
+    times: list[list[float]] = [[] for _ in models]
+    cuda = next(models[0].parameters()).is_cuda
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for model, spent in zip(models, times, strict=True):
+            with inference(model):
+                start = time.perf_counter()
+                run(model, x)
+                if cuda:
+                    torch.cuda.synchronize()
+                spent.append(1e3 * (time.perf_counter() - start))
+    dense, compressed = (sorted(t[1:])[len(t[1:]) // 2] for t in times)
+    return {"dense": dense, "compressed": compressed, "repeats": len(times[0]), "threads": torch.get_num_threads()}
+
+
+def trial_limit(strategy: Any, trials: int | None) -> int:
+    """How many distinct plans to evaluate: one for strategies with a single proposal, else as asked (30)."""
+    if strategy.one_shot:
+        return 1
+    if trials is not None and trials < 1:
+        raise RankoptError(f"trials is {trials}: give 1 or more")
+    return 30 if trials is None else trials
+
+
+
+
+# --- the whole job -----------------------------------------------------------------------------------
+
+Runner = Callable[[Study, Evaluate], list[Trial]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to search. trials: distinct plans in total, resumed ones included (30; one-shot strategies: 1)."""
+
+    strategy: str = "knapsack"
+    trials: int | None = None
+    seed: int = 0
+    resume: bool = False
+
+
+def run_search(
+    prepared: Prepared,
+    problem: Problem,
+    settings: Settings,
+    out: Path | None = None,
+    runner: Runner = search,
+    report: Callable[[Trial], None] = lambda trial: None,
+) -> Result:
+    """Search with a strategy and a runner; with a run folder, every trial and then the result is kept there."""
+    strategy = make_strategy(settings.strategy, problem, settings.seed)
+    about = {"task": prepared.task.name, "strategy": settings.strategy, "seed": settings.seed}
+    store = None
+    if out is not None:
+        from rankopt.store import Store
+
+        same = {"limits": [list(limit) for limit in map(dataclasses.astuple, problem.limits)]}
+        same["candidates"] = _fingerprint(problem)
+        store = Store(out, problem, {**about, **same}, settings.resume)
+    study = Study(problem, strategy, trial_limit(strategy, settings.trials), store, report)
+    study.resume()
+    with prepared.clock.stage("search"):
+        trials = runner(study, Evaluator(prepared, problem))
+    result = finish(prepared, problem, trials, best(trials), {**about, "asked": strategy.asked})
+    if out is not None:
+        result.save(out)
+    return result
+
+
+def _fingerprint(problem: Problem) -> str:
+    from rankopt.candidates import digest
+
+    return digest([[(c.method, c.rank, c.error) for c in f] for f in problem.frontiers])
+
+
+def open_folder(out: Path, resume: bool) -> None:
+    """Make a run folder. Raises StudyError if it holds something already and is not resumed, or cannot be made."""
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not resume:
+            raise StudyError(f"{out} is not empty: pass --resume to go on with it, or choose another --out")
+        if resume and not (out / "study.db").is_file():
+            raise StudyError(f"there is nothing to resume in {out}: no study.db")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StudyError(f"{out} cannot be used: {error}") from error
+
+
+def compress(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    budget: Mapping[str, Any] | Sequence[str],
+    score: Callable[[nn.Module], float] | None = None,
+    *,
+    example_input: Any = None,
+    objective: Callable[[nn.Module], float] | None = None,
+    test: Callable[[nn.Module], float] | None = None,
+    strategy: str = "knapsack",
+    trials: int | None = None,
+    seed: int = 0,
+    space: SearchSpace | str = "default",
+    cache: str | Path | None = None,
+    track: Track = silent,
+) -> Result:
+    """A smaller copy of a model that meets a budget; the model itself is unchanged.
+
+    model: any nn.Module. calibration: batches of real inputs (a tensor, (input, ...) or a dict of arguments);
+    the first 2,048 examples are used. budget: {"params": 0.5}, {"macs": "30%", "bytes": "500KB"}, ...
+    score: model -> fraction, higher is better. example_input: default the first calibration batch's first example.
+    See `Task` for the rest. Raises RankoptError (a ValueError) that says what is wrong and what to do.
+    """
+    strategy_class(strategy)
+    if example_input is None:
+        calibration = list(_first(calibration))
+        if not calibration:
+            raise TaskError("the calibration set is empty: give at least one batch of inputs")
+        example_input = one_example(model_input(calibration[0]))
+    task = Task(model, example_input, calibration, score, objective, test=test)
+    prepared = prepare(task, space, cache, track)
+    return run_search(prepared, prepared.problem(budget), Settings(strategy, trials, seed))
+
+
+def _first(batches: Iterable[Any]) -> Iterable[Any]:
+    """Enough batches for calibration."""
+    examples = 0
+    for batch in batches:
+        yield batch
+        examples += batch_size(model_input(batch))
+        if examples >= CALIBRATION_EXAMPLES:
+            return

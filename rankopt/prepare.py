@@ -1,0 +1,243 @@
+"""What every budget shares, from a task: layers, candidates, sensitivities, with a cache behind them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankopt import compress as folder_io
+from rankopt.budget import Problem, Spectra, check_feasible, parse_budget
+from rankopt.calibration import moments, output_metrics
+from rankopt.candidates import Cache, FactorStore, digest, fit_candidates
+from rankopt.core import Candidate, Cost, Layer, Proposal, RankoptError, Task, TaskError
+from rankopt.evaluate import Divergence, call
+from rankopt.frontier import frontier
+from rankopt.inventory import batch_size, count, inventory, map_tensors, model_input
+from rankopt.sensitivity import Curve, measure, with_losses
+from rankopt.space import SearchSpace, load_space
+
+CALIBRATION_EXAMPLES = 2048  # at most so many are taken from a task's calibration batches
+SENSITIVITY_EXAMPLES = 1000  # sensitivities are measured on the first so many of them
+
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""Shows progress: (items, what is being done, how many) -> the items."""
+
+
+def silent(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    """No progress display."""
+    return items
+
+
+class Clock(dict[str, float]):
+    """Seconds by stage."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self[name] = self.get(name, 0.0) + time.perf_counter() - start
+
+
+# --- preparing: what every budget shares -------------------------------------------------------------
+
+
+@dataclass
+class Prepared:
+    """A task with its candidates and sensitivities: everything that does not depend on the budget."""
+
+    task: Task
+    space: SearchSpace
+    layers: tuple[Layer, ...]  # all of the inventory; reason set where it stays dense
+    dense: Cost
+    candidates: dict[str, list[Candidate]]
+    spectra: dict[str, Spectra]
+    factors: FactorStore
+    objective: Callable[[nn.Module], float]
+    clock: Clock
+    family_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def free(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.reason is None)
+
+    def problem(self, budget: Mapping[str, Any] | Sequence[str]) -> Problem:
+        """The numbers that strategies see under a budget. Raises BudgetError if it cannot be met."""
+        limits = parse_budget(budget, self.dense)
+        metrics = [limit.metric for limit in limits]
+        frontiers = tuple(frontier(layer, self.candidates[layer.name], metrics) for layer in self.free)
+        spectra = tuple(self.spectra[layer.name] for layer in self.free)
+        problem = Problem(self.free, frontiers, self.dense, limits, spectra)
+        check_feasible(problem)
+        return problem
+
+    def apply(self, problem: Problem, proposal: Proposal) -> nn.Module:
+        """The compressed model: a copy with the proposal's factors."""
+        return folder_io.apply(self.task.model, problem.layers, problem.candidates(proposal), self.factors)
+
+
+def collect_batches(calibration: Iterable[Any], limit: int) -> list[Any]:
+    """The first `limit` examples of an iterable of batches, held in memory. Raises TaskError if there is none."""
+    batches: list[Any] = []
+    examples = 0
+    for batch in calibration:
+        x = model_input(batch)
+        n = batch_size(x)
+        if n == 0:
+            continue
+        if examples + n > limit:
+            keep = limit - examples
+            x = map_tensors(x, lambda t, n=n, keep=keep: t[:keep] if t.ndim and len(t) == n else t)
+        batches.append(x)
+        examples += min(n, limit - examples)
+        if examples >= limit:
+            break
+    if not batches:
+        raise TaskError("the calibration set is empty: give at least one batch of inputs")
+    return batches
+
+
+def prepare(
+    task: Task,
+    space: SearchSpace | str = "default",
+    cache: str | Path | None = None,
+    track: Track = silent,
+    workers: int | None = None,
+) -> Prepared:
+    """Inventory, calibration, candidates and sensitivities, from the cache where it holds them."""
+    clock = Clock()
+    space = load_space(space) if isinstance(space, str) else space
+    kept = Cache(cache)
+    with clock.stage("inventory"):
+        batches = collect_batches(task.calibration, CALIBRATION_EXAMPLES)
+        layers = inventory(task.model, task.example_input)
+        dense = count(task.model, task.example_input)
+        layers = mark_dense(layers, space)
+    free = [layer for layer in layers if layer.reason is None]
+    if not free:
+        reasons = "; ".join(f"{x.name or 'model'}: {x.reason}" for x in layers[:5]) or "it has no layer with a weight"
+        raise TaskError(f"the model has no layer that can be factorised ({reasons})")
+    key = digest(folder_io.VERSION, *_state(task.model), *_tensors(batches), [layer.name for layer in free])
+    with clock.stage("calibration"):
+        statistics = _Statistics(task.model, free, batches, key, kept, track)
+    with clock.stage("fitting"):
+        candidates, family_seconds = fit_candidates(
+            task.model, free, space, statistics, key, kept, track, workers
+        )
+    with clock.stage("sensitivity"):
+        objective = task.objective or Divergence(task.model, batches)
+        factors = FactorStore(kept)
+        curves = _curves(task, free, candidates, factors, batches, key, kept, track)
+        candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
+        spectra = {layer.name: _spectra(task.model, layer) for layer in free}
+    return Prepared(task, space, layers, dense, candidates, spectra, factors, objective, clock, family_seconds)
+
+
+def mark_dense(layers: Sequence[Layer], space: SearchSpace) -> tuple[Layer, ...]:
+    """Set the reason of layers that the space keeps dense or has nothing for."""
+    free = [layer for layer in layers if layer.reason is None]
+    marked = []
+    for layer in layers:
+        reason = layer.reason
+        if reason is None:
+            reason = space.dense_reason(layer, free)
+        if reason is None and not any(space.ranks(family, layer) for family in space.families):
+            reason = f"no family of search space {space.name!r} makes it smaller"
+        marked.append(dataclasses.replace(layer, reason=reason))
+    return tuple(marked)
+
+
+def _state(model: nn.Module) -> list[Any]:
+    return [part for name, tensor in model.state_dict().items() for part in (name, tensor) if hasattr(tensor, "shape")]
+
+
+def _tensors(batches: Sequence[Any]) -> list[Any]:
+    found: list[Any] = []
+    for batch in batches:
+        map_tensors(batch, found.append)
+    return found
+
+
+class _Statistics(Mapping[str, tuple[Any, Any]]):
+    """Name -> (input moment, output metric); measured or read from the cache when first asked for."""
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], key: str, cache: Cache, track: Track
+    ) -> None:
+        self.names = [layer.name for layer in layers]
+        self.key = f"statistics-{key}"
+        self.cache = cache
+        self.device = next(model.parameters()).device
+        self.tensors: dict[str, Any] | None = None
+        if not cache.path(self.key, "safetensors").is_file():
+            self._measure(model, layers, batches, track)
+
+    def _measure(self, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], track: Track) -> None:
+        steps = iter(track(range(2 * len(batches)), "calibrating", 2 * len(batches)))
+        s = moments(model, layers, batches, lambda: next(steps))
+        h = output_metrics(model, layers, batches, lambda: next(steps))
+        next(steps, None)
+        self.tensors = {f"moment.{n}": t.cpu() for n, t in s.items()} | {f"metric.{n}": t.cpu() for n, t in h.items()}
+        self.cache.write_tensors(self.key, self.tensors)
+
+    def __getitem__(self, name: str) -> tuple[Any, Any]:
+        if self.tensors is None:
+            self.tensors = self.cache.read_tensors(self.key)
+        if self.tensors is None:
+            raise RankoptError(f"the cache entry {self.cache.path(self.key, 'safetensors')} is damaged: delete it")
+        found = [self.tensors.get(f"{what}.{name}") for what in ("moment", "metric")]
+        return found[0], found[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _curves(
+    task: Task,
+    layers: Sequence[Layer],
+    candidates: dict[str, list[Candidate]],
+    factors: FactorStore,
+    batches: Sequence[Any],
+    key: str,
+    cache: Cache,
+    track: Track,
+) -> dict[str, Curve]:
+    """Sensitivities of all layers. Cached for the default objective; a task's own may change behind our back."""
+    names = [layer.name for layer in layers]
+    key = "sensitivity-" + digest(key, SENSITIVITY_EXAMPLES, {n: [(c.key, c.error) for c in candidates[n]] for n in names})
+    if task.objective is None and (kept := cache.read_json(key)):
+        return {name: tuple((e, r) for e, r in kept[name]) for name in names}
+    by_name = {layer.name: layer for layer in layers}
+    objective = task.objective or Divergence(task.model, collect_batches(batches, SENSITIVITY_EXAMPLES))
+    zero = call("the objective", objective, task.model)
+    assert zero is not None
+
+    def rise(name: str, candidate: Candidate) -> float:
+        model = folder_io.apply(task.model, [by_name[name]], [candidate], factors)
+        value = call("the objective", objective, model)
+        assert value is not None
+        return value - zero
+
+    curves = measure(names, candidates, rise, track)
+    if task.objective is None:
+        cache.write_json(key, curves)
+    return curves
+
+
+def _spectra(model: nn.Module, layer: Layer) -> Spectra:
+    weight = model.get_submodule(layer.name).weight.detach().double().cpu()  # type: ignore[union-attr, operator]
+    weight = weight.reshape(layer.groups, layer.out_channels, layer.in_channels, -1)
+    unfolded = (weight.permute(1, 0, 2, 3), weight.permute(2, 0, 1, 3))
+    return Spectra(*(tuple(torch.linalg.svdvals(w.flatten(1)).tolist()) for w in unfolded))

@@ -1,0 +1,111 @@
+"""Tables for the terminal, at most 100 columns wide."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from rankopt.core import Cost, Layer
+
+WIDTH = 100
+
+
+def render(*parts: RenderableType) -> str:
+    """Rich renderables as plain text."""
+    console = Console(width=WIDTH, file=io.StringIO(), force_terminal=False, color_system=None)
+    console.print(*parts, sep="\n")
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def rank_text(rank: Sequence[int]) -> str:
+    return " × ".join(map(str, rank)) or "–"
+
+
+def before_after(info: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Rows (what, dense, compressed, change) of a result.json."""
+    rows = []
+    dense, small = info["score"]["dense"], info["score"]["compressed"]
+    for part in ("validation", "test"):
+        if dense[part] is not None or small[part] is not None:
+            change = "–" if None in (dense[part], small[part]) else f"{100 * (small[part] - dense[part]):+.2f} points"
+            rows.append((f"score, {part}", percent(dense[part]), percent(small[part]), change))
+    units = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
+    for metric, unit in units.items():
+        a, b = info["cost"]["dense"][metric], info["cost"]["compressed"][metric]
+        rows.append((unit, f"{a:,}", f"{b:,}", f"{b / a:.1%} of dense" if a else "–"))
+    a, b = info["milliseconds"]["dense"], info["milliseconds"]["compressed"]
+    rows.append(("one forward pass here", f"{a:.2f} ms", f"{b:.2f} ms", speed(a, b)))
+    return rows
+
+
+def speed(dense: float, small: float) -> str:
+    """Plain words for the ratio of two times."""
+    if small > 1.05 * dense:
+        return f"{small / dense:.2f} × SLOWER"
+    return f"{dense / small:.2f} × faster" if small < 0.95 * dense else "as fast"
+
+
+def summary(info: dict[str, Any]) -> str:
+    """A result.json as text: before and after, the budget, every layer."""
+    head = Table(title=f"{info['task'] or 'model'}: {info['strategy']}, seed {info['seed']}", title_justify="left")
+    for column, side in (("", "left"), ("dense", "right"), ("compressed", "right"), ("change", "right")):
+        head.add_column(column, justify=side)  # type: ignore[arg-type]
+    for row in before_after(info):
+        head.add_row(*row)
+    return render(head, budget_line(info), layer_table(info["layers"]))
+
+
+def budget_line(info: dict[str, Any]) -> str:
+    parts = [
+        f"{metric}: {b['achieved']:,} of {b['target']:,} allowed ({b['achieved'] / b['target']:.2%} used)"
+        for metric, b in info["budget"].items()
+    ]
+    t, s = info["trials"], info["seconds"]
+    return (
+        f"budget  {'; '.join(parts)}\n"
+        f"search  {t['distinct']} plans, {t['failed']} failed; optimality gap of the predicted loss "
+        f"{info['optimality_gap']:.2%}\n"
+        f"seconds {', '.join(f'{k} {v:.1f}' for k, v in s.items())}"
+    )
+
+
+def layer_table(layers: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="layers", title_justify="left")
+    for name, side in (("layer", "left"), ("method", "left"), ("rank", "right"), ("params", "right")):
+        table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("of dense", justify="right")
+    table.add_column("error", justify="right")
+    table.add_column("reason", overflow="fold", ratio=1)
+    for x in layers:
+        share = f"{x['params'] / x['dense_params']:.0%}" if x["dense_params"] else "–"
+        error = f"{x['error']:.3g}" if x["error"] else "0"
+        table.add_row(x["name"], x["method"], rank_text(x["rank"]), f"{x['params']:,}", share, error, x["reason"])
+    return table
+
+
+def inspection(layers: Sequence[Layer], dense: Cost, families: dict[str, list[str]]) -> Group:
+    """What `rankopt inspect` prints. families: name -> those with a cheaper candidate."""
+    table = Table()
+    for name, side in (("layer", "left"), ("kind", "left"), ("weight", "right"), ("params", "right"), ("MACs", "right")):
+        table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("may become, or why not", overflow="fold", ratio=1)
+    for x in layers:
+        may = ", ".join(families.get(x.name, [])) if x.reason is None else f"dense: {x.reason}"
+        shape = "×".join(map(str, x.shape)) + (f" g{x.groups}" if x.groups > 1 else "")
+        name = x.name + (f" (also {', '.join(x.aliases)})" if x.aliases else "")
+        table.add_row(name or "(the model)", x.kind, shape, f"{x.cost.params:,}", f"{x.cost.macs:,}", may)
+    free = [x for x in layers if x.reason is None]
+    share = sum(x.cost.params for x in free) / max(dense.params, 1)
+    return Group(
+        table,
+        f"whole model: {dense.params:,} parameters, {dense.macs:,} MACs for one example, {dense.bytes:,} bytes; "
+        f"{len(free)} of {len(layers)} layers ({share:.1%} of the parameters) may be factorised",
+    )

@@ -1,0 +1,96 @@
+"""The search space: which families, ranks and layers a search may use; a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+
+from rankopt.core import Layer, Rank, RankoptError
+from rankopt.decompositions import DECOMPOSITIONS
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """See search_spaces/default.toml for what each setting means."""
+
+    name: str = "default"
+    description: str = ""
+    families: tuple[str, ...] = tuple(DECOMPOSITIONS.built_in)
+    fractions: tuple[float, ...] = ()
+    points: int = 16
+    smallest: float = 0.05
+    largest: float = 0.9
+    nearest: bool = False
+    steps: int = 300
+    keep_dense: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for family in self.families:
+            DECOMPOSITIONS[family]
+        if not self.families:
+            raise RankoptError(f"search space {self.name!r} names no family: choose from {', '.join(DECOMPOSITIONS)}")
+        if not all(0 < f <= 1 for f in (*self.fractions, self.smallest, self.largest)) or self.points < 1:
+            raise RankoptError(f"search space {self.name!r}: fractions lie in (0, 1] and points is at least 1")
+        if self.steps < 0:
+            raise RankoptError(f"search space {self.name!r}: steps is {self.steps}, give 0 or more")
+
+    def grid(self, density: int = 1) -> tuple[float, ...]:
+        """Fractions of a layer's weights at which ranks are tried."""
+        if self.fractions:
+            return self.fractions
+        return tuple(float(f) for f in np.geomspace(self.smallest, self.largest, density * self.points))
+
+    def ranks(self, family: str, layer: Layer) -> list[Rank]:
+        """The ranks of a family to try on a layer; none if it has no place there or would not make it smaller."""
+        decomposition = DECOMPOSITIONS[family]
+        return decomposition.ranks(layer, self.grid(decomposition.density), self.nearest)
+
+    def dense_reason(self, layer: Layer, free: Sequence[Layer]) -> str | None:
+        """Why this space keeps a layer dense; None if it does not. free: all factorisable layers, in order."""
+        convolutions = [x for x in free if x.kind != "Linear"]
+        for pattern in self.keep_dense:
+            hit = {
+                "@first-convolution": bool(convolutions) and layer is convolutions[0],
+                "@classifier": layer.kind == "Linear" and layer is free[-1],
+            }.get(pattern, fnmatchcase(layer.name, pattern))
+            if hit:
+                return f"search space {self.name!r} keeps {pattern} dense"
+        return None
+
+
+def folder() -> Path:
+    """Where the search spaces that come with rankopt lie: in the installed package, or the checkout's top."""
+    inside = Path(__file__).parent / "search_spaces"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "search_spaces"
+
+
+def names() -> list[str]:
+    return sorted(p.stem for p in folder().glob("*.toml"))
+
+
+def load_space(name: str | Path) -> SearchSpace:
+    """A space by name or by path of a TOML file. Raises RankoptError for unknown names, settings or families."""
+    path = Path(name)
+    if path.suffix != ".toml":
+        path = folder() / f"{name}.toml"
+        if not path.is_file():
+            raise RankoptError(f"unknown search space {str(name)!r}: choose from {', '.join(names())}, or a .toml file")
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RankoptError(f"search space {path} cannot be read: {error}") from error
+    known = {f.name: f.type for f in fields(SearchSpace)} | {}
+    unknown = sorted(set(content) - set(known) | ({"name"} & set(content)))
+    if unknown:
+        settings = ", ".join(k for k in known if k != "name")
+        raise RankoptError(f"search space {path}: unknown setting {unknown[0]!r}; the settings are {settings}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    try:
+        return SearchSpace(name=path.stem, **values)
+    except TypeError as error:
+        raise RankoptError(f"search space {path}: {error}") from error

@@ -1,0 +1,43 @@
+"""What a strategy is: it sees numbers, never modules."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from rankopt.budget import Problem
+from rankopt.core import Proposal, Trial
+
+
+class Strategy(ABC):
+    """Proposes frontier positions; the search projects them onto the budget, evaluates and tells the outcome.
+
+    What ask() returns depends only on the problem, the seed, how often it was asked and the trials told:
+    so a study resumes where it stopped by telling the finished trials again (`restore`).
+    """
+
+    name: ClassVar[str]
+    one_shot: ClassVar[bool] = False  # proposes a single plan
+
+    def __init__(self, problem: Problem, seed: int = 0) -> None:
+        self.problem, self.seed = problem, seed
+        self.asked = 0
+
+    def ask(self) -> Proposal | None:
+        """One frontier index per layer; None: nothing more to propose."""
+        proposal = self.propose(self.asked)
+        self.asked += proposal is not None
+        return proposal
+
+    @abstractmethod
+    def propose(self, number: int) -> Proposal | None:
+        """The proposal of ask number `number`, counted from 0."""
+
+    def tell(self, trial: Trial) -> None:  # noqa: B027  (one-shot strategies learn nothing)
+        """Learn from an evaluated proposal, projected as it was scored; in any order, failures included."""
+
+    def restore(self, trials: list[Trial], asked: int) -> None:
+        """Take up a study: trials already told, in the order they were told, and how often was asked."""
+        for trial in trials:
+            self.tell(trial)
+        self.asked = asked

@@ -1,0 +1,43 @@
+"""Every layer at the same share of its own cost: the baseline of most papers."""
+
+from __future__ import annotations
+
+from rankopt.budget import Problem
+from rankopt.core import Candidate, Proposal
+from rankopt.strategies.base import Strategy
+
+
+class Uniform(Strategy):
+    name = "uniform"
+    one_shot = True
+
+    def propose(self, number: int) -> Proposal | None:
+        return largest(self.problem, lambda share: at_share(self.problem, share)) if number == 0 else None
+
+
+def at_share(problem: Problem, share: float) -> Proposal:
+    """In each layer the most accurate candidate with at most this share of its dense cost, in every metric."""
+    metrics = [limit.metric for limit in problem.limits]
+
+    def within(candidate: Candidate, dense: Candidate) -> bool:
+        return all(candidate.cost[m] <= share * dense.cost[m] for m in metrics)
+
+    return tuple(
+        max((i for i, c in enumerate(f) if within(c, f[-1])), default=_cheapest(f, metrics))
+        for f in problem.frontiers
+    )
+
+
+def _cheapest(candidates: tuple[Candidate, ...], metrics: list[str]) -> int:
+    return min(range(len(candidates)), key=lambda i: [candidates[i].cost[m] for m in metrics])
+
+
+def largest(problem: Problem, proposal_at: object) -> Proposal:
+    """Bisect a scalar in [0, 1] for the largest whose proposal fits; the proposal at 0 if none does."""
+    low, high = 0.0, 1.0
+    if problem.fits(proposal_at(high)):  # type: ignore[operator]
+        return proposal_at(high)  # type: ignore[operator, no-any-return]
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if problem.fits(proposal_at(middle)) else (low, middle)  # type: ignore[operator]
+    return proposal_at(low)  # type: ignore[operator, no-any-return]
