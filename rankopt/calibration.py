@@ -15,7 +15,9 @@ from rankopt.inventory import inference, run, to_device
 CHUNK = 2**23  # elements of a patch matrix held at once (32 MB in float32)
 
 
-def moments(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], progress: Any = None) -> dict[str, Tensor]:
+def moments(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], progress: Any = None
+) -> dict[str, Tensor]:
     """Second moment of each layer's input: S = E[x xᵀ] over patches (Conv2d) or vectors (Linear).
 
     Returns name -> float64 (groups, patch, patch) on the model's device, patch = in_channels // groups *
@@ -51,13 +53,14 @@ def moments(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], p
 
 def _gram(layer: Layer, module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     """Sum of x xᵀ over patches, float64 (groups, patch, patch), and how many patches it holds."""
+    total = torch.zeros(layer.groups, layer.patch, layer.patch, dtype=torch.float64, device=x.device)
     if isinstance(module, nn.Linear):
         flat = x.reshape(-1, 1, x.shape[-1])
-        size = max(1, CHUNK // x.shape[-1])
-        return sum(_outer(c.permute(1, 2, 0)) for c in flat.split(size)), len(flat)  # type: ignore[return-value]
+        for part in flat.split(max(1, CHUNK // x.shape[-1])):
+            total += _outer(part.permute(1, 2, 0))
+        return total, len(flat)
     assert isinstance(module, nn.Conv2d)
     x = x if x.ndim == 4 else x[None]
-    total = torch.zeros(layer.groups, layer.patch, layer.patch, dtype=torch.float64, device=x.device)
     rows, positions = 0, x.shape[-1] * x.shape[-2]
     for part in x.split(max(1, CHUNK // (positions * layer.patch * layer.groups))):
         columns = patches(module, part)  # (b, groups * patch, positions)
@@ -75,12 +78,9 @@ def _outer(columns: Tensor) -> Tensor:
 
 def patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """The patches that a convolution sees: (b, c, h, w) -> (b, c * kh * kw, positions)."""
-    padded = F.pad(x, conv._reversed_padding_repeated_twice, **_pad_mode(conv))
-    return F.unfold(padded, conv.kernel_size, conv.dilation, 0, conv.stride)  # type: ignore[arg-type]
-
-
-def _pad_mode(conv: nn.Conv2d) -> dict[str, str]:
-    return {"mode": "constant" if conv.padding_mode == "zeros" else conv.padding_mode}
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    padded = F.pad(x, conv._reversed_padding_repeated_twice, mode)
+    return F.unfold(padded, conv.kernel_size, conv.dilation, 0, conv.stride)
 
 
 # --- how much the model feels each output ----------------------------------------------------------
@@ -141,7 +141,7 @@ def main_output(out: Any) -> Tensor:
     if isinstance(out, Tensor):
         return out
     if isinstance(getattr(out, "logits", None), Tensor):
-        return out.logits  # type: ignore[no-any-return]
+        return out.logits
     values = list(out.values()) if isinstance(out, dict) else list(out) if isinstance(out, (tuple, list)) else []
     if not values:
         raise TaskError(f"the model returns {type(out).__name__}: give the task an objective of its own")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def write_beside(path: Path, write: Any) -> None:
     try:
         write(beside)
         beside.chmod(0o666 & ~_UMASK)  # safetensors writes files that only their owner may read
-        os.replace(beside, path)
+        beside.replace(path)
     except OSError as error:
         raise RankoptError(f"{path} cannot be written: {error}") from error
     finally:
@@ -122,7 +122,7 @@ def fit_candidates(
     model: nn.Module,
     layers: Sequence[Layer],
     space: SearchSpace,
-    statistics: dict[str, tuple[Tensor | None, Tensor | None]],
+    statistics: Mapping[str, tuple[Tensor | None, Tensor | None]],
     statistics_key: str,
     cache: Cache,
     track: Any,
@@ -154,15 +154,21 @@ def fit_candidates(
         _, layer, family, _ = next(j for j in jobs if j[0] == key)
         found[layer.name] += _read(cache, key, layer, family) or []
         seconds[family] = seconds.get(family, 0.0) + spent
-    return found, seconds
+    # In one order, whichever job ended first: what follows must not depend on that.
+    return {name: sorted(c, key=lambda x: (x.method, x.rank)) for name, c in found.items()}, seconds
 
 
 def _run(
-    model: nn.Module, jobs: Sequence[tuple[str, Layer, str, list[Rank]]], steps: int, statistics: Any, cache: Cache, workers: int | None
+    model: nn.Module,
+    jobs: Sequence[tuple[str, Layer, str, list[Rank]]],
+    steps: int,
+    statistics: Any,
+    cache: Cache,
+    workers: int | None,
 ) -> Iterable[tuple[str, float]]:
     def arguments(job: tuple[str, Layer, str, list[Rank]]) -> tuple[Any, ...]:
         key, layer, family, ranks = job
-        weight = model.get_submodule(layer.name).weight.detach()
+        weight = model.get_submodule(layer.name).weight.detach()  # type: ignore[operator]
         return (cache, key, layer, family, weight, ranks, *statistics[layer.name], steps)
 
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
@@ -170,7 +176,7 @@ def _run(
     if not on_cpu or workers <= 1:
         return (_fit_one(*arguments(job)) for job in jobs)
     pool = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")
-    return pool(delayed(_fit_alone)(*arguments(job)) for job in jobs)  # type: ignore[no-any-return]
+    return pool(delayed(_fit_alone)(*arguments(job)) for job in jobs)
 
 
 def available_cores() -> int:
@@ -184,7 +190,15 @@ def _fit_alone(*arguments: Any) -> tuple[str, float]:
 
 
 def _fit_one(
-    cache: Cache, key: str, layer: Layer, family: str, weight: Tensor, ranks: list[Rank], moment: Any, metric: Any, steps: int
+    cache: Cache,
+    key: str,
+    layer: Layer,
+    family: str,
+    weight: Tensor,
+    ranks: list[Rank],
+    moment: Any,
+    metric: Any,
+    steps: int,
 ) -> tuple[str, float]:
     start = time.perf_counter()
     fits: list[Fit] = list(DECOMPOSITIONS[family].fit(layer, weight, ranks, moment, metric, steps))

@@ -52,7 +52,13 @@ def track(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
     if total == 0:
         yield from items
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
         for item in items:
@@ -83,8 +89,12 @@ def inspect(task: TaskName, space: SpaceName = "default") -> None:
 @app.command()
 def search(
     task: TaskName,
-    budget: Annotated[list[str], typer.Option("--budget", help="METRIC=VALUE, repeatable: params=0.5, macs=30%, bytes=500KB")],
-    strategy: Annotated[str, typer.Option(help="knapsack, uniform, energy, random, greedy, evbmf or optuna")] = "knapsack",
+    budget: Annotated[
+        list[str], typer.Option("--budget", help="METRIC=VALUE, repeatable: params=0.5, macs=30%, bytes=500KB")
+    ],
+    strategy: Annotated[
+        str, typer.Option(help="knapsack, uniform, energy, random, greedy, evbmf or optuna")
+    ] = "knapsack",
     trials: Annotated[int | None, typer.Option(help="distinct plans to evaluate in total [30]")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same plans")] = 0,
     out: Annotated[Path | None, typer.Option(help="the run folder [runs/TASK-STRATEGY]")] = None,
@@ -192,7 +202,9 @@ def apply(
             cost = count(model, found.example_input)
             if cost != plan.cost:
                 raise RankoptError(f"the rebuilt model costs {cost}, the plan says {plan.cost}")
-            _print(f"cost counted again: {cost.params:,} parameters, {cost.macs:,} MACs, {cost.bytes:,} bytes, as planned")
+            _print(
+                f"cost counted again: {cost.params:,} parameters, {cost.macs:,} MACs, {cost.bytes:,} bytes, as planned"
+            )
             _check_scores(found, model, read_result(run))
 
 

@@ -134,8 +134,14 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
         layer = Layer(choice.name, choice.kind, shape, getattr(module, "groups", 1), aliases=aliases)
         family = DECOMPOSITIONS[choice.method]
         full = family.full_rank(layer)
-        if full is None or len(full) != len(choice.rank) or any(not 1 <= r <= f for r, f in zip(choice.rank, full, strict=True)):
-            raise PlanError(f"layer {choice.name!r}: {choice.method} cannot have rank {choice.rank} (full rank: {full})")
+        if (
+            full is None
+            or len(full) != len(choice.rank)
+            or any(not 1 <= r <= f for r, f in zip(choice.rank, full, strict=True))
+        ):
+            raise PlanError(
+                f"layer {choice.name!r}: {choice.method} cannot have rank {choice.rank} (full rank: {full})"
+            )
         model = replace(model, layer, family.build(module, layer, choice.rank))
     return model
 
@@ -158,5 +164,3 @@ def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.M
     except (SafetensorError, RuntimeError) as error:
         raise PlanError(f"{path} does not fit this model: {error}") from error
     return small
-
-

@@ -59,10 +59,10 @@ class Cost:
 class Call(NamedTuple):
     """One use of a layer in a forward pass of one example.
 
-    count: how many maps (Conv2d) or vectors (Linear, of size 1x1) pass; sizes are (height, width).
+    maps: how many maps (Conv2d) or vectors (Linear, of size 1x1) pass; sizes are (height, width).
     """
 
-    count: int
+    maps: int
     size_in: tuple[int, int]
     size_out: tuple[int, int]
 

@@ -154,7 +154,7 @@ def _record_calls(model: nn.Module, example_input: Any) -> dict[nn.Module, list[
     def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if isinstance(module, nn.Conv2d) and args:
             x = args[0] if args[0].ndim == 4 else args[0][None]
-            calls[module].append(Call(len(x), tuple(x.shape[-2:]), tuple(out.shape[-2:])))  # type: ignore[arg-type]
+            calls[module].append(Call(len(x), tuple(x.shape[-2:]), tuple(out.shape[-2:])))
         elif args and isinstance(args[0], Tensor):
             calls[module].append(Call(args[0].numel() // max(args[0].shape[-1], 1), (1, 1), (1, 1)))
         else:  # called with keywords: seen, but not described
@@ -180,7 +180,7 @@ def _layer(
     kernel_area = weight[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
     macs = 0
     if type(module) in FACTORISABLE:
-        macs = sum(c.count * c.size_out[0] * c.size_out[1] * weight.numel() for c in calls)
+        macs = sum(c.maps * c.size_out[0] * c.size_out[1] * weight.numel() for c in calls)
         assert weight.shape[1] * kernel_area * weight.shape[0] == weight.numel()
     own = list(module.parameters(recurse=False))
     return Layer(
@@ -190,9 +190,7 @@ def _layer(
         groups=groups if isinstance(groups, int) else 1,
         bias=isinstance(bias, Tensor),
         calls=tuple(calls),
-        cost=Cost(
-            params=sum(p.numel() for p in own), macs=macs, bytes=sum(p.numel() * p.element_size() for p in own)
-        ),
+        cost=Cost(params=sum(p.numel() for p in own), macs=macs, bytes=sum(p.numel() * p.element_size() for p in own)),
         element_size=weight.element_size(),
         reason=_reason(module, weight, calls, owners),
         aliases=tuple(aliases[1:]),
@@ -213,7 +211,7 @@ def _reason(module: nn.Module, weight: Tensor, calls: list[Call], owners: dict[i
         return f"its weight is shared: {', '.join(shared)}"
     if not calls:
         return "not called as a module by the example input (unused, or its weight is read directly)"
-    if any(c.count == 0 for c in calls):
+    if any(c.maps == 0 for c in calls):
         return "called with keyword arguments, which the replacement does not take"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"

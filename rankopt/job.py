@@ -16,7 +16,7 @@ from torch import nn
 from rankopt import compress as folder_io
 from rankopt.budget import Limit, Problem, allocate, relative_gap
 from rankopt.candidates import write_beside
-from rankopt.core import Candidate, Choice, Layer, Plan, Proposal, RankoptError, StudyError, Task, TaskError, Trial
+from rankopt.core import Candidate, Choice, Plan, Proposal, RankoptError, StudyError, Task, TaskError, Trial
 from rankopt.decompositions import DENSE
 from rankopt.evaluate import call
 from rankopt.inventory import batch_size, count, inference, model_input, one_example, run, to_device
@@ -24,7 +24,6 @@ from rankopt.prepare import CALIBRATION_EXAMPLES, Prepared, Track, prepare, sile
 from rankopt.search import Evaluate, Study, best, search
 from rankopt.space import SearchSpace
 from rankopt.strategies import make_strategy, strategy_class
-
 
 # --- searching ---------------------------------------------------------------------------------------
 
@@ -67,15 +66,12 @@ class Result:
 
 def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
     """Every layer's decision with its reason."""
-    chosen = {
-        layer.name: (f, i)
-        for layer, f, i in zip(problem.layers, problem.frontiers, proposal, strict=True)
-    }
+    chosen = {layer.name: (f, i) for layer, f, i in zip(problem.layers, problem.frontiers, proposal, strict=True)}
     choices = []
     for layer in prepared.layers:
         if layer.name in chosen:
             candidates, at = chosen[layer.name]
-            candidate, reason = candidates[at], _why(candidates, at, layer, problem.limits)
+            candidate, reason = candidates[at], _why(candidates, at, problem.limits)
         else:
             candidate, reason = Candidate(DENSE, (), layer.cost, 0.0), layer.reason or ""
         choices.append(
@@ -94,22 +90,28 @@ def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
     return Plan(tuple(choices), problem.cost(proposal), prepared.dense)
 
 
-def _why(candidates: Sequence[Candidate], at: int, layer: Layer, limits: Sequence[Limit]) -> str:
-    """Why a layer got this candidate: what it gives up for what it saves, and the steps beside it."""
+def _why(candidates: Sequence[Candidate], at: int, limits: Sequence[Limit]) -> str:
+    """Why a layer got this candidate: what it gives up for what it saves, and the step beside it."""
     metric = limits[0].metric
     chosen, dense = candidates[at], candidates[-1]
-    families = sorted({c.method for c in candidates} - {DENSE})
-    among = f"best of {len(candidates)} on its frontier ({', '.join(families) or 'dense alone'})"
+
+    def share(candidate: Candidate) -> float:
+        return candidate.cost[metric] / max(dense.cost[metric], 1)
+
+    if at == 0 and chosen.method == DENSE:
+        return "dense: no candidate is cheaper than the layer itself"
     if chosen.method == DENSE:
-        if at == 0:
-            return "dense: no candidate is cheaper than the layer itself"
         below = candidates[at - 1]
-        saved = 1 - below.cost[metric] / max(dense.cost[metric], 1)
-        return f"dense: the mildest candidate ({below.method}) would save {saved:.0%} and raise the objective by {below.loss:.2g}"
-    text = f"keeps {chosen.cost[metric] / max(dense.cost[metric], 1):.0%} of its {metric} for a predicted rise of {chosen.loss:.2g}; {among}"
-    if at > 0:
-        text += f"; the next cheaper would cost {candidates[at - 1].loss:.2g}"
-    return text
+        return (
+            f"dense: the mildest candidate ({below.method}) would save {1 - share(below):.0%} "
+            f"and raise the objective by {below.loss:.2g}"
+        )
+    families = sorted({c.method for c in candidates} - {DENSE})
+    text = (
+        f"keeps {share(chosen):.0%} of its {metric} for a predicted rise of {chosen.loss:.2g}; "
+        f"best of {len(candidates)} on its frontier ({', '.join(families)})"
+    )
+    return text if at == 0 else f"{text}; the next cheaper would cost {candidates[at - 1].loss:.2g}"
 
 
 def finish(
@@ -123,8 +125,8 @@ def finish(
     for limit in problem.limits:
         if achieved[limit.metric] > limit.target:
             raise RankoptError(
-                f"the rebuilt model has {limit.metric} {achieved[limit.metric]:,}, above the budget of {limit.target:,} "
-                f"(the plan says {plan.cost[limit.metric]:,}): this is a bug in rankopt, please report it"
+                f"the rebuilt model has {limit.metric} {achieved[limit.metric]:,}, above the budget of "
+                f"{limit.target:,} (the plan says {plan.cost[limit.metric]:,}): a bug in rankopt, please report it"
             )
     plan = dataclasses.replace(plan, cost=achieved)
     with clock.stage("scoring"):
@@ -208,8 +210,6 @@ def trial_limit(strategy: Any, trials: int | None) -> int:
     return 30 if trials is None else trials
 
 
-
-
 # --- the whole job -----------------------------------------------------------------------------------
 
 Runner = Callable[[Study, Evaluate], list[Trial]]
@@ -240,7 +240,7 @@ def run_search(
     if out is not None:
         from rankopt.store import Store
 
-        same = {"limits": [list(limit) for limit in map(dataclasses.astuple, problem.limits)]}
+        same: dict[str, Any] = {"limits": [list(limit) for limit in map(dataclasses.astuple, problem.limits)]}
         same["candidates"] = _fingerprint(problem)
         store = Store(out, problem, {**about, **same}, settings.resume)
     study = Study(problem, strategy, trial_limit(strategy, settings.trials), store, report)

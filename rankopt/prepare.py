@@ -17,7 +17,7 @@ from rankopt import compress as folder_io
 from rankopt.budget import Problem, Spectra, check_feasible, parse_budget
 from rankopt.calibration import moments, output_metrics
 from rankopt.candidates import Cache, FactorStore, digest, fit_candidates
-from rankopt.core import Candidate, Cost, Layer, Proposal, RankoptError, Task, TaskError
+from rankopt.core import Candidate, Cost, Layer, Proposal, Task, TaskError
 from rankopt.evaluate import Divergence, call
 from rankopt.frontier import frontier
 from rankopt.inventory import batch_size, count, inventory, map_tensors, model_input
@@ -31,7 +31,7 @@ Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Shows progress: (items, what is being done, how many) -> the items."""
 
 
-def silent(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+def silent(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:  # noqa: ARG001
     """No progress display."""
     return items
 
@@ -127,12 +127,12 @@ def prepare(
         reasons = "; ".join(f"{x.name or 'model'}: {x.reason}" for x in layers[:5]) or "it has no layer with a weight"
         raise TaskError(f"the model has no layer that can be factorised ({reasons})")
     key = digest(folder_io.VERSION, *_state(task.model), *_tensors(batches), [layer.name for layer in free])
+    statistics = _Statistics(task.model, free, batches, key, kept, track)
     with clock.stage("calibration"):
-        statistics = _Statistics(task.model, free, batches, key, kept, track)
+        if not kept.path(statistics.key, "safetensors").is_file():
+            statistics.load()
     with clock.stage("fitting"):
-        candidates, family_seconds = fit_candidates(
-            task.model, free, space, statistics, key, kept, track, workers
-        )
+        candidates, family_seconds = fit_candidates(task.model, free, space, statistics, key, kept, track, workers)
     with clock.stage("sensitivity"):
         objective = task.objective or Divergence(task.model, batches)
         factors = FactorStore(kept)
@@ -168,40 +168,38 @@ def _tensors(batches: Sequence[Any]) -> list[Any]:
 
 
 class _Statistics(Mapping[str, tuple[Any, Any]]):
-    """Name -> (input moment, output metric); measured or read from the cache when first asked for."""
+    """Name -> (input moment, output metric); read from the cache, or measured when the cache has none."""
 
     def __init__(
         self, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], key: str, cache: Cache, track: Track
     ) -> None:
-        self.names = [layer.name for layer in layers]
-        self.key = f"statistics-{key}"
-        self.cache = cache
-        self.device = next(model.parameters()).device
-        self.tensors: dict[str, Any] | None = None
-        if not cache.path(self.key, "safetensors").is_file():
-            self._measure(model, layers, batches, track)
+        self.model, self.layers, self.batches = model, layers, batches
+        self.key, self.cache, self.track = f"statistics-{key}", cache, track
+        self.tensors: dict[str, Any] = {}
 
-    def _measure(self, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], track: Track) -> None:
-        steps = iter(track(range(2 * len(batches)), "calibrating", 2 * len(batches)))
-        s = moments(model, layers, batches, lambda: next(steps))
-        h = output_metrics(model, layers, batches, lambda: next(steps))
+    def load(self) -> None:
+        """Have the statistics in memory."""
+        self.tensors = self.tensors or self.cache.read_tensors(self.key) or self._measure()
+
+    def _measure(self) -> dict[str, Any]:
+        total = 2 * len(self.batches)
+        steps = iter(self.track(range(total), "calibrating", total))
+        s = moments(self.model, self.layers, self.batches, lambda: next(steps))
+        h = output_metrics(self.model, self.layers, self.batches, lambda: next(steps))
         next(steps, None)
-        self.tensors = {f"moment.{n}": t.cpu() for n, t in s.items()} | {f"metric.{n}": t.cpu() for n, t in h.items()}
-        self.cache.write_tensors(self.key, self.tensors)
+        found = {f"moment.{n}": t.cpu() for n, t in s.items()} | {f"metric.{n}": t.cpu() for n, t in h.items()}
+        self.cache.write_tensors(self.key, found)
+        return found
 
     def __getitem__(self, name: str) -> tuple[Any, Any]:
-        if self.tensors is None:
-            self.tensors = self.cache.read_tensors(self.key)
-        if self.tensors is None:
-            raise RankoptError(f"the cache entry {self.cache.path(self.key, 'safetensors')} is damaged: delete it")
-        found = [self.tensors.get(f"{what}.{name}") for what in ("moment", "metric")]
-        return found[0], found[1]
+        self.load()
+        return self.tensors.get(f"moment.{name}"), self.tensors.get(f"metric.{name}")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(layer.name for layer in self.layers)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.layers)
 
 
 def _curves(
@@ -216,7 +214,9 @@ def _curves(
 ) -> dict[str, Curve]:
     """Sensitivities of all layers. Cached for the default objective; a task's own may change behind our back."""
     names = [layer.name for layer in layers]
-    key = "sensitivity-" + digest(key, SENSITIVITY_EXAMPLES, {n: [(c.key, c.error) for c in candidates[n]] for n in names})
+    key = "sensitivity-" + digest(
+        key, SENSITIVITY_EXAMPLES, {n: [(c.key, c.error) for c in candidates[n]] for n in names}
+    )
     if task.objective is None and (kept := cache.read_json(key)):
         return {name: tuple((e, r) for e, r in kept[name]) for name in names}
     by_name = {layer.name: layer for layer in layers}
@@ -237,7 +237,7 @@ def _curves(
 
 
 def _spectra(model: nn.Module, layer: Layer) -> Spectra:
-    weight = model.get_submodule(layer.name).weight.detach().double().cpu()  # type: ignore[union-attr, operator]
+    weight = model.get_submodule(layer.name).weight.detach().double().cpu()  # type: ignore[operator]
     weight = weight.reshape(layer.groups, layer.out_channels, layer.in_channels, -1)
     unfolded = (weight.permute(1, 0, 2, 3), weight.permute(2, 0, 1, 3))
     return Spectra(*(tuple(torch.linalg.svdvals(w.flatten(1)).tolist()) for w in unfolded))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,11 +40,11 @@ class SearchSpace:
         if self.steps < 0:
             raise RankoptError(f"search space {self.name!r}: steps is {self.steps}, give 0 or more")
 
-    def grid(self, density: int = 1) -> tuple[float, ...]:
+    def grid(self, density: float = 1) -> tuple[float, ...]:
         """Fractions of a layer's weights at which ranks are tried."""
         if self.fractions:
             return self.fractions
-        return tuple(float(f) for f in np.geomspace(self.smallest, self.largest, density * self.points))
+        return tuple(float(f) for f in np.geomspace(self.smallest, self.largest, max(1, round(density * self.points))))
 
     def ranks(self, family: str, layer: Layer) -> list[Rank]:
         """The ranks of a family to try on a layer; none if it has no place there or would not make it smaller."""
@@ -84,12 +85,12 @@ def load_space(name: str | Path) -> SearchSpace:
         content = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RankoptError(f"search space {path} cannot be read: {error}") from error
-    known = {f.name: f.type for f in fields(SearchSpace)} | {}
+    known = {f.name: f.type for f in fields(SearchSpace)}
     unknown = sorted(set(content) - set(known) | ({"name"} & set(content)))
     if unknown:
         settings = ", ".join(k for k in known if k != "name")
         raise RankoptError(f"search space {path}: unknown setting {unknown[0]!r}; the settings are {settings}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
     try:
         return SearchSpace(name=path.stem, **values)
     except TypeError as error:

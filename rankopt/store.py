@@ -49,8 +49,8 @@ class Store:
         for key, value in about.items():
             if study.user_attrs.setdefault(key, value) != value:
                 raise StudyError(
-                    f"{self.path} belongs to another search: its {key} is {study.user_attrs[key]!r}, asked is {value!r}. "
-                    "Resume with the same settings, or search into another folder"
+                    f"{self.path} belongs to another search: its {key} is {study.user_attrs[key]!r}, "
+                    f"asked is {value!r}. Resume with the same settings, or search into another folder"
                 )
             study.set_user_attr(key, value)
         return study

@@ -75,7 +75,7 @@ class Decomposition(ABC):
 
     name: ClassVar[str]
     effort: ClassVar[float] = 1.0  # share of the search space's steps that its fit takes
-    density: ClassVar[int] = 1  # ranks tried per point of the search space's grid: more where a rank costs nothing
+    density: ClassVar[float] = 1.0  # fractions tried per point of the search space's grid
     aspects: ClassVar[tuple[tuple[float, ...], ...]] = ((1.0,),)  # proportions of full rank to try
 
     @abstractmethod
@@ -120,6 +120,7 @@ class Decomposition(ABC):
         found = set()
         for aspect in self.aspects:
             for fraction in fractions:
+                rank: Rank
                 if nearest and len(full) == 1:
                     rank = (max(1, round(fraction * layer.weights / self.weights(layer, (1,)))),)
                 else:
@@ -148,7 +149,7 @@ class Decomposition(ABC):
 
     def macs(self, layer: Layer, rank: Rank) -> int:
         """Multiply-accumulates for one example."""
-        return sum(call.count * self._macs_of_map(layer, rank, call.size_in, call.size_out) for call in layer.calls)
+        return sum(call.maps * self._macs_of_map(layer, rank, call.size_in, call.size_out) for call in layer.calls)
 
     def _macs_of_map(self, layer: Layer, rank: Rank, size: tuple[int, int], size_out: tuple[int, int]) -> int:
         macs = 0
@@ -261,10 +262,10 @@ def finish(replacement: nn.Module, module: nn.Module) -> nn.Module:
     bias: Tensor | None = module.bias  # type: ignore[assignment]
     with torch.no_grad():
         for parameter in replacement.parameters():
-            parameter.requires_grad_(module.weight.requires_grad)  # type: ignore[union-attr, arg-type]
+            parameter.requires_grad_(module.weight.requires_grad)  # type: ignore[arg-type]
         if bias is not None:
-            replacement.bias.copy_(bias)  # type: ignore[union-attr, operator]
-            replacement.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr, operator]
+            replacement.bias.copy_(bias)  # type: ignore[operator]
+            replacement.bias.requires_grad_(bias.requires_grad)
     return replacement.train(module.training)
 
 

@@ -18,7 +18,7 @@ from rankopt.decompositions.fitting import balanced, declare, prepare
 
 class SvdOut(Decomposition):
     name = "svd_out"
-    density = 4
+    density = 4.0  # a further rank costs next to nothing
 
     def full_rank(self, layer: Layer) -> Rank | None:
         return (min(layer.out_channels, layer.patch),)

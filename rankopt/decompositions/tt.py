@@ -29,6 +29,7 @@ def square_factors(n: int) -> tuple[int, int]:
 class TensorTrain(OutputSolved):
     name = "tt"
     effort = 0.3
+    density = 0.5  # several aspects at each
     aspects = ((1.0, 0.33, 1.0), (1.0, 0.66, 1.0))
 
     def modes(self, layer: Layer) -> tuple[int, int, int, int] | None:
@@ -135,7 +136,7 @@ class TensorTrain(OutputSolved):
         assert modes is not None
         (r1, r2, r3), (a, b, c, d) = rank, modes
         one = a * b * r1 + r1 * b * r2 + r2 * c * r3 + r3 * c * d
-        return one * sum(call.count for call in layer.calls)
+        return one * sum(call.maps for call in layer.calls)
 
     def weight(self, layer: Layer, factors: Factors) -> Tensor:
         if len(layer.shape) == 4:

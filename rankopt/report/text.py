@@ -18,7 +18,7 @@ def render(*parts: RenderableType) -> str:
     """Rich renderables as plain text."""
     console = Console(width=WIDTH, file=io.StringIO(), force_terminal=False, color_system=None)
     console.print(*parts, sep="\n")
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
 def percent(value: float | None, digits: int = 2) -> str:
@@ -40,7 +40,7 @@ def before_after(info: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     units = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
     for metric, unit in units.items():
         a, b = info["cost"]["dense"][metric], info["cost"]["compressed"][metric]
-        rows.append((unit, f"{a:,}", f"{b:,}", f"{b / a:.1%} of dense" if a else "–"))
+        rows.append((unit, f"{a:,}", f"{b:,}", f"{percent(b / a, 1)} of dense" if a else "–"))
     a, b = info["milliseconds"]["dense"], info["milliseconds"]["compressed"]
     rows.append(("one forward pass here", f"{a:.2f} ms", f"{b:.2f} ms", speed(a, b)))
     return rows
@@ -94,7 +94,13 @@ def layer_table(layers: Sequence[dict[str, Any]]) -> Table:
 def inspection(layers: Sequence[Layer], dense: Cost, families: dict[str, list[str]]) -> Group:
     """What `rankopt inspect` prints. families: name -> those with a cheaper candidate."""
     table = Table()
-    for name, side in (("layer", "left"), ("kind", "left"), ("weight", "right"), ("params", "right"), ("MACs", "right")):
+    for name, side in (
+        ("layer", "left"),
+        ("kind", "left"),
+        ("weight", "right"),
+        ("params", "right"),
+        ("MACs", "right"),
+    ):
         table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]
     table.add_column("may become, or why not", overflow="fold", ratio=1)
     for x in layers:

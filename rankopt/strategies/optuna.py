@@ -54,6 +54,4 @@ class OptunaTpe(Strategy):
             for layer, f, at in zip(self.problem.layers, self.problem.frontiers, trial.proposal, strict=True)
             if layer.name in self.space
         }
-        self.study.add_trial(
-            optuna.trial.create_trial(params=params, distributions=self.space, value=trial.objective)
-        )
+        self.study.add_trial(optuna.trial.create_trial(params=params, distributions=self.space, value=trial.objective))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rankopt.budget import Problem
 from rankopt.core import Candidate, Proposal
 from rankopt.strategies.base import Strategy
@@ -23,8 +25,7 @@ def at_share(problem: Problem, share: float) -> Proposal:
         return all(candidate.cost[m] <= share * dense.cost[m] for m in metrics)
 
     return tuple(
-        max((i for i, c in enumerate(f) if within(c, f[-1])), default=_cheapest(f, metrics))
-        for f in problem.frontiers
+        max((i for i, c in enumerate(f) if within(c, f[-1])), default=_cheapest(f, metrics)) for f in problem.frontiers
     )
 
 
@@ -32,12 +33,12 @@ def _cheapest(candidates: tuple[Candidate, ...], metrics: list[str]) -> int:
     return min(range(len(candidates)), key=lambda i: [candidates[i].cost[m] for m in metrics])
 
 
-def largest(problem: Problem, proposal_at: object) -> Proposal:
+def largest(problem: Problem, proposal_at: Callable[[float], Proposal]) -> Proposal:
     """Bisect a scalar in [0, 1] for the largest whose proposal fits; the proposal at 0 if none does."""
     low, high = 0.0, 1.0
-    if problem.fits(proposal_at(high)):  # type: ignore[operator]
-        return proposal_at(high)  # type: ignore[operator, no-any-return]
+    if problem.fits(proposal_at(high)):
+        return proposal_at(high)
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if problem.fits(proposal_at(middle)) else (low, middle)  # type: ignore[operator]
-    return proposal_at(low)  # type: ignore[operator, no-any-return]
+        low, high = (middle, high) if problem.fits(proposal_at(middle)) else (low, middle)
+    return proposal_at(low)

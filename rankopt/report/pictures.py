@@ -1,0 +1,241 @@
+"""The report's pictures: matplotlib figures as inline SVG, narrow enough for a phone."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import style
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from rankopt.core import METRICS
+from rankopt.decompositions import DECOMPOSITIONS, DENSE
+from rankopt.report.text import percent, rank_text
+
+NAMES = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
+WIDTH = 4.2  # inches: on a phone 10 pt text stays about as large as the page's small print
+INK, FAINT, GRID, ACCENT, BAD = "#24292f", "#7d8690", "#e6e8eb", "#c2410c", "#b91c1c"
+POINT = "#3b6ea5"
+COLOURS = ("#3b6ea5", "#5fb3ce", "#2a9d8f", "#8ab17d", "#e9a23b", "#d1603d", "#8e5ea2", "#c77dba", "#6b705c")
+LONGEST_NAME = 19
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rankopt",
+    "text.parse_math": False,  # names are not ours: a $ is a $
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.handletextpad": 0.3,
+    "legend.columnspacing": 1.2,
+    "savefig.transparent": True,
+}
+
+
+def colours(methods: Sequence[str]) -> dict[str, str]:
+    """A method's colour; the same in every report, whichever methods a plan uses."""
+    known = [*DECOMPOSITIONS, *sorted(set(methods) - set(DECOMPOSITIONS) - {DENSE})]
+    return {DENSE: FAINT} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(known)}
+
+
+def draw(paint: Callable[..., None], *arguments: Any, height: float = 3.1) -> str:
+    """Run a painter on a fresh figure and return an <svg> element whose ids no other picture shares."""
+    file = io.StringIO()
+    with style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name in a script that matplotlib has no font for: the browser has one
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        paint(figure.add_subplot(), *arguments)
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = file.getvalue()
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])
+    return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{paint.__name__}-", svg)
+
+
+def finished(trials: Sequence[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """Trials with a finite number under every key."""
+    return [t for t in trials if all(t[k] is not None and math.isfinite(t[k]) for k in keys)]
+
+
+def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The trial that a search chooses."""
+    return min(trials, key=lambda t: (t["objective"], t["number"]))
+
+
+# --- painters ----------------------------------------------------------------------------------------
+
+
+def size(ax: Any, info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> None:
+    """Score (without one: objective) against the budget's first metric."""
+    metric, budget = next(iter(info["budget"].items()))
+    dense, chosen = (info["score"][k]["validation"] for k in ("dense", "compressed"))
+    key = "objective" if chosen is None else "score"
+    chosen = info["objective"]["best"] if chosen is None else chosen
+    points = [(t["cost"][METRICS.index(metric)], t[key]) for t in finished(trials, key)]
+    ax.axvline(budget["target"], color=ACCENT, lw=1, ls="--")
+    ax.text(budget["target"], 1.02, "budget", color=ACCENT, ha="center", transform=ax.get_xaxis_transform())
+    if key == "score":
+        points = _score_axis(ax, points, [v for v in (dense, chosen) if v is not None])
+    else:
+        _objective_axis(ax, "y", [y for _, y in points])
+    if len(points) > 1:
+        ax.scatter(*zip(*points, strict=True), s=32, color=POINT, alpha=0.6, lw=0)
+    if key == "score" and dense is not None:
+        ax.plot([budget["dense"], budget["achieved"]], [dense, chosen], color=FAINT, lw=1, ls=":")
+        ax.scatter(budget["dense"], dense, s=50, color=INK, marker="s", zorder=3)
+        _name(ax, (budget["dense"], dense), f"dense {percent(dense)}", "right", above=dense >= chosen)
+    else:
+        ax.axvline(budget["dense"], color=INK, lw=1, ls=":")
+        ax.text(budget["dense"], 1.02, "dense", ha="center", transform=ax.get_xaxis_transform())
+    _star(ax, budget["achieved"], chosen)
+    label = f"chosen {percent(chosen)}" if key == "score" else "chosen"
+    _name(ax, (budget["achieved"], chosen), label, "left", above=key != "score" or chosen > (dense or 0))
+    ax.set(xlim=(0, 1.08 * budget["dense"]), xlabel=NAMES[metric], ylabel="validation score" if key == "score" else key)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def progress(ax: Any, trials: Sequence[dict[str, Any]]) -> None:
+    """Objective over trial number, with the best so far and what failed."""
+    done = finished(trials, "objective")
+    values = [t["objective"] for t in done]
+    numbers = [t["number"] for t in done]
+    ax.scatter(numbers, values, s=32, color=POINT, alpha=0.6, lw=0, label="trial")
+    least = [min(values[: i + 1]) for i in range(len(values))]
+    ax.step(
+        [*numbers, trials[-1]["number"]], [*least, least[-1]], where="post", color=POINT, lw=1.5, label="best so far"
+    )
+    failed = [t["number"] for t in trials if t["state"] == "failed"]
+    if failed:
+        ax.scatter(
+            failed, [0.97] * len(failed), marker="x", color=BAD, transform=ax.get_xaxis_transform(), label="failed"
+        )
+    _star(ax, best(done)["number"], best(done)["objective"], "chosen")
+    _objective_axis(ax, "y", values)
+    ax.margins(y=0.1)
+    ax.set(xlabel="trial", ylabel="objective (less is better)")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _legend(ax, 4)
+
+
+def prediction(ax: Any, trials: Sequence[dict[str, Any]]) -> None:
+    """What the layers' losses added up to, and what the rebuilt model's objective was."""
+    done = finished(trials, "objective", "predicted")
+    x, y = [t["predicted"] for t in done], [t["objective"] for t in done]
+    ends = [min(x + y), max(x + y)]
+    ax.plot(ends, ends, color=FAINT, lw=1, ls="--", label="as predicted")
+    ax.scatter(x, y, s=32, color=POINT, alpha=0.6, lw=0, label="trial")
+    _star(ax, best(done)["predicted"], best(done)["objective"], "chosen")
+    _objective_axis(ax, "x", x + y)
+    _objective_axis(ax, "y", x + y)
+    ax.set(xlabel="predicted rise of the objective", ylabel="measured objective")
+    _legend(ax, 3)
+
+
+def layers(ax: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """A bar per layer: what it had (light), what it keeps (solid), the rank at its end."""
+    colour = colours([x["method"] for x in rows])
+    least, most = min(max(1, min(x["params"], x["dense_params"])) for x in rows), max(x["dense_params"] for x in rows)
+    scale = "linear" if most < 20 * least else "square-root" if most < 2000 * least else "logarithmic"
+    _length_axis(ax, scale, least, max(1, most))
+    for y, row in enumerate(rows):
+        dense = row["method"] == DENSE
+        ax.barh(y, row["dense_params"], 0.68, color=colour[row["method"]], alpha=0.28, lw=0)
+        ax.barh(y, row["params"], 0.68, color=colour[row["method"]], lw=0)
+        share = f" · {row['params'] / max(row['dense_params'], 1):.0%}"
+        label = DENSE if dense else rank_text(row["rank"]).replace(" ", "") + share
+        end = max(row["dense_params"], row["params"])
+        ax.annotate(label, (end, y), (4, 0), textcoords="offset points", va="center", color=FAINT if dense else INK)
+    ax.set_yticks(range(len(rows)), [_short(x["name"]) for x in rows])
+    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="parameters" + ("" if scale == "linear" else f", {scale} scale"))
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False, axis="y")
+
+
+def layers_height(rows: Sequence[dict[str, Any]]) -> float:
+    return 0.6 + 0.235 * len(rows)
+
+
+# --- their parts -------------------------------------------------------------------------------------
+
+
+def _length_axis(ax: Any, scale: str, least: int, most: int) -> None:
+    """An x axis on which both the least and the most parameters of a layer can be seen."""
+    if scale == "logarithmic":
+        ax.set_xscale("log")
+        ax.set_xlim(least / 3, most)
+        ax.xaxis.set_major_locator(LogLocator(numticks=4))
+        ax.xaxis.set_minor_locator(NullLocator())
+    else:
+        power = 1 if scale == "linear" else 2
+        ax.set_xscale("function", functions=(lambda v: np.abs(v) ** (1 / power), lambda v: np.abs(v) ** power))
+        ticks = [float(f"{most * (i / 4) ** power:.1g}") for i in range(5)]
+        ax.set(xlim=(0, max(most, *ticks)), xticks=ticks)
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _score_axis(ax: Any, points: list[tuple[float, float]], shown: Sequence[float]) -> list[tuple[float, float]]:
+    """Show the scores near the chosen and the dense model's; the rest would flatten them: on the edge, counted."""
+    scores = [y for _, y in points]
+    top = max([*scores, *shown])
+    low = min(shown)
+    room = max(top - low, 0.01)
+    floor = max(min([low, *scores]) - 0.4 * room, low - max(0.02, 2 * room))
+    below = [(x, floor) for x, y in points if y < floor]
+    if below:
+        ax.scatter(*zip(*below, strict=True), s=32, color=POINT, alpha=0.6, lw=0, marker="v", clip_on=False)
+        text = f"{len(below)} trial{'s'[: len(below) > 1]} below {percent(floor, 1)}"
+        ax.annotate(text, max(below), (8, 3), textcoords="offset points", color=INK)
+    ax.set_ylim(floor, top + 0.25 * room)
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g} %"))
+    return [(x, y) for x, y in points if y >= floor]
+
+
+def _objective_axis(ax: Any, which: str, values: Sequence[float]) -> None:
+    """Logarithmic where values are positive and far apart, and with plain numbers."""
+    axis = getattr(ax, f"{which}axis")
+    if values and min(values) > 0 and max(values) > 10 * min(values):
+        getattr(ax, f"set_{which}scale")("log")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 200 * min(values) else (1,), numticks=8))
+        axis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_major_locator(MaxNLocator(4))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+
+
+def _star(ax: Any, x: float, y: float, label: str | None = None) -> None:
+    ax.scatter(x, y, s=150, color=ACCENT, marker="*", lw=0.8, edgecolor="white", zorder=4, label=label)
+
+
+def _name(ax: Any, at: tuple[float, float], text: str, side: str, above: bool) -> None:
+    """Write beside a point, towards the middle, clear of the line between the dense and the chosen model."""
+    offset = (8 if side == "left" else 4, 8 if above else -8)
+    ax.annotate(text, at, offset, textcoords="offset points", ha=side, va="bottom" if above else "top")
+
+
+def _legend(ax: Any, columns: int) -> None:
+    ax.figure.legend(loc="outside upper left", ncols=columns)
+
+
+def _short(name: str) -> str:
+    """A name's end: layers of a block differ there. The table has it in full."""
+    name = (name or "(the model)").encode(errors="replace").decode()  # half characters have no glyph
+    return name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :]

@@ -1,0 +1,171 @@
+"""Study: pretrained CIFAR-10 ResNets under parameter and MAC budgets, without any training.
+
+    .venv/bin/python studies/no_training.py            # all cells, about 25 minutes on two cores
+    .venv/bin/python studies/no_training.py resnet20   # those of one model
+
+Writes studies/results/no_training.{json,md,png}. Each cell is one `knapsack` plan; its test accuracy is read once.
+Cells already in the JSON are kept: delete the file to measure anew. Peers' figures come from
+../shared/reference/peers.json where it exists.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track as bar
+
+from rankopt.job import Settings, run_search
+from rankopt.prepare import prepare
+from rankopt.tasks import load_task
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "no_training.json"
+PEERS = HERE.parents[1] / "shared" / "reference" / "peers.json"
+CELLS = {
+    "resnet20": {"params": (0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15), "macs": (0.5, 0.3)},
+    "resnet56": {"params": (0.5, 0.3), "macs": (0.5,)},
+}
+console = Console(stderr=True)
+
+
+def measure(model: str, cells: dict[str, Any]) -> None:
+    """Fill in the missing cells of one model."""
+    todo = [(m, f) for m, fractions in CELLS[model].items() for f in fractions if f"{model} {m}={f}" not in cells]
+    if not todo:
+        return
+    prepared = prepare(
+        load_task(f"{HERE}/tasks/cifar10.py:{model}"),
+        "default",
+        track=lambda x, what, n: bar(x, what, n, console=console),
+    )
+    shared = {k: round(v, 1) for k, v in prepared.clock.items()}
+    families = {k: round(v, 1) for k, v in prepared.family_seconds.items()}
+    console.print(f"{model}: shared by all budgets, seconds {shared}; of fitting per family {families}")
+    for metric, fraction in todo:
+        prepared.clock.clear()
+        start = time.perf_counter()
+        result = run_search(prepared, prepared.problem({metric: fraction}), Settings("knapsack"))
+        info, seconds = result.info, time.perf_counter() - start
+        cells[f"{model} {metric}={fraction}"] = {
+            "model": model,
+            "metric": metric,
+            "fraction": fraction,
+            "params": info["cost"]["compressed"]["params"] / info["cost"]["dense"]["params"],
+            "macs": info["cost"]["compressed"]["macs"] / info["cost"]["dense"]["macs"],
+            "dense_top1": info["score"]["dense"]["test"],
+            "top1": info["score"]["compressed"]["test"],
+            "kl": info["objective"]["best"],
+            "seconds": round(seconds - prepared.clock["test"], 1),
+            "seconds_test": round(prepared.clock["test"], 1),
+            "families": {
+                f: sum(x["method"] == f for x in info["layers"]) for f in {x["method"] for x in info["layers"]}
+            },
+            "shared_seconds": shared,
+            "family_seconds": families,
+            "seed": 0,
+            "date": date.today().isoformat(),
+            "machine": f"{torch.get_num_threads()} cores, {platform.machine()}, torch {torch.__version__}",
+        }
+        RESULTS.write_text(json.dumps(cells, indent=1))
+        console.print(
+            f"{model} {metric}={fraction}: {100 * info['score']['compressed']['test']:.2f} %, {seconds:.0f} s"
+        )
+
+
+def peers() -> dict[str, dict[float, float]]:
+    """Method -> parameter percentage -> top-1 %, for ResNet-20 without training."""
+    found: dict[str, dict[float, float]] = {}
+    if PEERS.is_file():
+        for row in json.loads(PEERS.read_text())["rows"]:
+            if row.get("model") == "resnet20" and row.get("acc") and "budget" in row and not row.get("after"):
+                found.setdefault(f"{row['peer']} {row['method']}", {})[float(row["budget"])] = row["acc"]
+    return {name: cells for name, cells in found.items() if len(cells) >= 4}
+
+
+def table(cells: dict[str, Any]) -> str:
+    """The results as markdown."""
+    lines = [
+        "# Without any training: pretrained CIFAR-10 ResNets",
+        "",
+        "Made by `python studies/no_training.py`; strategy `knapsack`, search space `default`, seed 0.",
+        "Budgets are of the whole model; top-1 on the 10,000 test images, read once a cell. KL: divergence from the",
+        "dense model on 2,000 augmented training images, what the search minimises. Seconds: one further budget,",
+        "test aside.",
+        "",
+        "| model | budget | parameters | MACs | dense | top-1 | KL | seconds | layers by family |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for c in cells.values():
+        families = ", ".join(f"{n} {f}" for f, n in sorted(c["families"].items(), key=lambda x: -x[1]))
+        lines.append(
+            f"| {c['model']} | {c['metric']}={c['fraction']} | {c['params']:.2%} | {c['macs']:.2%} "
+            f"| {100 * c['dense_top1']:.2f} | **{100 * c['top1']:.2f}** | {c['kl']:.4f} | {c['seconds']} | {families} |"
+        )
+    shared = {c["model"]: c for c in cells.values()}
+    lines += ["", "Shared by all budgets of a model, seconds (fitting per family summed over workers):", ""]
+    for model, c in shared.items():
+        lines.append(f"- {model}: {c['shared_seconds']}; {c['family_seconds']}; {c['machine']}, {c['date']}")
+    others, budgets = peers(), (80, 60, 50, 40, 30, 20)
+    if others:
+        lines += [
+            "",
+            "## ResNet-20 beside existing tools, % of parameters kept",
+            "",
+            "| tool and method | " + " | ".join(map(str, budgets)) + " |",
+            "|---" * (len(budgets) + 1) + "|",
+            "| **rankopt knapsack** | " + " | ".join(f"**{ours(cells, b)}**" for b in budgets) + " |",
+        ]
+        for name, row in sorted(others.items(), key=lambda x: -x[1].get(50.0, 0)):
+            lines.append(f"| {name} | " + " | ".join(f"{row[b]:.2f}" if b in row else "–" for b in budgets) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def ours(cells: dict[str, Any], percent: int) -> str:
+    cell = cells.get(f"resnet20 params={percent / 100}")
+    return f"{100 * cell['top1']:.2f}" if cell else "–"
+
+
+def picture(cells: dict[str, Any]) -> None:
+    """Top-1 against parameters kept, with the peers."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, row in sorted(peers().items(), key=lambda x: -x[1].get(50.0, 0)):
+        axes.plot(sorted(row), [row[b] for b in sorted(row)], "o-", lw=1, ms=3, alpha=0.7, label=name)
+    mine = sorted(
+        (c["params"], c["top1"]) for c in cells.values() if c["model"] == "resnet20" and c["metric"] == "params"
+    )
+    axes.plot([100 * p for p, _ in mine], [100 * t for _, t in mine], "ko-", lw=2.5, ms=6, label="rankopt knapsack")
+    axes.axhline(91.73, color="gray", ls=":", lw=1)
+    axes.annotate("dense 91.73 %", (15, 92.6), color="gray", fontsize=9)
+    axes.set(xlabel="parameters kept, % of the whole model", ylabel="top-1 on CIFAR-10 test, %", ylim=(5, 97))
+    axes.set_title("ResNet-20, compressed without any training")
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=150)
+
+
+def main() -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    cells = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for model in sys.argv[1:] or CELLS:
+        measure(model, cells)
+    order = [
+        f"{model} {m}={f}" for model, metrics in CELLS.items() for m, fractions in metrics.items() for f in fractions
+    ]
+    cells = {key: cells[key] for key in order if key in cells}
+    RESULTS.with_suffix(".md").write_text(table(cells))
+    picture(cells)
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Shared by all tests: one thread, a cache of its own, and the digits task prepared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankopt.prepare import Prepared, prepare
+from rankopt.space import SearchSpace
+from rankopt.tasks import load_task
+
+QUICK = SearchSpace(name="quick", families=("svd_out", "cp_merged"), points=6, steps=20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANKOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits(_cache: None) -> Prepared:
+    """The digits task with two families, few ranks and short fits."""
+    return prepare(load_task("digits"), QUICK, workers=1)
+
+
+@pytest.fixture
+def quick_space(tmp_path: Path) -> Path:
+    """The same search space as a file, for the command line."""
+    path = tmp_path / "quick.toml"
+    path.write_text('families = ["svd_out", "cp_merged"]\npoints = 6\nsteps = 20\n')
+    return path

@@ -1,0 +1,269 @@
+"""The HTML report of a real run, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import copy
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankopt.cli import read_result
+from rankopt.core import StudyError
+from rankopt.job import Settings, run_search
+from rankopt.prepare import Prepared
+from rankopt.report.html import render, write_report
+from rankopt.report.pictures import METRICS
+from rankopt.store import read_trials
+
+EVIL = "<script>alert('x')</script><img src=http://example.com/x.png>$\\frac{"
+HEADINGS = ("Before and after", "Budget", "The search", "The layers", "Rebuilding the model", "Where the time went")
+PHONE = 390
+
+
+@pytest.fixture(scope="module")
+def run(digits: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of three evaluated plans."""
+    folder = tmp_path_factory.mktemp("runs") / "digits-random"
+    folder.mkdir()
+    run_search(digits, digits.problem({"params": 0.4}), Settings("random", trials=3), folder)
+    return folder
+
+
+@pytest.fixture
+def info(run: Path) -> dict[str, Any]:
+    return read_result(run)
+
+
+@pytest.fixture
+def trials(run: Path) -> list[dict[str, Any]]:
+    return read_trials(run)
+
+
+class Page(HTMLParser):
+    """What a page would load or run, its ids, and its text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.words: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+                self.loads.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def big(info: dict[str, Any], n: int = 64) -> dict[str, Any]:
+    """The result as if of a model of many layers with long names, whose sizes lie far apart."""
+    info = copy.deepcopy(info)
+    methods = ["dense", "svd_out", "cp_merged", "tt", "a_new_family"]
+    info["layers"] = [
+        {
+            **info["layers"][i % len(info["layers"])],
+            "name": f"features.denseblock{i // 16}.denselayer{i % 16}.convolution{i}",
+            "method": methods[i % 5],
+            "rank": [64] * (i % 5 and 3),
+            "dense_params": 10 ** (i % 7) * 10,
+            "params": 10 ** (i % 7) * (10 if i % 5 == 0 else 4),
+        }
+        for i in range(n)
+    ]
+    info["task"] = "/somewhere/" + "a_long_folder_name/" * 6 + "task.py:function"
+    return info
+
+
+# --- the page ----------------------------------------------------------------------------------------
+
+
+def test_it_is_one_file_that_loads_nothing(run: Path) -> None:
+    path = write_report(run)
+    source = path.read_text(encoding="utf-8")
+    page = Page(source)
+    assert path == run / "report.html"
+    assert "script" not in page.tags and "http://" not in source and "https://" not in source
+    assert all(x.startswith(("#", "data:")) for x in page.loads)
+    assert "default-src 'none'" in source
+    assert len(page.ids) == len(set(page.ids)), "pictures share ids"
+    used = set(re.findall(r"url\(#([^)]+)\)", source)) | {x[1:] for x in page.loads if x.startswith("#")}
+    assert used <= set(page.ids)
+    assert not list(run.glob(".*.part"))
+
+
+def test_it_says_what_a_reader_asks_for(run: Path, info: dict[str, Any]) -> None:
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    share = info["cost"]["compressed"]["params"] / info["cost"]["dense"]["params"]
+    assert f"{100 * share:.1f} % of the parameters" in text
+    assert "budget met" in text
+    assert f"test score {100 * info['score']['compressed']['test']:.2f} %" in text
+    positions = [text.index(heading) for heading in HEADINGS]
+    assert positions == sorted(positions)
+    for metric in METRICS:
+        assert f"{info['cost']['compressed'][metric]:,}" in text
+    for layer in info["layers"]:
+        assert layer["name"] in text and layer["reason"] in text
+    assert f"rankopt apply {run} --task digits --check" in text
+    assert f"rankopt.load(model, '{run}')" in text
+    assert "3 plans were evaluated, 0 failed" in text
+
+
+def test_the_slower_note_is_there_if_the_smaller_model_is_slower(info: dict[str, Any]) -> None:
+    for ratio, slower in ((0.5, False), (1.0, False), (2.5, True)):
+        info["milliseconds"]["compressed"] = ratio * info["milliseconds"]["dense"]
+        source = render(info, [], "run")
+        assert ('id="slower"' in source) == slower
+        assert ("2.50 × slower" in source) == slower
+    assert "The budget was on parameters, not on time" in " ".join(source.split())
+
+
+def test_text_of_others_is_escaped(info: dict[str, Any], trials: list[dict[str, Any]]) -> None:
+    plain = Page(render(info, trials, "run"))
+    info["task"] = EVIL
+    info["layers"][0] |= {"name": EVIL, "reason": EVIL, "kind": EVIL}
+    info["layers"][1]["method"] = EVIL
+    info["layers"][2]["name"] = "\ud800 層"  # half a character, and a script without a font
+    trials[2] |= {"state": "failed", "objective": None, "score": None, "error": EVIL}
+    page = Page(render(info, trials, EVIL))
+    assert page.tags - plain.tags <= {"wbr"}
+    assert all(x.startswith(("#", "data:")) for x in page.loads)
+    assert page.text.count(EVIL) >= 5
+    assert "Failed trials" in page.text and "Failed trials" not in plain.text
+
+
+def test_it_draws_what_there_is_to_show(info: dict[str, Any], trials: list[dict[str, Any]]) -> None:
+    def figures(source: str) -> int:
+        return source.count("<svg")
+
+    assert figures(render(info, trials, "run")) == 4
+    assert figures(render(info, trials[:1], "run")) == 2
+    assert figures(render(info, [], "run")) == 2  # a result that was saved without a study
+    failed = [trials[0], *({**t, "state": "failed", "objective": None, "score": None} for t in trials[1:])]
+    assert figures(render(info, failed, "run")) == 2
+
+
+@pytest.mark.parametrize("scores", ["none", "compressed only", "bad ones", "negative objectives"])
+def test_any_scores_and_objectives_will_do(info: dict[str, Any], trials: list[dict[str, Any]], scores: str) -> None:
+    if scores != "bad ones":
+        info["score"]["dense"] = {"validation": None, "test": None}
+    if scores == "none":
+        info["score"]["compressed"] = info["score"]["dense"]
+        trials = [{**t, "score": None} for t in trials]
+    if scores == "bad ones":
+        trials = [{**t, "score": s} for t, s in zip(trials, (0.1, float("nan"), 0.99), strict=True)]
+    if scores == "negative objectives":
+        trials = [{**t, "objective": -t["objective"], "predicted": None} for t in trials]
+    text = Page(render(info, trials, "run")).text
+    assert ("The task gives no score" in text) == (scores == "none")
+    assert ("1 trial below" in text) == (scores == "bad ones")
+
+
+def test_every_budget_is_shown_as_it_was_asked_for(info: dict[str, Any]) -> None:
+    dense, small = info["cost"]["dense"], info["cost"]["compressed"]
+    requested = {"params": 0.4, "macs": float(dense["macs"]), "bytes": 1.0}
+    info["budget"] = {
+        m: {"requested": r, "target": dense[m], "achieved": small[m], "dense": dense[m]} for m, r in requested.items()
+    }
+    text = Page(render(info, [], "run")).text
+    assert f"requested 40.0 % of dense {dense['macs']:,} 100.0 % of dense" in text
+
+
+def test_a_folder_without_a_result_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"there is no .*result\.json"):
+        write_report(tmp_path)
+
+
+# --- in a browser ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chromium(tmp_path: Path) -> Any:
+    """Runs headless Chromium on a file and returns what it prints."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.fail(
+            "the browser tests need Chromium: install it (Debian: apt-get install chromium) and run the tests again"
+        )
+    quiet = ["gpu", "quic", "background-networking", "component-update", "sync", "extensions"]
+    command = [found, "--headless", "--no-sandbox", "--no-first-run", "--hide-scrollbars"]
+    command += [f"--disable-{x}" for x in quiet] + [f"--user-data-dir={tmp_path / 'browser'}"]
+
+    def browse(path: Path, *options: str) -> str:
+        done = subprocess.run([*command, *options, path.as_uri()], capture_output=True, timeout=120, check=True)
+        return done.stdout.decode()
+
+    return browse
+
+
+def measure(page: str, width: int, folder: Path) -> Path:
+    """A file that shows a page in a frame of a width (a window is at least 500 wide) and notes what it finds."""
+    without_policy = re.sub(r"<meta http-equiv=.Content-Security-Policy.*?>", "", page)
+    script = """
+      const frame = document.querySelector("iframe");
+      frame.onload = () => {
+        const d = frame.contentDocument, w = frame.contentWindow, width = d.documentElement.clientWidth;
+        const out = [...d.querySelectorAll("h1, h2, p, table, figure, svg, pre")].filter(
+          e => !e.closest(".wide, .scroll") && e.getBoundingClientRect().right > width + 1);
+        const size = Math.min(...[...d.querySelectorAll("svg text")].map(e => e.getBoundingClientRect().height));
+        document.title = JSON.stringify({ scroll: d.documentElement.scrollWidth, inner: w.innerWidth, smallest: size,
+          rows: d.querySelectorAll(".layers tbody tr").length, out: out.map(e => e.outerHTML.slice(0, 200)) });
+      };
+      frame.srcdoc = SOURCE;
+    """
+    source = json.dumps(without_policy).replace("</", "<\\/").replace("<!--", "<\\!--")
+    path = folder / "frame.html"
+    frame = f"<iframe style='width:{width}px;height:900px;border:0'></iframe>"
+    path.write_text(
+        f"<!doctype html><meta charset=utf-8><title></title>{frame}<script>{script.replace('SOURCE', source)}</script>"
+    )
+    return path
+
+
+@pytest.mark.parametrize("layers", [5, 64])
+@pytest.mark.parametrize("width", [PHONE, 1280])
+def test_no_page_is_wider_than_the_screen(
+    info: dict[str, Any], trials: list[dict[str, Any]], chromium: Any, tmp_path: Path, layers: int, width: int
+) -> None:
+    info = info if layers == 5 else big(info, layers)
+    trials[1] |= {"state": "failed", "objective": None, "error": "RuntimeError: " + "x" * 300}
+    page = measure(render(info, trials, "runs/" + "long" * 40), width, tmp_path)
+    dom = chromium(page, "--dump-dom", "--window-size=1400,900", "--virtual-time-budget=10000")
+    title = re.search(r"<title>(.*?)</title>", dom, re.S)
+    assert title and title[1], "the page did not load"
+    seen = json.loads(html.unescape(title[1]))
+    assert seen["inner"] == width and seen["scroll"] <= width
+    assert not seen["out"]
+    assert seen["rows"] == layers
+    assert seen["smallest"] >= 9, "a picture's text is too small to read"
+
+
+def test_a_browser_shows_headings_rows_and_pictures(
+    run: Path, chromium: Any, tmp_path: Path, info: dict[str, Any]
+) -> None:
+    report = write_report(run)
+    page = Page(chromium(report, "--dump-dom"))
+    assert all(heading in page.text for heading in HEADINGS)
+    assert all(layer["name"] in page.text for layer in info["layers"])
+    assert {"svg", "table", "figure"} <= page.tags
+    picture = tmp_path / "page.png"
+    chromium(report, f"--screenshot={picture}", f"--window-size={PHONE},2000")
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 20_000

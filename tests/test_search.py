@@ -1,0 +1,188 @@
+"""The loop, the store and resuming, with real evaluations of the digits network."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+from rankopt import StudyError
+from rankopt.job import Evaluator, Settings, run_search
+from rankopt.search import Study, best, search
+from rankopt.store import Store, read_trials
+from rankopt.strategies import make_strategy
+
+
+def run(digits, trials, store=None, strategy="random", evaluate=None, seed=0):
+    problem = digits.problem({"params": 0.3})
+    study = Study(problem, make_strategy(strategy, problem, seed), trials, store)
+    study.resume()
+    search(study, evaluate or Evaluator(digits, problem))
+    return study
+
+
+def keep(digits, folder, *, resume=False, **about):
+    return Store(folder, digits.problem({"params": 0.3}), {"seed": 0, **about}, resume)
+
+
+def test_failures_are_recorded_and_the_search_goes_on(digits, tmp_path):
+    real = Evaluator(digits, digits.problem({"params": 0.3}))
+    calls = []
+
+    def sometimes(proposal):
+        calls.append(proposal)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return (float("nan"), None) if len(calls) == 3 else real(proposal)
+
+    study = run(digits, 5, keep(digits, tmp_path), evaluate=sometimes)
+    assert [t.state for t in study.trials] == ["finished", "failed", "failed", "finished", "finished"]
+    assert study.trials[1].error == "RuntimeError: out of memory"
+    assert study.trials[2].error == "the objective is nan"
+    assert best(study.trials).objective == min(t.objective for t in study.trials if t.objective is not None)
+    assert [t["error"] for t in read_trials(tmp_path)][1:3] == ["RuntimeError: out of memory", "the objective is nan"]
+
+
+def test_all_failing_stops_early_with_the_first_error(digits):
+    def fail(proposal):
+        raise RuntimeError(f"no such thing as {len(proposal)}")
+
+    with pytest.raises(StudyError, match="every evaluation failed; the first said: RuntimeError: no such thing as"):
+        run(digits, 50, evaluate=fail)
+
+
+def test_study_opens_in_optuna(digits, tmp_path):
+    study = run(digits, 4, keep(digits, tmp_path))
+    opened = optuna.load_study(study_name="rankopt", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert opened.best_value == pytest.approx(best(study.trials).objective)
+    assert [t.params for t in opened.trials] == [
+        dict(zip(["conv1", "conv2", "conv3", "fc1", "fc2"][-len(t.proposal) :], t.proposal, strict=True))
+        for t in study.trials
+    ]
+
+
+@pytest.mark.parametrize("strategy", ["random", "optuna"])
+def test_resuming_continues_the_same_search(digits, tmp_path, strategy):
+    whole = run(digits, 10, strategy=strategy)
+    run(digits, 4, keep(digits, tmp_path), strategy=strategy)
+    resumed = run(digits, 10, keep(digits, tmp_path, resume=True), strategy=strategy)
+    assert [t.proposal for t in resumed.trials] == [t.proposal for t in whole.trials]
+    assert [t.objective for t in resumed.trials] == pytest.approx([t.objective for t in whole.trials])
+    assert len(read_trials(tmp_path)) == 10
+
+
+def test_another_search_cannot_take_the_folder(digits, tmp_path):
+    keep(digits, tmp_path, strategy="random")
+    with pytest.raises(StudyError, match="its strategy is 'random', asked is 'optuna'"):
+        keep(digits, tmp_path, resume=True, strategy="optuna")
+
+
+def test_damaged_store_says_so(digits, tmp_path):
+    run(digits, 2, keep(digits, tmp_path))
+    path = tmp_path / "study.db"
+    path.write_bytes(b"not a database" + path.read_bytes()[14:])
+    with pytest.raises(StudyError, match=r"study\.db cannot be used"):
+        keep(digits, tmp_path, resume=True)
+    with pytest.raises(StudyError, match=r"study\.db"):
+        read_trials(tmp_path)
+
+
+def test_full_disk_says_so_and_keeps_what_was_written(digits, tmp_path):
+    """A database that may not grow, as on a full disk."""
+    store = keep(digits, tmp_path)
+    real = store.study.add_trial
+    written = []
+
+    def fill_up(trial):
+        if len(written) == 2:
+            raise sqlite_full()
+        written.append(trial)
+        real(trial)
+
+    store.study.add_trial = fill_up
+    with pytest.raises(StudyError, match="cannot be written"):
+        run(digits, 5, store)
+    assert len(read_trials(tmp_path)) == 2
+
+
+def sqlite_full():
+    """The very error that SQLite gives when it runs out of pages."""
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.exc import SQLAlchemyError
+
+    engine = create_engine("sqlite://")
+    try:
+        with engine.connect() as connection:
+            connection.execute(text("PRAGMA max_page_count=1"))
+            connection.execute(text("CREATE TABLE a (b)"))
+            connection.execute(text("CREATE TABLE c (d)"))
+    except SQLAlchemyError as error:
+        assert isinstance(error.orig, sqlite3.OperationalError)
+        return error
+    raise AssertionError("the database grew")
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.conftest import QUICK
+from rankopt.job import Settings, run_search
+from rankopt.prepare import prepare
+from rankopt.tasks import load_task
+from rankopt.search import search
+
+def slowly(study, evaluate):
+    return search(study, lambda proposal: (time.sleep(0.15), evaluate(proposal))[1])
+
+prepared = prepare(load_task("digits"), QUICK, workers=1)
+settings = Settings("optuna", 12, seed=1, resume="resume" in sys.argv)
+run_search(prepared, prepared.problem({"params": 0.3}), settings, Path(sys.argv[1]), slowly)
+"""
+
+
+def test_kill_9_loses_nothing_and_changes_nothing(digits, tmp_path):
+    """Killed again and again at random moments, the search ends with the plans of an undisturbed one."""
+    out = tmp_path / "run"
+    out.mkdir()
+    command = [sys.executable, "-c", KILLED, str(out)]
+    finished, kills = 0, 0
+    for wait in (0.4, 0.9, 0.2):
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": "."})
+        deadline = time.monotonic() + 60
+        while count_trials(out) <= finished and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(wait)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        kept = count_trials(out)
+        assert kept >= finished
+        finished = kept
+        if "resume" not in command:
+            command.append("resume")
+    assert kills >= 1 and finished >= 1
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, check=True)
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    run_search(digits, digits.problem({"params": 0.3}), Settings("optuna", 12, seed=1), undisturbed)
+    one, other = ([(t["cost"], t["objective"]) for t in read_trials(f)] for f in (out, undisturbed))
+    assert [c for c, _ in one] == [c for c, _ in other]
+    assert [o for _, o in one] == pytest.approx([o for _, o in other])
+
+
+def count_trials(folder: Path) -> int:
+    try:
+        with sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True) as connection:
+            return connection.execute("SELECT count(*) FROM trials").fetchone()[0]
+    except sqlite3.Error:
+        return 0

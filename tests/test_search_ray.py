@@ -1,0 +1,275 @@
+"""Trials on Ray Tune: the same results as in this process, and nothing that goes wrong in a worker ends the search."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rankopt.core import RankoptError, StudyError
+from rankopt.job import Evaluator, Settings, run_search
+from rankopt.prepare import prepare
+from rankopt.search import Study, best, search
+from rankopt.search_ray import RaySearch
+from rankopt.space import SearchSpace
+from rankopt.strategies import make_strategy
+from rankopt.tasks import load_task
+
+ray = pytest.importorskip("ray")
+
+SPACE = SearchSpace(families=("svd_out",), points=6, steps=0)
+SPACE_FILE = 'families = ["svd_out"]\npoints = 6\nsteps = 0\n'
+BUDGET = {"params": 0.3}
+
+TASK_FILE = """
+import time
+import torch
+from torch import nn
+from rankopt import Task
+from neighbour import SCALE
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return SCALE * self.b(torch.relu(self.a(x)))
+
+class Close:
+    def __init__(self, x, target, seconds):
+        self.x, self.target, self.seconds = x, target, seconds
+
+    def __call__(self, model):
+        assert isinstance(model, Net)
+        time.sleep(self.seconds)
+        return 1 / (1 + (model(self.x) - self.target).square().mean().item())
+
+def task(seconds=0.0):
+    net, x = Net().eval(), torch.randn(64, 16)
+    with torch.no_grad():
+        close = Close(x, net(x), seconds)
+    return Task(net, x[:1], (part for part in x.split(32)), score=close)  # a generator does not pickle
+
+def slow():
+    return task(0.5)
+"""
+
+
+def test_an_address_that_cannot_be_reached_is_refused_at_once(digits):
+    assert not ray.is_initialized(), "this test runs before the cluster of the others starts"
+    for address in ("127.0.0.1:1", "auto", "nonsense"):
+        start = time.perf_counter()
+        with pytest.raises(RankoptError, match=address):
+            run(digits, runner=RaySearch(1, address))
+        assert time.perf_counter() - start < 10
+    with pytest.raises(RankoptError, match="Ray Client"):
+        RaySearch(1, "ray://127.0.0.1:10001")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return prepare(load_task("digits"), SPACE, cache=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def run(prepared, strategy="random", trials=6, runner=search, around=lambda evaluate: evaluate, **study):
+    problem = prepared.problem(BUDGET)
+    asked = Study(problem, make_strategy(strategy, problem, seed=0), trials, **study)
+    return runner(asked, around(Evaluator(prepared, problem)))
+
+
+class Faulty:
+    """An evaluation that raises, gives NaN, or whose process dies, for some plans."""
+
+    def __init__(self, evaluate, *, fails=(), dies=(), nan=()):
+        self.evaluate, self.fails, self.dies, self.nan = evaluate, fails, dies, nan
+
+    def __call__(self, proposal):
+        if proposal in self.dies:
+            os._exit(3)
+        if self.fails == "all" or proposal in self.fails:
+            raise ArithmeticError("on purpose")
+        return (float("nan"), float("nan")) if proposal in self.nan else self.evaluate(proposal)
+
+
+class Writing:
+    """An evaluation that writes into everything it holds; its score: which worker, and what it found there."""
+
+    def __init__(self, evaluate):
+        self.evaluate = evaluate
+        self.numbers = np.zeros(1 << 18)
+
+    def __call__(self, proposal):
+        objective, _ = self.evaluate(proposal)
+        numbers = torch.from_numpy(self.numbers)
+        before = numbers[-1].item()
+        numbers += 1
+        with torch.no_grad():
+            for parameter in self.evaluate.prepared.apply(self.evaluate.problem, proposal).parameters():
+                parameter.zero_()
+            self.evaluate.prepared.task.model.bn3.num_batches_tracked += 1
+        return objective, 1000.0 * os.getpid() + before
+
+
+@pytest.mark.parametrize("strategy", ["random", "optuna"])
+def test_one_worker_gives_the_same_trials_as_this_process(digits, cluster, strategy):
+    here, there = run(digits, strategy), run(digits, strategy, runner=RaySearch(1))
+    assert [t.proposal for t in there] == [t.proposal for t in here]
+    assert [t.objective for t in there] == pytest.approx([t.objective for t in here], rel=1e-4)
+    assert [t.score for t in there] == pytest.approx([t.score for t in here], abs=0.01)
+    assert [(t.number, t.cost, t.state) for t in there] == [(t.number, t.cost, t.state) for t in here]
+
+
+def test_two_workers_search_as_well(digits, cluster):
+    trials = run(digits, "optuna", 8, RaySearch(2))
+    problem = digits.problem(BUDGET)
+    assert len(trials) == len({t.proposal for t in trials}) == 8
+    assert all(problem.fits(t.proposal) for t in trials)
+    assert best(trials).objective <= best(run(digits, "knapsack", 1)).objective * (1 + 1e-4)
+
+
+def test_a_strategy_that_runs_dry_ends_the_search(digits, cluster):
+    assert len(run(digits, "knapsack", 5, RaySearch(2))) == 1
+
+
+def test_failures_and_deaths_are_recorded_and_the_search_goes_on(digits, cluster):
+    plans = [t.proposal for t in run(digits)]
+    trials = run(
+        digits, runner=RaySearch(2), around=lambda e: Faulty(e, fails=plans[1:2], dies=plans[3:4], nan=plans[4:5])
+    )
+    errors = {t.proposal: t.error for t in trials}
+    assert set(errors) == set(plans)
+    assert errors.pop(plans[1]) == "ArithmeticError: on purpose"
+    assert errors.pop(plans[3]).startswith("worker died")
+    assert errors.pop(plans[4]) == "the objective is nan"
+    assert set(errors.values()) == {None}
+
+
+def test_failures_alone_end_the_search_with_an_error(digits, cluster):
+    with pytest.raises(StudyError, match=r"every evaluation failed.*on purpose"):
+        run(digits, trials=30, runner=RaySearch(2), around=lambda e: Faulty(e, fails="all"))
+
+
+def test_an_error_of_the_study_reaches_the_caller(digits, cluster):
+    def full(trial):
+        if trial.number == 1:
+            raise StudyError("no space left on device")
+
+    with pytest.raises(StudyError, match="no space left"):
+        run(digits, trials=30, runner=RaySearch(2), report=full)
+
+
+def test_what_a_trial_writes_reaches_no_other_process(digits, cluster):
+    before = {name: t.clone() for name, t in digits.task.model.state_dict().items()}
+    writing = []
+    trials = run(digits, runner=RaySearch(2), around=lambda e: writing.append(Writing(e)) or writing[0])
+    expected = {t.proposal: t.objective for t in run(digits)}
+    assert {t.proposal: t.objective for t in trials} == pytest.approx(expected, rel=1e-4)
+    assert not writing[0].numbers.any()
+    assert all(torch.equal(t, before[name]) for name, t in digits.task.model.state_dict().items())
+    written = {}
+    for t in trials:
+        written.setdefault(int(t.score // 1000), []).append(t.score % 1000)
+    assert os.getpid() not in written
+    assert all(sorted(counts) == list(range(len(counts))) for counts in written.values())
+
+
+def test_gpus_that_are_not_there_are_refused_at_once(digits, cluster):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    start = time.perf_counter()
+    with pytest.raises(RankoptError, match="1 GPUs, Ray sees 0"):
+        run(digits, runner=RaySearch(1, gpus_per_trial=1))
+    assert time.perf_counter() - start < 10
+
+
+def test_without_ray_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray.tune", None)
+    with pytest.raises(RankoptError, match=r"pip install 'rankopt\[ray\]'"):
+        RaySearch(1)
+
+
+@pytest.mark.parametrize("arguments", [(0,), (1, None, -1), (1, None, 1.5)])
+def test_settings_without_sense_are_refused(arguments):
+    with pytest.raises(RankoptError):
+        RaySearch(*arguments)
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    (tmp_path / "neighbour.py").write_text("SCALE = 3.0\n")
+    (tmp_path / "mine.py").write_text(TASK_FILE)
+    return tmp_path / "mine.py"
+
+
+def test_a_task_of_the_users_own_file(task_file, cluster):
+    prepared = prepare(load_task(f"{task_file}:task"), SPACE, cache=task_file.parent / "cache")
+    result = run_search(prepared, prepared.problem({"params": 0.5}), Settings("random", 3), runner=RaySearch(1))
+    assert result.info["trials"]["finished"] == 3
+
+
+class Unreadable(Faulty):
+    """Arrives in a worker as what cannot be read there."""
+
+    def __reduce__(self):
+        return int, ("not a number",)
+
+
+def test_a_task_that_cannot_be_read_in_a_worker_says_so(digits, cluster):
+    with pytest.raises(StudyError, match="invalid literal"):
+        run(digits, trials=1, runner=RaySearch(1), around=Unreadable)
+
+
+def command(tmp_path, task, trials):
+    (tmp_path / "cheap.toml").write_text(SPACE_FILE)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "temporary").mkdir()
+    options = f"--budget params=0.5 --strategy optuna --trials {trials} --workers 2 --no-html"
+    folders = ["--out", tmp_path / "out", "--cache", tmp_path / "cache", "--space", tmp_path / "cheap.toml"]
+    return {
+        "args": [sys.executable, "-m", "rankopt.cli", "search", task, *options.split(), *map(str, folders)],
+        "env": {**os.environ, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary")},
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+
+
+def test_the_command_starts_ray_quietly_and_leaves_nothing(tmp_path):
+    before = set(Path("/tmp").glob("rankopt-*"))
+    done = subprocess.run(**command(tmp_path, "digits", 4), stdout=subprocess.PIPE, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) < 40
+    assert '"distinct": 4' in (tmp_path / "out" / "result.json").read_text()
+    assert not {p.name for p in (tmp_path / "home").iterdir()} & {"ray_results", ".ray"}
+    assert set(Path("/tmp").glob("rankopt-*")) <= before
+    assert not list((tmp_path / "temporary").glob("*ray*"))
+    ours = {"study.db", "plan.json", "model.safetensors", "result.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == ours
+
+
+def test_ctrl_c_stops_the_command_and_keeps_the_trials(task_file):
+    with subprocess.Popen(**command(task_file.parent, f"{task_file}:slow", 200), start_new_session=True) as process:
+        seen = ""
+        while "trial 1:" not in seen:
+            line = process.stderr.readline()
+            assert line, seen
+            seen += line
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        rest = process.stderr.read()
+        assert process.wait(30) == 130, rest
+    assert "--resume" in rest
+    assert len(rest.splitlines()) < 20
