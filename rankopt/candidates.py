@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import Factors, Fit
 from rankopt.space import SearchSpace
 
+GPU_PATCH = 1024  # inputs of one output from which fits run on the GPU that the model is on
 VERSION = 1  # of the fits: raise it when a family or its fit changes, and old cache entries are left behind
 
 
@@ -131,7 +132,7 @@ def fit_candidates(
     """Fit what the cache does not hold. Returns name -> candidates, and seconds of work per family.
 
     statistics: name -> (moment S, output metric H), None where there is none. One job is a layer and family;
-    jobs run in worker processes of one thread each, or here where the model is on an accelerator.
+    jobs run in worker processes of one thread each; wide layers of a model on a GPU run there.
     """
     found: dict[str, list[Candidate]] = {layer.name: [] for layer in layers}
     jobs: list[tuple[str, Layer, str, list[Rank]]] = []
@@ -165,18 +166,23 @@ def _run(
     statistics: Any,
     cache: Cache,
     workers: int | None,
-) -> Iterable[tuple[str, float]]:
+) -> Iterator[tuple[str, float]]:
     def arguments(job: tuple[str, Layer, str, list[Rank]]) -> tuple[Any, ...]:
         key, layer, family, ranks = job
-        weight = model.get_submodule(layer.name).weight.detach()  # type: ignore[operator]
+        weight: Tensor = model.get_submodule(layer.name).weight.detach()  # type: ignore[operator]
+        weight = weight if _on_gpu(model, layer) else weight.cpu()
         return (cache, key, layer, family, weight, ranks, *statistics[layer.name], steps)
 
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    workers = min(workers or available_cores(), len(jobs))
-    if not on_cpu or workers <= 1:
-        return (_fit_one(*arguments(job)) for job in jobs)
+    workers = min(workers or available_cores(), max(len(jobs), 1))
+    here = [job for job in jobs if workers == 1 or _on_gpu(model, job[1])]
+    yield from (_fit_one(*arguments(job)) for job in here)
     pool = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")
-    return pool(delayed(_fit_alone)(*arguments(job)) for job in jobs)
+    yield from pool(delayed(_fit_alone)(*arguments(job)) for job in jobs if job not in here)
+
+
+def _on_gpu(model: nn.Module, layer: Layer) -> bool:
+    """Whether a layer's fits run on its GPU; small ones are faster on the cores."""
+    return bool(model.get_submodule(layer.name).weight.is_cuda) and layer.patch >= GPU_PATCH
 
 
 def available_cores() -> int:

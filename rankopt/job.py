@@ -184,21 +184,26 @@ def finish(
 
 
 def time_forward(models: Sequence[nn.Module], example_input: Any, seconds: float = 1.0) -> dict[str, Any]:
-    """Median milliseconds of a forward pass of one example for the dense and the compressed model, interleaved."""
+    """Median milliseconds of a forward pass of one example, dense and compressed interleaved, on one thread."""
     x = to_device(one_example(example_input), models[0])
     times: list[list[float]] = [[] for _ in models]
     cuda = next(models[0].parameters()).is_cuda
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more threads make small operations slower where others use the cores too
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for model, spent in zip(models, times, strict=True):
-            with inference(model):
-                start = time.perf_counter()
-                run(model, x)
-                if cuda:
-                    torch.cuda.synchronize()
-                spent.append(1e3 * (time.perf_counter() - start))
+    try:
+        while time.perf_counter() < end or len(times[0]) < 11:
+            for model, spent in zip(models, times, strict=True):
+                with inference(model):
+                    start = time.perf_counter()
+                    run(model, x)
+                    if cuda:
+                        torch.cuda.synchronize()
+                    spent.append(1e3 * (time.perf_counter() - start))
+    finally:
+        torch.set_num_threads(threads)
     dense, compressed = (sorted(t[1:])[len(t[1:]) // 2] for t in times)
-    return {"dense": dense, "compressed": compressed, "repeats": len(times[0]), "threads": torch.get_num_threads()}
+    return {"dense": dense, "compressed": compressed, "repeats": len(times[0]), "threads": 1}
 
 
 def trial_limit(strategy: Any, trials: int | None) -> int:

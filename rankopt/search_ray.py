@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import secrets
 import socket
 import sys
 import tempfile
@@ -79,8 +80,9 @@ class RaySearch:
         options: dict[str, Any] = {"address": self.address}
         if self.address:
             _reach(self.address)
-        else:  # "local": RAY_ADDRESS is not followed; authentication would write a token into the home folder
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        else:  # "local": RAY_ADDRESS is not followed. Ray listens on all interfaces and runs what it is sent: a token
+            if "RAY_AUTH_MODE" not in os.environ:  # of our own; Ray would write its own into the home folder
+                os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
             options = {"address": "local", "num_cpus": self.workers, "include_dashboard": False, "_temp_dir": folder}
         try:
             try:
@@ -251,7 +253,7 @@ def _surroundings() -> Iterator[str]:
         with tempfile.TemporaryDirectory(prefix="rankopt-", dir=parent, ignore_cleanup_errors=True) as folder:
             yield folder
     finally:
-        for name in {*ENVIRONMENT, "RAY_AUTH_MODE"} - set(before):
+        for name in {*ENVIRONMENT, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} - set(before):
             os.environ.pop(name, None)
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track as bar
 
@@ -136,6 +135,8 @@ def ours(cells: dict[str, Any], percent: int) -> str:
 
 def picture(cells: dict[str, Any]) -> None:
     """Top-1 against parameters kept, with the peers."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, row in sorted(peers().items(), key=lambda x: -x[1].get(50.0, 0)):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import rankopt
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CALIBRATION_IMAGES, BATCH = 2000, 250
+CALIBRATION_IMAGES, BATCH = 2000, 500
 DATA_HELP = (
     "set RANKOPT_DATA to a folder with cifar10/train_{0..4}.webp, cifar10/test.webp (lossless mosaics of "
     "100 x 100 tiles of 32 x 32 RGB pixels, from https://www.cs.toronto.edu/~kriz/cifar.html), "
@@ -55,7 +55,7 @@ def images(split: str, start: int, stop: int) -> Tensor:
         files = range(start // 10_000, (stop - 1) // 10_000 + 1)
         pixels = np.concatenate([_mosaic(f"train_{i}") for i in files])
         pixels = pixels[start - files[0] * 10_000 : stop - files[0] * 10_000]
-    scaled = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() / 255
+    scaled = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() / 255  # channels_last: faster on a CPU
     return (scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
@@ -74,7 +74,8 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     columns = left.view(n, 1, 1, 1) + torch.arange(32).view(1, 1, 1, 32)
     cropped = padded[torch.arange(n).view(n, 1, 1, 1), torch.arange(3).view(1, 3, 1, 1), rows, columns]
     flip = torch.rand(n, generator=generator) < 0.5
-    return torch.where(flip.view(n, 1, 1, 1), cropped.flip(3), cropped)
+    flipped = torch.where(flip.view(n, 1, 1, 1), cropped.flip(3), cropped)
+    return flipped.contiguous(memory_format=torch.channels_last)
 
 
 # --- model ---------------------------------------------------------------------------------------
