@@ -1,7 +1,6 @@
 """rankopt: which tensor decomposition, at which rank, for every layer, under one budget."""
 
 from rankopt.budget import Limit, parse_budget
-from rankopt.compress import load, read_plan
 from rankopt.core import (
     BudgetError,
     Candidate,
@@ -19,6 +18,7 @@ from rankopt.core import (
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.inventory import count, inventory
 from rankopt.job import Result, compress
+from rankopt.plan import load, read_plan
 from rankopt.space import SearchSpace, load_space
 from rankopt.strategies import STRATEGIES
 

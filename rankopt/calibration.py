@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,26 +54,30 @@ def moments(
 def _gram(layer: Layer, module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     """Sum of x xᵀ over patches, float64 (groups, patch, patch), and how many patches it holds."""
     total = torch.zeros(layer.groups, layer.patch, layer.patch, dtype=torch.float64, device=x.device)
-    if isinstance(module, nn.Linear):
-        flat = x.reshape(-1, 1, x.shape[-1])
-        for part in flat.split(max(1, CHUNK // x.shape[-1])):
-            total += _outer(part.permute(1, 2, 0))
-        return total, len(flat)
-    assert isinstance(module, nn.Conv2d)
-    x = x if x.ndim == 4 else x[None]
-    rows, positions = 0, x.shape[-1] * x.shape[-2]
-    for part in x.split(max(1, CHUNK // (positions * layer.patch * layer.groups))):
-        columns = patches(module, part)  # (b, groups * patch, positions)
-        rows += columns.shape[0] * columns.shape[2]
-        columns = columns.unflatten(1, (layer.groups, layer.patch)).permute(1, 2, 0, 3).flatten(2)
-        total += _outer(columns)
+    rows = 0
+    for part in columns(layer, module, x):
+        total += outer(part, part)
+        rows += part.shape[-1]
     return total, rows
 
 
-def _outer(columns: Tensor) -> Tensor:
-    """(groups, patch, rows) -> float64 (groups, patch, patch)."""
-    wide = columns if columns.dtype == torch.float64 else columns.float()
-    return (wide @ wide.mT).double()
+def columns(layer: Layer, module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """What each output of a layer sees, (groups, patch, rows), a chunk at a time."""
+    if not isinstance(module, nn.Conv2d):
+        for part in x.reshape(-1, x.shape[-1]).split(max(1, CHUNK // x.shape[-1])):
+            yield part.T[None]
+        return
+    x = x if x.ndim == 4 else x[None]
+    positions = x.shape[-1] * x.shape[-2]
+    for part in x.split(max(1, CHUNK // (positions * layer.patch * layer.groups))):
+        seen = patches(module, part)  # (b, groups * patch, positions)
+        yield seen.unflatten(1, (layer.groups, layer.patch)).permute(1, 2, 0, 3).flatten(2)
+
+
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ summed over rows, (groups, p, rows) and (groups, q, rows) -> float64 (groups, p, q)."""
+    a, b = (t if t.dtype == torch.float64 else t.float() for t in (a, b))
+    return (a @ b.mT).double()
 
 
 def patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -100,8 +104,9 @@ def output_metrics(
     generator = torch.Generator().manual_seed(0)
 
     def collect(layer: Layer, gradient: Tensor) -> None:
-        columns = gradient.flatten(2).movedim(1, 0) if gradient.ndim == 4 else gradient.movedim(-1, 0)
-        gram = _outer(columns.reshape(layer.groups, layer.out_channels, -1))
+        channels = gradient.flatten(2).movedim(1, 0) if gradient.ndim == 4 else gradient.movedim(-1, 0)
+        channels = channels.reshape(layer.groups, layer.out_channels, -1)
+        gram = outer(channels, channels)
         sums[layer.name] = sums.get(layer.name, 0) + gram
 
     def watch(layer: Layer, output: Tensor) -> None:

@@ -91,7 +91,7 @@ def write_beside(path: Path, write: Any) -> None:
         write(beside)
         beside.chmod(0o666 & ~_UMASK)  # safetensors writes files that only their owner may read
         beside.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RankoptError(f"{path} cannot be written: {error}") from error
     finally:
         beside.unlink(missing_ok=True)
@@ -207,7 +207,10 @@ def _fit_one(
     steps: int,
 ) -> tuple[str, float]:
     start = time.perf_counter()
-    fits: list[Fit] = list(DECOMPOSITIONS[family].fit(layer, weight, ranks, moment, metric, steps))
+    try:
+        fits: list[Fit] = list(DECOMPOSITIONS[family].fit(layer, weight, ranks, moment, metric, steps))
+    except RuntimeError as error:  # what torch raises, linear algebra and memory included
+        raise RankoptError(f"fitting {family} to layer {layer.name!r} failed: {error}") from error
     tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(fits) for j, t in enumerate(fit.factors)}
     cache.write_tensors(key, tensors, {"fits": json.dumps([(fit.rank, fit.error) for fit in fits])})
     return key, time.perf_counter() - start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rankopt.core import RankoptError, StudyError, Trial
+from rankopt.core import RankoptError, Trial
 
 app = typer.Typer(
     help="Choose a tensor decomposition and its rank for every layer of a PyTorch model, under one budget.",
@@ -103,6 +102,10 @@ def search(
     workers: Annotated[int, typer.Option(help="evaluate on Ray Tune with so many workers (0: in this process)")] = 0,
     ray_address: Annotated[str | None, typer.Option(help="a running Ray cluster, or auto")] = None,
     gpus_per_trial: Annotated[float, typer.Option(help="GPUs of one Ray trial, may be a fraction")] = 0.0,
+    refine: Annotated[
+        bool,
+        typer.Option("--refine", help="refit the chosen plan layer after layer, against the dense model (minutes)"),
+    ] = False,
     cache: CacheFolder = None,
     html: Annotated[bool, typer.Option(help="write report.html")] = True,
 ) -> None:
@@ -124,7 +127,13 @@ def search(
         prepared = prepare(load_task(task), space, cache, track)
         shown = _TrialLines()
         result = run_search(
-            prepared, prepared.problem(budget), Settings(strategy, trials, seed, resume), out, runner, shown
+            prepared,
+            prepared.problem(budget),
+            Settings(strategy, trials, seed, resume, refine),
+            out,
+            runner,
+            shown,
+            track,
         )
         _print(result.summary())
         if prepared.family_seconds:
@@ -174,6 +183,7 @@ class _TrialLines:
 def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
     """Write a run's report.html and print the same as text."""
     with clear_errors():
+        from rankopt.plan import read_result
         from rankopt.report.html import write_report
         from rankopt.report.text import summary
 
@@ -189,8 +199,8 @@ def apply(
 ) -> None:
     """Rebuild a compressed model from plan.json and its weights."""
     with clear_errors():
-        from rankopt.compress import load, read_plan
         from rankopt.inventory import count
+        from rankopt.plan import load, read_plan, read_result
         from rankopt.tasks import load_task
 
         found = load_task(task)
@@ -217,20 +227,6 @@ def _check_scores(task: Any, model: Any, info: dict[str, Any]) -> None:
             before = info["score"]["compressed"][part]
             noted = "" if before is None else f" (the run noted {before:.2%})"
             _print(f"{part} score {value:.2%}{noted}")
-
-
-def read_result(run: Path) -> dict[str, Any]:
-    """A run's result.json. Raises StudyError if it is missing or damaged."""
-    path = run / "result.json"
-    try:
-        info = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise StudyError(f"there is no {path}: name a finished run's folder, or finish it with --resume") from None
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{path} is damaged ({error}): run the search again with --resume") from error
-    if not isinstance(info, dict) or not {"score", "cost", "budget", "layers"} <= info.keys():
-        raise StudyError(f"{path} is damaged: it is not a rankopt result")
-    return info
 
 
 def _print(text: str) -> None:

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankopt import compress as folder_io
 from rankopt.budget import Limit, Problem, allocate, relative_gap
-from rankopt.candidates import write_beside
+from rankopt.candidates import FactorStore, digest, write_beside
 from rankopt.core import Candidate, Choice, Plan, Proposal, RankoptError, StudyError, Task, TaskError, Trial
 from rankopt.decompositions import DENSE
 from rankopt.evaluate import call
 from rankopt.inventory import batch_size, count, inference, model_input, one_example, run, to_device
+from rankopt.plan import RESULT, apply, save
 from rankopt.prepare import CALIBRATION_EXAMPLES, Prepared, Track, prepare, silent
+from rankopt.refine import refine as refine_layers
 from rankopt.search import Evaluate, Study, best, search
 from rankopt.space import SearchSpace
 from rankopt.strategies import make_strategy, strategy_class
@@ -28,19 +29,40 @@ from rankopt.strategies import make_strategy, strategy_class
 # --- searching ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How to search. trials: distinct plans in total, resumed ones included (30; one-shot strategies: 1).
+
+    refine: refit the chosen plan's layers one after the other, against the dense model's outputs.
+    """
+
+    strategy: str = "knapsack"
+    trials: int | None = None
+    seed: int = 0
+    resume: bool = False
+    refine: bool = False
+
+
 @dataclass
 class Evaluator:
-    """Builds a proposal's model and measures it; what a runner calls, here or in a worker."""
+    """Builds a proposal's model and measures it; what a runner calls, here or in a worker it is sent to."""
 
-    prepared: Prepared
     problem: Problem
+    model: nn.Module
+    factors: FactorStore
+    objective: Callable[[nn.Module], float]
+    score: Callable[[nn.Module], float] | None
+
+    @classmethod
+    def of(cls, prepared: Prepared, problem: Problem) -> Evaluator:
+        return cls(problem, prepared.task.model, prepared.factors, prepared.objective, prepared.task.score)
 
     def __call__(self, proposal: Proposal) -> tuple[float, float | None]:
         """(objective, validation score)."""
-        model = self.prepared.apply(self.problem, proposal)
-        objective = call("the objective", self.prepared.objective, model)
+        model = apply(self.model, self.problem.layers, self.problem.candidates(proposal), self.factors)
+        objective = call("the objective", self.objective, model)
         assert objective is not None
-        return objective, call("the score", self.prepared.task.score, model)
+        return objective, call("the score", self.score, model)
 
 
 @dataclass
@@ -60,8 +82,8 @@ class Result:
 
     def save(self, folder: str | Path) -> None:
         """Write plan.json, model.safetensors and result.json."""
-        folder_io.save(folder, self.model, self.plan)
-        write_beside(Path(folder) / "result.json", lambda p: p.write_text(json.dumps(self.info, indent=1)))
+        save(folder, self.model, self.plan)
+        write_beside(Path(folder) / RESULT, lambda p: p.write_text(json.dumps(self.info, indent=1)))
 
 
 def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
@@ -115,12 +137,22 @@ def _why(candidates: Sequence[Candidate], at: int, limits: Sequence[Limit]) -> s
 
 
 def finish(
-    prepared: Prepared, problem: Problem, trials: Sequence[Trial], chosen: Trial, about: Mapping[str, Any]
+    prepared: Prepared,
+    problem: Problem,
+    trials: Sequence[Trial],
+    chosen: Trial,
+    about: Mapping[str, Any],
+    settings: Settings,
+    track: Track = silent,
 ) -> Result:
     """Rebuild the chosen plan's model, count its cost again, score it (test data once) and put it all together."""
     task, clock = prepared.task, prepared.clock
     plan = make_plan(prepared, problem, chosen.proposal)
     model = prepared.apply(problem, chosen.proposal)
+    refinement = None
+    if settings.refine:
+        with clock.stage("refinement"):
+            model, refinement = _refined(prepared, problem, chosen, model, track)
     achieved = count(model, task.example_input)
     for limit in problem.limits:
         if achieved[limit.metric] > limit.target:
@@ -134,6 +166,8 @@ def finish(
             "dense": {"validation": call("the score", task.score, task.model), "test": None},
             "compressed": {"validation": chosen.score, "test": None},
         }
+        if refinement:
+            score["compressed"]["validation"] = call("the score", task.score, model)
     with clock.stage("test"):
         score["dense"]["test"] = call("the test score", task.test, task.model)
         score["compressed"]["test"] = call("the test score", task.test, model)
@@ -160,6 +194,7 @@ def finish(
         "cost": {"dense": dataclasses.asdict(prepared.dense), "compressed": dataclasses.asdict(achieved)},
         "optimality_gap": relative_gap(problem.loss(chosen.proposal), bound),
         "objective": {"best": chosen.objective, "predicted": chosen.predicted},
+        "refinement": refinement,
         "score": score,
         "milliseconds": time_forward([task.model, model], task.example_input),
         "layers": [
@@ -181,6 +216,22 @@ def finish(
     }
     info.pop("asked", None)
     return Result(model, plan, problem.limits, info)
+
+
+def _refined(
+    prepared: Prepared, problem: Problem, chosen: Trial, model: nn.Module, track: Track
+) -> tuple[nn.Module, dict[str, float | None]]:
+    """The model refined, if that lowers the objective, and the objective before and after."""
+    refined = prepared.apply(problem, chosen.proposal)
+    candidates = problem.candidates(chosen.proposal)
+    statistics = prepared.statistics
+    steps = prepared.space.steps
+    refine_layers(
+        prepared.task.model, refined, problem.layers, candidates, statistics, statistics.batches, steps, track
+    )
+    after = call("the objective", prepared.objective, refined)
+    better = after is not None and chosen.objective is not None and after < chosen.objective
+    return refined if better else model, {"before": chosen.objective, "after": after}
 
 
 def time_forward(models: Sequence[nn.Module], example_input: Any, seconds: float = 1.0) -> dict[str, Any]:
@@ -220,16 +271,6 @@ def trial_limit(strategy: Any, trials: int | None) -> int:
 Runner = Callable[[Study, Evaluate], list[Trial]]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to search. trials: distinct plans in total, resumed ones included (30; one-shot strategies: 1)."""
-
-    strategy: str = "knapsack"
-    trials: int | None = None
-    seed: int = 0
-    resume: bool = False
-
-
 def run_search(
     prepared: Prepared,
     problem: Problem,
@@ -237,6 +278,7 @@ def run_search(
     out: Path | None = None,
     runner: Runner = search,
     report: Callable[[Trial], None] = lambda trial: None,
+    track: Track = silent,
 ) -> Result:
     """Search with a strategy and a runner; with a run folder, every trial and then the result is kept there."""
     strategy = make_strategy(settings.strategy, problem, settings.seed)
@@ -251,16 +293,14 @@ def run_search(
     study = Study(problem, strategy, trial_limit(strategy, settings.trials), store, report)
     study.resume()
     with prepared.clock.stage("search"):
-        trials = runner(study, Evaluator(prepared, problem))
-    result = finish(prepared, problem, trials, best(trials), {**about, "asked": strategy.asked})
+        trials = runner(study, Evaluator.of(prepared, problem))
+    result = finish(prepared, problem, trials, best(trials), {**about, "asked": strategy.asked}, settings, track)
     if out is not None:
         result.save(out)
     return result
 
 
 def _fingerprint(problem: Problem) -> str:
-    from rankopt.candidates import digest
-
     return digest([[(c.method, c.rank, c.error) for c in f] for f in problem.frontiers])
 
 
@@ -289,6 +329,7 @@ def compress(
     trials: int | None = None,
     seed: int = 0,
     space: SearchSpace | str = "default",
+    refine: bool = False,
     cache: str | Path | None = None,
     track: Track = silent,
 ) -> Result:
@@ -297,6 +338,7 @@ def compress(
     model: any nn.Module. calibration: batches of real inputs (a tensor, (input, ...) or a dict of arguments);
     the first 2,048 examples are used. budget: {"params": 0.5}, {"macs": "30%", "bytes": "500KB"}, ...
     score: model -> fraction, higher is better. example_input: default the first calibration batch's first example.
+    refine: refit the chosen plan's layers one after the other, against the dense model's outputs (minutes).
     See `Task` for the rest. Raises RankoptError (a ValueError) that says what is wrong and what to do.
     """
     strategy_class(strategy)
@@ -307,7 +349,7 @@ def compress(
         example_input = one_example(model_input(calibration[0]))
     task = Task(model, example_input, calibration, score, objective, test=test)
     prepared = prepare(task, space, cache, track)
-    return run_search(prepared, prepared.problem(budget), Settings(strategy, trials, seed))
+    return run_search(prepared, prepared.problem(budget), Settings(strategy, trials, seed, refine=refine), track=track)
 
 
 def _first(batches: Iterable[Any]) -> Iterable[Any]:

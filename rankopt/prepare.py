@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankopt import compress as folder_io
 from rankopt.budget import Problem, Spectra, check_feasible, parse_budget
 from rankopt.calibration import moments, output_metrics
 from rankopt.candidates import Cache, FactorStore, digest, fit_candidates
@@ -21,6 +20,7 @@ from rankopt.core import Candidate, Cost, Layer, Proposal, Task, TaskError
 from rankopt.evaluate import Divergence, call
 from rankopt.frontier import frontier
 from rankopt.inventory import batch_size, count, inventory, map_tensors, model_input
+from rankopt.plan import apply
 from rankopt.sensitivity import Curve, measure, with_losses
 from rankopt.space import SearchSpace, load_space
 
@@ -62,6 +62,7 @@ class Prepared:
     candidates: dict[str, list[Candidate]]
     spectra: dict[str, Spectra]
     factors: FactorStore
+    statistics: Statistics
     objective: Callable[[nn.Module], float]
     clock: Clock
     family_seconds: dict[str, float] = field(default_factory=dict)
@@ -82,7 +83,7 @@ class Prepared:
 
     def apply(self, problem: Problem, proposal: Proposal) -> nn.Module:
         """The compressed model: a copy with the proposal's factors."""
-        return folder_io.apply(self.task.model, problem.layers, problem.candidates(proposal), self.factors)
+        return apply(self.task.model, problem.layers, problem.candidates(proposal), self.factors)
 
 
 def collect_batches(calibration: Iterable[Any], limit: int) -> list[Any]:
@@ -126,8 +127,8 @@ def prepare(
     if not free:
         reasons = "; ".join(f"{x.name or 'model'}: {x.reason}" for x in layers[:5]) or "it has no layer with a weight"
         raise TaskError(f"the model has no layer that can be factorised ({reasons})")
-    key = digest(folder_io.VERSION, *_state(task.model), *_tensors(batches), [layer.name for layer in free])
-    statistics = _Statistics(task.model, free, batches, key, kept, track)
+    key = digest(*_state(task.model), *_tensors(batches), [layer.name for layer in free])
+    statistics = Statistics(task.model, free, batches, key, kept, track)
     with clock.stage("calibration"):
         if not kept.path(statistics.key, "safetensors").is_file():
             statistics.load()
@@ -139,7 +140,9 @@ def prepare(
         curves = _curves(task, free, candidates, factors, batches, key, kept, track)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
         spectra = {layer.name: _spectra(task.model, layer) for layer in free}
-    return Prepared(task, space, layers, dense, candidates, spectra, factors, objective, clock, family_seconds)
+    return Prepared(
+        task, space, layers, dense, candidates, spectra, factors, statistics, objective, clock, family_seconds
+    )
 
 
 def mark_dense(layers: Sequence[Layer], space: SearchSpace) -> tuple[Layer, ...]:
@@ -167,7 +170,7 @@ def _tensors(batches: Sequence[Any]) -> list[Any]:
     return found
 
 
-class _Statistics(Mapping[str, tuple[Any, Any]]):
+class Statistics(Mapping[str, tuple[Any, Any]]):
     """Name -> (input moment, output metric); read from the cache, or measured when the cache has none."""
 
     def __init__(
@@ -225,7 +228,7 @@ def _curves(
     assert zero is not None
 
     def rise(name: str, candidate: Candidate) -> float:
-        model = folder_io.apply(task.model, [by_name[name]], [candidate], factors)
+        model = apply(task.model, [by_name[name]], [candidate], factors)
         value = call("the objective", objective, model)
         assert value is not None
         return value - zero

@@ -271,7 +271,7 @@ def _pack(evaluate: Evaluate) -> bytes:
     for module in modules:
         cloudpickle.register_pickle_by_value(module)
     try:
-        return bytes(cloudpickle.dumps(_lighten(evaluate) if isinstance(evaluate, Evaluator) else evaluate))
+        return bytes(cloudpickle.dumps(_portable(evaluate) if isinstance(evaluate, Evaluator) else evaluate))
     except RankoptError:
         raise
     except Exception as error:
@@ -281,17 +281,14 @@ def _pack(evaluate: Evaluate) -> bytes:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def _lighten(evaluator: Evaluator) -> Evaluator:
-    """Without the data that no trial reads (loaders often do not pickle); with the factors, for other machines."""
+def _portable(evaluator: Evaluator) -> Evaluator:
+    """With the cache's absolute path; with the factors themselves where there are other machines."""
     import ray
 
-    prepared = evaluator.prepared
-    task = dataclasses.replace(prepared.task, example_input=None, calibration=(), train=None, loss=None, test=None)
-    factors = FactorStore(Cache(prepared.factors.cache.folder.resolve()))
+    factors = FactorStore(Cache(evaluator.factors.cache.folder.resolve()))
     if any(node["Alive"] and node["NodeManagerHostname"] != socket.gethostname() for node in ray.nodes()):
         factors.keep(c.key for frontier in evaluator.problem.frontiers for c in frontier if c.key)
-    prepared = dataclasses.replace(prepared, task=task, factors=factors, candidates={}, spectra={})
-    return dataclasses.replace(evaluator, prepared=prepared)
+    return dataclasses.replace(evaluator, factors=factors)
 
 
 class _Worker:
@@ -318,6 +315,6 @@ class _Worker:
 
             self.evaluate, self.payload = cloudpickle.loads(self.payload), b""
             if self.cuda and isinstance(self.evaluate, Evaluator):
-                self.evaluate.prepared.task.model.to("cuda")
+                self.evaluate.model.to("cuda")
         assert self.evaluate is not None
         return self.evaluate(proposal)

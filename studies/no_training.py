@@ -133,6 +133,27 @@ def ours(cells: dict[str, Any], percent: int) -> str:
     return f"{100 * cell['top1']:.2f}" if cell else "–"
 
 
+def update_readme(cells: dict[str, Any]) -> None:
+    """Put the short table into the README, between its two marks."""
+    budgets, others = (60, 50, 40, 30, 20, 15), peers()
+    lines = [
+        f"| ResNet-20 on CIFAR-10, top-1 %, dense 91.73; % of parameters kept: | {' | '.join(map(str, budgets))} |",
+        "|---" * (len(budgets) + 1) + "|",
+        f"| **rankopt**, `knapsack` | {' | '.join(f'**{ours(cells, b)}**' for b in budgets)} |",
+    ]
+    for name in ("tltorch cp", "torchprune ALDSNetPlus", "uniform svd_split", "musco vbmf"):
+        row = others.get(name, {})
+        lines.append(f"| {name} | " + " | ".join(f"{row[b]:.1f}" if b in row else "–" for b in budgets) + " |")
+    readme = HERE.parent / "README.md"
+    head, rest = readme.read_text().split("<!-- results -->")
+    tail = rest.split("<!-- /results -->")[1]
+    made = (
+        "Made by `python studies/no_training.py` (seed 0, two CPU cores); all cells, budgets in MACs, ResNet-56,\n"
+        "dates and seconds are in [studies/results/no_training.md](studies/results/no_training.md)."
+    )
+    readme.write_text(f"{head}<!-- results -->\n" + "\n".join(lines) + f"\n\n{made}\n<!-- /results -->{tail}")
+
+
 def picture(cells: dict[str, Any]) -> None:
     """Top-1 against parameters kept, with the peers."""
     from matplotlib.figure import Figure
@@ -165,6 +186,8 @@ def main() -> None:
     cells = {key: cells[key] for key in order if key in cells}
     RESULTS.with_suffix(".md").write_text(table(cells))
     picture(cells)
+    if peers():
+        update_readme(cells)
     print(table(cells))
 
 

@@ -78,10 +78,10 @@ def test_a_ray_workers_move_to_the_gpu(tmp_path):
     """What a worker with a GPU does with the evaluator it was sent."""
     prepared = prepare(load_task("digits"), QUICK, tmp_path)
     problem = prepared.problem({"params": 0.3})
-    evaluate = Evaluator(prepared, problem)
+    evaluate = Evaluator.of(prepared, problem)
     proposal = rankopt.strategies.make_strategy("knapsack", problem).ask()
     before = evaluate(proposal)
-    prepared.task.model.to("cuda")
+    evaluate.model.to("cuda")
     assert evaluate(proposal) == pytest.approx(before, rel=1e-2)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from rankopt.cli import read_result
 from rankopt.core import StudyError
 from rankopt.job import Settings, run_search
+from rankopt.plan import read_result
 from rankopt.prepare import Prepared
 from rankopt.report.html import render, write_report
 from rankopt.report.pictures import METRICS

@@ -24,7 +24,7 @@ def run(digits, trials, store=None, strategy="random", evaluate=None, seed=0):
     problem = digits.problem({"params": 0.3})
     study = Study(problem, make_strategy(strategy, problem, seed), trials, store)
     study.resume()
-    search(study, evaluate or Evaluator(digits, problem))
+    search(study, evaluate or Evaluator.of(digits, problem))
     return study
 
 
@@ -33,7 +33,7 @@ def keep(digits, folder, *, resume=False, **about):
 
 
 def test_failures_are_recorded_and_the_search_goes_on(digits, tmp_path):
-    real = Evaluator(digits, digits.problem({"params": 0.3}))
+    real = Evaluator.of(digits, digits.problem({"params": 0.3}))
     calls = []
 
     def sometimes(proposal):
@@ -92,41 +92,6 @@ def test_damaged_store_says_so(digits, tmp_path):
         keep(digits, tmp_path, resume=True)
     with pytest.raises(StudyError, match=r"study\.db"):
         read_trials(tmp_path)
-
-
-def test_full_disk_says_so_and_keeps_what_was_written(digits, tmp_path):
-    """A database that may not grow, as on a full disk."""
-    store = keep(digits, tmp_path)
-    real = store.study.add_trial
-    written = []
-
-    def fill_up(trial):
-        if len(written) == 2:
-            raise sqlite_full()
-        written.append(trial)
-        real(trial)
-
-    store.study.add_trial = fill_up
-    with pytest.raises(StudyError, match="cannot be written"):
-        run(digits, 5, store)
-    assert len(read_trials(tmp_path)) == 2
-
-
-def sqlite_full():
-    """The very error that SQLite gives when it runs out of pages."""
-    from sqlalchemy import create_engine, text
-    from sqlalchemy.exc import SQLAlchemyError
-
-    engine = create_engine("sqlite://")
-    try:
-        with engine.connect() as connection:
-            connection.execute(text("PRAGMA max_page_count=1"))
-            connection.execute(text("CREATE TABLE a (b)"))
-            connection.execute(text("CREATE TABLE c (d)"))
-    except SQLAlchemyError as error:
-        assert isinstance(error.orig, sqlite3.OperationalError)
-        return error
-    raise AssertionError("the database grew")
 
 
 KILLED = """

@@ -89,7 +89,7 @@ def cluster():
 def run(prepared, strategy="random", trials=6, runner=search, around=lambda evaluate: evaluate, **study):
     problem = prepared.problem(BUDGET)
     asked = Study(problem, make_strategy(strategy, problem, seed=0), trials, **study)
-    return runner(asked, around(Evaluator(prepared, problem)))
+    return runner(asked, around(Evaluator.of(prepared, problem)))
 
 
 class Faulty:
@@ -121,7 +121,7 @@ class Writing:
         with torch.no_grad():
             for parameter in self.evaluate.prepared.apply(self.evaluate.problem, proposal).parameters():
                 parameter.zero_()
-            self.evaluate.prepared.task.model.bn3.num_batches_tracked += 1
+            self.evaluate.model.bn3.num_batches_tracked += 1
         return objective, 1000.0 * os.getpid() + before
 
 

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rankopt.candidates import write_beside
+from rankopt.plan import read_result
 from rankopt.report import pictures
 from rankopt.report.pictures import NAMES
 from rankopt.report.text import before_after, percent, rank_text, speed
@@ -22,7 +23,6 @@ DECIMALS = 2
 
 def write_report(run: Path) -> Path:
     """Write a run folder's report.html and return its path. Raises StudyError if the folder is not a finished run's."""
-    from rankopt.cli import read_result
     from rankopt.store import FILE as STUDY
     from rankopt.store import read_trials
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from rankopt.budget import Problem
+from rankopt.core import RankoptError
 from rankopt.registry import Registry
 from rankopt.strategies.base import Strategy
 
@@ -37,4 +38,6 @@ def strategy_class(name: str) -> type[Strategy]:
 
 
 def make_strategy(name: str, problem: Problem, seed: int = 0) -> Strategy:
+    if seed < 0:
+        raise RankoptError(f"seed is {seed}: give 0 or more")
     return strategy_class(name)(problem, seed)

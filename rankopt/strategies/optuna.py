@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import TPESampler
@@ -36,7 +37,9 @@ class OptunaTpe(Strategy):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             # A sampler of its own for every ask makes the answer a function of the trials told, nothing else.
-            self.study.sampler = TPESampler(seed=hash((self.seed, number)) % 2**32, n_startup_trials=8)
+            self.study.sampler = TPESampler(
+                seed=int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]), n_startup_trials=8
+            )
             asked = self.study.ask(self.space)
         # What will be told is the projected plan, so the asked trial itself is closed at once.
         self.study.tell(asked, state=optuna.trial.TrialState.FAIL)

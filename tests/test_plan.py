@@ -12,8 +12,8 @@ from torch import nn
 
 import rankopt
 from rankopt import candidates
-from rankopt.compress import read_plan
 from rankopt.job import Settings, run_search
+from rankopt.plan import read_plan
 from rankopt.space import SearchSpace
 from rankopt.tasks.digits import DigitsNet
 from rankopt.tasks.digits import digits as digits_task

@@ -15,12 +15,12 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from rankopt.candidates import FactorStore, write_beside
-from rankopt.core import Candidate, Choice, Cost, Layer, Plan, PlanError
+from rankopt.core import Candidate, Choice, Cost, Layer, Plan, PlanError, StudyError
 from rankopt.decompositions import DECOMPOSITIONS, DENSE
 from rankopt.decompositions.base import load_factors
 
 FORMAT, VERSION = "rankopt-plan", 1
-PLAN, WEIGHTS = "plan.json", "model.safetensors"
+PLAN, WEIGHTS, RESULT = "plan.json", "model.safetensors", "result.json"
 
 
 # --- replacing layers ------------------------------------------------------------------------------
@@ -72,6 +72,20 @@ def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_result(folder: str | Path) -> dict[str, Any]:
+    """A run's result.json. Raises StudyError if it is missing or damaged."""
+    path = Path(folder) / RESULT
+    try:
+        info = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise StudyError(f"there is no {path}: name a finished run's folder, or finish it with --resume") from None
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} is damaged ({error}): run the search again with --resume") from error
+    if not isinstance(info, dict) or not {"score", "cost", "budget", "layers"} <= info.keys():
+        raise StudyError(f"{path} is damaged: it is not a rankopt result")
+    return info
 
 
 def read_plan(folder: str | Path) -> tuple[Plan, str]:

@@ -1,0 +1,56 @@
+"""Faults of the machine: a disk that takes no more, a folder that may not be written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rankopt.store import read_trials
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)  # any file beyond this: EFBIG, as a full disk
+from rankopt.cli import main
+main()
+"""
+
+
+def limited(size, *arguments):
+    """The command in a process whose files may not grow beyond a size in bytes."""
+    command = [sys.executable, "-c", LIMITED, str(size), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("size", [0, 20_000, 120_000])
+def test_a_full_disk_is_one_clear_line_and_resumable(size, tmp_path, quick_space):
+    """Full from the start, when the cache or the study is written, and when the weights are."""
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    common = ("search", "digits", "--budget", "params=0.9", "--strategy", "random", "--trials", "3", "--no-html")
+    common = (*common, "--space", quick_space, "--out", out, "--cache", cache)
+    outcome = limited(size, *common)
+    assert outcome.returncode == 2, outcome.stderr
+    lines = [line for line in outcome.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "Traceback" not in outcome.stderr, outcome.stderr
+    kept = read_trials(out) if (out / "study.db").is_file() and size > 20_000 else []
+    resumed = limited(10**9, *common, *(["--resume"] if (out / "study.db").is_file() else []))
+    if resumed.returncode:  # a study cut off while it was made says so: another folder
+        assert "study.db" in resumed.stderr
+        resumed = limited(10**9, *common[:-4], "--out", tmp_path / "run2", "--cache", cache)
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(kept) in (0, 1, 2, 3)
+    if kept:
+        assert [t["objective"] for t in read_trials(out)][: len(kept)] == [t["objective"] for t in kept]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, quick_space):
+    (tmp_path / "file").write_text("in the way")
+    common = ("search", "digits", "--budget", "params=0.5", "--space", quick_space)
+    for place in (("--out", tmp_path / "file" / "run"), ("--out", tmp_path / "file")):
+        outcome = limited(10**9, *common, *place)
+        assert outcome.returncode == 2 and "error:" in outcome.stderr and "Traceback" not in outcome.stderr
+    outcome = limited(10**9, *common, "--out", tmp_path / "run", "--cache", tmp_path / "file" / "cache")
+    assert outcome.returncode == 2 and "RANKOPT_CACHE" in outcome.stderr
+    assert os.environ["RANKOPT_CACHE"]
