@@ -23,11 +23,11 @@ class SearchSpace:
     description: str = ""
     families: tuple[str, ...] = tuple(DECOMPOSITIONS.built_in)
     fractions: tuple[float, ...] = ()
-    points: int = 16
+    points: int = 20
     smallest: float = 0.05
     largest: float = 0.9
     nearest: bool = False
-    steps: int = 300
+    steps: int = 500
     keep_dense: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

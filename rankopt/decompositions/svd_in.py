@@ -32,7 +32,7 @@ def split_input(layer: Layer, channels: Tensor, output: Tensor) -> tuple[Tensor,
 
 class SvdIn(OutputSolved):
     name = "svd_in"
-    effort = 0.3
+    effort = 0.2
 
     def full_rank(self, layer: Layer) -> Rank | None:
         if layer.patch == layer.in_channels:

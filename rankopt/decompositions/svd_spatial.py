@@ -12,7 +12,7 @@ from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced, l
 
 class SvdSpatial(OutputSolved):
     name = "svd_spatial"
-    effort = 0.3
+    effort = 0.2
 
     def full_rank(self, layer: Layer) -> Rank | None:
         height, width = layer.kernel

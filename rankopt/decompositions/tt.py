@@ -28,7 +28,7 @@ def square_factors(n: int) -> tuple[int, int]:
 
 class TensorTrain(OutputSolved):
     name = "tt"
-    effort = 0.3
+    effort = 0.2
     density = 0.5  # several aspects at each
     aspects = ((1.0, 0.33, 1.0), (1.0, 0.66, 1.0))
 

@@ -16,7 +16,7 @@ from rankopt.decompositions.svd_in import input_rows, input_start, split_input
 
 class Tucker2(OutputSolved):
     name = "tucker2"
-    effort = 0.3
+    effort = 0.2
     density = 0.5  # several aspects at each
     aspects = ((1.0, 1.0), (0.7, 1.0), (1.0, 0.7))
 
