@@ -25,7 +25,6 @@ from rankopt.sensitivity import Curve, measure, with_losses
 from rankopt.space import SearchSpace, load_space
 
 CALIBRATION_EXAMPLES = 2048  # at most so many are taken from a task's calibration batches
-SENSITIVITY_EXAMPLES = 1000  # sensitivities are measured on the first so many of them
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Shows progress: (items, what is being done, how many) -> the items."""
@@ -137,7 +136,7 @@ def prepare(
     with clock.stage("sensitivity"):
         objective = task.objective or Divergence(task.model, batches)
         factors = FactorStore(kept)
-        curves = _curves(task, free, candidates, factors, batches, key, kept, track)
+        curves = _curves(task, objective, free, candidates, factors, key, kept, track)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
         spectra = {layer.name: _spectra(task.model, layer) for layer in free}
     return Prepared(
@@ -207,23 +206,20 @@ class Statistics(Mapping[str, tuple[Any, Any]]):
 
 def _curves(
     task: Task,
+    objective: Callable[[nn.Module], float],
     layers: Sequence[Layer],
     candidates: dict[str, list[Candidate]],
     factors: FactorStore,
-    batches: Sequence[Any],
     key: str,
     cache: Cache,
     track: Track,
 ) -> dict[str, Curve]:
     """Sensitivities of all layers. Cached for the default objective; a task's own may change behind our back."""
     names = [layer.name for layer in layers]
-    key = "sensitivity-" + digest(
-        key, SENSITIVITY_EXAMPLES, {n: [(c.key, c.error) for c in candidates[n]] for n in names}
-    )
+    key = "sensitivity-" + digest(key, {n: [(c.key, c.error) for c in candidates[n]] for n in names})
     if task.objective is None and (kept := cache.read_json(key)):
         return {name: tuple((e, r) for e, r in kept[name]) for name in names}
     by_name = {layer.name: layer for layer in layers}
-    objective = task.objective or Divergence(task.model, collect_batches(batches, SENSITIVITY_EXAMPLES))
     zero = call("the objective", objective, task.model)
     assert zero is not None
 
