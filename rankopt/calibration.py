@@ -124,8 +124,8 @@ def output_metrics(
             for batch in batches:
                 z = main_output(run(model, to_device(batch, model)))
                 v = torch.randn(z.shape, generator=generator).to(z)
-                if z.ndim >= 2 and z.shape[1] > 1:
-                    v = v - v.mean(1, keepdim=True)
+                if (axis := class_axis(z)) is not None:
+                    v = v - v.mean(axis, keepdim=True)
                 inputs = [p for p in model.parameters() if p.requires_grad]
                 torch.autograd.backward((z * v).sum(), inputs=inputs or None)
                 model.zero_grad(set_to_none=True)
@@ -139,6 +139,14 @@ def output_metrics(
 
 def _unit_trace(h: Tensor) -> Tensor:
     return h / h.diagonal(dim1=-2, dim2=-1).mean()
+
+
+def class_axis(z: Tensor) -> int | None:
+    """Where classes lie in an output: (b, classes, *space) as in torch's losses, but (b, tokens, classes)."""
+    if z.ndim < 2:
+        return None
+    axis = 2 if z.ndim == 3 else 1
+    return axis if z.shape[axis] > 1 else None
 
 
 def main_output(out: Any) -> Tensor:

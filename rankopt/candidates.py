@@ -21,7 +21,7 @@ from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import Factors, Fit
 from rankopt.space import SearchSpace
 
-GPU_PATCH = 1024  # inputs of one output from which fits run on the GPU that the model is on
+GPU_PATCH = 1024  # inputs of one output from which fits run on the model's GPU; a guess: tests/test_cuda.py measures
 VERSION = 1  # of the fits: raise it when a family or its fit changes, and old cache entries are left behind
 
 

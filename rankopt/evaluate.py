@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankopt.calibration import main_output
+from rankopt.calibration import class_axis, main_output
 from rankopt.core import TaskError
 from rankopt.inventory import inference, run, to_device
 
@@ -18,8 +18,8 @@ from rankopt.inventory import inference, run, to_device
 class Divergence:
     """The default objective: mean KL divergence, in nats, of a model's predictions from the dense model's.
 
-    Classes lie along dimension 1. Where there is only one output per example (or dimension), the squared error
-    relative to the dense outputs' variance takes its place.
+    Classes lie where `calibration.class_axis` says. Where there is but one output, the squared error relative to
+    the dense outputs' variance takes its place.
     """
 
     def __init__(self, dense: nn.Module, batches: Sequence[Any]) -> None:
@@ -28,7 +28,7 @@ class Divergence:
         finite = all(torch.isfinite(z).all() for z in self.reference)
         if not finite:
             raise TaskError("the dense model's outputs are NaN or infinite on the calibration data")
-        self.classes = self.reference[0].ndim >= 2 and self.reference[0].shape[1] > 1
+        self.axis = class_axis(self.reference[0])
 
     def _outputs(self, model: nn.Module) -> list[Tensor]:
         with inference(model):
@@ -38,14 +38,14 @@ class Divergence:
         total = count = spread = 0.0
         for z, z0 in zip(self._outputs(model), self.reference, strict=True):
             z0 = z0.to(z.device)
-            if self.classes:
-                log_p, log_p0 = F.log_softmax(z.double(), 1), F.log_softmax(z0.double(), 1)
+            if self.axis is not None:
+                log_p, log_p0 = F.log_softmax(z.double(), self.axis), F.log_softmax(z0.double(), self.axis)
                 total += F.kl_div(log_p, log_p0, reduction="sum", log_target=True).item()
-                count += z.numel() // z.shape[1]
+                count += z.numel() // z.shape[self.axis]
             else:
                 total += (z - z0).double().square().sum().item()
                 spread += (z0 - z0.mean()).double().square().sum().item()
-        return total / count if self.classes else total / max(spread, 1e-30)
+        return total / count if self.axis is not None else total / max(spread, 1e-30)
 
 
 def call(what: str, function: Callable[[nn.Module], float] | None, model: nn.Module) -> float | None:
