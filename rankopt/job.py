@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import time
@@ -22,6 +23,7 @@ from rankopt.inventory import batch_size, count, inference, model_input, one_exa
 from rankopt.plan import RESULT, apply, save
 from rankopt.prepare import CALIBRATION_EXAMPLES, Prepared, Track, prepare, silent
 from rankopt.refine import refine as refine_layers
+from rankopt.renormalise import renormalise
 from rankopt.search import Evaluate, Study, best, search
 from rankopt.space import SearchSpace
 from rankopt.strategies import make_strategy, strategy_class
@@ -149,10 +151,7 @@ def finish(
     task, clock = prepared.task, prepared.clock
     plan = make_plan(prepared, problem, chosen.proposal)
     model = prepared.apply(problem, chosen.proposal)
-    refinement = None
-    if settings.refine:
-        with clock.stage("refinement"):
-            model, refinement = _refined(prepared, problem, chosen, model, track)
+    model, changes = _polished(prepared, problem, chosen, model, settings, track)
     achieved = count(model, task.example_input)
     for limit in problem.limits:
         if achieved[limit.metric] > limit.target:
@@ -166,7 +165,7 @@ def finish(
             "dense": {"validation": call("the score", task.score, task.model), "test": None},
             "compressed": {"validation": chosen.score, "test": None},
         }
-        if refinement:
+        if any(change and change["kept"] for change in changes.values()):
             score["compressed"]["validation"] = call("the score", task.score, model)
     with clock.stage("test"):
         score["dense"]["test"] = call("the test score", task.test, task.model)
@@ -194,7 +193,7 @@ def finish(
         "cost": {"dense": dataclasses.asdict(prepared.dense), "compressed": dataclasses.asdict(achieved)},
         "optimality_gap": relative_gap(problem.loss(chosen.proposal), bound),
         "objective": {"best": chosen.objective, "predicted": chosen.predicted},
-        "refinement": refinement,
+        **changes,
         "score": score,
         "milliseconds": time_forward([task.model, model], task.example_input),
         "layers": [
@@ -218,20 +217,38 @@ def finish(
     return Result(model, plan, problem.limits, info)
 
 
-def _refined(
-    prepared: Prepared, problem: Problem, chosen: Trial, model: nn.Module, track: Track
-) -> tuple[nn.Module, dict[str, float | None]]:
-    """The model refined, if that lowers the objective, and the objective before and after."""
-    refined = prepared.apply(problem, chosen.proposal)
-    candidates = problem.candidates(chosen.proposal)
-    statistics = prepared.statistics
-    steps = prepared.space.steps
-    refine_layers(
-        prepared.task.model, refined, problem.layers, candidates, statistics, statistics.batches, steps, track
-    )
-    after = call("the objective", prepared.objective, refined)
-    better = after is not None and chosen.objective is not None and after < chosen.objective
-    return refined if better else model, {"before": chosen.objective, "after": after}
+Change = dict[str, float | bool | None]
+
+
+def _polished(
+    prepared: Prepared, problem: Problem, chosen: Trial, model: nn.Module, settings: Settings, track: Track
+) -> tuple[nn.Module, dict[str, Change | None]]:
+    """What depends on the chosen plan: refinement if asked for, then batch norms. Each is kept if it helps."""
+    dense, batches = prepared.task.model, prepared.statistics.batches
+
+    def refined(small: nn.Module) -> bool:
+        candidates = problem.candidates(chosen.proposal)
+        refine_layers(
+            dense, small, problem.layers, candidates, prepared.statistics, batches, prepared.space.steps, track
+        )
+        return True
+
+    steps: dict[str, Callable[[nn.Module], bool]] = {"refinement": refined} if settings.refine else {}
+    steps["batch_norm"] = lambda small: renormalise(dense, small, batches)
+    changes: dict[str, Change | None] = {"refinement": None}
+    objective = chosen.objective
+    for name, step in steps.items():
+        with prepared.clock.stage(name):
+            changed = copy.deepcopy(model)
+            if not step(changed):
+                changes[name] = None
+                continue
+            after = call("the objective", prepared.objective, changed)
+            kept = after is not None and objective is not None and after < objective
+            changes[name] = {"before": objective, "after": after, "kept": kept}
+            if kept:
+                model, objective = changed, after
+    return model, changes
 
 
 def time_forward(models: Sequence[nn.Module], example_input: Any, seconds: float = 1.0) -> dict[str, Any]:

@@ -16,7 +16,7 @@ ORDER = [
     {"space", "frontier", "budget", "evaluate", "sensitivity"},
     {"candidates", "strategies"},
     {"plan"},
-    {"prepare", "refine", "search", "store"},
+    {"prepare", "refine", "renormalise", "search", "store"},
     {"job", "tasks"},
     {"search_ray"},
     {"report"},
