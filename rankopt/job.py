@@ -234,7 +234,7 @@ def _polished(
         return True
 
     steps: dict[str, Callable[[nn.Module], bool]] = {"refinement": refined} if settings.refine else {}
-    steps["batch_norm"] = lambda small: renormalise(dense, small, batches)
+    steps["batch_norm"] = lambda small: renormalise(dense, small, batches[0])
     changes: dict[str, Change | None] = {"refinement": None}
     objective = chosen.objective
     for name, step in steps.items():

@@ -9,7 +9,7 @@ running_mean ← m − (m₀ − running_mean) / s. REPAIR (Jordan et al. 2022) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,22 +20,27 @@ from rankopt.inventory import inference, run, to_device
 
 POWER = 0.25
 FARTHEST = 2.0  # no channel is scaled by more than this factor, or its inverse
-PASSES = 2  # moving a batch norm changes what those after it see
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 """Batch norm's name -> mean and variance of its input, float64 (channels,)."""
 
 
-def renormalise(dense: nn.Module, small: nn.Module, batches: Sequence[Any]) -> bool:
-    """Move the batch norms of `small` in place; False if it has none with running statistics."""
-    norms = batch_norms(small)
+def renormalise(dense: nn.Module, small: nn.Module, batch: Any) -> bool:
+    """Move the batch norms of `small` in place, first to last; False if it has none with running statistics.
+
+    One pass over one batch of inputs: each batch norm sees what those before it, moved already, let through.
+    """
+    norms, originals = batch_norms(small), batch_norms(dense)
     if not norms:
         return False
-    originals = batch_norms(dense)
-    targets = observe(dense, batches)
-    for _ in range(PASSES):
-        for name, (mean, variance) in observe(small, batches).items():
-            _move(norms[name], originals[name], mean, variance, *targets[name])
+    targets: Statistics = {}
+    _pass(dense, batch, targets.__setitem__)
+
+    def move(name: str, seen: tuple[Tensor, Tensor]) -> None:
+        if name in targets:
+            _move(norms[name], originals[name], *seen, *targets[name])
+
+    _pass(small, batch, move)
     return True
 
 
@@ -44,14 +49,13 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
 
 
-def observe(model: nn.Module, batches: Sequence[Any]) -> Statistics:
-    """What each batch norm that is called sees over all batches."""
-    sums: dict[str, list[Any]] = {}
+def _pass(model: nn.Module, batch: Any, see: Callable[[str, tuple[Tensor, Tensor]], None]) -> None:
+    """Run the model; before each batch norm runs, show the mean and variance of its input."""
 
     def note(name: str, y: Tensor) -> None:
-        y = y.detach().double().movedim(1, 0).flatten(1)
-        count, total, square = sums.get(name, [0, 0.0, 0.0])
-        sums[name] = [count + y.shape[1], total + y.sum(1), square + y.square().sum(1)]
+        wide = y if y.dtype == torch.float64 else y.float()
+        variance, mean = torch.var_mean(wide, [d for d in range(y.ndim) if d != 1], correction=0)
+        see(name, (mean.double(), variance.double()))
 
     handles = [
         m.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
@@ -59,12 +63,10 @@ def observe(model: nn.Module, batches: Sequence[Any]) -> Statistics:
     ]
     try:
         with inference(model):
-            for batch in batches:
-                run(model, to_device(batch, model))
+            run(model, to_device(batch, model))
     finally:
         for handle in handles:
             handle.remove()
-    return {n: (total / count, square / count - (total / count).square()) for n, (count, total, square) in sums.items()}
 
 
 def _move(norm: _BatchNorm, original: _BatchNorm, m: Tensor, v: Tensor, m0: Tensor, v0: Tensor) -> None:

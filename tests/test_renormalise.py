@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rankopt.job import Settings, run_search
-from rankopt.renormalise import POWER, observe, renormalise
+from rankopt.renormalise import POWER, renormalise
 
 
 def test_an_affine_change_before_a_batch_norm_is_half_undone():
@@ -16,35 +16,29 @@ def test_an_affine_change_before_a_batch_norm_is_half_undone():
     dense = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).eval()
     dense[1].running_mean.normal_()
     dense[1].running_var.uniform_(0.5, 2)
-    x = [torch.randn(64, 3, 8, 8) for _ in range(3)]
+    x = torch.randn(192, 3, 8, 8)
     small = copy.deepcopy(dense)
     small[0].weight.data *= 0.7
     small[0].bias.data += 0.3
     assert renormalise(dense, small, x)
-    y, y0 = torch.cat([dense[0](b) for b in x]), torch.cat([dense(b) for b in x])
+    y = dense[0](x)
     mean = y.mean((0, 2, 3), keepdim=True)
     halfway = dense[1]((y - mean) * 0.7 ** (1 - 2 * POWER) + mean)
-    torch.testing.assert_close(torch.cat([small(b) for b in x]), halfway, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(
-        torch.cat([small(b) for b in x]).mean((0, 2, 3)), y0.mean((0, 2, 3)), rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(small(x), halfway, rtol=1e-3, atol=1e-3)
 
 
 def test_nothing_moves_where_nothing_changed():
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3), nn.BatchNorm1d(3)).eval()
-    x = [torch.randn(50, 4)]
+    x = torch.randn(50, 4)
     small = copy.deepcopy(dense)
     renormalise(dense, small, x)
     for key, value in dense.state_dict().items():
         torch.testing.assert_close(small.state_dict()[key], value, rtol=1e-4, atol=1e-5)
-    mean, variance = observe(dense, x)["1"]
-    torch.testing.assert_close(mean, dense[0](x[0]).double().mean(0))
-    torch.testing.assert_close(variance, dense[0](x[0]).double().var(0, unbiased=False))
 
 
 def test_models_without_batch_norms_are_left_alone():
-    assert not renormalise(nn.Linear(2, 2), nn.Linear(2, 2), [torch.zeros(1, 2)])
+    assert not renormalise(nn.Linear(2, 2), nn.Linear(2, 2), torch.zeros(1, 2))
 
 
 def test_the_job_keeps_it_only_if_the_objective_falls(digits):
