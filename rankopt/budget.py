@@ -31,6 +31,8 @@ class Limit:
 
 def parse_budget(budget: Mapping[str, Any] | Sequence[str], dense: Cost) -> tuple[Limit, ...]:
     """{"params": 0.5, "bytes": "500KB"} or ["params=0.5", ...] -> limits. Raises BudgetError."""
+    if isinstance(budget, str) or not isinstance(budget, (Mapping, Sequence)):
+        raise BudgetError(f"budget is {budget!r}: give a dictionary such as {{'params': 0.5}}")
     if not isinstance(budget, Mapping):
         pairs = [item.partition("=") for item in budget]
         for metric, equals, _ in pairs:

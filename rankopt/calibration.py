@@ -45,10 +45,12 @@ def moments(
                 run(model, to_device(batch, model))
                 if progress:
                     progress()
+    except (RuntimeError, TypeError) as error:
+        raise TaskError(f"the model does not run on a calibration batch: {type(error).__name__}: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
-    return {name: sums[name] / counts[name] for name in sums}
+    return {name: sums[name] / counts[name] for name in sums if counts[name]}  # none: never reached (an idle expert)
 
 
 def _gram(layer: Layer, module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
@@ -104,36 +106,40 @@ def output_metrics(
     generator = torch.Generator().manual_seed(0)
 
     def collect(layer: Layer, gradient: Tensor) -> None:
-        channels = gradient.flatten(2).movedim(1, 0) if gradient.ndim == 4 else gradient.movedim(-1, 0)
-        channels = channels.reshape(layer.groups, layer.out_channels, -1)
-        gram = outer(channels, channels)
-        sums[layer.name] = sums.get(layer.name, 0) + gram
+        axis = -3 if len(layer.shape) == 4 else -1
+        channels = gradient.detach().movedim(axis, 0).reshape(layer.groups, layer.out_channels, -1)
+        sums[layer.name] = sums.get(layer.name, 0) + outer(channels, channels)
 
-    def watch(layer: Layer, output: Tensor) -> None:
-        if not output.requires_grad:
-            output.requires_grad_()
+    def watch(layer: Layer, output: Tensor) -> Tensor:
+        if not output.requires_grad:  # a frozen model; the clone may be changed in place
+            output = output.detach().requires_grad_().clone()
         # A hook on the tensor sees the gradient of this output even if a later layer changes it in place.
-        output.register_hook(lambda gradient: collect(layer, gradient.detach()))
+        output.register_hook(lambda gradient: collect(layer, gradient))
+        return output
 
     handles = [
         model.get_submodule(layer.name).register_forward_hook(lambda m, a, out, layer=layer: watch(layer, out))
         for layer in layers
     ]
+    kept = [(p, p.grad) for p in model.parameters()]
     try:
         with inference(model), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
             for batch in batches:
-                z = main_output(run(model, to_device(batch, model)))
-                v = torch.randn(z.shape, generator=generator).to(z)
-                if (axis := class_axis(z)) is not None:
-                    v = v - v.mean(axis, keepdim=True)
-                inputs = [p for p in model.parameters() if p.requires_grad]
-                torch.autograd.backward((z * v).sum(), inputs=inputs or None)
-                model.zero_grad(set_to_none=True)
+                for p, _ in kept:
+                    p.grad = None
+                z = find_output(run(model, to_device(batch, model)))
+                if z is not None and z.requires_grad and z.is_floating_point():
+                    v = torch.randn(z.shape, generator=generator).to(z)
+                    if (axis := class_axis(z)) is not None:
+                        v = v - v.mean(axis, keepdim=True)
+                    (z * v).sum().backward()
                 if progress:
                     progress()
     finally:
         for handle in handles:
             handle.remove()
+        for p, gradient in kept:
+            p.grad = gradient
     return {name: _unit_trace(h) for name, h in sums.items() if torch.isfinite(h).all() and h.abs().max() > 0}
 
 
@@ -150,12 +156,21 @@ def class_axis(z: Tensor) -> int | None:
 
 
 def main_output(out: Any) -> Tensor:
-    """The tensor of a model's output: itself, .logits, or the first in a tuple, list or dict."""
+    """The tensor of a model's output: itself, .logits, or the first in a tuple, list or dict. Else TaskError."""
+    found = find_output(out)
+    if found is None:
+        raise TaskError(
+            f"the model returns {type(out).__name__}, where rankopt reads a tensor, .logits, or the first of a tuple, "
+            "list or dict: return one of these, or give the task an objective of its own"
+        )
+    return found
+
+
+def find_output(out: Any) -> Tensor | None:
+    """As main_output; None if there is no such tensor."""
     if isinstance(out, Tensor):
         return out
     if isinstance(getattr(out, "logits", None), Tensor):
         return out.logits
     values = list(out.values()) if isinstance(out, dict) else list(out) if isinstance(out, (tuple, list)) else []
-    if not values:
-        raise TaskError(f"the model returns {type(out).__name__}: give the task an objective of its own")
-    return main_output(values[0])
+    return find_output(values[0]) if values else None

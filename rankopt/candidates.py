@@ -22,7 +22,7 @@ from rankopt.decompositions.base import Factors, Fit
 from rankopt.space import SearchSpace
 
 GPU_PATCH = 1024  # inputs of one output from which fits run on the model's GPU; a guess: tests/test_cuda.py measures
-VERSION = 1  # of the fits: raise it when a family or its fit changes, and old cache entries are left behind
+VERSION = 2  # of statistics and fits: raise it when they change, and old cache entries are left behind
 
 
 def digest(*parts: Any) -> str:
@@ -151,9 +151,13 @@ def fit_candidates(
     # The dearest first, so that the last to end is a short one.
     jobs.sort(key=lambda j: -sum(DECOMPOSITIONS[j[2]].weights(j[1], r) for r in j[3]) * j[1].patch)
     seconds: dict[str, float] = {}
+    by_key = {job[0]: job for job in jobs}
     for key, spent in track(_run(model, jobs, space.steps, statistics, cache, workers), "fitting layers", len(jobs)):
-        _, layer, family, _ = next(j for j in jobs if j[0] == key)
-        found[layer.name] += _read(cache, key, layer, family) or []
+        _, layer, family, _ = by_key[key]
+        fits = _read(cache, key, layer, family)
+        if fits is None:
+            raise RankoptError(f"the cache {cache.folder} lost what was just written: is its disk sound?")
+        found[layer.name] += fits
         seconds[family] = seconds.get(family, 0.0) + spent
     # In one order, whichever job ended first: what follows must not depend on that.
     return {name: sorted(c, key=lambda x: (x.method, x.rank)) for name, c in found.items()}, seconds

@@ -80,7 +80,7 @@ def inspect(task: TaskName, space: SpaceName = "default") -> None:
         found, allowed = load_task(task), load_space(space)
         layers = mark_dense(inventory(found.model, found.example_input), allowed)
         families = {x.name: [f for f in allowed.families if allowed.ranks(f, x)] for x in layers if x.reason is None}
-        Console(width=max(100, Console().width)).print(
+        Console(width=max(100, Console().width), markup=False, emoji=False).print(
             inspection(layers, count(found.model, found.example_input), families)
         )
 
@@ -111,20 +111,16 @@ def search(
 ) -> None:
     """Search for the best plan within a budget and write the run folder."""
     with clear_errors():
-        from rankopt.budget import parse_budget
-        from rankopt.core import METRICS, Cost
         from rankopt.job import Settings, open_folder, run_search
         from rankopt.prepare import prepare
         from rankopt.strategies import strategy_class
         from rankopt.tasks import load_task
 
         strategy_class(strategy)
-        # What can be refused before the task is loaded is refused now.
-        parse_budget(budget, Cost(*[2**62] * len(METRICS)))
         runner = _runner(workers, ray_address, gpus_per_trial)
         out = out or Path("runs") / f"{Path(task.rpartition(':')[0] or task).stem}-{strategy}"
         open_folder(out, resume)
-        prepared = prepare(load_task(task), space, cache, track)
+        prepared = prepare(load_task(task), space, cache, track, budget=budget)
         shown = _TrialLines()
         result = run_search(
             prepared,

@@ -29,13 +29,15 @@ class Divergence:
         if not finite:
             raise TaskError("the dense model's outputs are NaN or infinite on the calibration data")
         self.axis = class_axis(self.reference[0])
+        everything = torch.cat([z.flatten() for z in self.reference]).double()
+        self.spread = max((everything - everything.mean()).square().sum().item(), 1e-30)
 
     def _outputs(self, model: nn.Module) -> list[Tensor]:
         with inference(model):
             return [main_output(run(model, to_device(b, model))).float() for b in self.batches]
 
     def __call__(self, model: nn.Module) -> float:
-        total = count = spread = 0.0
+        total = count = 0.0
         for z, z0 in zip(self._outputs(model), self.reference, strict=True):
             z0 = z0.to(z.device)
             if self.axis is not None:
@@ -44,16 +46,18 @@ class Divergence:
                 count += z.numel() // z.shape[self.axis]
             else:
                 total += (z - z0).double().square().sum().item()
-                spread += (z0 - z0.mean()).double().square().sum().item()
-        return total / count if self.axis is not None else total / max(spread, 1e-30)
+        return total / count if self.axis is not None else total / self.spread
 
 
 def call(what: str, function: Callable[[nn.Module], float] | None, model: nn.Module) -> float | None:
     """A task's score or objective in eval mode, without gradients. Raises TaskError if it gives no finite number."""
     if function is None:
         return None
-    with inference(model):
-        value = function(model)
+    try:
+        with inference(model):
+            value = function(model)
+    except Exception as error:
+        raise TaskError(f"{what} raised {type(error).__name__}: {error}") from error
     try:
         number = float(value)
     except (TypeError, ValueError) as error:

@@ -34,7 +34,7 @@ def run(model: nn.Module, x: Any) -> Any:
     """Call the model with a tensor, a tuple of positional or a dict of keyword arguments."""
     if isinstance(x, dict):
         return model(**x)
-    return model(*x) if isinstance(x, tuple) else model(x)
+    return model(*x) if isinstance(x, (tuple, list)) else model(x)
 
 
 def to_device(x: Any, model: nn.Module) -> Any:
@@ -50,7 +50,8 @@ def map_tensors(x: Any, function: Any) -> Any:
     if isinstance(x, dict):
         return {k: map_tensors(v, function) for k, v in x.items()}
     if isinstance(x, (tuple, list)):
-        return type(x)(map_tensors(v, function) for v in x)
+        mapped = [map_tensors(v, function) for v in x]
+        return type(x)(*mapped) if hasattr(x, "_fields") else type(x)(mapped)
     return x
 
 
@@ -111,6 +112,8 @@ def inventory(model: nn.Module, example_input: Any) -> tuple[Layer, ...]:
     names = _names(model)
     calls = _record_calls(model, example_input)
     owners = _weight_owners(model)
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    fused = {id(part) for m in encoders for part in m.modules()}
     layers = []
     for module, aliases in names.items():
         weight = _main_weight(module)
@@ -118,7 +121,7 @@ def inventory(model: nn.Module, example_input: Any) -> tuple[Layer, ...]:
             continue
         if not torch.isfinite(weight).all():
             raise TaskError(f"layer {aliases[0]!r} has NaN or infinite weights: load a sound checkpoint")
-        layers.append(_layer(module, weight, aliases, calls[module], owners))
+        layers.append(_layer(module, weight, aliases, calls[module], owners, fused))
     return tuple(layers)
 
 
@@ -152,12 +155,12 @@ def _record_calls(model: nn.Module, example_input: Any) -> dict[nn.Module, list[
     calls: dict[nn.Module, list[Call]] = defaultdict(list)
 
     def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        if isinstance(module, nn.Conv2d) and args:
+        if type(module) is nn.Conv2d and args:
             x = args[0] if args[0].ndim == 4 else args[0][None]
             calls[module].append(Call(len(x), tuple(x.shape[-2:]), tuple(out.shape[-2:])))
-        elif args and isinstance(args[0], Tensor):
+        elif isinstance(module, nn.Linear) and args:
             calls[module].append(Call(args[0].numel() // max(args[0].shape[-1], 1), (1, 1), (1, 1)))
-        else:  # called with keywords: seen, but not described
+        else:  # called with keywords, or of another kind: seen, but not described
             calls[module].append(Call(0, (0, 0), (0, 0)))
 
     handles = [m.register_forward_hook(note) for m in model.modules() if _main_weight(m) is not None]
@@ -173,7 +176,12 @@ def _record_calls(model: nn.Module, example_input: Any) -> dict[nn.Module, list[
 
 
 def _layer(
-    module: nn.Module, weight: Tensor, aliases: list[str], calls: list[Call], owners: dict[int, list[str]]
+    module: nn.Module,
+    weight: Tensor,
+    aliases: list[str],
+    calls: list[Call],
+    owners: dict[int, list[str]],
+    fused: set[int],
 ) -> Layer:
     groups = getattr(module, "groups", 1)
     bias = getattr(module, "bias", None)
@@ -192,12 +200,14 @@ def _layer(
         calls=tuple(calls),
         cost=Cost(params=sum(p.numel() for p in own), macs=macs, bytes=sum(p.numel() * p.element_size() for p in own)),
         element_size=weight.element_size(),
-        reason=_reason(module, weight, calls, owners),
+        reason=_reason(module, weight, calls, owners, fused),
         aliases=tuple(aliases[1:]),
     )
 
 
-def _reason(module: nn.Module, weight: Tensor, calls: list[Call], owners: dict[int, list[str]]) -> str | None:
+def _reason(
+    module: nn.Module, weight: Tensor, calls: list[Call], owners: dict[int, list[str]], fused: set[int]
+) -> str | None:
     """Why a layer must stay dense; None if it may be factorised."""
     if parametrize.is_parametrized(module):
         return "its weight is parametrised (weight_norm, spectral_norm, ...): remove the parametrisation first"
@@ -206,9 +216,13 @@ def _reason(module: nn.Module, weight: Tensor, calls: list[Call], owners: dict[i
         if base:
             return f"a subclass of {base} may do something else with its weight"
         return f"{type(module).__name__} cannot be factorised yet"
-    shared = owners[id(weight)]
-    if len(shared) > 1:
-        return f"its weight is shared: {', '.join(shared)}"
+    if id(module) in fused:
+        return "nn.TransformerEncoderLayer reads its weight in its fused path, which would rebuild it at every call"
+    for parameter in module.parameters(recurse=False):
+        if len(owners[id(parameter)]) > 1:
+            return f"its weight or bias is shared: {', '.join(owners[id(parameter)])}"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, which the replacement would lose"
     if not calls:
         return "not called as a module by the example input (unused, or its weight is read directly)"
     if any(c.maps == 0 for c in calls):

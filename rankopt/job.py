@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,16 @@ from rankopt.candidates import FactorStore, digest, write_beside
 from rankopt.core import Candidate, Choice, Plan, Proposal, RankoptError, StudyError, Task, TaskError, Trial
 from rankopt.decompositions import DENSE
 from rankopt.evaluate import call
-from rankopt.inventory import batch_size, count, inference, model_input, one_example, run, to_device
+from rankopt.inventory import count, inference, model_input, one_example, run, to_device
 from rankopt.plan import RESULT, apply, save
-from rankopt.prepare import CALIBRATION_EXAMPLES, Prepared, Track, prepare, silent
+from rankopt.prepare import Prepared, Track, check_batches, prepare, silent
 from rankopt.refine import refine as refine_layers
 from rankopt.renormalise import renormalise
 from rankopt.search import Evaluate, Study, best, search
 from rankopt.space import SearchSpace
 from rankopt.strategies import make_strategy, strategy_class
+
+log = logging.getLogger(__name__)
 
 # --- searching ---------------------------------------------------------------------------------------
 
@@ -35,7 +39,8 @@ from rankopt.strategies import make_strategy, strategy_class
 class Settings:
     """How to search. trials: distinct plans in total, resumed ones included (30; one-shot strategies: 1).
 
-    refine: refit the chosen plan's layers one after the other, against the dense model's outputs.
+    refine: refit the chosen plan's layers one after the other, against the dense model's outputs, and move its
+    batch norms to what they now see; each is kept if the objective falls.
     """
 
     strategy: str = "knapsack"
@@ -159,6 +164,10 @@ def finish(
                 f"the rebuilt model has {limit.metric} {achieved[limit.metric]:,}, above the budget of "
                 f"{limit.target:,} (the plan says {plan.cost[limit.metric]:,}): a bug in rankopt, please report it"
             )
+    if achieved != plan.cost:
+        log.warning(
+            "the rebuilt model costs %s, planned was %s: is a layer held outside the module tree?", achieved, plan.cost
+        )
     plan = dataclasses.replace(plan, cost=achieved)
     with clock.stage("scoring"):
         score = {
@@ -233,15 +242,18 @@ def _polished(
         )
         return True
 
-    steps: dict[str, Callable[[nn.Module], bool]] = {"refinement": refined} if settings.refine else {}
-    steps["batch_norm"] = lambda small: renormalise(dense, small, batches[0])
-    changes: dict[str, Change | None] = {"refinement": None}
+    steps: dict[str, Callable[[nn.Module], bool]] = {
+        "refinement": refined,
+        "batch_norm": lambda small: renormalise(dense, small, batches[0]),
+    }
+    changes: dict[str, Change | None] = dict.fromkeys(steps)
+    if not settings.refine:
+        return model, changes
     objective = chosen.objective
     for name, step in steps.items():
         with prepared.clock.stage(name):
             changed = copy.deepcopy(model)
             if not step(changed):
-                changes[name] = None
                 continue
             after = call("the objective", prepared.objective, changed)
             kept = after is not None and objective is not None and after < objective
@@ -318,7 +330,7 @@ def run_search(
 
 
 def _fingerprint(problem: Problem) -> str:
-    return digest([[(c.method, c.rank, c.error) for c in f] for f in problem.frontiers])
+    return digest([[(c.method, c.rank) for c in f] for f in problem.frontiers])
 
 
 def open_folder(out: Path, resume: bool) -> None:
@@ -326,8 +338,8 @@ def open_folder(out: Path, resume: bool) -> None:
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())) and not resume:
             raise StudyError(f"{out} is not empty: pass --resume to go on with it, or choose another --out")
-        if resume and not (out / "study.db").is_file():
-            raise StudyError(f"there is nothing to resume in {out}: no study.db")
+        if resume and not (out / "study.db").is_file() and out.exists() and any(out.iterdir()):
+            raise StudyError(f"there is nothing to resume in {out}: it holds files, but no study.db")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StudyError(f"{out} cannot be used: {error}") from error
@@ -359,21 +371,16 @@ def compress(
     See `Task` for the rest. Raises RankoptError (a ValueError) that says what is wrong and what to do.
     """
     strategy_class(strategy)
+    if not isinstance(model, nn.Module):
+        raise TaskError(f"model is a {type(model).__name__}: give an nn.Module")
     if example_input is None:
-        calibration = list(_first(calibration))
-        if not calibration:
+        check_batches(calibration)
+        iterator = iter(calibration)
+        first = list(islice(iterator, 1))
+        if not first:
             raise TaskError("the calibration set is empty: give at least one batch of inputs")
-        example_input = one_example(model_input(calibration[0]))
+        example_input = one_example(model_input(first[0]))
+        calibration = chain(first, iterator)  # it may be a generator
     task = Task(model, example_input, calibration, score, objective, test=test)
-    prepared = prepare(task, space, cache, track)
+    prepared = prepare(task, space, cache, track, budget=budget)
     return run_search(prepared, prepared.problem(budget), Settings(strategy, trials, seed, refine=refine), track=track)
-
-
-def _first(batches: Iterable[Any]) -> Iterable[Any]:
-    """Enough batches for calibration."""
-    examples = 0
-    for batch in batches:
-        yield batch
-        examples += batch_size(model_input(batch))
-        if examples >= CALIBRATION_EXAMPLES:
-            return

@@ -20,6 +20,7 @@ from rankopt.decompositions import DECOMPOSITIONS, DENSE
 from rankopt.decompositions.base import load_factors
 
 FORMAT, VERSION = "rankopt-plan", 1
+READ = {"task", "strategy", "seed", "seconds", "trials", "budget", "cost", "score", "milliseconds", "layers"}
 PLAN, WEIGHTS, RESULT = "plan.json", "model.safetensors", "result.json"
 
 
@@ -56,7 +57,10 @@ def apply(
 def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
     """Write model.safetensors and plan.json (which holds the weights' checksum) into a folder."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"{folder} cannot be made: {error}") from error
     write_beside(folder / WEIGHTS, lambda p: save_model(model, str(p)))
     content = {
         "format": FORMAT,
@@ -81,9 +85,9 @@ def read_result(folder: str | Path) -> dict[str, Any]:
         info = json.loads(path.read_text())
     except FileNotFoundError:
         raise StudyError(f"there is no {path}: name a finished run's folder, or finish it with --resume") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StudyError(f"{path} is damaged ({error}): run the search again with --resume") from error
-    if not isinstance(info, dict) or not {"score", "cost", "budget", "layers"} <= info.keys():
+    if not isinstance(info, dict) or not info.keys() >= READ:
         raise StudyError(f"{path} is damaged: it is not a rankopt result")
     return info
 
@@ -95,7 +99,7 @@ def read_plan(folder: str | Path) -> tuple[Plan, str]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise PlanError(f"there is no {path}: name the folder that a search wrote") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path} is damaged ({error}): run the search again with --resume") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PlanError(f"{path} is not a rankopt plan")
@@ -105,7 +109,7 @@ def read_plan(folder: str | Path) -> tuple[Plan, str]:
         choices = tuple(_choice(c) for c in content["layers"])
         plan = Plan(choices, _cost(content["cost"]), _cost(content["dense"]))
         return plan, str(content["weights"]["sha256"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -129,8 +133,7 @@ def _cost(entry: Mapping[str, Any]) -> Cost:
 
 
 def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of the model in the plan's form, its factors still empty. Raises PlanError for another model's plan."""
-    model = copy.deepcopy(model)
+    """The model, in place, in the plan's form, its factors still empty. Raises PlanError for another model's plan."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for choice in plan.choices:
         module = modules.get(choice.name)
@@ -166,7 +169,10 @@ def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.M
     Nothing is unpickled. Raises PlanError if a file is missing or damaged, or belongs to another model.
     """
     plan, checksum = read_plan(folder)
-    dense = model if isinstance(model, nn.Module) else model()
+    try:
+        dense = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+    except RuntimeError as error:
+        raise PlanError(f"the model cannot be copied ({error}): give a function that builds it") from error
     small = rebuild(dense, plan)
     path = Path(folder) / WEIGHTS
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,16 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankopt.budget import Problem, Spectra, check_feasible, parse_budget
-from rankopt.calibration import moments, output_metrics
-from rankopt.candidates import Cache, FactorStore, digest, fit_candidates
+from rankopt.budget import Limit, Problem, Spectra, check_feasible, parse_budget
+from rankopt.calibration import find_output, moments, output_metrics
+from rankopt.candidates import VERSION, Cache, FactorStore, digest, fit_candidates
 from rankopt.core import Candidate, Cost, Layer, Proposal, Task, TaskError
+from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.evaluate import Divergence, call
-from rankopt.frontier import frontier
-from rankopt.inventory import batch_size, count, inventory, map_tensors, model_input
+from rankopt.frontier import dense_candidate, frontier
+from rankopt.inventory import batch_size, count, inference, inventory, map_tensors, model_input, run, to_device
 from rankopt.plan import apply
 from rankopt.sensitivity import Curve, measure, with_losses
 from rankopt.space import SearchSpace, load_space
+
+log = logging.getLogger(__name__)
 
 CALIBRATION_EXAMPLES = 2048  # at most so many are taken from a task's calibration batches
 
@@ -85,8 +90,15 @@ class Prepared:
         return apply(self.task.model, problem.layers, problem.candidates(proposal), self.factors)
 
 
+def check_batches(calibration: Any) -> None:
+    """Raise TaskError for what is no iterable of batches."""
+    if isinstance(calibration, torch.Tensor) or not isinstance(calibration, Iterable):
+        raise TaskError(f"calibration is a {type(calibration).__name__}: give batches, for example x.split(64)")
+
+
 def collect_batches(calibration: Iterable[Any], limit: int) -> list[Any]:
     """The first `limit` examples of an iterable of batches, held in memory. Raises TaskError if there is none."""
+    check_batches(calibration)
     batches: list[Any] = []
     examples = 0
     for batch in calibration:
@@ -112,8 +124,12 @@ def prepare(
     cache: str | Path | None = None,
     track: Track = silent,
     workers: int | None = None,
+    budget: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> Prepared:
-    """Inventory, calibration, candidates and sensitivities, from the cache where it holds them."""
+    """Inventory, calibration, candidates and sensitivities, from the cache where it holds them.
+
+    budget: if given, one that cannot be met is refused before anything is measured or fitted.
+    """
     clock = Clock()
     space = load_space(space) if isinstance(space, str) else space
     kept = Cache(cache)
@@ -122,11 +138,14 @@ def prepare(
         layers = inventory(task.model, task.example_input)
         dense = count(task.model, task.example_input)
         layers = mark_dense(layers, space)
+    _check_copy(task.model)
     free = [layer for layer in layers if layer.reason is None]
     if not free:
         reasons = "; ".join(f"{x.name or 'model'}: {x.reason}" for x in layers[:5]) or "it has no layer with a weight"
         raise TaskError(f"the model has no layer that can be factorised ({reasons})")
-    key = digest(*_state(task.model), *_tensors(batches), [layer.name for layer in free])
+    if budget is not None:
+        _refuse_infeasible(free, space, parse_budget(budget, dense), dense)
+    key = digest(VERSION, *_state(task.model, batches[0]), *_tensors(batches), [dataclasses.astuple(x) for x in free])
     statistics = Statistics(task.model, free, batches, key, kept, track)
     with clock.stage("calibration"):
         if not kept.path(statistics.key, "safetensors").is_file():
@@ -144,6 +163,27 @@ def prepare(
     )
 
 
+def _refuse_infeasible(free: Sequence[Layer], space: SearchSpace, limits: tuple[Limit, ...], dense: Cost) -> None:
+    """Costs are closed forms: whether a budget can be met is known before anything is fitted."""
+    menus = [
+        (
+            dense_candidate(x),
+            *(Candidate(f, r, DECOMPOSITIONS[f].cost(x, r), 0.0) for f in space.families for r in space.ranks(f, x)),
+        )
+        for x in free
+    ]
+    check_feasible(Problem(tuple(free), tuple(menus), dense, limits))
+
+
+def _check_copy(model: nn.Module) -> None:
+    try:
+        copy.deepcopy(model)
+    except Exception as error:
+        raise TaskError(
+            f"the model cannot be copied ({type(error).__name__}: {error}): make copy.deepcopy work"
+        ) from error
+
+
 def mark_dense(layers: Sequence[Layer], space: SearchSpace) -> tuple[Layer, ...]:
     """Set the reason of layers that the space keeps dense or has nothing for."""
     free = [layer for layer in layers if layer.reason is None]
@@ -158,8 +198,22 @@ def mark_dense(layers: Sequence[Layer], space: SearchSpace) -> tuple[Layer, ...]
     return tuple(marked)
 
 
-def _state(model: nn.Module) -> list[Any]:
-    return [part for name, tensor in model.state_dict().items() for part in (name, tensor) if hasattr(tensor, "shape")]
+def _state(model: nn.Module, batch: Any) -> list[Any]:
+    """What tells models apart: structure, parameters, all buffers, and what the forward makes of them."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    with inference(model):
+        out = _run_batch(model, batch)
+    z = find_output(out)
+    numbers = [] if z is None else [z.double().mean(), z.double().abs().mean(), z.flatten()[0]]
+    outputs = [f"{x:.2e}" for x in numbers]
+    return [repr(model), *[part for named in tensors for part in named], outputs]
+
+
+def _run_batch(model: nn.Module, batch: Any) -> Any:
+    try:
+        return run(model, to_device(batch, model))
+    except Exception as error:
+        raise TaskError(f"the model does not run on a calibration batch: {type(error).__name__}: {error}") from error
 
 
 def _tensors(batches: Sequence[Any]) -> list[Any]:
@@ -223,11 +277,14 @@ def _curves(
     zero = call("the objective", objective, task.model)
     assert zero is not None
 
-    def rise(name: str, candidate: Candidate) -> float:
+    def rise(name: str, candidate: Candidate) -> float | None:
         model = apply(task.model, [by_name[name]], [candidate], factors)
-        value = call("the objective", objective, model)
-        assert value is not None
-        return value - zero
+        try:
+            value = call("the objective", objective, model)
+        except Exception as error:
+            log.warning("the objective of layer %r as %s %s: %s", name, candidate.method, candidate.rank, error)
+            return None
+        return None if value is None else value - zero
 
     curves = measure(names, candidates, rise, track)
     if task.objective is None:

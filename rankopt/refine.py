@@ -58,10 +58,10 @@ def _seen_weight(dense: nn.Module, small: nn.Module, layer: Layer, batches: Sequ
         for x, seen in zip(_inputs(dense, layer, batch), _inputs(small, layer, batch), strict=True):
             for a, b in zip(columns(layer, module, x), columns(layer, module, seen), strict=True):
                 moment, cross, rows = moment + outer(b, b), cross + outer(a, b), rows + b.shape[-1]
-    moment, cross = moment / rows, cross / rows
+    moment, cross = moment / max(rows, 1), cross / max(rows, 1)
     weight: Tensor = module.weight.detach().double()  # type: ignore[operator]
     flat = weight.reshape(layer.groups, layer.out_channels, layer.patch)
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)[:, None, None]
     shrink = SHRINK * mean * torch.eye(layer.patch, dtype=moment.dtype, device=moment.device)
     best = torch.linalg.solve(moment + shrink, (flat @ (cross + shrink)).mT).mT
     return best.reshape(weight.shape).to(module.weight.dtype), moment
@@ -72,7 +72,7 @@ def _inputs(model: nn.Module, layer: Layer, batch: Any) -> list[Tensor]:
     found: list[Tensor] = []
 
     def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0])
+        found.append(args[0].clone())
         if len(found) == len(layer.calls):
             raise _Reached
 

@@ -55,7 +55,7 @@ class Study:
     store: Any = None
     report: Callable[[Trial], None] = lambda trial: None
     trials: list[Trial] = field(default_factory=list)
-    pending: set[Proposal] = field(default_factory=set)
+    pending: dict[Proposal, int] = field(default_factory=dict)  # -> the number of its ask
 
     def resume(self) -> None:
         """Take up what the store holds."""
@@ -69,12 +69,13 @@ class Study:
         if len(seen) + len(self.pending) >= self.limit:
             return None
         for _ in range(REPEATS):
+            number = self.strategy.asked
             wanted = self.strategy.ask()
             if wanted is None:
                 return None
             proposal = project(self.problem, wanted)
             if proposal not in seen and proposal not in self.pending:
-                self.pending.add(proposal)
+                self.pending[proposal] = number
                 return proposal
         return None
 
@@ -91,9 +92,9 @@ class Study:
             seconds=outcome.seconds,
             error=outcome.error,
         )
-        if self.store:
-            self.store.add(trial, self.strategy.asked)
-        self.pending.discard(proposal)
+        self.pending.pop(proposal, None)
+        if self.store:  # after a stop, what was running is asked for again
+            self.store.add(trial, min(self.pending.values(), default=self.strategy.asked))
         self.trials.append(trial)
         self.strategy.tell(trial)
         self.report(trial)
@@ -123,5 +124,5 @@ def best(trials: list[Trial]) -> Trial:
     finished = [t for t in trials if t.objective is not None]
     if not finished:
         first = next((t.error for t in trials if t.error), "nothing was proposed")
-        raise StudyError(f"no evaluation finished; the first said: {first}")
+        raise StudyError(f"no evaluation finished; the first said: {first}. Mend it, then search into another folder")
     return min(finished, key=lambda t: (t.objective, t.number))

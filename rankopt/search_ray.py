@@ -40,6 +40,10 @@ class RaySearch:
     """
 
     def __init__(self, workers: int, address: str | None = None, gpus_per_trial: float = 0.0) -> None:
+        if address is None and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+            # Ray listens on all interfaces and runs what it is sent: a token of our own, which it reads when imported
+            # (and would else write into the home folder).
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
         try:
             import ray.tune  # noqa: F401  (bare ray lacks what its tune imports)
         except ImportError as error:
@@ -80,9 +84,8 @@ class RaySearch:
         options: dict[str, Any] = {"address": self.address}
         if self.address:
             _reach(self.address)
-        else:  # "local": RAY_ADDRESS is not followed. Ray listens on all interfaces and runs what it is sent: a token
-            if "RAY_AUTH_MODE" not in os.environ:  # of our own; Ray would write its own into the home folder
-                os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        else:  # "local": RAY_ADDRESS is not followed
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray was imported without a token
             options = {"address": "local", "num_cpus": self.workers, "include_dashboard": False, "_temp_dir": folder}
         try:
             try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.exceptions import OptunaError
 from optuna.trial import TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -34,7 +35,7 @@ class Store:
         }
         try:
             self.study = self._open(about, resume)
-        except (SQLAlchemyError, OSError) as error:
+        except (SQLAlchemyError, OptunaError, OSError) as error:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
             raise StudyError(
                 f"{self.path} cannot be used ({reason}): restore it from a copy, or search into another folder"
@@ -77,7 +78,7 @@ class Store:
                     user_attrs=attributes,
                 )
             )
-        except (SQLAlchemyError, OSError) as error:
+        except (SQLAlchemyError, OptunaError, OSError) as error:
             raise StudyError(
                 f"trial {trial.number} cannot be written to {self.path} ({error}): make room, then use --resume"
             ) from error
@@ -101,8 +102,8 @@ class Store:
                         error=attributes["error"],
                     )
                 )
-                asked = max(asked, attributes["asked"])
-        except (SQLAlchemyError, KeyError, TypeError, ValueError) as error:
+                asked = attributes["asked"]  # of the last one told: what was running then is asked for again
+        except (SQLAlchemyError, OptunaError, KeyError, TypeError, ValueError) as error:
             raise StudyError(f"{self.path} is damaged ({type(error).__name__}: {error})") from error
         return found, asked
 
@@ -123,5 +124,5 @@ def read_trials(folder: Path) -> list[dict[str, Any]]:
             }
             for t in study.get_trials(deepcopy=False)
         ]
-    except (SQLAlchemyError, KeyError) as error:
+    except (SQLAlchemyError, OptunaError, KeyError) as error:
         raise StudyError(f"{path} is damaged: {error}") from error

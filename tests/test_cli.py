@@ -96,7 +96,6 @@ def test_inspect_shows_every_layer_within_100_columns():
             "unknown search space 'magic': choose from cifar, default",
         ),
         (["digits", "--budget", "params=0.3", "--trials", "0", "--strategy", "random"], "give 1 or more"),
-        (["digits", "--budget", "params=0.3", "--resume"], "nothing to resume"),
     ],
 )
 def test_bad_input_gets_one_clear_line(tmp_path, arguments, message):

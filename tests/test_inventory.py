@@ -157,3 +157,45 @@ def test_bad_models_are_refused_by_name():
     bad = torch.full((2, 4), float("nan"))
     with pytest.raises(TaskError, match="input of layer '0' is NaN"):
         moments(model, inventory(model, torch.zeros(1, 4)), [bad])
+
+
+@pytest.mark.parametrize("frozen", ["backbone", "all"])
+def test_frozen_layers_have_the_same_metric(frozen):
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 8, 8)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 6, 3),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(96, 5),
+    )
+    layers = inventory(model, x)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    free = output_metrics(model, layers, [x])
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight)), "the model's gradients are its own"
+    for module in model if frozen == "all" else model[:5]:
+        module.requires_grad_(requires_grad=False)
+    bound = output_metrics(model, layers, [x])
+    assert set(bound) == set(free)
+    for name in free:
+        torch.testing.assert_close(bound[name], free[name])
+
+
+def test_channels_last_linear_layers_have_the_metric_of_flat_ones():
+    torch.manual_seed(0)
+    x = torch.randn(16, 5, 3, 6)
+    body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    class Mean(nn.Module):
+        def __init__(self, flat):
+            super().__init__()
+            self.body, self.flat = body, flat
+
+        def forward(self, x):
+            return self.body(x.flatten(1, 2)).mean(1) if self.flat else self.body(x).mean((1, 2))
+
+    maps, rows = (output_metrics(Mean(f), inventory(Mean(f), x), [x]) for f in (False, True))
+    for name in maps:
+        torch.testing.assert_close(maps[name], rows[name])

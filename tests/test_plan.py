@@ -222,3 +222,100 @@ def test_a_damaged_cache_is_made_anew(tmp_path):
         path.write_bytes(path.read_bytes()[:-9] if path.suffix == ".json" else b"\0" * 40)
     again = rankopt.compress(task.model, task.calibration, {"params": 0.3}, space=QUICK, cache=cache)
     assert again.plan.choices == first.plan.choices
+
+
+# --- models that tools stumble over -------------------------------------------------------------------
+
+
+class ReadsAttributes(nn.Module):
+    """Its forward asks its layers for their sizes and weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 24)
+
+    def forward(self, x):
+        y = self.conv(x).view(len(x), self.conv.out_channels, -1).mean(2)
+        return self.head(y.view(-1, self.head.in_features)) + 0 * self.head.weight.sum()
+
+
+def quick(model, batches, budget, tmp_path, **more):
+    return rankopt.compress(model, batches, budget, space=QUICK, cache=tmp_path / "cache", **more)
+
+
+def test_forwards_that_read_their_layers_attributes(tmp_path):
+    torch.manual_seed(0)
+    made = quick(ReadsAttributes(), [torch.randn(32, 3, 8, 8)], {"params": 0.7}, tmp_path)
+    assert made.model.head.out_features == 24 and made.model.conv.kernel_size == (3, 3)
+
+
+def test_encoders_with_a_fused_path_keep_their_layers(tmp_path):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.Sequential(encoder, nn.Linear(32, 32))
+    made = quick(model, [torch.randn(16, 5, 32)], {"params": 0.95}, tmp_path)
+    reasons = {c.name: c.reason for c in made.plan.choices}
+    assert "fused path" in reasons["0.linear1"] and made.model[0].linear1.weight.shape == (64, 32)
+
+
+def test_shared_biases_and_replaced_forwards_stay_dense(tmp_path):
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    model[1].bias = model[0].bias
+    model[2].forward = lambda x: x
+    made = quick(model, [torch.randn(64, 32)], {"params": 0.9}, tmp_path)
+    reasons = [c.reason for c in made.plan.choices]
+    assert "shared" in reasons[0] and "shared" in reasons[1] and "replaced on the instance" in reasons[2]
+
+
+class Returns(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.map, self.what = nn.Linear(32, 32), what
+
+    def forward(self, x):
+        return self.what(self.map(x))
+
+
+def test_any_output_will_do_with_an_objective_of_its_own(tmp_path):
+    def objective(model):
+        return float((model.map(torch.ones(1, 32)) ** 2).mean())
+
+    for what in (lambda y: {"loss": None, "logits": y}, lambda y: y.argmax(1), lambda y: None):
+        made = quick(Returns(what), [torch.randn(64, 32)], {"params": 0.6}, tmp_path, objective=objective)
+        assert made.info["budget"]["params"]["achieved"] <= 633
+    with pytest.raises(rankopt.TaskError, match="give the task an objective of its own"):
+        quick(Returns(lambda y: None), [torch.randn(64, 32)], {"params": 0.6}, tmp_path)
+
+
+def test_the_cache_tells_forwards_apart(tmp_path):
+    """The same weights and data with another forward are another model."""
+    torch.manual_seed(0)
+    model, x = Returns(torch.relu), [torch.randn(64, 32)]
+    first = quick(model, x, {"params": 0.6}, tmp_path)
+    model.what = torch.tanh
+    cached = quick(model, x, {"params": 0.6}, tmp_path)
+    fresh = rankopt.compress(model, x, {"params": 0.6}, space=QUICK, cache=tmp_path / "other")
+    assert cached.plan == fresh.plan
+    assert cached.info["objective"]["predicted"] == pytest.approx(fresh.info["objective"]["predicted"], rel=1e-6)
+    assert cached.info["objective"]["predicted"] != first.info["objective"]["predicted"]
+
+
+def test_infeasible_budgets_are_refused_before_anything_is_fitted(tmp_path):
+    with pytest.raises(rankopt.BudgetError, match="least achievable"):
+        quick(nn.Linear(32, 32), [torch.randn(8, 32)], {"params": 0.01}, tmp_path)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_wrong_types_get_clear_errors(tmp_path):
+    model, x = nn.Linear(32, 32), torch.randn(64, 32)
+    for calibration, budget, message in [
+        (x, {"params": 0.5}, r"give batches, for example x\.split"),
+        (None, {"params": 0.5}, "give batches"),
+        ([x], 0.5, "give a dictionary"),
+        ([x], None, "give a dictionary"),
+        ([x[:, :5]], {"params": 0.5}, "does not run"),
+    ]:
+        with pytest.raises(rankopt.RankoptError, match=message):
+            quick(model, calibration, budget, tmp_path)
+    with pytest.raises(rankopt.TaskError, match=r"give an nn\.Module"):
+        quick(lambda y: y, [x], {"params": 0.5}, tmp_path)

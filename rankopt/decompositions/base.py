@@ -257,8 +257,17 @@ def _conv(conv: nn.Conv2d, s: Stage, bias: bool, like: dict[str, Any]) -> nn.Con
     )
 
 
+GEOMETRY = (
+    *("in_features", "out_features", "in_channels", "out_channels"),
+    *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+)
+
+
 def finish(replacement: nn.Module, module: nn.Module) -> nn.Module:
     """Copy the bias, mode and requires_grad of the original; factors take the weight's requires_grad."""
+    for name in GEOMETRY:  # for whoever reads layer.out_channels and the like
+        if hasattr(module, name):
+            setattr(replacement, name, getattr(module, name))
     bias: Tensor | None = module.bias  # type: ignore[assignment]
     with torch.no_grad():
         for parameter in replacement.parameters():

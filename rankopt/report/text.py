@@ -16,7 +16,9 @@ WIDTH = 100
 
 def render(*parts: RenderableType) -> str:
     """Rich renderables as plain text."""
-    console = Console(width=WIDTH, file=io.StringIO(), force_terminal=False, color_system=None)
+    console = Console(
+        width=WIDTH, file=io.StringIO(), force_terminal=False, color_system=None, markup=False, emoji=False
+    )
     console.print(*parts, sep="\n")
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
@@ -60,7 +62,21 @@ def summary(info: dict[str, Any]) -> str:
         head.add_column(column, justify=side)  # type: ignore[arg-type]
     for row in before_after(info):
         head.add_row(*row)
-    return render(head, budget_line(info), layer_table(info["layers"]))
+    return render(head, budget_line(info), *changes(info), layer_table(info["layers"]))
+
+
+def changes(info: dict[str, Any]) -> list[str]:
+    """What was done to the chosen plan's model afterwards, and whether it helped."""
+    what = {
+        "refinement": "refitting layer after layer (the layers' errors below are from before)",
+        "batch_norm": "moving batch norms to what they now see",
+    }
+    lines = []
+    for key, text in what.items():
+        if change := info.get(key):
+            kept = "kept" if change["kept"] else "not kept"
+            lines.append(f"{text}: objective {change['before']:.4g} -> {change['after']:.4g}, {kept}")
+    return lines
 
 
 def budget_line(info: dict[str, Any]) -> str:
