@@ -13,6 +13,7 @@ import torch
 
 from rankopt.core import RankoptError, StudyError
 from rankopt.job import Evaluator, Settings, run_search
+from rankopt.plan import apply
 from rankopt.prepare import prepare
 from rankopt.search import Study, best, search
 from rankopt.search_ray import RaySearch
@@ -119,7 +120,9 @@ class Writing:
         before = numbers[-1].item()
         numbers += 1
         with torch.no_grad():
-            for parameter in self.evaluate.prepared.apply(self.evaluate.problem, proposal).parameters():
+            e = self.evaluate
+            built = apply(e.model, e.problem.layers, e.problem.candidates(proposal), e.factors)
+            for parameter in built.parameters():
                 parameter.zero_()
             self.evaluate.model.bn3.num_batches_tracked += 1
         return objective, 1000.0 * os.getpid() + before
