@@ -18,7 +18,7 @@ from torch import nn
 
 from rankopt.budget import Limit, Problem, allocate, relative_gap
 from rankopt.candidates import FactorStore, digest, write_beside
-from rankopt.core import Candidate, Choice, Plan, Proposal, RankoptError, StudyError, Task, TaskError, Trial
+from rankopt.core import Candidate, Choice, Layer, Plan, Proposal, RankoptError, StudyError, Task, TaskError, Trial
 from rankopt.decompositions import DENSE
 from rankopt.evaluate import call
 from rankopt.inventory import count, inference, model_input, one_example, run, to_device
@@ -149,6 +149,7 @@ def finish(
     trials: Sequence[Trial],
     chosen: Trial,
     about: Mapping[str, Any],
+    asked: int,
     settings: Settings,
     track: Track = silent,
 ) -> Result:
@@ -185,7 +186,7 @@ def finish(
         "seconds": {k: round(v, 3) for k, v in clock.items()},
         "family_seconds": {k: round(v, 3) for k, v in prepared.family_seconds.items()},
         "trials": {
-            "asked": about.get("asked", len(trials)),
+            "asked": asked,
             "finished": sum(t.state == "finished" for t in trials),
             "failed": sum(t.state == "failed" for t in trials),
             "distinct": len({t.proposal for t in trials}),
@@ -205,25 +206,15 @@ def finish(
         **changes,
         "score": score,
         "milliseconds": time_forward([task.model, model], task.example_input),
-        "layers": [
-            {
-                "name": c.name,
-                "method": c.method,
-                "rank": list(c.rank),
-                "params": c.params,
-                "macs": c.macs,
-                "error": c.error,
-                "reason": c.reason,
-                "kind": c.kind,
-                "shape": list(c.shape),
-                "dense_params": layer.cost.params,
-                "dense_macs": layer.cost.macs,
-            }
-            for c, layer in zip(plan.choices, prepared.layers, strict=True)
-        ],
+        "layers": [_layer_row(c, layer) for c, layer in zip(plan.choices, prepared.layers, strict=True)],
     }
-    info.pop("asked", None)
     return Result(model, plan, problem.limits, info)
+
+
+def _layer_row(choice: Choice, layer: Layer) -> dict[str, Any]:
+    """A layer's entry in result.json: the plan's choice, and what the layer costs dense."""
+    row = {**dataclasses.asdict(choice), "rank": list(choice.rank), "shape": list(choice.shape)}
+    return {**row, "dense_params": layer.cost.params, "dense_macs": layer.cost.macs}
 
 
 Change = dict[str, float | bool | None]
@@ -323,7 +314,7 @@ def run_search(
     study.resume()
     with prepared.clock.stage("search"):
         trials = runner(study, Evaluator.of(prepared, problem))
-    result = finish(prepared, problem, trials, best(trials), {**about, "asked": strategy.asked}, settings, track)
+    result = finish(prepared, problem, trials, best(trials), about, strategy.asked, settings, track)
     if out is not None:
         result.save(out)
     return result

@@ -15,7 +15,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from rankopt.candidates import FactorStore, write_beside
-from rankopt.core import Candidate, Choice, Cost, Layer, Plan, PlanError, StudyError
+from rankopt.core import Candidate, Choice, Cost, Layer, Plan, PlanError, RankoptError, StudyError
 from rankopt.decompositions import DECOMPOSITIONS, DENSE
 from rankopt.decompositions.base import load_factors
 
@@ -78,15 +78,19 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _read_json(path: Path, failure: type[RankoptError], if_missing: str) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise failure(f"there is no {path}: {if_missing}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise failure(f"{path} is damaged ({error}): run the search again with --resume") from error
+
+
 def read_result(folder: str | Path) -> dict[str, Any]:
     """A run's result.json. Raises StudyError if it is missing or damaged."""
     path = Path(folder) / RESULT
-    try:
-        info = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise StudyError(f"there is no {path}: name a finished run's folder, or finish it with --resume") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise StudyError(f"{path} is damaged ({error}): run the search again with --resume") from error
+    info = _read_json(path, StudyError, "name a finished run's folder, or finish it with --resume")
     if not isinstance(info, dict) or not info.keys() >= READ:
         raise StudyError(f"{path} is damaged: it is not a rankopt result")
     return info
@@ -95,12 +99,7 @@ def read_result(folder: str | Path) -> dict[str, Any]:
 def read_plan(folder: str | Path) -> tuple[Plan, str]:
     """The plan in a folder and its weights' checksum. Raises PlanError if it is missing, damaged or too new."""
     path = Path(folder) / PLAN
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise PlanError(f"there is no {path}: name the folder that a search wrote") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PlanError(f"{path} is damaged ({error}): run the search again with --resume") from error
+    content = _read_json(path, PlanError, "name the folder that a search wrote")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PlanError(f"{path} is not a rankopt plan")
     if content.get("version") != VERSION:
