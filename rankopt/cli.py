@@ -94,6 +94,9 @@ def search(
     strategy: Annotated[
         str, typer.Option(help="knapsack, uniform, energy, random, greedy, evbmf or optuna")
     ] = "knapsack",
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="KEY=VALUE of the strategy's own, repeatable")
+    ] = None,
     trials: Annotated[int | None, typer.Option(help="distinct plans to evaluate in total [30]")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same plans")] = 0,
     out: Annotated[Path | None, typer.Option(help="the run folder [runs/TASK-STRATEGY]")] = None,
@@ -113,10 +116,10 @@ def search(
     with clear_errors():
         from rankopt.job import Settings, open_folder, run_search
         from rankopt.prepare import prepare
-        from rankopt.strategies import strategy_class
+        from rankopt.strategies import read_options
         from rankopt.tasks import load_task
 
-        strategy_class(strategy)
+        options = read_options(strategy, dict(_pair(text) for text in option or []))
         runner = _runner(workers, ray_address, gpus_per_trial)
         out = out or Path("runs") / f"{Path(task.rpartition(':')[0] or task).stem}-{strategy}"
         open_folder(out, resume)
@@ -125,7 +128,7 @@ def search(
         result = run_search(
             prepared,
             prepared.problem(budget),
-            Settings(strategy, trials, seed, resume, refine),
+            Settings(strategy, trials, seed, resume, refine, options),
             out,
             runner,
             shown,
@@ -139,6 +142,13 @@ def search(
             from rankopt.report.html import write_report
 
             _print(f"report: {write_report(out)}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise RankoptError(f"--option {text!r} is not KEY=VALUE")
+    return key, value
 
 
 def _runner(workers: int, ray_address: str | None, gpus_per_trial: float) -> Any:

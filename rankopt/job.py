@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rankopt.refine import refine as refine_layers
 from rankopt.renormalise import renormalise
 from rankopt.search import Evaluate, Study, best, search
 from rankopt.space import SearchSpace
-from rankopt.strategies import make_strategy, strategy_class
+from rankopt.strategies import make_strategy, read_options
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 class Settings:
     """How to search. trials: distinct plans in total, resumed ones included (30; one-shot strategies: 1).
 
+    options: the strategy's own.
     refine: refit the chosen plan's layers one after the other, against the dense model's outputs, and move its
     batch norms to what they now see; each is kept if the objective falls.
     """
@@ -48,6 +49,7 @@ class Settings:
     seed: int = 0
     resume: bool = False
     refine: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -301,8 +303,9 @@ def run_search(
     track: Track = silent,
 ) -> Result:
     """Search with a strategy and a runner; with a run folder, every trial and then the result is kept there."""
-    strategy = make_strategy(settings.strategy, problem, settings.seed)
-    about = {"task": prepared.task.name, "strategy": settings.strategy, "seed": settings.seed}
+    strategy = make_strategy(settings.strategy, problem, settings.seed, settings.options)
+    about: dict[str, Any] = {"task": prepared.task.name, "strategy": settings.strategy, "seed": settings.seed}
+    about["options"] = {k: str(v) for k, v in sorted(settings.options.items())}
     store = None
     if out is not None:
         from rankopt.store import Store
@@ -312,6 +315,9 @@ def run_search(
         store = Store(out, problem, {**about, **same}, settings.resume)
     study = Study(problem, strategy, trial_limit(strategy, settings.trials), store, report)
     study.resume()
+    if len(study.trials) < study.limit:
+        with prepared.clock.stage("strategy"):
+            strategy.measure(prepared, track)
     with prepared.clock.stage("search"):
         trials = runner(study, Evaluator.of(prepared, problem))
     result = finish(prepared, problem, trials, best(trials), about, strategy.asked, settings, track)
@@ -350,6 +356,7 @@ def compress(
     seed: int = 0,
     space: SearchSpace | str = "default",
     refine: bool = False,
+    options: Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
     track: Track = silent,
 ) -> Result:
@@ -359,9 +366,10 @@ def compress(
     the first 2,048 examples are used. budget: {"params": 0.5}, {"macs": "30%", "bytes": "500KB"}, ...
     score: model -> fraction, higher is better. example_input: default the first calibration batch's first example.
     refine: refit the chosen plan's layers one after the other, against the dense model's outputs (minutes).
+    options: the strategy's own, such as {"sampler": "gp"}.
     See `Task` for the rest. Raises RankoptError (a ValueError) that says what is wrong and what to do.
     """
-    strategy_class(strategy)
+    read_options(strategy, options or {})
     if not isinstance(model, nn.Module):
         raise TaskError(f"model is a {type(model).__name__}: give an nn.Module")
     if example_input is None:
@@ -374,4 +382,5 @@ def compress(
         calibration = chain(first, iterator)  # it may be a generator
     task = Task(model, example_input, calibration, score, objective, test=test)
     prepared = prepare(task, space, cache, track, budget=budget)
-    return run_search(prepared, prepared.problem(budget), Settings(strategy, trials, seed, refine=refine), track=track)
+    settings = Settings(strategy, trials, seed, refine=refine, options=options or {})
+    return run_search(prepared, prepared.problem(budget), settings, track=track)

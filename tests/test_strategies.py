@@ -13,6 +13,7 @@ from scipy.optimize import minimize_scalar
 from rankopt.budget import Limit, Problem, Spectra, allocate, project
 from rankopt.core import Candidate, Cost, Layer, RankoptError, Trial
 from rankopt.frontier import frontier
+from rankopt.job import Settings, run_search
 from rankopt.search import Study, best, search
 from rankopt.strategies import STRATEGIES, make_strategy, strategy_class
 from rankopt.strategies.evbmf import evbmf_rank
@@ -131,6 +132,44 @@ def test_restored_strategies_go_on_as_if_never_stopped(name):
 def test_unknown_strategy_lists_the_valid_ones():
     with pytest.raises(RankoptError, match=r"unknown strategy 'magic': choose from knapsack, uniform"):
         strategy_class("magic")
+
+
+class Inquisitive(strategy_class("random")):
+    """Random, with options and a look at the data."""
+
+    def __init__(self, problem, seed=0, *, temperature=1.0, rounds=3, warm=True, sampler="tpe"):
+        super().__init__(problem, seed)
+        self.options = (temperature, rounds, warm, sampler)
+
+    def measure(self, prepared, track):
+        self.seen = prepared
+
+
+@pytest.fixture
+def inquisitive(monkeypatch):
+    monkeypatch.setitem(STRATEGIES.built_in, "inquisitive", Inquisitive)
+
+
+@pytest.mark.usefixtures("inquisitive")
+def test_options_are_read_in_the_type_of_their_default():
+    problem, _ = synthetic(0.3)
+    text = {"temperature": "0.5", "rounds": "2", "warm": "False", "sampler": "gp"}
+    assert make_strategy("inquisitive", problem, 0, text).options == (0.5, 2, False, "gp")
+    assert make_strategy("inquisitive", problem).options == (1.0, 3, True, "tpe")
+    for wrong, message in (({"x": "1"}, "no option 'x'; its options: temperature=1.0"), ({"rounds": "2.5"}, "no int")):
+        with pytest.raises(RankoptError, match=message):
+            make_strategy("inquisitive", problem, 0, wrong)
+    with pytest.raises(RankoptError, match="its options: none"):
+        make_strategy("knapsack", problem, 0, {"x": 1})
+
+
+@pytest.mark.usefixtures("inquisitive")
+def test_a_strategy_may_look_at_the_model_and_its_data(digits, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Inquisitive, "measure", lambda self, prepared, track: seen.append(prepared))
+    problem = digits.problem({"params": 0.5})
+    result = run_search(digits, problem, Settings("inquisitive", trials=2, options={"rounds": "2"}))
+    assert seen == [digits] and result.info["options"] == {"rounds": "2"}
 
 
 # --- EVBMF ---------------------------------------------------------------------------------------------

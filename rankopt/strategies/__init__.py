@@ -5,7 +5,10 @@ Entries are "module:Class", loaded when first asked for, so that `import rankopt
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from importlib import import_module
+from typing import Any
 
 from rankopt.budget import Problem
 from rankopt.core import RankoptError
@@ -37,7 +40,32 @@ def strategy_class(name: str) -> type[Strategy]:
     return entry
 
 
-def make_strategy(name: str, problem: Problem, seed: int = 0) -> Strategy:
+def make_strategy(name: str, problem: Problem, seed: int = 0, options: Mapping[str, Any] | None = None) -> Strategy:
+    """Raises RankoptError for an unknown strategy or option, or a negative seed."""
     if seed < 0:
         raise RankoptError(f"seed is {seed}: give 0 or more")
-    return strategy_class(name)(problem, seed)
+    return strategy_class(name)(problem, seed, **read_options(name, options or {}))
+
+
+def strategy_options(name: str) -> dict[str, Any]:
+    """A strategy's own options with their defaults."""
+    parameters = inspect.signature(strategy_class(name).__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def read_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A strategy's options, as text (from the command line) or values, in the type of their default.
+
+    Raises RankoptError for one that the strategy does not have, or that cannot be read.
+    """
+    known, typed = strategy_options(name), {}
+    for key, value in options.items():
+        if key not in known:
+            valid = ", ".join(f"{k}={v}" for k, v in known.items()) or "none"
+            raise RankoptError(f"strategy {name!r} has no option {key!r}; its options: {valid}")
+        kind = type(known[key])
+        try:
+            typed[key] = {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            raise RankoptError(f"strategy {name!r}: option {key}={value} is no {kind.__name__}") from None
+    return typed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rankopt.budget import Problem
 from rankopt.core import Proposal, Trial
@@ -14,6 +14,7 @@ class Strategy(ABC):
 
     What ask() returns depends only on the problem, the seed, how often it was asked and the trials told:
     so a study resumes where it stopped by telling the finished trials again (`restore`).
+    A strategy's own options are keyword-only arguments of __init__ with a default: a number, a string or a bool.
     """
 
     name: ClassVar[str]
@@ -22,6 +23,12 @@ class Strategy(ABC):
     def __init__(self, problem: Problem, seed: int = 0) -> None:
         self.problem, self.seed = problem, seed
         self.asked = 0
+
+    def measure(self, prepared: Any, track: Any) -> None:  # noqa: B027  (most see numbers only)
+        """Look at the model and its data (a `Prepared`) before the first ask, for strategies that train or calibrate.
+
+        What is found may depend on these, the options and the seed only, so that a resumed study finds the same.
+        """
 
     def ask(self) -> Proposal | None:
         """One frontier index per layer; None: nothing more to propose."""
