@@ -171,7 +171,8 @@ class Task:
     score: model -> float on validation data, a fraction, higher is better.
     objective: model -> float, minimised by searches; default: KL divergence to the dense model's
     predictions on the calibration batches. train, loss: for training. test: as score, on test data,
-    read once at the end.
+    read once at the end. examples, test_examples: how many examples score and test average over; scores then
+    carry confidence intervals. Raises TaskError if they are not positive integers.
     """
 
     model: nn.Module
@@ -183,3 +184,11 @@ class Task:
     loss: Callable[[Any, Any], Any] | None = None
     test: Callable[[nn.Module], float] | None = None
     name: str = field(default="")
+    examples: int | None = None
+    test_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        for what in ("examples", "test_examples"):
+            value = getattr(self, what)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise TaskError(f"{what} is {value!r}: give the number of examples that the score averages over")

@@ -29,6 +29,7 @@ from rankopt.renormalise import renormalise
 from rankopt.search import Evaluate, Study, best, search
 from rankopt.space import SearchSpace
 from rankopt.strategies import make_strategy, read_options
+from rankopt.uncertainty import proxy, tie, wilson
 
 log = logging.getLogger(__name__)
 
@@ -207,6 +208,10 @@ def finish(
         "objective": {"best": chosen.objective, "predicted": chosen.predicted},
         **changes,
         "score": score,
+        "examples": (examples := {"validation": task.examples, "test": task.test_examples}),
+        "intervals": {k: {part: wilson(v, examples[part]) for part, v in s.items()} for k, s in score.items()},
+        "proxy": proxy(trials),
+        "tie": tie(trials, chosen, task.examples),
         "milliseconds": time_forward([task.model, model], task.example_input),
         "layers": [_layer_row(c, layer) for c, layer in zip(plan.choices, prepared.layers, strict=True)],
     }
@@ -301,8 +306,12 @@ def run_search(
     runner: Runner = search,
     report: Callable[[Trial], None] = lambda trial: None,
     track: Track = silent,
+    question: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Search with a strategy and a runner; with a run folder, every trial and then the result is kept there."""
+    """Search with a strategy and a runner; with a run folder, every trial and then the result is kept there.
+
+    question: what the budget came from, for result.json.
+    """
     strategy = make_strategy(settings.strategy, problem, settings.seed, settings.options)
     about: dict[str, Any] = {"task": prepared.task.name, "strategy": settings.strategy, "seed": settings.seed}
     about["options"] = {k: str(v) for k, v in sorted(settings.options.items())}
@@ -320,6 +329,7 @@ def run_search(
             strategy.measure(prepared, track)
     with prepared.clock.stage("search"):
         trials = runner(study, Evaluator.of(prepared, problem))
+    about |= {"question": dict(question)} if question else {}
     result = finish(prepared, problem, trials, best(trials), about, strategy.asked, settings, track)
     if out is not None:
         result.save(out)
@@ -359,6 +369,8 @@ def compress(
     options: Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
     track: Track = silent,
+    examples: int | None = None,
+    test_examples: int | None = None,
 ) -> Result:
     """A smaller copy of a model that meets a budget; the model itself is unchanged.
 
@@ -380,7 +392,7 @@ def compress(
             raise TaskError("the calibration set is empty: give at least one batch of inputs")
         example_input = one_example(model_input(first[0]))
         calibration = chain(first, iterator)  # it may be a generator
-    task = Task(model, example_input, calibration, score, objective, test=test)
+    task = Task(model, example_input, calibration, score, objective, test=test, examples=examples, test_examples=test_examples)
     prepared = prepare(task, space, cache, track, budget=budget)
     settings = Settings(strategy, trials, seed, refine=refine, options=options or {})
     return run_search(prepared, prepared.problem(budget), settings, track=track)

@@ -15,7 +15,7 @@ from rankopt.candidates import write_beside
 from rankopt.plan import read_result
 from rankopt.report import pictures
 from rankopt.report.pictures import NAMES
-from rankopt.report.text import before_after, changes, percent, rank_text, speed
+from rankopt.report.text import before_after, changes, honesty, percent, question, rank_text, speed
 
 FILE, TEMPLATE = "report.html", "report.html.j2"
 DECIMALS = 2
@@ -52,6 +52,8 @@ def render(info: dict[str, Any], trials: Sequence[dict[str, Any]], run: str) -> 
         rows=before_after(info),
         changes=changes(info),
         slower=slower(info),
+        question=question(info),
+        honesty=honesty(info),
         names=NAMES,
         budget=[_budget_row(metric, b) for metric, b in info["budget"].items()],
         pictures=_pictures(info, trials),

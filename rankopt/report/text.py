@@ -38,7 +38,8 @@ def before_after(info: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     for part in ("validation", "test"):
         if dense[part] is not None or small[part] is not None:
             change = "–" if None in (dense[part], small[part]) else f"{100 * (small[part] - dense[part]):+.2f} points"
-            rows.append((f"score, {part}", percent(dense[part]), percent(small[part]), change))
+            cells = (with_interval(info["score"][k][part], _interval(info, k, part)) for k in ("dense", "compressed"))
+            rows.append((f"score, {part}", *cells, change))
     units = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
     for metric, unit in units.items():
         a, b = info["cost"]["dense"][metric], info["cost"]["compressed"][metric]
@@ -46,6 +47,15 @@ def before_after(info: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     a, b = info["milliseconds"]["dense"], info["milliseconds"]["compressed"]
     rows.append(("one forward pass here", f"{a:.2f} ms", f"{b:.2f} ms", speed(a, b)))
     return rows
+
+
+def _interval(info: dict[str, Any], which: str, part: str) -> Sequence[float] | None:
+    return info.get("intervals", {}).get(which, {}).get(part)  # runs of earlier versions have none
+
+
+def with_interval(score: float | None, interval: Sequence[float] | None) -> str:
+    """A score with its 95 % interval, if it has one."""
+    return percent(score) + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")
 
 
 def speed(dense: float, small: float) -> str:
@@ -62,7 +72,69 @@ def summary(info: dict[str, Any]) -> str:
         head.add_column(column, justify=side)  # type: ignore[arg-type]
     for row in before_after(info):
         head.add_row(*row)
-    return render(head, budget_line(info), *changes(info), layer_table(info["layers"]))
+    notes = [f"{'WARNING ' * warns}{text}" for text, warns in honesty(info)]
+    asked = [text] if (text := question(info)) else []
+    return render(head, *asked, budget_line(info), *changes(info), *notes, layer_table(info["layers"]))
+
+
+def question(info: dict[str, Any]) -> str | None:
+    """What a run of `--max-drop` asked, and its answer."""
+    q = info.get("question")
+    if not q:
+        return None
+    text = (
+        f"asked   the least {q['minimize']} with a validation score at most {100 * q['max_drop']:g} points below dense\n"
+        f"answer  {q['minimize']}={q['target']:,}: {100 * q['drop']:.2f} points lost; {q['evaluations']} plans were "
+        f"evaluated, in steps of {q['step']:.0%}"
+    )
+    if q["interval"] is None:
+        return text
+    low, high = (100 * x for x in q["interval"])
+    sure = "surely within" if q["interval"][1] <= q["max_drop"] else "not surely within"
+    return f"{text}\n        95 % interval of the loss {low:.2f} to {high:.2f} points: {sure} what was asked"
+
+
+PAIRS = {
+    "predicted_objective": ("predicted losses", "measured objectives", "allocations rest on the former"),
+    "objective_score": ("objectives", "validation scores", "searches minimise the former"),
+}
+
+
+def honesty(info: dict[str, Any]) -> list[tuple[str, bool]]:
+    """How far the run's numbers can be trusted: sentences, and whether each is a warning."""
+    notes = []
+    for key, (first, second, meaning) in PAIRS.items():
+        if found := (info.get("proxy") or {}).get(key):
+            text = f"rank correlation of {first} and {second}: {correlation_text(found)}"
+            warns = found["verdict"] == "poor"
+            notes.append((f"{text}; {meaning}" if warns else text, warns))
+    if tie := info.get("tie"):
+        notes.append(_tie_text(tie, info["examples"]["validation"]))
+    elif info["score"]["compressed"]["validation"] is not None and not (info.get("examples") or {}).get("validation"):
+        notes.append(("the noise of the scores is unknown: Task(examples=...) says how many they average over", False))
+    return notes
+
+
+def correlation_text(found: dict[str, Any]) -> str:
+    """A rank correlation (see `uncertainty.correlation`) in words."""
+    n = f"{found['n']} plan{'s' * (found['n'] != 1)}"
+    if found["verdict"] == "too few":
+        return f"too few trials to tell ({n})"
+    if found["verdict"] == "constant":
+        return f"none, one of the two is the same for all {n}"
+    text = f"Spearman {found['spearman']:.2f} (95 % interval {found['low']:.2f} to {found['high']:.2f}, {n})"
+    return text + {"poor": ", poor", "unclear": ", may be poor", "good": ""}[found["verdict"]]
+
+
+def _tie_text(tie: dict[str, Any], examples: int) -> tuple[str, bool]:
+    gap = f"{100 * tie['low']:+.2f} to {100 * tie['high']:+.2f} points (95 %)"
+    runner_up = f"the runner-up (trial {tie['runner_up']}, score {percent(tie['score'])})"
+    within = f"{tie['tied']} of the {tie['others']} other plans score within the noise of {examples:,} examples"
+    if tie["verdict"] == "tie":
+        return f"the chosen plan and {runner_up} are a tie, {gap} apart; {within}", False
+    if tie["verdict"] == "worse":
+        return f"the chosen plan has the least objective, but scores below {runner_up}: {gap}; {within}", True
+    return f"the chosen plan scores above {runner_up}: {gap}; {within}", False
 
 
 def changes(info: dict[str, Any]) -> list[str]:

@@ -71,6 +71,8 @@ def digits() -> Task:
         test=Accuracy(TEST),
         train=list(zip(x.split(50), y.split(50), strict=True)),
         loss=F.cross_entropy,
+        examples=400,
+        test_examples=397,
     )
 
 

@@ -151,6 +151,8 @@ def _task(n: int) -> rankopt.Task:
         calibration=calibration.split(BATCH),
         score=Accuracy("train", 45_000, 50_000),
         test=Accuracy("test", 0, 10_000),
+        examples=5_000,
+        test_examples=10_000,
     )
 
 
