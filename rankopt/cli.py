@@ -1,4 +1,4 @@
-"""The command line: inspect, search, report, apply."""
+"""The command line: inspect, search, sweep, benchmark, report, apply."""
 
 from __future__ import annotations
 
@@ -89,8 +89,13 @@ def inspect(task: TaskName, space: SpaceName = "default") -> None:
 def search(
     task: TaskName,
     budget: Annotated[
-        list[str], typer.Option("--budget", help="METRIC=VALUE, repeatable: params=0.5, macs=30%, bytes=500KB")
-    ],
+        list[str] | None, typer.Option("--budget", help="METRIC=VALUE, repeatable: params=0.5, macs=30%, bytes=500KB")
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="instead of a budget: the smallest model that loses at most this much score (0.01)"),
+    ] = None,
+    minimize: Annotated[str | None, typer.Option(help="with --max-drop: params, macs or bytes [params]")] = None,
     strategy: Annotated[
         str, typer.Option(help="knapsack, uniform, energy, random, greedy, evbmf or optuna")
     ] = "knapsack",
@@ -120,19 +125,33 @@ def search(
         from rankopt.tasks import load_task
 
         options = read_options(strategy, dict(_pair(text) for text in option or []))
-        runner = _runner(workers, ray_address, gpus_per_trial)
-        out = out or Path("runs") / f"{Path(task.rpartition(':')[0] or task).stem}-{strategy}"
+        if (max_drop is None) == (not budget):
+            raise RankoptError("give --budget (how small) or --max-drop (how good), and not both")
+        runner, question = _runner(workers, ray_address, gpus_per_trial), None
+        wanted: Any = budget
+        found = load_task(task)
+        if max_drop is not None:
+            given = (strategy != "knapsack", trials, resume, workers, ray_address, gpus_per_trial)
+            _check_inverse(found, max_drop, minimize, any(given))
+        elif minimize is not None:
+            raise RankoptError("--minimize goes with --max-drop")
+        out = out or _folder(task, strategy if max_drop is None else "max-drop")
         open_folder(out, resume)
-        prepared = prepare(load_task(task), space, cache, track, budget=budget)
-        shown = _TrialLines()
+        prepared = prepare(found, space, cache, track, budget=wanted)
+        if max_drop is not None:
+            from rankopt.inverse import smallest
+
+            answer = smallest(prepared, max_drop, minimize or "params", track)
+            wanted, runner, question = answer.budget, answer.run, answer.question
         result = run_search(
             prepared,
-            prepared.problem(budget),
+            prepared.problem(wanted),
             Settings(strategy, trials, seed, resume, refine, options),
             out,
             runner,
-            shown,
+            _TrialLines(),
             track,
+            question,
         )
         _print(result.summary())
         if prepared.family_seconds:
@@ -142,6 +161,87 @@ def search(
             from rankopt.report.html import write_report
 
             _print(f"report: {write_report(out)}")
+
+
+def _folder(task: str, what: str) -> Path:
+    return Path("runs") / f"{Path(task.rpartition(':')[0] or task).stem}-{what}"
+
+
+def _check_inverse(task: Any, max_drop: float, minimize: str | None, others: bool) -> None:
+    from rankopt.inverse import check_question
+
+    check_question(task, max_drop, minimize or "params")
+    if others:
+        raise RankoptError(
+            "--max-drop evaluates knapsack plans of several budgets, here and now: it takes no --strategy, --trials, "
+            "--resume, --workers, --ray-address or --gpus-per-trial"
+        )
+
+
+@app.command()
+def sweep(
+    task: TaskName,
+    budgets: Annotated[str, typer.Option(help="METRIC=FROM:TO:HOW_MANY, equal ratios apart, or METRIC=A,B,C")],
+    evaluate: Annotated[str, typer.Option(help="knees (and the ends), all or none")] = "knees",
+    out: Annotated[Path | None, typer.Option(help="the folder for sweep.csv and sweep.png [runs/TASK-sweep]")] = None,
+    space: SpaceName = "default",
+    cache: CacheFolder = None,
+) -> None:
+    """The front of size against score: one calibration, the exact allocation for every budget."""
+    with clear_errors():
+        import rankopt.sweep as sweeps
+        from rankopt.job import open_folder
+        from rankopt.prepare import prepare
+        from rankopt.report.sweep import table, write
+        from rankopt.tasks import load_task
+
+        found = load_task(task)
+        sweeps.check_evaluate(evaluate)
+        loosest = sweeps.loosest(found, budgets)
+        out = out or _folder(task, "sweep")
+        open_folder(out, resume=False)
+        prepared = prepare(found, space, cache, track, budget=[loosest])
+        result = sweeps.sweep(prepared, budgets, evaluate, track)
+        write(out, result)
+        _print(table(result))
+        _print(f"written: {out / 'sweep.csv'}, {out / 'sweep.png'}")
+        _print(f"a model of one of them, in seconds: rankopt search {task} --budget METRIC=VALUE")
+
+
+@app.command()
+def benchmark(
+    task: TaskName,
+    budget: Annotated[
+        list[str], typer.Option("--budget", help="a problem, repeatable: params=0.3, or jointly params=0.3,macs=0.5")
+    ],
+    strategies: Annotated[str, typer.Option(help="all, or names as in knapsack,random,optuna:sampler=gp")] = "all",
+    trials: Annotated[int, typer.Option(help="distinct plans for each strategy; one-shot strategies have one")] = 30,
+    seeds: Annotated[int, typer.Option(help="runs of each, with seeds 0, 1, ...")] = 3,
+    out: Annotated[Path | None, typer.Option(help="the folder for benchmark.* [runs/TASK-benchmark]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on; budgets, strategies and seeds may be added")] = False,
+    space: SpaceName = "default",
+    cache: CacheFolder = None,
+) -> None:
+    """Compare strategies under equal numbers of evaluations."""
+    with clear_errors():
+        import rankopt.benchmark as benchmarks
+        from rankopt.job import open_folder
+        from rankopt.prepare import prepare
+        from rankopt.report.benchmark import cell_line, text, write
+        from rankopt.tasks import load_task
+
+        names = benchmarks.read_strategies(strategies)
+        out = out or _folder(task, "benchmark")
+        open_folder(out, resume, benchmarks.FILE)
+        prepared = prepare(load_task(task), space, cache, track, budget=budget[0].split(","))
+
+        def shown(cell: dict[str, Any]) -> None:
+            console.print(cell_line(cell), markup=False, highlight=False, soft_wrap=True)
+
+        data = benchmarks.benchmark(prepared, budget, names, trials, seeds, out, resume, shown, track)
+        write(out, data)
+        _print(text(data))
+        _print(f"written: {', '.join(str(p) for p in sorted(out.glob('benchmark.*')))}")
 
 
 def _pair(text: str) -> tuple[str, str]:

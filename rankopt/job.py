@@ -18,7 +18,19 @@ from torch import nn
 
 from rankopt.budget import Limit, Problem, allocate, relative_gap
 from rankopt.candidates import FactorStore, digest, write_beside
-from rankopt.core import Candidate, Choice, Layer, Plan, Proposal, RankoptError, StudyError, Task, TaskError, Trial
+from rankopt.core import (
+    Candidate,
+    Choice,
+    Layer,
+    Plan,
+    Proposal,
+    Rank,
+    RankoptError,
+    StudyError,
+    Task,
+    TaskError,
+    Trial,
+)
 from rankopt.decompositions import DENSE
 from rankopt.evaluate import call
 from rankopt.inventory import count, inference, model_input, one_example, run, to_device
@@ -73,6 +85,14 @@ class Evaluator:
         objective = call("the objective", self.objective, model)
         assert objective is not None
         return objective, call("the score", self.score, model)
+
+
+PlanKey = tuple[tuple[str, Rank], ...]
+
+
+def plan_key(problem: Problem, proposal: Proposal) -> PlanKey:
+    """What a proposal builds, whatever the frontiers it is given in: equal plans have equal keys."""
+    return tuple((c.method, c.rank) for c in problem.candidates(proposal))
 
 
 @dataclass
@@ -320,7 +340,7 @@ def run_search(
         from rankopt.store import Store
 
         same: dict[str, Any] = {"limits": [list(limit) for limit in map(dataclasses.astuple, problem.limits)]}
-        same["candidates"] = _fingerprint(problem)
+        same["candidates"] = fingerprint(problem)
         store = Store(out, problem, {**about, **same}, settings.resume)
     study = Study(problem, strategy, trial_limit(strategy, settings.trials), store, report)
     study.resume()
@@ -336,17 +356,17 @@ def run_search(
     return result
 
 
-def _fingerprint(problem: Problem) -> str:
+def fingerprint(problem: Problem) -> str:
     return digest([[(c.method, c.rank) for c in f] for f in problem.frontiers])
 
 
-def open_folder(out: Path, resume: bool) -> None:
+def open_folder(out: Path, resume: bool, kept: str = "study.db") -> None:
     """Make a run folder. Raises StudyError if it holds something already and is not resumed, or cannot be made."""
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())) and not resume:
             raise StudyError(f"{out} is not empty: pass --resume to go on with it, or choose another --out")
-        if resume and not (out / "study.db").is_file() and out.exists() and any(out.iterdir()):
-            raise StudyError(f"there is nothing to resume in {out}: it holds files, but no study.db")
+        if resume and not (out / kept).is_file() and out.exists() and any(out.iterdir()):
+            raise StudyError(f"there is nothing to resume in {out}: it holds files, but no {kept}")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StudyError(f"{out} cannot be used: {error}") from error
@@ -392,7 +412,9 @@ def compress(
             raise TaskError("the calibration set is empty: give at least one batch of inputs")
         example_input = one_example(model_input(first[0]))
         calibration = chain(first, iterator)  # it may be a generator
-    task = Task(model, example_input, calibration, score, objective, test=test, examples=examples, test_examples=test_examples)
+    task = Task(
+        model, example_input, calibration, score, objective, test=test, examples=examples, test_examples=test_examples
+    )
     prepared = prepare(task, space, cache, track, budget=budget)
     settings = Settings(strategy, trials, seed, refine=refine, options=options or {})
     return run_search(prepared, prepared.problem(budget), settings, track=track)

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "rankopt"
 # Who may import whom at the top of a file: lower numbers know nothing of higher ones.
 ORDER = [
     {"core"},
-    {"inventory", "registry"},
+    {"inventory", "registry", "uncertainty"},
     {"calibration"},
     {"decompositions"},
     {"space", "frontier", "budget", "evaluate", "sensitivity"},
@@ -18,7 +18,7 @@ ORDER = [
     {"plan"},
     {"prepare", "refine", "renormalise", "search", "store"},
     {"job", "tasks"},
-    {"search_ray"},
+    {"search_ray", "sweep", "inverse", "benchmark"},
     {"report"},
     {"cli"},
 ]

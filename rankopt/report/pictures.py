@@ -7,10 +7,12 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
@@ -69,6 +71,15 @@ def draw(paint: Callable[..., None], *arguments: Any, height: float = 3.1) -> st
     return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{paint.__name__}-", svg)
 
 
+def png(path: Path, paint: Callable[..., None], content: Any, size: tuple[float, float] = (6.4, 5.6)) -> None:
+    """Run a painter, (figure, content), on a fresh white figure of a size in inches and write it as PNG."""
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        paint(figure, content)
+        figure.savefig(path, format="png", dpi=150, transparent=False)
+
+
 def finished(trials: Sequence[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
     """Trials with a finite number under every key."""
     return [t for t in trials if all(t[k] is not None and math.isfinite(t[k]) for k in keys)]
@@ -94,7 +105,7 @@ def size(ax: Any, info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> Non
     if key == "score":
         points = _score_axis(ax, points, [v for v in (dense, chosen) if v is not None])
     else:
-        _objective_axis(ax, "y", [y for _, y in points])
+        objective_axis(ax, "y", [y for _, y in points])
     if len(points) > 1:
         ax.scatter(*zip(*points, strict=True), s=32, color=POINT, alpha=0.6, lw=0)
     if key == "score" and dense is not None:
@@ -128,7 +139,7 @@ def progress(ax: Any, trials: Sequence[dict[str, Any]]) -> None:
             failed, [0.97] * len(failed), marker="x", color=BAD, transform=ax.get_xaxis_transform(), label="failed"
         )
     _star(ax, best(done)["number"], best(done)["objective"], "chosen")
-    _objective_axis(ax, "y", values)
+    objective_axis(ax, "y", values)
     ax.margins(y=0.1)
     ax.set(xlabel="trial", ylabel="objective (less is better)")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -143,8 +154,8 @@ def prediction(ax: Any, trials: Sequence[dict[str, Any]]) -> None:
     ax.plot(ends, ends, color=FAINT, lw=1, ls="--", label="as predicted")
     ax.scatter(x, y, s=32, color=POINT, alpha=0.6, lw=0, label="trial")
     _star(ax, best(done)["predicted"], best(done)["objective"], "chosen")
-    _objective_axis(ax, "x", x + y)
-    _objective_axis(ax, "y", x + y)
+    objective_axis(ax, "x", x + y)
+    objective_axis(ax, "y", x + y)
     ax.set(xlabel="predicted rise of the objective", ylabel="measured objective")
     _legend(ax, 3)
 
@@ -209,7 +220,7 @@ def _score_axis(ax: Any, points: list[tuple[float, float]], shown: Sequence[floa
     return [(x, y) for x, y in points if y >= floor]
 
 
-def _objective_axis(ax: Any, which: str, values: Sequence[float]) -> None:
+def objective_axis(ax: Any, which: str, values: Sequence[float]) -> None:
     """Logarithmic where values are positive and far apart, and with plain numbers."""
     axis = getattr(ax, f"{which}axis")
     if values and min(values) > 0 and max(values) > 10 * min(values):

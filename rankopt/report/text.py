@@ -38,8 +38,8 @@ def before_after(info: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     for part in ("validation", "test"):
         if dense[part] is not None or small[part] is not None:
             change = "–" if None in (dense[part], small[part]) else f"{100 * (small[part] - dense[part]):+.2f} points"
-            cells = (with_interval(info["score"][k][part], _interval(info, k, part)) for k in ("dense", "compressed"))
-            rows.append((f"score, {part}", *cells, change))
+            before, after = (with_interval(s[part], _interval(info, k, part)) for k, s in info["score"].items())
+            rows.append((f"score, {part}", before, after, change))
     units = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
     for metric, unit in units.items():
         a, b = info["cost"]["dense"][metric], info["cost"]["compressed"][metric]
@@ -55,7 +55,7 @@ def _interval(info: dict[str, Any], which: str, part: str) -> Sequence[float] | 
 
 def with_interval(score: float | None, interval: Sequence[float] | None) -> str:
     """A score with its 95 % interval, if it has one."""
-    return percent(score) + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")
+    return percent(score) + (f" ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})" if interval else "")
 
 
 def speed(dense: float, small: float) -> str:
@@ -83,7 +83,7 @@ def question(info: dict[str, Any]) -> str | None:
     if not q:
         return None
     text = (
-        f"asked   the least {q['minimize']} with a validation score at most {100 * q['max_drop']:g} points below dense\n"
+        f"asked   the least {q['minimize']} that loses at most {100 * q['max_drop']:g} points of validation score\n"
         f"answer  {q['minimize']}={q['target']:,}: {100 * q['drop']:.2f} points lost; {q['evaluations']} plans were "
         f"evaluated, in steps of {q['step']:.0%}"
     )

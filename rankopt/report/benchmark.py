@@ -1,0 +1,192 @@
+"""A benchmark of strategies as Markdown, CSV and a picture."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from rich.table import Table
+
+from rankopt.benchmark import Cell, curve, ranks
+from rankopt.candidates import write_beside
+from rankopt.core import METRICS
+from rankopt.report import pictures
+from rankopt.report.text import percent, render, with_interval
+from rankopt.uncertainty import difference
+
+MARKDOWN, CSV, PNG = "benchmark.md", "benchmark.csv", "benchmark.png"
+COLUMNS = ("budget", "strategy", "seed", "trial", "objective", "best_so_far", "predicted", *METRICS)
+TIMES = ("evaluation_seconds", "repeated", "copied_from", "error", "plan")
+HEAD = ("strategy", "mean rank", "evaluations", "seconds before", "proposing", "evaluating")
+PROBLEM_HEAD = ("strategy", "objective, median", "least to most", "score of the best")
+
+
+def write(folder: Path, data: dict[str, Any]) -> None:
+    """Write benchmark.md, benchmark.csv (one row a trial) and benchmark.png."""
+    write_beside(folder / MARKDOWN, lambda p: p.write_text(markdown(data), encoding="utf-8"))
+    write_beside(folder / CSV, lambda p: _write_csv(p, data))
+    budgets, strategies = len(data["settings"]["budgets"]), len(data["settings"]["strategies"])
+    size = (7.6, 0.6 + max(2.9 * budgets, 0.25 * strategies + 1))
+    write_beside(folder / PNG, lambda p: pictures.png(p, _paint, data, size))
+
+
+def _write_csv(path: Path, data: dict[str, Any]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow((*COLUMNS, *TIMES))
+        for cell in data["cells"]:
+            place = [cell["budget"], cell["strategy"], cell["seed"]]
+            least = curve(cell, len(cell["trials"]))
+            for number, (t, best) in enumerate(zip(cell["trials"], least, strict=True)):
+                numbers = [t["objective"], best if math.isfinite(best) else None, t["predicted"], *t["cost"]]
+                rest = [t["seconds"], t["repeated"], cell["copied_from"], t["error"], " ".join(map(str, t["proposal"]))]
+                writer.writerow([*place, number, *numbers, *rest])
+
+
+# --- tables --------------------------------------------------------------------------------------------
+
+
+def overall(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of HEAD, best mean rank first; evaluations and seconds are the mean of one run."""
+    found = ranks(data)
+    rows = []
+    for name in data["settings"]["strategies"]:
+        cells = [c for c in data["cells"] if c["strategy"] == name]
+        shown = f"{fmean(r):.2f} ({min(r):g} to {max(r):g})" if (r := found[name]) else "–"
+        count = f"{fmean(len(c['trials']) for c in cells):.4g}" if cells else "0"
+        seconds = [f"{fmean(c['seconds'][k] for c in cells):.2f}" for k in ("measure", "strategy", "evaluation")]
+        rows.append((fmean(r) if r else math.inf, (name, shown, count, *seconds)))
+    return [row for _, row in sorted(rows, key=lambda x: x[0])]
+
+
+def problem_rows(data: dict[str, Any], budget: str) -> list[tuple[str, ...]]:
+    """Rows of PROBLEM_HEAD of one budget, least median objective first."""
+    scores = {s["strategy"]: s for s in data["scores"] if s["budget"] == budget}
+    top = max((s["score"] for s in scores.values() if s["score"] is not None), default=None)
+    rows = []
+    for name in data["settings"]["strategies"]:
+        last = _ends(data, budget, name)
+        score = _score_text(scores[name], top) if name in scores else "–"
+        spread = f"{min(last):.4g} to {max(last):.4g}" if last else "–"
+        rows.append((median(last) if last else math.inf, name, spread, score))
+    return [(name, f"{m:.4g}", spread, score) for m, name, spread, score in sorted(rows)]
+
+
+def _ends(data: dict[str, Any], budget: str, name: str) -> list[float]:
+    cells = [c for c in data["cells"] if (c["budget"], c["strategy"]) == (budget, name)]
+    return [curve(c, data["settings"]["trials"])[-1] for c in cells]
+
+
+def _score_text(row: dict[str, Any], top: float | None) -> str:
+    """The score with its interval; = marks what differs from the best by no more than the noise."""
+    if row["score"] is None or row["interval"] is None:
+        return percent(row["score"])
+    gap = difference(top, row["score"], row.get("examples"))
+    return with_interval(row["score"], row["interval"]) + (" =" if gap and gap[0] <= 0 else "")
+
+
+def notes(data: dict[str, Any]) -> list[str]:
+    """What a reader must know of the tables."""
+    s, cells = data["settings"], data["cells"]
+    part = (data.get("dense") or {}).get("part")
+    copied = sorted({c["strategy"] for c in cells if c["copied_from"] is not None})
+    failed = [f"{c['budget']} {c['strategy']} seed {c['seed']}: {c['error']}" for c in cells if c["error"]]
+    fewer = sorted({c["strategy"] for c in cells if 1 < len(c["trials"]) < s["trials"]})
+    found = [
+        f"{s['trials']} evaluations for each, seeds 0 to {s['seeds'] - 1}; one-shot strategies have one plan. "
+        "Less is better: the objective, and the rank of the best objective among the strategies.",
+        "A plan is measured once, whoever proposes it, and counts for each with its seconds.",
+    ]
+    if part:
+        dense = with_interval(data["dense"]["score"], data["dense"]["interval"])
+        found.append(
+            f"Score: {part}, of the best plan over all seeds, with its 95 % interval; = differs from the best score by "
+            f"no more than the noise. Dense: {dense}."
+        )
+    if copied:
+        found.append(
+            f"The seed does not matter to {', '.join(copied)}: run for seeds 0 and 1, the same plan, repeated."
+        )
+    if fewer:
+        found.append(f"Ran out of new plans before {s['trials']}, in some runs: {', '.join(fewer)}.")
+    return [*found, *(f"FAILED {text}" for text in failed)]
+
+
+def text(data: dict[str, Any]) -> str:
+    """The benchmark for the terminal, at most 100 columns wide."""
+    tables = [_table(f"{data['settings']['task'] or 'model'}: strategies, mean of a run", HEAD, overall(data))]
+    tables += [_table(b, PROBLEM_HEAD, problem_rows(data, b)) for b in data["settings"]["budgets"]]
+    return render(*tables, *notes(data))
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown(data: dict[str, Any]) -> str:
+    parts = [f"# Strategies on {data['settings']['task'] or 'a model'}", _markdown_table(HEAD, overall(data))]
+    parts += [f"![best objective so far]({PNG})", *notes(data)]
+    for budget in data["settings"]["budgets"]:
+        parts += [f"## {budget}", _markdown_table(PROBLEM_HEAD, problem_rows(data, budget))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(x).replace("|", "\\|") for x in line) + " |" for line in lines)
+
+
+# --- the picture ---------------------------------------------------------------------------------------
+
+
+def _paint(figure: Any, data: dict[str, Any]) -> None:
+    """A panel a budget: the best objective so far against evaluations, median over seeds, least to most shaded."""
+    settings = data["settings"]
+    axes = figure.subplots(len(settings["budgets"]), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, budget in zip(axes, settings["budgets"], strict=True):
+        _panel(ax, data, budget)
+        ax.set_title(budget, loc="left", fontsize=10)
+        ax.set_ylabel("best objective so far")
+    axes[-1].set_xlabel(
+        f"evaluations ({settings['task'] or 'model'}; median of {settings['seeds']} seeds, shaded: all)"
+    )
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+
+
+def _panel(ax: Any, data: dict[str, Any], budget: str) -> None:
+    settings, seen = data["settings"], []
+    for i, name in enumerate(settings["strategies"]):
+        curves = [curve(c, settings["trials"]) for c in data["cells"] if (c["budget"], c["strategy"]) == (budget, name)]
+        if not curves:
+            continue
+        columns = list(zip(*curves, strict=True))
+        x, middle = range(1, len(columns) + 1), [median(v) for v in columns]
+        one_shot = all(len(c["trials"]) == 1 for c in data["cells"] if c["strategy"] == name)
+        colour = pictures.COLOURS[i % len(pictures.COLOURS)]
+        style = ":" if one_shot else "-" if i < len(pictures.COLOURS) else "--"
+        ax.step(x, middle, where="post", color=colour, lw=1.8, ls=style, label=name + (" (one plan)" * one_shot))
+        ax.fill_between(
+            x, [min(v) for v in columns], [max(v) for v in columns], step="post", color=colour, alpha=0.15, lw=0
+        )
+        seen += [v for v in middle if math.isfinite(v)]
+    pictures.objective_axis(ax, "y", seen)
+
+
+def cell_line(cell: Cell) -> str:
+    """A finished run in one line."""
+    values = [t["objective"] for t in cell["trials"] if t["objective"] is not None]
+    best = f"best objective {min(values):.5g}" if values else "nothing finished"
+    seconds = sum(cell["seconds"].values())
+    tail = f", failed: {cell['error']}" if cell["error"] else ""
+    run = f"{cell['budget']} {cell['strategy']} seed {cell['seed']}"
+    return f"{run}: {best}, {len(cell['trials'])} plans, {seconds:.1f} s{tail}"

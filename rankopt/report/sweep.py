@@ -1,0 +1,113 @@
+"""A sweep as a table, a CSV and a picture."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from rankopt.candidates import write_beside
+from rankopt.core import METRICS
+from rankopt.report import pictures
+from rankopt.report.text import percent, render, with_interval
+from rankopt.sweep import Point, Sweep
+
+CSV, PNG = "sweep.csv", "sweep.png"
+MEASURED = ("predicted", "gap", "objective", "score")
+COLUMNS = ("budget", "target", "kind", *METRICS, *MEASURED, "score_low", "score_high", "plan", "reason")
+
+
+def write(folder: Path, found: Sweep) -> None:
+    """Write sweep.csv (one row a budget, in the order asked) and sweep.png."""
+    write_beside(folder / CSV, lambda p: _write_csv(p, found))
+    write_beside(folder / PNG, lambda p: pictures.png(p, _paint, found))
+
+
+def _write_csv(path: Path, found: Sweep) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(_row(p) for p in found.points)
+
+
+def _row(point: Point) -> dict[str, Any]:
+    """A budget's row; empty where it was not measured or cannot be met. plan: layer:method:rank ..., in order."""
+    row: dict[str, Any] = {k: getattr(point, k) for k in ("budget", "kind", *MEASURED)}
+    row |= {"target": point.limit.target, "reason": point.reason}
+    if point.plan:
+        row |= {m: point.plan.cost[m] for m in METRICS}
+        row["plan"] = " ".join(
+            f"{c.name}:{c.method}" + (":" + "x".join(map(str, c.rank)) if c.rank else "") for c in point.plan.choices
+        )
+    if point.interval:
+        row["score_low"], row["score_high"] = point.interval
+    return row
+
+
+def table(found: Sweep) -> str:
+    """The sweep as text, at most 100 columns wide."""
+    metric = found.metric
+    shown = Table(title=f"{found.task or 'model'}: the exact allocation for each budget", title_justify="left")
+    shown.add_column("budget", overflow="fold")
+    for name in (pictures.NAMES[metric], "of dense", "predicted", "objective", "score (95 %)"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("")
+    dense = with_interval(found.dense_score, found.dense_interval)
+    shown.add_row("dense", f"{found.dense[metric]:,}", "100.0 %", "0", "", dense, "")
+    for p in found.points:
+        if p.plan is None:
+            shown.add_row(p.budget, *[""] * 5, "infeasible")
+            continue
+        size, share = p.plan.cost[metric], p.plan.cost[metric] / found.dense[metric]
+        objective = "" if p.objective is None else f"{p.objective:.4g}"
+        score = "" if p.objective is None else with_interval(p.score, p.interval)
+        kind = p.kind if p.kind != "between" else ""
+        shown.add_row(p.budget, f"{size:,}", percent(share, 1), f"{p.predicted:.3g}", objective, score, kind)
+    seconds = ", ".join(f"{k} {v:.1f}" for k, v in found.seconds.items())
+    reasons = [p.reason for p in found.points if p.reason][:1]
+    return render(shown, *reasons, f"{found.evaluated} plans evaluated; seconds {seconds}")
+
+
+def _paint(figure: Any, found: Sweep) -> None:
+    """Score (if there is one) and objective against size."""
+    met = sorted((p for p in found.points if p.plan), key=lambda p: p.limit.target)
+    scored = [p for p in met if p.score is not None]
+    axes = figure.subplots(2 if scored else 1, 1, sharex=True, squeeze=False)[:, 0]
+    if scored:
+        _paint_scores(axes[0], found, scored)
+    ax = axes[-1]
+    ax.plot(_shares(found, met), [p.predicted for p in met], ".-", color=pictures.FAINT, lw=1, label="predicted rise")
+    measured = [p for p in met if p.objective is not None]
+    if measured:
+        ax.scatter(
+            _shares(found, measured), [p.objective for p in measured], s=36, color=pictures.ACCENT, label="measured"
+        )
+    pictures.objective_axis(ax, "y", [v for p in met for v in (p.predicted, p.objective) if v is not None])
+    ax.set(xlabel=f"% of the dense model's {pictures.NAMES[found.metric]}", ylabel="objective")
+    ax.legend()
+    impossible = [p.limit.target for p in found.points if p.plan is None]
+    if impossible:
+        for ax in axes:
+            ax.axvspan(0, 100 * max(impossible) / found.dense[found.metric], color=pictures.GRID, lw=0)
+        ax.annotate("infeasible", (0, 0), (2, 4), "axes fraction", "offset points", color=pictures.INK, fontsize=8)
+    axes[0].set_title(f"{found.task or 'model'}: one calibration, {len(met)} budgets", loc="left", fontsize=10)
+    axes[0].set_xlim(0, 103)
+
+
+def _paint_scores(ax: Any, found: Sweep, scored: list[Point]) -> None:
+    x, y = _shares(found, scored), [100 * (p.score or 0) for p in scored]
+    bars = [p.interval or (p.score or 0, p.score or 0) for p in scored]
+    spread = [[v - 100 * low for v, (low, _) in zip(y, bars, strict=True)]]
+    spread += [[100 * high - v for v, (_, high) in zip(y, bars, strict=True)]]
+    label = "evaluated" + (" (95 %)" if scored[0].interval else "")
+    ax.errorbar(x, y, yerr=spread, fmt="o-", color=pictures.POINT, lw=1, capsize=2, label=label)
+    if found.dense_score is not None:
+        ax.axhline(100 * found.dense_score, color=pictures.INK, lw=1, ls=":", label="dense")
+    ax.set(ylabel="validation score, %")
+    ax.legend(loc="lower right")
+
+
+def _shares(found: Sweep, points: list[Point]) -> list[float]:
+    return [100 * p.plan.cost[found.metric] / found.dense[found.metric] for p in points if p.plan]
