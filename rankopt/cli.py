@@ -29,7 +29,7 @@ CacheFolder = Annotated[Path | None, typer.Option("--cache", help="where candida
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
+def clear_errors(kept: str = "every finished trial is kept: go on with --resume") -> Iterator[None]:
     """One line for what a user can mend, exit code 2; Ctrl-C says how to go on."""
     try:
         yield
@@ -37,7 +37,7 @@ def clear_errors() -> Iterator[None]:
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        console.print("stopped; every finished trial is kept: go on with --resume", markup=False)
+        console.print(f"stopped; {kept}", markup=False)
         raise typer.Exit(130) from None
     except OSError as error:
         if error.errno is None:
@@ -188,7 +188,7 @@ def sweep(
     cache: CacheFolder = None,
 ) -> None:
     """The front of size against score: one calibration, the exact allocation for every budget."""
-    with clear_errors():
+    with clear_errors("what was fitted is kept: the same command goes on"):
         import rankopt.sweep as sweeps
         from rankopt.job import open_folder
         from rankopt.prepare import prepare
@@ -223,7 +223,7 @@ def benchmark(
     cache: CacheFolder = None,
 ) -> None:
     """Compare strategies under equal numbers of evaluations."""
-    with clear_errors():
+    with clear_errors("every finished run is kept: go on with --resume"):
         import rankopt.benchmark as benchmarks
         from rankopt.job import open_folder
         from rankopt.prepare import prepare

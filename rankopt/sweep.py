@@ -55,7 +55,7 @@ def read_budgets(text: str, dense: Cost) -> list[tuple[str, Limit]]:
     """Budgets as text and as limits, in the order asked.
 
     "params=0.8:0.1:8": eight from 0.8 to 0.1, each the same factor below the one before (losses grow with the
-    factor, not with the difference), fractions rounded to 4 digits, absolute numbers to integers.
+    factor, not with the difference), fractions rounded to 3 digits, absolute numbers to integers.
     "params=0.8,0.5,30K": these. Raises BudgetError.
     """
     metric, equals, values = text.partition("=")
@@ -71,7 +71,7 @@ def read_budgets(text: str, dense: Cost) -> list[tuple[str, Limit]]:
         if (ends[0] <= 1) != (ends[1] <= 1):
             raise BudgetError(f"budgets {text!r}: give both ends as fractions of dense, or both as numbers")
         between = np.geomspace(ends[0], ends[1], int(parts[2]))
-        budgets = [f"{metric}={float(f'{v:.4g}')}" if v <= 1 else f"{metric}={round(v)}" for v in between]
+        budgets = [f"{metric}={float(f'{v:.3g}')}" if v <= 1 else f"{metric}={round(v)}" for v in between]
     return [(b, parse_budget([b], dense)[0]) for b in dict.fromkeys(budgets)]
 
 

@@ -174,7 +174,8 @@ def _panel(ax: Any, data: dict[str, Any], budget: str) -> None:
         one_shot = all(len(c["trials"]) == 1 for c in data["cells"] if c["strategy"] == name)
         colour = pictures.COLOURS[i % len(pictures.COLOURS)]
         style = ":" if one_shot else "-" if i < len(pictures.COLOURS) else "--"
-        ax.step(x, middle, where="post", color=colour, lw=1.8, ls=style, label=name + (" (one plan)" * one_shot))
+        label, z = name + (" (one plan)" * one_shot), 3 if one_shot else 2  # dots can be seen on a line
+        ax.step(x, middle, where="post", color=colour, lw=1.8, ls=style, label=label, zorder=z)
         ax.fill_between(
             x, [min(v) for v in columns], [max(v) for v in columns], step="post", color=colour, alpha=0.15, lw=0
         )
@@ -189,4 +190,4 @@ def cell_line(cell: Cell) -> str:
     seconds = sum(cell["seconds"].values())
     tail = f", failed: {cell['error']}" if cell["error"] else ""
     run = f"{cell['budget']} {cell['strategy']} seed {cell['seed']}"
-    return f"{run}: {best}, {len(cell['trials'])} plans, {seconds:.1f} s{tail}"
+    return f"{run}: {best}, {len(cell['trials'])} evaluations, {seconds:.1f} s{tail}"
