@@ -20,6 +20,7 @@ from rankopt.plan import read_result
 from rankopt.prepare import Prepared
 from rankopt.report.html import render, write_report
 from rankopt.report.pictures import METRICS
+from rankopt.report.text import summary
 from rankopt.store import read_trials
 
 EVIL = "<script>alert('x')</script><img src=http://example.com/x.png>$\\frac{"
@@ -158,6 +159,24 @@ def test_it_draws_what_there_is_to_show(info: dict[str, Any], trials: list[dict[
     assert figures(render(info, [], "run")) == 2  # a result that was saved without a study
     failed = [trials[0], *({**t, "state": "failed", "objective": None, "score": None} for t in trials[1:])]
     assert figures(render(info, failed, "run")) == 2
+
+
+def test_it_says_how_far_its_numbers_can_be_trusted(info: dict[str, Any], trials: list[dict[str, Any]]) -> None:
+    low, high = info["intervals"]["compressed"]["test"]
+    assert low < info["score"]["compressed"]["test"] < high
+    for text in (Page(render(info, trials, "run")).text, " ".join(summary(info).split())):
+        assert f"({100 * low:.1f}–{100 * high:.1f})" in text
+        assert "redicted losses and measured objectives: too few trials to tell (3 plans)" in text
+        assert f"other plans score within the noise of {info['examples']['validation']} examples" in text
+    poor = {"n": 30, "spearman": 0.12, "low": -0.25, "high": 0.46, "verdict": "poor"}
+    info["proxy"]["predicted_objective"] = poor
+    source = render(info, trials, "run")
+    assert "Spearman 0.12 (95 % interval -0.25 to 0.46, 30 plans), poor" in Page(source).text
+    assert source.count('<aside class="note"><strong>Rank correlation of predicted') == 1
+    assert "WARNING rank correlation of predicted" in summary(info)
+    for key in ("intervals", "examples", "proxy", "tie"):  # a run of an earlier version
+        del info[key]
+    assert "rank correlation" not in Page(render(info, trials, "run")).text + summary(info)
 
 
 @pytest.mark.parametrize("scores", ["none", "compressed only", "bad ones", "negative objectives"])
