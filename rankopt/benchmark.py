@@ -16,7 +16,7 @@ from rankopt.budget import Problem
 from rankopt.candidates import write_beside
 from rankopt.core import Proposal, RankoptError, StudyError, Trial
 from rankopt.evaluate import call
-from rankopt.job import Evaluator, PlanKey, fingerprint, plan_key, trial_limit
+from rankopt.job import Evaluator, PlanKey, fingerprint, open_folder, plan_key, trial_limit
 from rankopt.prepare import Clock, Prepared, Track, silent
 from rankopt.search import Outcome, Study, attempt, proposals
 from rankopt.strategies import STRATEGIES, make_strategy, read_options, strategy_class
@@ -68,8 +68,10 @@ def benchmark(
     """
     if trials < 1 or seeds < 1:
         raise RankoptError(f"trials is {trials}, seeds is {seeds}: give 1 or more of each")
+    if out:
+        open_folder(out, resume, FILE)
     same = {"task": prepared.task.name, "space": prepared.space.name, "trials": trials}
-    asked = {"budgets": list(budgets), "strategies": list(strategies), "seeds": seeds}
+    asked = {"budgets": list(dict.fromkeys(budgets)), "strategies": list(dict.fromkeys(strategies)), "seeds": seeds}
     data = {"settings": {**same, **asked, "candidates": {}}, "cells": [], "scores": []}
     book = _Book(out, _joined(read(out / FILE), data) if resume and out and (out / FILE).is_file() else data)
     settings = book.data["settings"]
@@ -169,11 +171,12 @@ class _Runs:
     known: dict[PlanKey, Outcome] = field(default_factory=dict)
 
     def remember(self, cell: Cell) -> None:
-        """Take up what a cell measured."""
+        """Take up what a cell measured; what failed may have been the machine's fault, and is tried again."""
         if problem := self.problems.get(cell["budget"]):
             for t in cell["trials"]:
                 key = plan_key(problem, tuple(t["proposal"]))
-                self.known.setdefault(key, Outcome(t["objective"], None, t["seconds"], t["error"]))
+                if t["error"] is None:
+                    self.known.setdefault(key, Outcome(t["objective"], None, t["seconds"]))
 
     def run(self, budget: str, label: str, seed: int) -> Cell:
         """One strategy on one problem; whatever it raises is the cell's error, and the benchmark goes on."""

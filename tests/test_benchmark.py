@@ -188,6 +188,26 @@ def test_a_model_that_fails_fails_for_all(digits, tmp_path):
     write(tmp_path, found)
 
 
+def test_a_plan_that_failed_is_tried_again(digits, tmp_path):
+    left = [False, True, True]  # whether an evaluation runs out of memory
+
+    def flaky(model):
+        if left and left.pop():
+            raise MemoryError("for now")
+        return digits.objective(model)
+
+    arguments = (dataclasses.replace(digits, objective=flaky), ["params=0.3"], ["random"], 2, 1, tmp_path)
+    found = benchmark(*arguments)
+    assert [t["error"] for t in found["cells"][0]["trials"]] == [
+        "TaskError: the objective raised MemoryError: for now"
+    ] * 2
+    found = benchmark(*arguments, resume=True)
+    assert found["cells"][0]["error"] is None
+    assert all(t["error"] is None and t["objective"] > 0 for t in found["cells"][0]["trials"])
+    with pytest.raises(StudyError, match="is not empty"):
+        benchmark(*arguments)
+
+
 def test_names_of_strategies():
     assert read_strategies("all") == list(STRATEGIES)
     assert read_strategies("random, knapsack,random") == ["random", "knapsack"]
