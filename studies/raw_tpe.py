@@ -152,9 +152,9 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Plain Optuna over raw ranks, and after how many evaluations it is passed",
         "",
-        f"Made by `python studies/raw_tpe.py`, seed {SEED}, {date.today().isoformat()}. ResNet-20, {limits}; objective:",
-        f"KL divergence from the dense model. The script: {len(script)} trials of TPE over raw {FAMILY} ranks,",
-        f"{len(feasible)} of them within the budget (the others were penalised without an evaluation); {reached}.",
+        f"Made by `python studies/raw_tpe.py`, seed {SEED}, {date.today().isoformat()}. ResNet-20, {limits};",
+        f"objective: KL divergence from the dense model. The script: {len(script)} trials of TPE over raw",
+        f"{FAMILY} ranks, {len(feasible)} of them within the budget (the others were penalised without an evaluation); {reached}.",
         "",
         "`passes at`: evaluations until the script's best is passed. `without the first`: the same, when a strategy's",
         "first evaluation (for some the exact allocation) is taken away and not counted.",

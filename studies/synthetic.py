@@ -1,6 +1,6 @@
 """Study: regret of every strategy on synthetic problems whose true optimum is known.
 
-    .venv/bin/python studies/synthetic.py              # 3 seeds, 30 trials: about 4 minutes on one core
+    .venv/bin/python studies/synthetic.py              # 3 seeds, 20 trials: about 3 minutes on one core
     .venv/bin/python studies/synthetic.py 100          # other numbers of trials
 
 Writes studies/results/synthetic.{json,md,png}. A problem has 60 layers with decaying error curves e(rank), which are
@@ -59,7 +59,7 @@ class Synthetic:
             layers.append(Layer(f"block{i // 2}.layer{i % 2}", "Linear", (size, size), cost=cost))
             decay = rng.uniform(2, 8)
             options = []
-            for rank in range(2, size // 2, 2):
+            for rank in range(2, size // 2, 4):
                 params, error = 2 * size * rank, float(np.exp(-decay * rank / size))
                 options.append(Candidate("svd_out", (rank,), Cost(params, params, 4 * params), error, error))
             frontiers.append(frontier(layers[-1], options, ["params"]))
@@ -176,7 +176,7 @@ def picture(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    trials = int(sys.argv[1]) if len(sys.argv) > 1 else 30
+    trials = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     cells = measure(trials)
     skipped = [n for n in STRATEGIES if needs_model(n)]
     result = {"trials": trials, "seeds": SEEDS, "date": date.today().isoformat(), "skipped": skipped, "cells": cells}
