@@ -148,7 +148,10 @@ Proposal = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Trial:
-    """One evaluated proposal. state: "finished" or "failed"; objective is minimised."""
+    """One evaluated proposal. state: "finished" or "failed"; objective is minimised.
+
+    note: the strategy's own numbers on where the proposal came from, kept so that a resumed strategy learns the same.
+    """
 
     number: int
     proposal: Proposal
@@ -159,6 +162,7 @@ class Trial:
     predicted: float | None = None
     seconds: float = 0.0
     error: str | None = None
+    note: tuple[float, ...] = ()
 
 
 @dataclass

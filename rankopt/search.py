@@ -91,6 +91,7 @@ class Study:
             predicted=self.problem.loss(proposal),
             seconds=outcome.seconds,
             error=outcome.error,
+            note=self.strategy.note(proposal),
         )
         self.pending.pop(proposal, None)
         if self.store:  # after a stop, what was running is asked for again

@@ -65,6 +65,7 @@ class Store:
             "predicted": trial.predicted,
             "seconds": trial.seconds,
             "error": trial.error,
+            "note": list(trial.note),
             "asked": asked,
         }
         finished = trial.state == "finished"
@@ -100,6 +101,7 @@ class Store:
                         predicted=attributes["predicted"],
                         seconds=attributes["seconds"],
                         error=attributes["error"],
+                        note=tuple(attributes["note"]),
                     )
                 )
                 asked = attributes["asked"]  # of the last one told: what was running then is asked for again

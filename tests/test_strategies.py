@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from rankopt.budget import Limit, Problem, Spectra, allocate, project
+from rankopt.budget import Limit, Problem, Spectra, project
 from rankopt.core import Candidate, Cost, Layer, RankoptError, Trial
 from rankopt.frontier import frontier
 from rankopt.job import Settings, run_search
-from rankopt.search import Study, best, search
+from rankopt.search import Study, search
 from rankopt.strategies import STRATEGIES, make_strategy, strategy_class
 from rankopt.strategies.evbmf import evbmf_rank
 
@@ -75,16 +75,6 @@ def test_knapsack_has_the_least_predicted_loss():
     exact = problem.loss(make_strategy("knapsack", problem).ask())
     for name in ("uniform", "energy", "greedy", "evbmf", "random"):
         assert exact <= problem.loss(project(problem, make_strategy(name, problem).ask()))
-
-
-def test_optuna_starts_at_knapsack_and_learns():
-    problem, truth = synthetic(0.3)
-    trials = search(Study(problem, make_strategy("optuna", problem), 60), truth)
-    random = search(Study(problem, make_strategy("random", problem), 60), truth)
-    assert trials[0].proposal == allocate(problem).proposal
-    assert best(trials).objective < trials[0].objective
-    assert best(trials).objective < best(random).objective
-    assert np.mean([t.objective for t in trials[40:]]) < np.mean([t.objective for t in random])
 
 
 SPAWNED = """

@@ -25,7 +25,7 @@ STRATEGIES: Registry[str | type[Strategy]] = Registry(
         "random": "rankopt.strategies.random:Random",
         "greedy": "rankopt.strategies.greedy:Greedy",
         "evbmf": "rankopt.strategies.evbmf:Evbmf",
-        "optuna": "rankopt.strategies.optuna:OptunaTpe",
+        "optuna": "rankopt.strategies.optuna:Optuna",
     },
 )
 

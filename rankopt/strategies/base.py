@@ -43,6 +43,10 @@ class Strategy(ABC):
     def tell(self, trial: Trial) -> None:  # noqa: B027  (one-shot strategies learn nothing)
         """Learn from an evaluated proposal, projected as it was scored; in any order, failures included."""
 
+    def note(self, proposal: Proposal) -> tuple[float, ...]:
+        """Numbers to keep with a proposal's trial, where tell() needs more than the proposal itself."""
+        return ()
+
     def restore(self, trials: list[Trial], asked: int) -> None:
         """Take up a study: trials already told, in the order they were told, and how often was asked."""
         for trial in trials:

@@ -1,60 +1,256 @@
-"""Bayesian search: Optuna's TPE over relative frontier positions, warm-started from the exact allocation.
+"""Bayesian search with any sampler of Optuna (Akiba et al. 2019), started at the exact allocation.
 
-Proposals are projected onto the budget and filled before they are scored, and TPE is told the plan that was
-scored, so every trial is feasible.
+What is searched (`parametrisation`):
+
+- *corrections*: a log-multiplier on every layer's predicted losses; the exact allocation under the multiplied losses
+  is the plan. So every plan lies on the budget surface, and zeros give `knapsack`'s.
+- *positions*: relative frontier positions, projected onto the budget and filled up.
+
+Constraints never reach the sampler: it sees points and objectives. It is told the point that stands for the plan
+that was scored, so what it knows depends on the trials told and nothing else.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import optuna
+from optuna import samplers
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.samplers import TPESampler
+from optuna.trial import TrialState, create_trial
 
 from rankopt.budget import Problem, allocate, fill, project
-from rankopt.core import Proposal, Trial
+from rankopt.core import Proposal, RankoptError, Trial
 from rankopt.strategies.base import Strategy
 
+NEEDS = {"CmaEsSampler": ("cmaes",), "GPSampler": ("scipy", "torch"), "QMCSampler": ("scipy",)}
+NOT_ASKABLE = {"BaseSampler", "BaseGASampler", "BruteForceSampler", "GridSampler", "PartialFixedSampler"}
+SETTINGS: dict[str, dict[str, Any]] = {  # what differs from Optuna's defaults, for searches of tens of trials
+    "TPESampler": {"multivariate": True, "constant_liar": True, "n_startup_trials": 8},
+    "GPSampler": {"n_startup_trials": 4},
+    "NSGAIISampler": {"population_size": 10},
+    "NSGAIIISampler": {"population_size": 10},
+}
+# Samplers that read nothing but points and values; the others keep notes on the trials that they proposed.
+MEMORYLESS = {"TPESampler", "GPSampler", "RandomSampler"}
+ATTEMPTS = 10  # points drawn from the sampler, and as many at random, for one ask in search of a new plan
 
-class OptunaTpe(Strategy):
+
+class Optuna(Strategy):
+    """sampler: tpe, gp, cmaes, random, qmc, nsgaii, ... or the class's name in optuna.samplers.
+
+    parametrisation: "corrections" or "positions". blocks: at most so many corrections; with more layers, neighbours
+    share one. Raises RankoptError for an unknown sampler or parametrisation, and for a missing package.
+    """
+
     name = "optuna"
 
-    def __init__(self, problem: Problem, seed: int = 0) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        seed: int = 0,
+        *,
+        sampler: str = "gp",
+        parametrisation: str = "corrections",
+        blocks: int = 24,
+        width: float = 1.0,
+    ) -> None:
         super().__init__(problem, seed)
+        if blocks < 1:
+            raise RankoptError(f"blocks is {blocks}: give 1 or more")
+        if not width > 0:
+            raise RankoptError(f"width is {width}: give more than 0")
+        self.sampler = sampler_class(sampler)
+        self.points = _parametrisation(parametrisation, problem, blocks, width)
+        self.space: dict[str, BaseDistribution] = {f"x{i}": self.points.distribution for i in range(self.points.size)}
+        self.told: dict[Proposal, float | None] = {}  # -> objective, None: failed
+        self.pending: dict[Proposal, None] = {}  # asked, not yet told; in order
+        self.known: dict[Proposal, tuple[float, ...]] = {}  # -> the point that stands for it
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.study = optuna.create_study(direction="minimize")
-        self.space: dict[str, BaseDistribution] = {
-            layer.name: FloatDistribution(0.0, 1.0)
-            for layer, f in zip(problem.layers, problem.frontiers, strict=True)
-            if len(f) > 1
-        }
 
     def propose(self, number: int) -> Proposal | None:
+        for plan, point in self._draws(number):
+            if plan not in self.told and plan not in self.pending:
+                self.pending[plan] = None
+                self.known[plan] = self.points.stands_for(plan, point)
+                return plan
+        return None
+
+    def _draws(self, number: int) -> Iterator[tuple[Proposal, list[float]]]:
+        """Plans and the points they came from: the exact allocation first; then the sampler's, then random ones.
+
+        One is taken unless the first ones bring nothing new.
+        """
         if number == 0:
-            return allocate(self.problem).proposal
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # A sampler of its own for every ask makes the answer a function of the trials told, nothing else.
-            self.study.sampler = TPESampler(
-                seed=int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]), n_startup_trials=8
-            )
-            asked = self.study.ask(self.space)
-        # What will be told is the projected plan, so the asked trial itself is closed at once.
-        self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
-        wanted = tuple(
-            round(asked.params.get(layer.name, 1.0) * (len(f) - 1))
-            for layer, f in zip(self.problem.layers, self.problem.frontiers, strict=True)
-        )
-        return fill(self.problem, project(self.problem, wanted))
+            yield allocate(self.problem).proposal, [self.points.start] * len(self.space)
+        study = self._study(number)
+        for _ in range(ATTEMPTS):
+            asked = _quietly(study.ask, self.space)
+            point = [asked.params[x] for x in self.space]
+            plan = self.points.plan(point)
+            yield plan, point
+            if plan in self.told:  # the sampler learns that this point brings nothing new
+                _tell(study, asked, self._value(plan))
+        rng = np.random.default_rng([self.seed, number])
+        low, high = self.points.distribution.low, self.points.distribution.high
+        for spread in np.linspace(1, 4, ATTEMPTS):
+            point = (low + high) / 2 + spread * (high - low) * rng.uniform(-0.5, 0.5, len(self.space))
+            yield self.points.plan(point), np.clip(point, low, high).tolist()
 
     def tell(self, trial: Trial) -> None:
-        if trial.objective is None:
+        plan = trial.proposal
+        self.told[plan] = trial.objective
+        self.pending.pop(plan, None)
+        if trial.note:
+            self.known[plan] = trial.note
+
+    def note(self, proposal: Proposal) -> tuple[float, ...]:
+        return self.known.get(proposal, ())
+
+    def _study(self, number: int) -> optuna.Study:
+        """An Optuna study that knows what was told and what is pending, with a sampler seeded for this ask.
+
+        Built anew for every ask: so the answer is a function of these alone, also for samplers with a memory.
+        """
+        study = optuna.create_study(direction="minimize")
+        # QMC draws one sequence: its seed stays, its place in it is the number of the ask.
+        own = self.seed if self.sampler is samplers.QMCSampler else _derived(self.seed, number)
+        study.sampler = make_sampler(self.sampler, own)
+        for plan in (*self.told, *self.pending):
+            if plan in self.known:  # others were drawn by another strategy
+                self._replay(study, plan)
+        return study
+
+    def _value(self, plan: Proposal) -> float | None:
+        """The objective told; for a failure the worst so far, so that its surroundings are avoided."""
+        finished = [x for x in self.told.values() if x is not None]
+        objective = self.told[plan]
+        return max(finished, default=None) if objective is None else objective
+
+    def _replay(self, study: optuna.Study, plan: Proposal) -> None:
+        point = dict(zip(self.space, self.known[plan], strict=True))
+        pending = plan in self.pending
+        value = None if pending else self._value(plan)
+        if self.sampler.__name__ in MEMORYLESS:
+            state = TrialState.RUNNING if pending else _state(value)
+            study.add_trial(create_trial(state=state, value=value, params=point, distributions=self.space))
             return
-        params = {
-            layer.name: at / (len(f) - 1)
-            for layer, f, at in zip(self.problem.layers, self.problem.frontiers, trial.proposal, strict=True)
-            if layer.name in self.space
-        }
-        self.study.add_trial(optuna.trial.create_trial(params=params, distributions=self.space, value=trial.objective))
+        study.enqueue_trial(point)
+        asked = study.ask(self.space)
+        _ = asked.relative_params  # samples (lazily), which is when such a sampler takes its notes on the trial
+        if not pending:
+            _tell(study, asked, value)
+
+
+def _state(value: float | None) -> TrialState:
+    return TrialState.FAIL if value is None else TrialState.COMPLETE
+
+
+def _tell(study: optuna.Study, asked: optuna.Trial, value: float | None) -> None:
+    study.tell(asked, value, state=_state(value))
+
+
+def _quietly(ask: Any, space: dict[str, BaseDistribution]) -> optuna.Trial:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return ask(space)
+
+
+def _derived(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+# --- samplers ------------------------------------------------------------------------------------
+
+
+def sampler_class(name: str) -> type[samplers.BaseSampler]:
+    """ "gp", "GPSampler", ... -> the class in optuna.samplers. Raises RankoptError."""
+    known = {x.lower().removesuffix("sampler"): x for x in samplers.__all__ if x.endswith("Sampler")}
+    known = {short: x for short, x in known.items() if x not in NOT_ASKABLE}
+    full = known.get(name.lower().replace("-", "").replace("_", "").removesuffix("sampler"))
+    if full is None:
+        raise RankoptError(f"unknown sampler {name!r}: choose from {', '.join(sorted(known))}")
+    missing = [x for x in NEEDS.get(full, ()) if importlib.util.find_spec(x) is None]
+    if missing:
+        raise RankoptError(f"sampler {name!r} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    return getattr(samplers, full)
+
+
+def make_sampler(sampler: type[samplers.BaseSampler], seed: int) -> samplers.BaseSampler:
+    settings = dict(SETTINGS.get(sampler.__name__, {}))
+    if "seed" in inspect.signature(sampler.__init__).parameters:
+        settings["seed"] = seed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return sampler(**settings)
+
+
+# --- what is searched ------------------------------------------------------------------------------
+
+
+class Parametrisation(ABC):
+    """Points (one number per dimension, all of one distribution) <-> plans."""
+
+    size: int
+    distribution: FloatDistribution
+    start: float  # all coordinates of the first point
+
+    @abstractmethod
+    def plan(self, point: Sequence[float]) -> Proposal: ...
+
+    def stands_for(self, plan: Proposal, point: Sequence[float]) -> tuple[float, ...]:
+        """What the sampler is told for a plan that came from this point."""
+        return tuple(point)
+
+
+def _parametrisation(name: str, problem: Problem, blocks: int, width: float) -> Parametrisation:
+    if name == "corrections":
+        return Corrections(problem, blocks, width)
+    if name == "positions":
+        return Positions(problem)
+    raise RankoptError(f"unknown parametrisation {name!r}: choose from corrections, positions")
+
+
+class Positions(Parametrisation):
+    """Relative frontier positions, 0 the cheapest, 1 dense; a plan stands where the projection put it."""
+
+    start = 1.0
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.free = [i for i, f in enumerate(problem.frontiers) if len(f) > 1]
+        self.size, self.distribution = len(self.free), FloatDistribution(0.0, 1.0)
+
+    def plan(self, point: Sequence[float]) -> Proposal:
+        wanted = [0] * len(self.problem.frontiers)
+        for i, x in zip(self.free, point, strict=True):
+            wanted[i] = round(x * (len(self.problem.frontiers[i]) - 1))
+        return fill(self.problem, project(self.problem, tuple(wanted)))
+
+    def stands_for(self, plan: Proposal, point: Sequence[float]) -> tuple[float, ...]:
+        return tuple(plan[i] / (len(self.problem.frontiers[i]) - 1) for i in self.free)
+
+
+class Corrections(Parametrisation):
+    """Log-multipliers on the layers' predicted losses, from -width to width."""
+
+    start = 0.0
+
+    def __init__(self, problem: Problem, blocks: int, width: float) -> None:
+        self.problem, self.width = problem, width
+        free = [i for i, f in enumerate(problem.frontiers) if len(f) > 1]
+        self.blocks = [b for b in np.array_split(free, min(blocks, max(len(free), 1))) if len(b)]
+        self.size, self.distribution = len(self.blocks), FloatDistribution(-width, width)
+
+    def plan(self, point: Sequence[float]) -> Proposal:
+        factors = np.ones(len(self.problem.layers))
+        for block, x in zip(self.blocks, point, strict=True):
+            factors[block] = np.exp(x)
+        losses = [[w * c.loss for c in f] for w, f in zip(factors, self.problem.frontiers, strict=True)]
+        return allocate(self.problem, losses).proposal
