@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from rankopt.budget import Limit, Problem, Spectra, allocate, project
+from rankopt.allocation import allocate, project
+from rankopt.budget import Limit, Problem, Spectra
 from rankopt.core import Candidate, Cost, Layer, RankoptError, Trial
 from rankopt.frontier import frontier
 from rankopt.job import Settings, run_search

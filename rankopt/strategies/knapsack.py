@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankopt.budget import allocate
+from rankopt.allocation import allocate
 from rankopt.core import Proposal
 from rankopt.strategies.base import Strategy
 

@@ -13,7 +13,8 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import TPESampler
 
-from rankopt.budget import Problem, allocate, fill, project
+from rankopt.allocation import allocate, fill, project
+from rankopt.budget import Problem
 from rankopt.core import Proposal, Trial
 from rankopt.strategies.base import Strategy
 
