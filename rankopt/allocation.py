@@ -1,6 +1,6 @@
 """One candidate per layer within the limits: allocating exactly, projecting any proposal, filling up.
 
-The problem is the multiple-choice knapsack (Kellerer, Pferschy, Pisinger 2004, chapter 11): choose j(i) for each layer i,
+The problem is the multiple-choice knapsack (Kellerer, Pferschy, Pisinger 2004, chapter 11): a choice j(i) per layer,
 
     minimise Σ_i c[i, j(i)]   subject to   Σ_i w_l[i, j(i)] ≤ room_l   for every limit l.
 
@@ -78,8 +78,8 @@ def allocate(
     """One candidate per layer, least total loss within the limits.
 
     losses: instead of the candidates' own, per layer and candidate. tolerance: relative gap at which to stop; default:
-    0 up to 200 layers, 1e-4 beyond. Branch and bound stops at 2,000 nodes, which layers with equal costs and nearly
-    equal losses can take: the allocation's gap always says what is proven. Raises BudgetError if the limits cannot be met.
+    0 up to 200 layers, 1e-4 beyond. Branch and bound stops at 2,000 nodes, which many layers of equal costs can take:
+    the allocation's gap always says what is proven. Raises BudgetError if the limits cannot be met.
     """
     check_feasible(problem)
     if not problem.layers:

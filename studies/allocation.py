@@ -2,8 +2,8 @@
 
     python studies/allocation.py    # about a minute of one core
 
-Writes studies/results/allocation.{json,md,png}. Problems are drawn with seed 0: 64 candidates a layer, errors that decay
-with cost at the layer's own rate, log-normal sensitivities, one limit at 40 % of dense parameters. One thread;
+Writes studies/results/allocation.{json,md,png}. Problems are drawn with seed 0: 64 candidates a layer, errors that
+decay with cost at the layer's own rate, log-normal sensitivities, one limit at 40 % of dense parameters. One thread;
 seconds are CPU time of the process, so that a busy machine does not lengthen them.
 """
 
@@ -103,9 +103,9 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "# Allocation: seconds against layers",
         "",
-        f"`python studies/allocation.py` on {record['date']}, seed {SEED}, {record['machine']}, one thread. CPU seconds. 64",
-        "candidates a layer, one limit at 40 % of dense. Ours: median of three, arrays built anew. milp: the whole problem",
-        "given to HiGHS, allowed to stop at a gap of 0.1 %, once.",
+        f"`python studies/allocation.py` on {record['date']}, seed {SEED}, {record['machine']}, one thread.",
+        "CPU seconds. 64 candidates a layer, one limit at 40 % of dense. Ours: median of three, arrays built",
+        "anew. milp: the whole problem given to HiGHS, allowed to stop at a gap of 0.1 %, once.",
         "",
         "| layers | ours, s | certified gap | milp, s | certified gap | loss, ours / milp |",
         "|---|---|---|---|---|---|",

@@ -19,6 +19,8 @@ from rankopt.search import Study, best, search
 from rankopt.strategies import STRATEGIES, make_strategy, strategy_class
 from rankopt.strategies.evbmf import evbmf_rank
 
+SEARCHERS = [name for name in STRATEGIES if not strategy_class(name).one_shot]
+
 
 def synthetic(share=0.3, n=12, seed=0):
     """Layers with decaying error curves; the true loss weighs them unlike the predicted one."""
@@ -107,7 +109,7 @@ def test_same_seed_same_plans_in_another_process(name):
     assert json.loads(out.stdout) == plans(name)
 
 
-@pytest.mark.parametrize("name", ["optuna", "random"])
+@pytest.mark.parametrize("name", SEARCHERS)
 def test_telling_out_of_order_and_failures(name):
     problem, truth = synthetic(0.3)
     strategy = make_strategy(name, problem)
@@ -119,7 +121,7 @@ def test_telling_out_of_order_and_failures(name):
     assert problem.fits(project(problem, strategy.ask()))
 
 
-@pytest.mark.parametrize("name", ["optuna", "random"])
+@pytest.mark.parametrize("name", SEARCHERS)
 def test_restored_strategies_go_on_as_if_never_stopped(name):
     problem, truth = synthetic(0.3)
     whole = search(Study(problem, make_strategy(name, problem), 16), truth)
