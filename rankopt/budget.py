@@ -1,4 +1,4 @@
-"""Budgets: reading them, allocating them exactly, projecting any proposal onto them."""
+"""Budgets: reading them, and the problem of one candidate per layer within them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from numpy.typing import NDArray
 
 from rankopt.core import METRICS, BudgetError, Candidate, Cost, Layer, Proposal
 
@@ -97,6 +98,17 @@ class Spectra(NamedTuple):
     input: tuple[float, ...]
 
 
+class Table(NamedTuple):
+    """A problem as arrays: n layers, up to m candidates each, k limits. Integers up to 2^53 stay exact.
+
+    losses: (n, m), infinite where there is no candidate. costs: (k, n, m). room: (k,), for the n layers together.
+    """
+
+    losses: NDArray[np.float64]
+    costs: NDArray[np.float64]
+    room: NDArray[np.float64]
+
+
 @dataclass(frozen=True)
 class Problem:
     """Numbers only: per free layer its frontier (cheapest first, dense last), the fixed rest, and the limits."""
@@ -133,121 +145,19 @@ class Problem:
         cost = self.cost(proposal)
         return all(cost[limit.metric] <= limit.target for limit in self.limits)
 
-    def room(self) -> dict[str, int]:
-        """What each limit leaves for the free layers."""
-        return {limit.metric: limit.target - self.fixed[limit.metric] for limit in self.limits}
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """An optimal choice under additive losses; bound: no choice has a lower predicted loss."""
-
-    proposal: Proposal
-    loss: float
-    bound: float
-
-    @property
-    def gap(self) -> float:
-        """Relative optimality gap of this allocation."""
-        return relative_gap(self.loss, self.bound)
-
-
-def relative_gap(loss: float, bound: float) -> float:
-    """(loss − bound) / loss, 0 for a loss of 0."""
-    return max(0.0, (loss - bound) / loss) if loss > 0 else 0.0
-
-
-# --- allocation ------------------------------------------------------------------------------------
-
-
-def check_feasible(problem: Problem) -> None:
-    """Raises BudgetError, naming the least achievable, if no choice meets the limits."""
-    for limit in problem.limits:
-        least = problem.fixed[limit.metric] + sum(min(c.cost[limit.metric] for c in f) for f in problem.frontiers)
-        if least > limit.target:
-            share = least / problem.dense[limit.metric]
-            raise BudgetError(
-                f"budget {limit.metric}={limit.target:,} cannot be met: the least achievable in this search space is "
-                f"{least:,} ({math.ceil(share * 10_000) / 100:.2f} % of dense)"
-            )
-
-
-def allocate(problem: Problem, losses: Sequence[Sequence[float]] | None = None) -> Allocation:
-    """The multiple-choice knapsack: one candidate per layer, least total loss within the limits, solved exactly.
-
-    losses: instead of the candidates' own. Raises BudgetError if the limits cannot be met.
-    """
-    if losses is None:
-        losses = [[c.loss for c in f] for f in problem.frontiers]
-    check_feasible(problem)
-    if not problem.layers:
-        return Allocation((), 0.0, 0.0)
-    sizes = [len(f) for f in problem.frontiers]
-    objective = np.concatenate([np.asarray(x, float) for x in losses])
-    scale = 1e4 / max(np.abs(objective).max(), 1e-300)
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    one_each = (owner == np.arange(len(sizes))[:, None]).astype(float)
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    for metric, room in problem.room().items():
-        weights = np.array([c.cost[metric] for f in problem.frontiers for c in f], float)
-        unit = max(weights.max(), 1.0)
-        constraints.append(LinearConstraint(weights / unit, -np.inf, room / unit))
-    found = milp(
-        objective * scale,
-        constraints=constraints,
-        integrality=np.ones(len(objective)),
-        bounds=Bounds(0, 1),
-        # Without presolve: it finds little here, and HiGHS 1.11 prints a stray line when it undoes it.
-        options={"mip_rel_gap": 0.0, "time_limit": 60.0, "presolve": False},
-    )
-    if found.x is None:
-        raise BudgetError(
-            "these limits cannot be met together: " + ", ".join(f"{x.metric}={x.target:,}" for x in problem.limits)
+    @cached_property
+    def table(self) -> Table:
+        """Losses, costs and what each limit leaves for the layers."""
+        fixed = self.fixed
+        return Table(
+            padded([[c.loss for c in f] for f in self.frontiers], math.inf),
+            np.array([padded([[c.cost[x.metric] for c in f] for f in self.frontiers]) for x in self.limits]),
+            np.array([x.target - fixed[x.metric] for x in self.limits], float),
         )
-    starts = np.cumsum([0, *sizes[:-1]])
-    proposal = tuple(int(found.x[s : s + n].argmax()) for s, n in zip(starts, sizes, strict=True))
-    proposal = _repair(problem, proposal)
-    loss = float(sum(values[i] for values, i in zip(losses, proposal, strict=True)))
-    bound = found.mip_dual_bound
-    return Allocation(proposal, loss, min(loss, bound / scale if bound is not None else 0.0))
 
 
-def _repair(problem: Problem, proposal: Proposal) -> Proposal:
-    """The solver works to a tolerance: if a limit is passed by a hair, give up what is cheapest to lose."""
-    while not problem.fits(proposal):
-        options = [(*proposal[:i], p - 1, *proposal[i + 1 :]) for i, p in enumerate(proposal) if p > 0]
-        proposal = min(options, key=lambda o: (not problem.fits(o), problem.loss(o)))
-    return proposal
-
-
-def project(problem: Problem, proposal: Proposal) -> Proposal:
-    """A proposal that fits as it is; else the nearest that does (squared distance in relative positions), filled up."""
-    proposal = tuple(max(0, min(len(f) - 1, int(i))) for f, i in zip(problem.frontiers, proposal, strict=True))
-    if problem.fits(proposal):
-        return proposal
-    distances = [
-        [((i - wanted) / max(len(f) - 1, 1)) ** 2 for i in range(len(f))]
-        for f, wanted in zip(problem.frontiers, proposal, strict=True)
-    ]
-    return fill(problem, allocate(problem, distances).proposal)
-
-
-def fill(problem: Problem, proposal: Proposal) -> Proposal:
-    """Spend what a proposal leaves of the budget: while any step up fits, the one with most gain per share spent."""
-    current = list(proposal)
-    cost = problem.cost(proposal)
-    while True:
-        best: tuple[float, int, int] | None = None
-        for i, (candidates, at) in enumerate(zip(problem.frontiers, current, strict=True)):
-            for j in range(at + 1, len(candidates)):
-                after = cost + candidates[j].cost - candidates[at].cost
-                if all(after[x.metric] <= x.target for x in problem.limits):
-                    spent = sum(max(after[x.metric] - cost[x.metric], 0) / x.target for x in problem.limits)
-                    gain = (candidates[at].loss - candidates[j].loss) / (spent + 1e-12)
-                    if best is None or gain > best[0]:
-                        best = (gain, i, j)
-        if best is None:
-            return tuple(current)
-        _, i, j = best
-        cost = cost + problem.frontiers[i][j].cost - problem.frontiers[i][current[i]].cost
-        current[i] = j
+def padded(rows: Sequence[Sequence[float]], filler: float | None = None) -> NDArray[np.float64]:
+    """Rows of any length as one array; a short row is filled up with the filler, or with its own last value."""
+    width = max(map(len, rows), default=0)
+    whole = [[*row, *[row[-1] if filler is None else filler] * (width - len(row))] for row in rows]
+    return np.array(whole, float).reshape(len(rows), width)

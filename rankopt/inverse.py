@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rankopt.budget import allocate
+from rankopt.allocation import allocate
 from rankopt.core import METRICS, RankoptError, Task, TaskError, Trial
 from rankopt.evaluate import call
 from rankopt.job import Evaluator, PlanKey, plan_key

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankopt.budget import Limit, Problem, allocate, relative_gap
+from rankopt.allocation import allocate, relative_gap
+from rankopt.budget import Limit, Problem
 from rankopt.candidates import FactorStore, digest, write_beside
 from rankopt.core import (
     Candidate,

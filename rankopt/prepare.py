@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankopt.budget import Limit, Problem, Spectra, check_feasible, parse_budget
+from rankopt.allocation import check_feasible
+from rankopt.budget import Limit, Problem, Spectra, parse_budget
 from rankopt.calibration import find_output, moments, output_metrics
 from rankopt.candidates import VERSION, Cache, FactorStore, digest, fit_candidates
 from rankopt.core import Candidate, Cost, Layer, Proposal, Task, TaskError

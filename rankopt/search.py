@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rankopt.budget import Problem, project
+from rankopt.allocation import project
+from rankopt.budget import Problem
 from rankopt.core import Proposal, StudyError, Trial
 from rankopt.strategies.base import Strategy
 

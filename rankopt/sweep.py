@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rankopt.budget import Limit, allocate, parse_budget
+from rankopt.allocation import allocate
+from rankopt.budget import Limit, parse_budget
 from rankopt.core import BudgetError, Cost, Plan, Proposal, RankoptError, Task
 from rankopt.evaluate import call
 from rankopt.inventory import count

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankopt.budget import Limit, Problem, allocate, check_feasible, fill, parse_budget, project
+from rankopt.allocation import allocate, check_feasible, fill, project
+from rankopt.budget import Limit, Problem, parse_budget
 from rankopt.core import BudgetError, Candidate, Cost, Layer
 from rankopt.frontier import frontier
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankopt.budget import allocate
+from rankopt.allocation import allocate
 from rankopt.core import RankoptError, TaskError
 from rankopt.evaluate import call
 from rankopt.inverse import STEP, deepest, grid, smallest

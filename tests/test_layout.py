@@ -14,6 +14,7 @@ ORDER = [
     {"calibration"},
     {"decompositions"},
     {"space", "frontier", "budget", "evaluate", "sensitivity"},
+    {"allocation"},
     {"candidates", "strategies"},
     {"plan"},
     {"prepare", "refine", "renormalise", "search", "store"},

@@ -12,7 +12,7 @@ import numpy as np
 import optuna
 import pytest
 
-from rankopt.budget import allocate, fill
+from rankopt.allocation import allocate, fill
 from rankopt.core import RankoptError, Trial
 from rankopt.frontier import frontier
 from rankopt.search import Study, search

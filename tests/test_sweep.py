@@ -7,7 +7,7 @@ import csv
 import numpy as np
 import pytest
 
-from rankopt.budget import allocate
+from rankopt.allocation import allocate
 from rankopt.core import BudgetError, Cost, RankoptError
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.job import Evaluator

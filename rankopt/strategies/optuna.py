@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,15 +24,17 @@ from optuna import samplers
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from rankopt.budget import Problem, allocate, fill, project
+from rankopt.allocation import fill, project
+from rankopt.budget import Problem
 from rankopt.core import Proposal, RankoptError, Trial
 from rankopt.strategies.base import Strategy
+from rankopt.strategies.corrections import BLOCKS, CONTENDERS, WIDTH, Corrections
 
 NEEDS = {"CmaEsSampler": ("cmaes",), "GPSampler": ("scipy", "torch"), "QMCSampler": ("scipy",)}
 NOT_ASKABLE = {"BaseSampler", "BaseGASampler", "BruteForceSampler", "GridSampler", "PartialFixedSampler"}
 SETTINGS: dict[str, dict[str, Any]] = {  # what differs from Optuna's defaults, for searches of tens of trials
-    "TPESampler": {"multivariate": True, "constant_liar": True, "n_startup_trials": 8},
-    "GPSampler": {"n_startup_trials": 4},
+    "TPESampler": {"multivariate": True, "constant_liar": True, "n_startup_trials": CONTENDERS},
+    "GPSampler": {"n_startup_trials": CONTENDERS},
     "NSGAIISampler": {"population_size": 10},
     "NSGAIIISampler": {"population_size": 10},
 }
@@ -58,8 +59,8 @@ class Optuna(Strategy):
         *,
         sampler: str = "gp",
         parametrisation: str = "corrections",
-        blocks: int = 24,
-        width: float = 1.0,
+        blocks: int = BLOCKS,
+        width: float = WIDTH,
     ) -> None:
         super().__init__(problem, seed)
         if blocks < 1:
@@ -68,7 +69,8 @@ class Optuna(Strategy):
             raise RankoptError(f"width is {width}: give more than 0")
         self.sampler = sampler_class(sampler)
         self.points = _parametrisation(parametrisation, problem, blocks, width)
-        self.space: dict[str, BaseDistribution] = {f"x{i}": self.points.distribution for i in range(self.points.size)}
+        axis = FloatDistribution(self.points.low, self.points.high)
+        self.space: dict[str, BaseDistribution] = {f"x{i}": axis for i in range(self.points.size)}
         self.told: dict[Proposal, float | None] = {}  # -> objective, None: failed
         self.pending: dict[Proposal, None] = {}  # asked, not yet told; in order
         self.known: dict[Proposal, tuple[float, ...]] = {}  # -> the point that stands for it
@@ -83,12 +85,13 @@ class Optuna(Strategy):
         return None
 
     def _draws(self, number: int) -> Iterator[tuple[Proposal, list[float]]]:
-        """Plans and the points they came from: the exact allocation first; then the sampler's, then random ones.
-
-        One is taken unless the first ones bring nothing new.
+        """Plans and the points they came from: in the first asks `knapsack`'s contenders, the exact allocation first;
+        then the sampler's, then random ones. One is taken unless the first ones bring nothing new.
         """
-        if number == 0:
-            yield allocate(self.problem).proposal, [self.points.start] * len(self.space)
+        if number < CONTENDERS:
+            near = self.points if isinstance(self.points, Corrections) else Corrections(self.problem)
+            contender = near.draw(self.seed, number)
+            yield near.plan(contender), contender
         study = self._study(number)
         for _ in range(ATTEMPTS):
             asked = _quietly(study.ask, self.space)
@@ -98,7 +101,7 @@ class Optuna(Strategy):
             if plan in self.told:  # the sampler learns that this point brings nothing new
                 _tell(study, asked, self._value(plan))
         rng = np.random.default_rng([self.seed, number])
-        low, high = self.points.distribution.low, self.points.distribution.high
+        low, high = self.points.low, self.points.high
         for spread in np.linspace(1, 4, ATTEMPTS):
             point = (low + high) / 2 + spread * (high - low) * rng.uniform(-0.5, 0.5, len(self.space))
             yield self.points.plan(point), np.clip(point, low, high).tolist()
@@ -194,22 +197,7 @@ def make_sampler(sampler: type[samplers.BaseSampler], seed: int) -> samplers.Bas
 # --- what is searched ------------------------------------------------------------------------------
 
 
-class Parametrisation(ABC):
-    """Points (one number per dimension, all of one distribution) <-> plans."""
-
-    size: int
-    distribution: FloatDistribution
-    start: float  # all coordinates of the first point
-
-    @abstractmethod
-    def plan(self, point: Sequence[float]) -> Proposal: ...
-
-    def stands_for(self, plan: Proposal, point: Sequence[float]) -> tuple[float, ...]:
-        """What the sampler is told for a plan that came from this point."""
-        return tuple(point)
-
-
-def _parametrisation(name: str, problem: Problem, blocks: int, width: float) -> Parametrisation:
+def _parametrisation(name: str, problem: Problem, blocks: int, width: float) -> Corrections | Positions:
     if name == "corrections":
         return Corrections(problem, blocks, width)
     if name == "positions":
@@ -217,15 +205,15 @@ def _parametrisation(name: str, problem: Problem, blocks: int, width: float) -> 
     raise RankoptError(f"unknown parametrisation {name!r}: choose from corrections, positions")
 
 
-class Positions(Parametrisation):
+class Positions:
     """Relative frontier positions, 0 the cheapest, 1 dense; a plan stands where the projection put it."""
 
-    start = 1.0
+    low, high = 0.0, 1.0
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.free = [i for i, f in enumerate(problem.frontiers) if len(f) > 1]
-        self.size, self.distribution = len(self.free), FloatDistribution(0.0, 1.0)
+        self.size = len(self.free)
 
     def plan(self, point: Sequence[float]) -> Proposal:
         wanted = [0] * len(self.problem.frontiers)
@@ -235,22 +223,3 @@ class Positions(Parametrisation):
 
     def stands_for(self, plan: Proposal, point: Sequence[float]) -> tuple[float, ...]:
         return tuple(plan[i] / (len(self.problem.frontiers[i]) - 1) for i in self.free)
-
-
-class Corrections(Parametrisation):
-    """Log-multipliers on the layers' predicted losses, from -width to width."""
-
-    start = 0.0
-
-    def __init__(self, problem: Problem, blocks: int, width: float) -> None:
-        self.problem, self.width = problem, width
-        free = [i for i, f in enumerate(problem.frontiers) if len(f) > 1]
-        self.blocks = [b for b in np.array_split(free, min(blocks, max(len(free), 1))) if len(b)]
-        self.size, self.distribution = len(self.blocks), FloatDistribution(-width, width)
-
-    def plan(self, point: Sequence[float]) -> Proposal:
-        factors = np.ones(len(self.problem.layers))
-        for block, x in zip(self.blocks, point, strict=True):
-            factors[block] = np.exp(x)
-        losses = [[w * c.loss for c in f] for w, f in zip(factors, self.problem.frontiers, strict=True)]
-        return allocate(self.problem, losses).proposal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rankopt.budget import fill, project
+from rankopt.allocation import fill, project
 from rankopt.core import Proposal
 from rankopt.strategies.base import Strategy
 

@@ -1,0 +1,46 @@
+"""Another package's strategy and decomposition: installed, found through their entry points, run by the same suites."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+HERE = Path(__file__).parent
+
+
+def run(*command, **environment):
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=HERE.parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_separate_package_is_found_and_passes_the_suites(tmp_path):
+    source, target, results = tmp_path / "source", tmp_path / "installed", tmp_path / "results.xml"
+    shutil.copytree(HERE / "toy_package", source)
+    run("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation", "--target", target, source)
+    path = os.pathsep.join([str(target), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+
+    listed = "from rankopt.strategies import STRATEGIES as s; from rankopt.decompositions import DECOMPOSITIONS as d; "
+    found = run("-c", listed + "print(list(s)[-1], list(d)[-1], d['toy_svd_spatial'].__module__)", PYTHONPATH=path)
+    assert found.split() == ["toy_shaken", "toy_svd_spatial", "toy_rankopt"]
+
+    suites = [HERE / "test_strategies.py", HERE / "test_decompositions.py"]
+    options = ["-k", "toy_", "-p", "no:cacheprovider", f"--junitxml={results}"]
+    run("-m", "pytest", *suites, *options, PYTHONPATH=path)
+    cases = list(ElementTree.parse(results).iter("testcase"))
+    assert not [case.get("name") for case in cases if len(case)], "some failed or were skipped"
+    ran = Counter(case.get("classname") for case in cases)
+    assert ran["tests.test_strategies"] >= 6 and ran["tests.test_decompositions"] >= 20
+    assert all("toy_" in case.get("name") for case in cases)
