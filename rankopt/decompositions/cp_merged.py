@@ -60,7 +60,7 @@ class CpMerged(OutputSolved):
         (r,) = rank
         return (
             Stage(layer.in_channels, r),
-            Stage(r, r, layer.kernel, "hw", depthwise=True),
+            Stage(r, r, layer.kernel, "hw", blocks=r),
             Stage(r, layer.out_channels),
         )
 

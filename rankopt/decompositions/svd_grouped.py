@@ -1,0 +1,63 @@
+"""Grouped SVD (ALDS, Liebenwein 2021): k x k in blocks of input channels to blocks * R channels, then 1 x 1.
+
+The input channels fall into equal blocks, and each slice of the weight has an SVD of its own (the folding of
+svd_out): W ≈ [U₁V₁ … U_kV_k], with R (C kh kw + blocks T) weights and as many MACs for each output position.
+One block is svd_out. ALDS fits each slice alone, in closed form (Eckart-Young; here in the metric of the slice's
+inputs, which is where the search starts). Inputs of different slices are correlated, so all U are solved together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankopt.core import Layer, Rank
+from rankopt.decompositions.base import Factors, Stage, Target
+from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced
+
+BLOCKS = (4, 2)  # as many as divide the channels
+
+
+class SvdGrouped(OutputSolved):
+    """Rank (blocks, R of each)."""
+
+    name = "svd_grouped"
+    effort = 0.2
+    aspects = ((1.0, 1.0), (0.5, 2.0))
+    fixed = (0,)
+
+    def full_rank(self, layer: Layer) -> Rank | None:
+        blocks = next((b for b in BLOCKS if layer.in_channels % b == 0), None)
+        return blocks and (blocks, min(layer.out_channels, layer.patch // blocks))
+
+    def valid(self, layer: Layer, rank: Rank) -> Rank:
+        dividing = [b for b in BLOCKS if layer.in_channels % b == 0]
+        blocks = next((b for b in dividing if b <= rank[0]), dividing[-1])
+        return blocks, max(1, min(rank[1], layer.out_channels, layer.patch // blocks))
+
+    def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
+        blocks, r = rank
+        return (
+            Stage(layer.in_channels, blocks * r, layer.kernel, "hw", blocks),
+            Stage(blocks * r, layer.out_channels),
+        )
+
+    def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
+        blocks, r = rank
+        slices = target.weight.unflatten(-1, (blocks, -1)).transpose(1, 2)  # (g, blocks, T, n / blocks)
+        moment = target.moment.unflatten(-1, (blocks, -1)).unflatten(1, (blocks, -1))
+        own = moment.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # (g, blocks, n / blocks, n / blocks)
+        u = torch.linalg.eigh(slices @ own @ slices.mT)[1][..., -r:]
+        return (torch.nn.functional.normalize(u.mT @ slices, dim=-1),)
+
+    def rows(self, layer: Layer, theta: Parameters) -> Tensor:
+        (right,) = theta
+        eye = torch.eye(right.shape[1], dtype=right.dtype, device=right.device)
+        return torch.einsum("gzrm,zy->gzrym", right, eye).flatten(3, 4).flatten(1, 2)
+
+    def factors(self, layer: Layer, theta: Parameters, output: Tensor, rank: Rank) -> Factors:
+        blocks, r = rank
+        left, right = balanced(output.unflatten(-1, (blocks, r)).transpose(1, 2).flatten(0, 1), theta[0].flatten(0, 1))
+        first = right.reshape(-1, layer.in_channels // blocks, *layer.kernel)
+        last = left.unflatten(0, (-1, blocks)).transpose(1, 2).reshape(-1, blocks * r, 1, 1)
+        return (first, last) if len(layer.shape) == 4 else (first.flatten(1), last.flatten(1))
