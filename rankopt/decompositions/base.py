@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from rankopt.core import Cost, Layer, Rank
 
+Aspect = tuple[float, ...]
+"""A direction in which ranks grow: proportions of full rank; an int is a rank that stays as it is."""
+
 Factors = tuple[Tensor, ...]
 """The weights of a replacement's stages, in order and in the layout of their modules."""
 
@@ -96,8 +99,7 @@ class Decomposition(ABC):
     name: ClassVar[str]
     effort: ClassVar[float] = 1.0  # share of the search space's steps that its fit takes
     density: ClassVar[float] = 1.0  # fractions tried per point of the search space's grid
-    aspects: ClassVar[tuple[tuple[float, ...], ...]] = ((1.0,),)  # proportions of full rank to try
-    fixed: ClassVar[tuple[int, ...]] = ()  # places in a rank that an aspect sets: they do not grow with it
+    aspects: ClassVar[tuple[Aspect, ...]] = ((1.0,),)  # the directions in which ranks grow
 
     @abstractmethod
     def full_rank(self, layer: Layer) -> Rank | None:
@@ -150,16 +152,16 @@ class Decomposition(ABC):
                     found.add(rank)
         return sorted(found, key=lambda r: self.weights(layer, r))
 
-    def directions(self, layer: Layer) -> Sequence[tuple[float, ...]]:
+    def directions(self, layer: Layer) -> Sequence[Aspect]:
         """The aspects to try on a layer."""
         return self.aspects
 
-    def _largest(self, layer: Layer, full: Rank, aspect: tuple[float, ...], weights: float) -> Rank:
+    def _largest(self, layer: Layer, full: Rank, aspect: Aspect, weights: float) -> Rank:
         """The largest rank in the direction aspect * full with at most so many weights (or the least there is)."""
 
         def at(scale: float) -> Rank:
-            scales = (1.0 if i in self.fixed else scale for i in range(len(full)))
-            return self.valid(layer, tuple(int(s * a * f) for s, a, f in zip(scales, aspect, full, strict=True)))
+            pairs = zip(aspect, full, strict=True)
+            return self.valid(layer, tuple(a if isinstance(a, int) else int(scale * a * f) for a, f in pairs))
 
         low, high = 0.0, 1.0
         for _ in range(24):

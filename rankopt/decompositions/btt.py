@@ -21,8 +21,7 @@ class BlockTerm(OutputSolved):
     name = "btt"
     effort = 0.5
     density = 0.5  # several aspects at each
-    aspects = ((2.0, 0.5, 0.5), (4.0, 0.25, 0.25), (8.0, 0.125, 0.125))
-    fixed = (0,)
+    aspects = ((2, 0.5, 1.0), (4, 0.5, 1.0), (8, 0.5, 1.0))
 
     def full_rank(self, layer: Layer) -> Rank | None:
         area = layer.patch // layer.in_channels
@@ -47,11 +46,12 @@ class BlockTerm(OutputSolved):
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         blocks, r_in, r_out = rank
         if r_in == r_out == 1:
-            channels, core = rank_one_rows(layer, target, blocks)
-            return channels.unsqueeze(2), core[:, :, None, None]
+            vectors, spatial = rank_one_rows(layer, target, blocks)
+            return vectors.unsqueeze(2), spatial[:, :, None, None]
         # Block after block on what the ones before leave over: (g, T, C, kh * kw)
         rest = target.weight.unflatten(-1, (layer.in_channels, -1))
-        channels, cores = [], []
+        channels: list[Tensor] = []
+        cores: list[Tensor] = []
         for _ in range(blocks):
             v = leading_rows(rest.transpose(-1, -2).flatten(1, 2), r_in)
             v = torch.linalg.qr(v.mT)[0].mT

@@ -11,13 +11,14 @@ C1 R_1 + C2 R_2 + R_1 R_2 R + R R_3 R_4 + T1 R_3 + T2 R_4 weights, the root abso
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rankopt.core import Layer, Rank
-from rankopt.decompositions.base import Factors, Stage, Target
+from rankopt.decompositions.base import Aspect, Factors, Stage, Target
 from rankopt.decompositions.fitting import Parameters, balanced_bond, leading_rows
 from rankopt.decompositions.linear import Network, linear_modes
 from rankopt.decompositions.tucker import balanced_tucker, kronecker, mode_bases, tucker_weight
@@ -30,10 +31,11 @@ class HierarchicalTucker(Network):
     effort = 0.2
     density = 0.5  # several aspects at each
 
-    def directions(self, layer: Layer) -> Sequence[tuple[float, ...]]:
+    def directions(self, layer: Layer) -> Sequence[Aspect]:
         if len(layer.shape) == 2:
             return ((1.0, 1.0, 0.33, 1.0, 1.0), (1.0, 1.0, 0.66, 1.0, 1.0))
-        return ((1.0, 0.34, 1.0), (1.0, 0.56, 1.0), (1.0, 0.78, 1.0))
+        area = layer.patch // layer.in_channels
+        return (0.8, math.ceil(area / 3), 1.0), (0.5, math.ceil(area / 2), 1.0), (0.5, math.ceil(area * 3 / 4), 1.0)
 
     def full_rank(self, layer: Layer) -> Rank | None:
         if len(layer.shape) == 2:

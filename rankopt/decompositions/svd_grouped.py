@@ -23,12 +23,11 @@ class SvdGrouped(OutputSolved):
 
     name = "svd_grouped"
     effort = 0.2
-    aspects = ((1.0, 1.0), (0.5, 2.0))
-    fixed = (0,)
+    aspects = ((4, 1.0), (2, 2.0))  # R goes further in fewer blocks
 
     def full_rank(self, layer: Layer) -> Rank | None:
         blocks = next((b for b in BLOCKS if layer.in_channels % b == 0), None)
-        return blocks and (blocks, min(layer.out_channels, layer.patch // blocks))
+        return None if blocks is None else (blocks, min(layer.out_channels, layer.patch // blocks))
 
     def valid(self, layer: Layer, rank: Rank) -> Rank:
         dividing = [b for b in BLOCKS if layer.in_channels % b == 0]

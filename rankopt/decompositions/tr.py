@@ -23,8 +23,7 @@ class TensorRing(Network):
     name = "tr"
     effort = 0.5
     density = 0.5  # several aspects at each
-    aspects = ((2.0, 0.5, 0.33, 0.5), (2.0, 0.5, 0.66, 0.5), (3.0, 0.34, 0.5, 0.34))
-    fixed = (0,)
+    aspects = ((2, 0.75, 0.35, 1.0), (4, 0.6, 0.4, 1.0), (8, 0.65, 0.6, 1.0))
 
     def modes(self, layer: Layer) -> tuple[int, int, int, int] | None:
         """The four modes, in the order of the ring; None if the layer has no place for it."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rankopt.core import Layer, Rank
-from rankopt.decompositions.base import Factors, Stage, Target
+from rankopt.decompositions.base import Aspect, Factors, Stage, Target
 from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced_bond, leading_rows
 from rankopt.decompositions.tucker2 import low_rank
 
@@ -30,8 +30,11 @@ class Tucker(OutputSolved):
     name = "tucker"
     effort = 0.2
     density = 0.5  # several aspects at each
-    aspects = ((1.0, 0.67, 0.67, 1.0), (1.0, 0.34, 0.67, 1.0), (1.0, 0.67, 0.34, 1.0))
-    fixed = (1, 2)
+
+    def directions(self, layer: Layer) -> Sequence[Aspect]:
+        height, width = layer.kernel
+        most, more = math.ceil(height * 2 / 3), math.ceil(width * 2 / 3)
+        return (0.5, most, more, 1.0), (0.8, most, more, 1.0), (0.5, height, more, 1.0)
 
     def full_rank(self, layer: Layer) -> Rank | None:
         if min(layer.kernel) == 1:
