@@ -26,8 +26,9 @@ def rank_one_rows(layer: Layer, target: Target, rank: int) -> tuple[Tensor, Tens
     u, s, vh = torch.linalg.svd(rows, full_matrices=False)
     channels = (u * s.sqrt().unsqueeze(-2)).transpose(-1, -2).flatten(1, 2)
     spatial = (vh * s.sqrt().unsqueeze(-1)).flatten(1, 2)
-    terms = khatri_rao(channels, spatial)
-    order = ((terms @ moment) * terms).sum(-1).argsort(-1, descending=True)[:, :rank]
+    parts = map(khatri_rao, channels.split(layer.patch, 1), spatial.split(layer.patch, 1))  # all at once is too large
+    energy = torch.cat([((terms @ moment) * terms).sum(-1) for terms in parts], 1)
+    order = energy.argsort(-1, descending=True)[:, :rank]
     picked = [torch.gather(v, 1, order.unsqueeze(-1).expand(-1, -1, v.shape[-1])) for v in (channels, spatial)]
     short = rank - order.shape[-1]
     if rank >= layer.patch or short > 0:  # one unit vector of the patch each: exact at full rank

@@ -56,7 +56,7 @@ class HierarchicalTucker(Network):
             r = min(r, r1 * r2, r3 * r4)
             return min(r1, r2 * r), min(r2, r1 * r), r, min(r3, r4 * r), min(r4, r3 * r)
         r_c, r_s, r = super().valid(layer, rank)
-        return min(r_c, r_s * r), r_s, min(r, r_c * r_s)
+        return min(r_c, r_s * r), min(r_s, r_c * r), min(r, r_c * r_s)
 
     # --- Conv2d: Tucker on the modes (C, kernel, T) ---
 
@@ -90,7 +90,7 @@ class HierarchicalTucker(Network):
         first, second, node, third, last = theta
         inside = node @ kronecker((first, second))  # (1, R, n)
         outside = torch.einsum("gxsr,gst->gxtr", last.unflatten(-1, (third.shape[1], -1)), third)
-        return (outside @ inside.unsqueeze(1)).flatten(2)
+        return (outside.flatten(1, 2) @ inside).reshape(1, len(last[0]), -1)
 
     def factors(self, layer: Layer, theta: Parameters, output: Tensor, rank: Rank) -> Factors:
         if len(layer.shape) == 4:

@@ -43,11 +43,13 @@ class SvdGrouped(OutputSolved):
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         blocks, r = rank
-        slices = target.weight.unflatten(-1, (blocks, -1)).transpose(1, 2)  # (g, blocks, T, n / blocks)
-        moment = target.moment.unflatten(-1, (blocks, -1)).unflatten(1, (blocks, -1))
-        own = moment.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # (g, blocks, n / blocks, n / blocks)
-        u = torch.linalg.eigh(slices @ own @ slices.mT)[1][..., -r:]
-        return (torch.nn.functional.normalize(u.mT @ slices, dim=-1),)
+        size = layer.patch // blocks
+        rows = []
+        for i, w in enumerate(target.weight.split(size, -1)):
+            own = target.moment[:, i * size :, i * size :][:, :size, :size]
+            u = torch.linalg.eigh(w @ own @ w.mT)[1][..., -r:]
+            rows.append(torch.nn.functional.normalize(u.mT @ w, dim=-1))
+        return (torch.stack(rows, 1),)
 
     def rows(self, layer: Layer, theta: Parameters) -> Tensor:
         (right,) = theta

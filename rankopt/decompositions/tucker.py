@@ -44,8 +44,8 @@ class Tucker(OutputSolved):
         return inputs, *layer.kernel, min(layer.out_channels, layer.patch)
 
     def valid(self, layer: Layer, rank: Rank) -> Rank:
-        r_in, r_h, r_w, r_out = super().valid(layer, rank)
-        return min(r_in, r_out * r_h * r_w), r_h, r_w, min(r_out, r_in * r_h * r_w)
+        rank = super().valid(layer, rank)
+        return tuple(min(r, math.prod(rank) // r) for r in rank)
 
     def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
         (r_in, r_h, r_w, r_out), (height, width) = rank, layer.kernel
