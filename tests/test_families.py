@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from rankopt.core import Choice, Cost, Layer, Plan, PlanError
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import load_factors
+from rankopt.decompositions.fitting import OutputSolved
 from rankopt.plan import rebuild
-from rankopt.space import load_space
+from rankopt.space import SearchSpace, load_space
 from tests.cases import PAIRS, make
 
 KERNEL = Layer("", "Conv2d", (64, 32, 3, 5))
@@ -175,7 +176,9 @@ def test_a_valid_rank_stays_as_it_is(data):
             assert all(decomposition.valid(layer, r) == r for r in decomposition.ranks(layer, [0.3, 0.9]))
 
 
-@pytest.mark.parametrize(("method", "rank"), [("svd_grouped", (3, 2)), ("tr", (2, 8, 2, 2)), ("btt", (2, 0, 1))])
+@pytest.mark.parametrize(
+    ("method", "rank"), [("svd_grouped", (3, 2)), ("svd_grouped", (16, 1)), ("tr", (2, 8, 2, 2)), ("btt", (2, 0, 1))]
+)
 def test_a_plan_with_a_rank_that_no_layer_can_have_is_refused(method, rank):
     model = nn.Sequential(nn.Conv2d(8, 12, 3))
     choice = Choice("0", "Conv2d", (12, 8, 3, 3), method, rank, 1, 1, 0.0, "")
@@ -183,8 +186,10 @@ def test_a_plan_with_a_rank_that_no_layer_can_have_is_refused(method, rank):
         rebuild(model, Plan((choice,), Cost(0, 0, 0), Cost(0, 0, 0)))
 
 
-def test_the_space_of_all_families_names_every_one():
-    assert set(load_space("all").families) == set(DECOMPOSITIONS.built_in)
+def test_the_space_of_all_families_names_every_one_with_a_linear_fit():
+    linear = {f for f in DECOMPOSITIONS.built_in if isinstance(DECOMPOSITIONS[f], OutputSolved)}
+    assert set(load_space("all").families) == linear | {"svd_out"}
+    assert SearchSpace().families == load_space("default").families
 
 
 # --- modules ---------------------------------------------------------------------------------------

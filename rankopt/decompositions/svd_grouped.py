@@ -2,20 +2,24 @@
 
 The input channels fall into equal blocks, and each slice of the weight has an SVD of its own (the folding of
 svd_out): W ≈ [U₁V₁ … U_kV_k], with R (C kh kw + blocks T) weights and as many MACs for each output position.
-One block is svd_out. ALDS fits each slice alone, in closed form (Eckart-Young; here in the metric of the slice's
-inputs, which is where the search starts). Inputs of different slices are correlated, so all U are solved together.
+One block is svd_out; a block for every channel is a depthwise separable convolution.
+
+ALDS fits each slice alone, in closed form (Eckart-Young; here in the metric of the slice's inputs, which is where
+the search starts). Inputs of different slices are correlated, so all U are solved together.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rankopt.core import Layer, Rank
-from rankopt.decompositions.base import Factors, Stage, Target
+from rankopt.decompositions.base import Aspect, Factors, Stage, Target
 from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced
 
-BLOCKS = (4, 2)  # as many as divide the channels
+BLOCKS = (16, 8, 4, 2)
 
 
 class SvdGrouped(OutputSolved):
@@ -23,15 +27,23 @@ class SvdGrouped(OutputSolved):
 
     name = "svd_grouped"
     effort = 0.2
-    aspects = ((4, 1.0), (2, 2.0))  # R goes further in fewer blocks
+    density = 0.5  # several aspects at each
+
+    def blocks(self, layer: Layer) -> list[int]:
+        """Into how many blocks the input channels may fall."""
+        return [b for b in BLOCKS if layer.in_channels % b == 0]
+
+    def directions(self, layer: Layer) -> Sequence[Aspect]:
+        most, *fewer = self.blocks(layer)
+        return (most, 1.0), *((b, most / b) for b in fewer)  # fewer blocks, more rank in each
 
     def full_rank(self, layer: Layer) -> Rank | None:
-        blocks = next((b for b in BLOCKS if layer.in_channels % b == 0), None)
-        return None if blocks is None else (blocks, min(layer.out_channels, layer.patch // blocks))
+        blocks = self.blocks(layer)
+        return (blocks[0], min(layer.out_channels, layer.patch // blocks[0])) if blocks else None
 
     def valid(self, layer: Layer, rank: Rank) -> Rank:
-        dividing = [b for b in BLOCKS if layer.in_channels % b == 0]
-        blocks = next((b for b in dividing if b <= rank[0]), dividing[-1])
+        allowed = self.blocks(layer)
+        blocks = next((b for b in allowed if b <= rank[0]), allowed[-1])
         return blocks, max(1, min(rank[1], layer.out_channels, layer.patch // blocks))
 
     def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
