@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rankopt.core import Choice, Cost, Layer, Plan, PlanError
-from rankopt.decompositions import DECOMPOSITIONS
+from rankopt.decompositions import DECOMPOSITIONS, fitting
 from rankopt.decompositions.base import load_factors
+from rankopt.decompositions.cp_merged import divergence
 from rankopt.decompositions.fitting import OutputSolved
 from rankopt.plan import rebuild
 from rankopt.space import SearchSpace, load_space
@@ -155,6 +156,30 @@ def test_hierarchical_tucker_of_a_linear_layer_finds_a_weight_of_that_form():
     assert fit("ht", case, rank, calibrated=False).error < 1e-10
     assert fit("ht", case, rank).error < 1e-6  # in the output metric too
     assert fit("ht", case, (2, 3, 3, 2, 3), calibrated=False).error > 1e-4
+
+
+def test_components_of_a_degenerate_tensor_do_not_diverge(monkeypatch):
+    """a∘a∘b + a∘b∘a + b∘a∘a has rank 3 and no best approximation of rank 2 (de Silva and Lim 2008)."""
+    a, b = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    terms = [torch.einsum("i,j,k->ijk", *v) for v in ((a, a, b), (a, b, a), (b, a, a))]
+    weight = sum(terms)[:, :, None]  # (T, C, 1, k)
+    # From the start of a fit, turned a little: the exact start is a saddle.
+    case = make("conv3x3")
+    case.layer, case.module = Layer("", "Conv2d", (2, 2, 1, 2)), nn.Conv2d(2, 2, (1, 2)).double()
+    case.module.weight.data = weight + 1e-3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    bounded = fit("cp_merged", case, (2,), steps=2000, calibrated=False)
+    assert bounded.error < 0.01 and divergence(bounded.factors) < 50
+    monkeypatch.setattr(fitting, "SEARCH_RIDGE", 1e-12)
+    free = fit("cp_merged", case, (2,), steps=2000, calibrated=False)
+    assert divergence(free.factors) > 5 * divergence(bounded.factors)
+
+
+def test_divergence_is_the_terms_energy_over_their_sums():
+    factors = fit("cp", make("grouped same reflect"), (5,), steps=20).factors
+    v = [f.reshape(2, f.shape[0] // 2, -1) for f in factors]
+    terms = torch.einsum("grc,grh,grw,gtr->grtchw", *v).flatten(2)
+    expected = terms.square().sum((1, 2)) / terms.sum(1).square().sum(1)
+    assert divergence(factors, 2) == pytest.approx(expected.max().item())
 
 
 # --- ranks -----------------------------------------------------------------------------------------

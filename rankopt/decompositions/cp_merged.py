@@ -49,6 +49,19 @@ def khatri_rao(a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("gri,grj->grij", a, b).flatten(2)
 
 
+def divergence(factors: Factors, groups: int = 1) -> float:
+    """Energy of the rank-one terms of a CP over that of their sum, ≥ 1 / R; without bound where it is degenerate.
+
+    Terms then grow and cancel, and can be neither stored in few bits nor fine-tuned (Krijnen 2008; Phan 2020).
+    factors: as `Cp` and `CpMerged` fit them. The highest of all groups.
+    """
+    *inputs, last = (f.double().reshape(groups, f.shape[0] // groups, -1) for f in factors)
+    grams = [v @ v.mT for v in [*inputs, last.mT]]
+    products = torch.stack(grams).prod(0)  # of every two terms
+    apart = products.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (apart / products.sum((-2, -1)).clamp_min(1e-300)).max().item()
+
+
 class CpMerged(OutputSolved):
     name = "cp_merged"
 

@@ -24,6 +24,9 @@ from rankopt.core import Layer, Rank
 from rankopt.decompositions.base import Decomposition, Factors, Fit, Target
 
 RIDGE = 1e-10  # relative to each row of K: keeps near-dependent rows solvable
+# While θ is searched: λ Σ_r ‖b_r‖² ‖k_r‖², the energy of the rows' terms apart, which grows without bound where CP
+# components diverge and cancel (Phan 2020). It also makes the search converge sooner; the last B is free of it.
+SEARCH_RIDGE = 1e-5
 MAX_FLOPS = 1e11  # of one fit: layers so wide that a step is dear get fewer steps
 Parameters = tuple[Tensor, ...]
 
@@ -76,7 +79,7 @@ class OutputSolved(Decomposition):
         """L-BFGS over θ, flattened; returns θ and the output factor that belongs to it."""
         shapes = [p.shape for p in theta]
         sizes = [p.numel() for p in theta]
-        solver = OutputSolver(target, output_rank)
+        solver, damped = (OutputSolver(target, output_rank, ridge) for ridge in (RIDGE, SEARCH_RIDGE))
 
         def unpack(flat: Tensor) -> Parameters:
             return tuple(p.view(s) for p, s in zip(flat.split(sizes), shapes, strict=True))
@@ -84,24 +87,28 @@ class OutputSolved(Decomposition):
         def loss(x: object) -> tuple[float, object]:
             flat = torch.as_tensor(x, device=target.weight.device).requires_grad_()
             rows = self.rows(layer, unpack(flat))
-            value, _, gradient = solver(rows.detach())
+            value, _, gradient = damped(rows.detach())
             (flat_gradient,) = torch.autograd.grad(rows, flat, gradient)
             return value, flat_gradient.cpu().numpy()
 
         flat = torch.cat([p.reshape(-1) for p in theta])
         rows = self.rows(layer, theta)
         steps = min(steps, int(MAX_FLOPS / (2 * rows.numel() * target.moment.shape[-1])))
-        if steps > 0 and solver.scale > 0 and solver(rows)[0] > 1e-12:
+        start, output, _ = solver(rows)
+        if steps > 0 and solver.scale > 0 and start > 1e-12:
             options = {"maxiter": steps, "maxfun": 2 * steps, "maxcor": 20, "ftol": 1e-8, "gtol": 0.0}
             found = minimize(loss, flat.cpu().numpy(), jac=True, method="L-BFGS-B", options=options)
-            theta = unpack(torch.as_tensor(found.x, device=flat.device))
-        return theta, solver(self.rows(layer, theta))[1]
+            better = unpack(torch.as_tensor(found.x, device=flat.device))
+            end, new_output, _ = solver(self.rows(layer, better))
+            theta, output = (better, new_output) if end < start else (theta, output)
+        return theta, output
 
 
 class OutputSolver:
     """rows K -> (relative loss, output factor B, gradient of the loss over K)."""
 
-    def __init__(self, target: Target, output_rank: tuple[int, int] | None) -> None:
+    def __init__(self, target: Target, output_rank: tuple[int, int] | None, ridge: float = RIDGE) -> None:
+        self.ridge = ridge
         self.weight, self.times_moment = target.weight, target.times_moment
         self.weight_moment = self.times_moment(self.weight)
         self.scale = (self.weight_moment * self.weight).sum().item()
@@ -111,7 +118,7 @@ class OutputSolver:
         rows_moment = self.times_moment(rows)
         gram = rows_moment @ rows.mT
         cross = rows_moment @ self.weight.mT
-        output, ridge = _solve(gram, cross)
+        output, ridge = _solve(gram, cross, self.ridge)
         if self.output_rank:
             output = self._project(output, cross, *self.output_rank)
         loss = self.scale - (output * cross.mT).sum().item()
@@ -128,11 +135,10 @@ class OutputSolver:
         return (basis @ (basis.mT @ split)).view(g, total, m)
 
 
-def _solve(gram: Tensor, cross: Tensor) -> tuple[Tensor, float]:
-    """B = crossᵀ (gram + ridge · diag(gram))⁻¹, with the least ridge of 1e-10, 1e-8, ... that is solvable."""
+def _solve(gram: Tensor, cross: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """B = crossᵀ (gram + ridge · diag(gram))⁻¹, with the least ridge that is solvable of this, 100 times this, ..."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     floor = 1e-30 + 1e-14 * diagonal.amax(-1, keepdim=True)
-    ridge = RIDGE
     while True:
         factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge * diagonal + floor))
         if not info.any() or ridge > 1:
