@@ -22,7 +22,7 @@ from rankopt.decompositions.base import Factors, Fit
 from rankopt.space import SearchSpace
 
 GPU_PATCH = 1024  # inputs of one output from which fits run on the model's GPU; a guess: tests/test_cuda.py measures
-VERSION = 2  # of statistics and fits: raise it when they change, and old cache entries are left behind
+VERSION = 3  # of statistics and fits: raise it when they change, and old cache entries are left behind
 
 
 def digest(*parts: Any) -> str:

@@ -150,11 +150,7 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
         layer = Layer(choice.name, choice.kind, shape, getattr(module, "groups", 1), aliases=aliases)
         family = DECOMPOSITIONS[choice.method]
         full = family.full_rank(layer)
-        if (
-            full is None
-            or len(full) != len(choice.rank)
-            or any(not 1 <= r <= f for r, f in zip(choice.rank, full, strict=True))
-        ):
+        if full is None or len(full) != len(choice.rank) or family.valid(layer, choice.rank) != choice.rank:
             raise PlanError(
                 f"layer {choice.name!r}: {choice.method} cannot have rank {choice.rank} (full rank: {full})"
             )

@@ -14,6 +14,8 @@ import numpy as np
 from rankopt.core import Layer, Rank, RankoptError
 from rankopt.decompositions import DECOMPOSITIONS
 
+DEFAULT = ("svd_out", "svd_in", "svd_spatial", "svd_grouped", "tucker2", "cp", "cp_merged", "tt")
+
 
 @dataclass(frozen=True)
 class SearchSpace:
@@ -21,7 +23,7 @@ class SearchSpace:
 
     name: str = "default"
     description: str = ""
-    families: tuple[str, ...] = tuple(DECOMPOSITIONS.built_in)
+    families: tuple[str, ...] = DEFAULT
     fractions: tuple[float, ...] = ()
     points: int = 20
     smallest: float = 0.05

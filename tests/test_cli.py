@@ -93,7 +93,7 @@ def test_inspect_shows_every_layer_within_100_columns():
         (["digits", "--budget", "params=0.3", "--strategy", "magic"], "unknown strategy 'magic': choose from knapsack"),
         (
             ["digits", "--budget", "params=0.3", "--space", "magic"],
-            "unknown search space 'magic': choose from cifar, default",
+            "unknown search space 'magic': choose from all, cifar, default",
         ),
         (["digits", "--budget", "params=0.3", "--trials", "0", "--strategy", "random"], "give 1 or more"),
     ],
@@ -159,7 +159,7 @@ def test_the_installed_command_and_light_import(tmp_path):
     assert all(name in help_text for name in ("inspect", "search", "report", "apply"))
 
 
-@pytest.mark.parametrize("space", ["default", "cifar", "thesis-cp", "thesis-tucker2", "thesis-tt"])
+@pytest.mark.parametrize("space", ["default", "all", "cifar", "thesis-cp", "thesis-tucker2", "thesis-tt"])
 def test_every_space_that_comes_along_works(space):
     stdout, _ = run("inspect", "digits", "--space", space)
     assert "conv3" in stdout

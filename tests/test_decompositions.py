@@ -14,7 +14,7 @@ from torch import nn
 from rankopt.core import Layer
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import load_factors
-from rankopt.decompositions.fitting import OutputSolved, OutputSolver, full_target, prepare
+from rankopt.decompositions.fitting import SEARCH_RIDGE, OutputSolved, OutputSolver, full_target
 from rankopt.inventory import count
 from tests.cases import MODULES, PAIRS, Case, make
 
@@ -134,8 +134,8 @@ def test_gradient_of_the_projected_loss(family, name):
         assert name == "linear"
         return
     rank = decomposition.ranks(case.layer, [0.4])[0]
-    target, _ = prepare(case.layer, case.module.weight, case.moment, case.metric)
-    solver = OutputSolver(target, decomposition.output_rank(case.layer, rank))
+    target, _ = decomposition.target(case.layer, case.module.weight, case.moment, case.metric)
+    solver = OutputSolver(target, decomposition.output_rank(case.layer, rank), SEARCH_RIDGE)
     theta = decomposition.start(case.layer, target, rank)
     sizes = [p.numel() for p in theta]
 

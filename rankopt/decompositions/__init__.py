@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from rankopt.decompositions.base import Decomposition
+from rankopt.decompositions.btt import BlockTerm
 from rankopt.decompositions.cp import Cp
 from rankopt.decompositions.cp_merged import CpMerged
+from rankopt.decompositions.ht import HierarchicalTucker
+from rankopt.decompositions.svd_grouped import SvdGrouped
 from rankopt.decompositions.svd_in import SvdIn
 from rankopt.decompositions.svd_out import SvdOut
 from rankopt.decompositions.svd_spatial import SvdSpatial
+from rankopt.decompositions.tr import TensorRing
 from rankopt.decompositions.tt import TensorTrain
+from rankopt.decompositions.tucker import Tucker
 from rankopt.decompositions.tucker2 import Tucker2
 from rankopt.registry import Registry
 
@@ -26,5 +31,10 @@ DECOMPOSITIONS: Registry[Decomposition] = Registry(
         "cp": Cp(),
         "cp_merged": CpMerged(),
         "tt": TensorTrain(),
+        "svd_grouped": SvdGrouped(),
+        "tucker": Tucker(),
+        "btt": BlockTerm(),
+        "tr": TensorRing(),
+        "ht": HierarchicalTucker(),
     },
 )

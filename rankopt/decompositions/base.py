@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from rankopt.core import Cost, Layer, Rank
 
+Aspect = tuple[float, ...]
+"""A direction in which ranks grow: proportions of full rank; an int is a rank that stays as it is."""
+
 Factors = tuple[Tensor, ...]
 """The weights of a replacement's stages, in order and in the layout of their modules."""
 
@@ -30,19 +33,27 @@ class Stage(NamedTuple):
     """One convolution of a replacement; channels per group of the original layer.
 
     axes: whose stride, padding and dilation of the original it takes over: "hw", "h", "w" or "".
+    blocks: into how many equal parts the channels fall that do not mix; as many as channels is depthwise.
+    shared: all blocks have one kernel; it is stored once.
     """
 
     in_channels: int
     out_channels: int
     kernel: tuple[int, int] = (1, 1)
     axes: str = ""
-    depthwise: bool = False
+    blocks: int = 1
+    shared: bool = False
 
     def shape(self, groups: int) -> tuple[int, ...]:
-        return (groups * self.out_channels, 1 if self.depthwise else self.in_channels, *self.kernel)
+        out_channels = self.out_channels // self.blocks if self.shared else self.out_channels
+        return (groups * out_channels, self.in_channels // self.blocks, *self.kernel)
 
     def weights(self, groups: int) -> int:
         return math.prod(self.shape(groups))
+
+    def macs(self, groups: int) -> int:
+        """Multiply-accumulates for one position."""
+        return self.weights(groups) * (self.blocks if self.shared else 1)
 
 
 class Fit(NamedTuple):
@@ -54,11 +65,23 @@ class Fit(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a fit approximates, float64: weight (g, T, n), input moment S (g, n, n), output metric H (g, T, T)."""
+    """What a fit approximates, float64: weight (g, T, n), input moment S (g, n, n), output metric H (g, T, T).
+
+    outer: where the weight is seen as (g, t2, t1 * n), because t1 of its T = t1 * t2 belong to what is searched,
+    the metric of t1, (g, t1, t1); the input moment is then outer ⊗ S.
+    """
 
     weight: Tensor
     moment: Tensor
     metric: Tensor
+    outer: Tensor | None = None
+
+    def times_moment(self, rows: Tensor) -> Tensor:
+        """rows (g, m, n or t1 * n) times the input moment."""
+        product = rows.reshape(len(rows), -1, self.moment.shape[-1]) @ self.moment
+        if self.outer is not None:
+            product = self.outer.unsqueeze(1) @ product.view(*rows.shape[:2], self.outer.shape[-1], -1)
+        return product.view(rows.shape)
 
     def error(self, approximation: Tensor) -> float:
         """Relative squared error of an approximation (g, T, n)."""
@@ -76,7 +99,7 @@ class Decomposition(ABC):
     name: ClassVar[str]
     effort: ClassVar[float] = 1.0  # share of the search space's steps that its fit takes
     density: ClassVar[float] = 1.0  # fractions tried per point of the search space's grid
-    aspects: ClassVar[tuple[tuple[float, ...], ...]] = ((1.0,),)  # proportions of full rank to try
+    aspects: ClassVar[tuple[Aspect, ...]] = ((1.0,),)  # the directions in which ranks grow
 
     @abstractmethod
     def full_rank(self, layer: Layer) -> Rank | None:
@@ -118,7 +141,7 @@ class Decomposition(ABC):
         if full is None:
             return []
         found = set()
-        for aspect in self.aspects:
+        for aspect in self.directions(layer):
             for fraction in fractions:
                 rank: Rank
                 if nearest and len(full) == 1:
@@ -129,17 +152,23 @@ class Decomposition(ABC):
                     found.add(rank)
         return sorted(found, key=lambda r: self.weights(layer, r))
 
-    def _largest(self, layer: Layer, full: Rank, aspect: tuple[float, ...], weights: float) -> Rank:
+    def directions(self, layer: Layer) -> Sequence[Aspect]:
+        """The aspects to try on a layer."""
+        return self.aspects
+
+    def _largest(self, layer: Layer, full: Rank, aspect: Aspect, weights: float) -> Rank:
         """The largest rank in the direction aspect * full with at most so many weights (or the least there is)."""
 
         def at(scale: float) -> Rank:
-            return self.valid(layer, tuple(int(scale * a * f) for a, f in zip(aspect, full, strict=True)))
+            pairs = zip(aspect, full, strict=True)
+            return self.valid(layer, tuple(a if isinstance(a, int) else int(scale * a * f) for a, f in pairs))
 
         low, high = 0.0, 1.0
         for _ in range(24):
             middle = (low + high) / 2
             low, high = (middle, high) if self.weights(layer, at(middle)) <= weights else (low, middle)
-        return at(low)
+        found = at(low)
+        return found if self.weights(layer, found) <= weights else self.valid(layer, (1,) * len(full))
 
     # --- cost, in closed form ---
 
@@ -155,7 +184,7 @@ class Decomposition(ABC):
         macs = 0
         for stage in self.stages(layer, rank):
             size = (size_out[0] if "h" in stage.axes else size[0], size_out[1] if "w" in stage.axes else size[1])
-            macs += stage.weights(layer.groups) * size[0] * size[1]
+            macs += stage.macs(layer.groups) * size[0] * size[1]
         return macs
 
     def cost(self, layer: Layer, rank: Rank) -> Cost:
@@ -166,13 +195,12 @@ class Decomposition(ABC):
     # --- modules ---
 
     def weight(self, layer: Layer, factors: Factors) -> Tensor:
-        """The dense weight that the factors stand for, in the layer's own shape."""
+        """The dense weight that the factors stand for, in the layer's own shape (no stage shares its kernel)."""
         g = layer.groups
-        product: Tensor | None = None
-        for factor in factors:
-            stage = factor.reshape(g, factor.shape[0] // g, factor.shape[1], *_kernel(factor))
-            product = stage if product is None else _compose(stage, product)
-        assert product is not None
+        first, *others = (f.reshape(g, f.shape[0] // g, f.shape[1], *_kernel(f)) for f in factors)
+        product = _all_inputs(first, layer.in_channels)
+        for stage in others:
+            product = _compose(stage, product)
         return product.reshape(layer.shape)
 
     def build(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
@@ -185,12 +213,24 @@ def _kernel(factor: Tensor) -> tuple[int, int]:
 
 
 def _compose(second: Tensor, first: Tensor) -> Tensor:
-    """The kernel of two convolutions in a row, which must not both extend along an axis. (g, out, in, h, w) each."""
-    if second.shape[2] == 1 and first.shape[1] == second.shape[1] and first.shape[1] > 1:
-        product = torch.einsum("gmab,gmicd->gmiacbd", second[:, :, 0], first)
-    else:
-        product = torch.einsum("gomab,gmicd->goiacbd", second, first)
-    return product.flatten(5, 6).flatten(3, 4)
+    """The kernel of two convolutions in a row, which must not both extend along an axis.
+
+    (g, out, in, h, w) each; the second's inputs may be those of a block of its outputs.
+    """
+    blocks = first.shape[1] // second.shape[2]
+    second, first = second.unflatten(1, (blocks, -1)), first.unflatten(1, (blocks, -1))
+    product = torch.einsum("gzomab,gzmicd->gzoiacbd", second, first)
+    return product.flatten(6, 7).flatten(4, 5).flatten(1, 2)
+
+
+def _all_inputs(stage: Tensor, in_channels: int) -> Tensor:
+    """The same kernel over all inputs, if it is one in blocks: zeros where blocks do not mix."""
+    blocks = in_channels // stage.shape[2]
+    if blocks == 1:
+        return stage
+    eye = torch.eye(blocks, dtype=stage.dtype, device=stage.device)
+    spread = torch.einsum("gzoihw,zy->gzoyihw", stage.unflatten(1, (blocks, -1)), eye)
+    return spread.flatten(3, 4).flatten(1, 2)
 
 
 # --- replacement modules -------------------------------------------------------------------------
@@ -230,7 +270,9 @@ def chain(module: nn.Module, stages: Sequence[Stage], method: str, rank: Rank) -
     parts: list[nn.Module] = []
     for i, s in enumerate(stages):
         bias = i == last and module.bias is not None
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and s.blocks > 1:
+            parts.append(BlockLinear(s.in_channels, s.out_channels, s.blocks, like))
+        elif isinstance(module, nn.Linear):
             parts.append(nn.Linear(s.in_channels, s.out_channels, bias, **like))
         else:
             assert isinstance(module, nn.Conv2d)
@@ -243,18 +285,44 @@ def _conv(conv: nn.Conv2d, s: Stage, bias: bool, like: dict[str, Any]) -> nn.Con
     padding: Any = conv.padding
     if not isinstance(padding, str):
         padding = tuple(p if on else 0 for p, on in zip(padding, pick, strict=True))
-    return nn.Conv2d(
-        conv.groups * s.in_channels,
-        conv.groups * s.out_channels,
+    apart = s.blocks if s.shared else 1  # blocks that the module folds into the batch
+    new = nn.Conv2d if apart == 1 else SharedConv2d
+    return new(
+        conv.groups * s.in_channels // apart,
+        conv.groups * s.out_channels // apart,
         s.kernel,
         stride=tuple(p if on else 1 for p, on in zip(conv.stride, pick, strict=True)),  # type: ignore[arg-type]
         padding=padding if s.axes else 0,
         dilation=tuple(p if on else 1 for p, on in zip(conv.dilation, pick, strict=True)),  # type: ignore[arg-type]
-        groups=conv.groups * (s.in_channels if s.depthwise else 1),
+        groups=conv.groups * (s.blocks // apart),
         bias=bias,
         padding_mode=conv.padding_mode if s.axes else "zeros",
         **like,
     )
+
+
+class SharedConv2d(nn.Conv2d):
+    """One convolution for every block of the channels: (b, groups * blocks * in, h, w), any number of blocks."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        groups, inside = self.groups, self.in_channels // self.groups
+        parts = input.unflatten(-3, (groups, -1, inside)).transpose(-4, -5)  # (b, blocks, groups, in, h, w)
+        y = super().forward(parts.reshape(-1, self.in_channels, *input.shape[-2:]))
+        y = y.reshape(*parts.shape[:-4], groups, -1, *y.shape[-2:]).transpose(-4, -5)
+        return y.flatten(-5, -3)
+
+
+class BlockLinear(nn.Linear):
+    """y = x Wᵀ with W block-diagonal, its blocks (out, in // blocks) one below the other; no bias."""
+
+    def __init__(self, in_features: int, out_features: int, blocks: int, like: dict[str, Any]) -> None:
+        super().__init__(in_features // blocks, out_features, bias=False, **like)
+        self.blocks = blocks
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        x = input.reshape(-1, self.blocks, self.in_features).transpose(0, 1)
+        y = x @ self.weight.unflatten(0, (self.blocks, -1)).mT  # (blocks, N, out // blocks)
+        return y.transpose(0, 1).reshape(*input.shape[:-1], self.out_features)
 
 
 GEOMETRY = (

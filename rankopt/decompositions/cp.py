@@ -23,8 +23,8 @@ class Cp(OutputSolved):
         (r,), (height, width) = rank, layer.kernel
         return (
             Stage(layer.in_channels, r),
-            Stage(r, r, (height, 1), "h", depthwise=True),
-            Stage(r, r, (1, width), "w", depthwise=True),
+            Stage(r, r, (height, 1), "h", blocks=r),
+            Stage(r, r, (1, width), "w", blocks=r),
             Stage(r, layer.out_channels),
         )
 

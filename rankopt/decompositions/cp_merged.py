@@ -26,8 +26,9 @@ def rank_one_rows(layer: Layer, target: Target, rank: int) -> tuple[Tensor, Tens
     u, s, vh = torch.linalg.svd(rows, full_matrices=False)
     channels = (u * s.sqrt().unsqueeze(-2)).transpose(-1, -2).flatten(1, 2)
     spatial = (vh * s.sqrt().unsqueeze(-1)).flatten(1, 2)
-    terms = khatri_rao(channels, spatial)
-    order = ((terms @ moment) * terms).sum(-1).argsort(-1, descending=True)[:, :rank]
+    parts = map(khatri_rao, channels.split(layer.patch, 1), spatial.split(layer.patch, 1))  # all at once is too large
+    energy = torch.cat([((terms @ moment) * terms).sum(-1) for terms in parts], 1)
+    order = energy.argsort(-1, descending=True)[:, :rank]
     picked = [torch.gather(v, 1, order.unsqueeze(-1).expand(-1, -1, v.shape[-1])) for v in (channels, spatial)]
     short = rank - order.shape[-1]
     if rank >= layer.patch or short > 0:  # one unit vector of the patch each: exact at full rank
@@ -48,6 +49,19 @@ def khatri_rao(a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("gri,grj->grij", a, b).flatten(2)
 
 
+def divergence(factors: Factors, groups: int = 1) -> float:
+    """Energy of the rank-one terms of a CP over that of their sum, ≥ 1 / R; without bound where it is degenerate.
+
+    Terms then grow and cancel, and can be neither stored in few bits nor fine-tuned (Krijnen 2008; Phan 2020).
+    factors: as `Cp` and `CpMerged` fit them. The highest of all groups.
+    """
+    *inputs, last = (f.double().reshape(groups, f.shape[0] // groups, -1) for f in factors)
+    grams = [v @ v.mT for v in [*inputs, last.mT]]
+    products = torch.stack(grams).prod(0)  # of every two terms
+    apart = products.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (apart / products.sum((-2, -1)).clamp_min(1e-300)).max().item()
+
+
 class CpMerged(OutputSolved):
     name = "cp_merged"
 
@@ -60,7 +74,7 @@ class CpMerged(OutputSolved):
         (r,) = rank
         return (
             Stage(layer.in_channels, r),
-            Stage(r, r, layer.kernel, "hw", depthwise=True),
+            Stage(r, r, layer.kernel, "hw", blocks=r),
             Stage(r, layer.out_channels),
         )
 

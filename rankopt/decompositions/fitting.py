@@ -24,6 +24,9 @@ from rankopt.core import Layer, Rank
 from rankopt.decompositions.base import Decomposition, Factors, Fit, Target
 
 RIDGE = 1e-10  # relative to each row of K: keeps near-dependent rows solvable
+# While θ is searched: λ Σ_r ‖b_r‖² ‖k_r‖², the energy of the rows' terms apart, which grows without bound where CP
+# components diverge and cancel (Phan 2020). It also makes the search converge sooner; the last B is free of it.
+SEARCH_RIDGE = 1e-5
 MAX_FLOPS = 1e11  # of one fit: layers so wide that a step is dear get fewer steps
 Parameters = tuple[Tensor, ...]
 
@@ -47,6 +50,12 @@ class OutputSolved(Decomposition):
         """(t, r): B, its T rows seen as (T // t, t), has rank r over t. None: B is free."""
         return None
 
+    def target(
+        self, layer: Layer, weight: Tensor, moment: Tensor | None, metric: Tensor | None
+    ) -> tuple[Target, Tensor]:
+        """What is fitted, and the matrix that undoes what the output metric did to the output factor."""
+        return prepare(layer, weight, moment, metric)
+
     def fit(
         self,
         layer: Layer,
@@ -56,7 +65,7 @@ class OutputSolved(Decomposition):
         metric: Tensor | None = None,
         steps: int = 100,
     ) -> Iterator[Fit]:
-        target, undo = prepare(layer, weight, moment, metric)
+        target, undo = self.target(layer, weight, moment, metric)
         for rank in ranks:
             theta = self.start(layer, target, rank)
             output_rank = self.output_rank(layer, rank)
@@ -70,7 +79,7 @@ class OutputSolved(Decomposition):
         """L-BFGS over θ, flattened; returns θ and the output factor that belongs to it."""
         shapes = [p.shape for p in theta]
         sizes = [p.numel() for p in theta]
-        solver = OutputSolver(target, output_rank)
+        solver, damped = (OutputSolver(target, output_rank, ridge) for ridge in (RIDGE, SEARCH_RIDGE))
 
         def unpack(flat: Tensor) -> Parameters:
             return tuple(p.view(s) for p, s in zip(flat.split(sizes), shapes, strict=True))
@@ -78,34 +87,38 @@ class OutputSolved(Decomposition):
         def loss(x: object) -> tuple[float, object]:
             flat = torch.as_tensor(x, device=target.weight.device).requires_grad_()
             rows = self.rows(layer, unpack(flat))
-            value, _, gradient = solver(rows.detach())
+            value, _, gradient = damped(rows.detach())
             (flat_gradient,) = torch.autograd.grad(rows, flat, gradient)
             return value, flat_gradient.cpu().numpy()
 
         flat = torch.cat([p.reshape(-1) for p in theta])
         rows = self.rows(layer, theta)
-        steps = min(steps, int(MAX_FLOPS / (2 * rows.numel() * rows.shape[-1])))
-        if steps > 0 and solver.scale > 0 and solver(rows)[0] > 1e-12:
+        steps = min(steps, int(MAX_FLOPS / (2 * rows.numel() * target.moment.shape[-1])))
+        start, output, _ = solver(rows)
+        if steps > 0 and solver.scale > 0 and start > 1e-12:
             options = {"maxiter": steps, "maxfun": 2 * steps, "maxcor": 20, "ftol": 1e-8, "gtol": 0.0}
             found = minimize(loss, flat.cpu().numpy(), jac=True, method="L-BFGS-B", options=options)
-            theta = unpack(torch.as_tensor(found.x, device=flat.device))
-        return theta, solver(self.rows(layer, theta))[1]
+            better = unpack(torch.as_tensor(found.x, device=flat.device))
+            end, new_output, _ = solver(self.rows(layer, better))
+            theta, output = (better, new_output) if end < start else (theta, output)
+        return theta, output
 
 
 class OutputSolver:
     """rows K -> (relative loss, output factor B, gradient of the loss over K)."""
 
-    def __init__(self, target: Target, output_rank: tuple[int, int] | None) -> None:
-        self.weight, self.moment = target.weight, target.moment
-        self.weight_moment = self.weight @ self.moment
+    def __init__(self, target: Target, output_rank: tuple[int, int] | None, ridge: float = RIDGE) -> None:
+        self.ridge = ridge
+        self.weight, self.times_moment = target.weight, target.times_moment
+        self.weight_moment = self.times_moment(self.weight)
         self.scale = (self.weight_moment * self.weight).sum().item()
         self.output_rank = output_rank
 
     def __call__(self, rows: Tensor) -> tuple[float, Tensor, Tensor]:
-        rows_moment = rows @ self.moment
+        rows_moment = self.times_moment(rows)
         gram = rows_moment @ rows.mT
         cross = rows_moment @ self.weight.mT
-        output, ridge = _solve(gram, cross)
+        output, ridge = _solve(gram, cross, self.ridge)
         if self.output_rank:
             output = self._project(output, cross, *self.output_rank)
         loss = self.scale - (output * cross.mT).sum().item()
@@ -122,11 +135,10 @@ class OutputSolver:
         return (basis @ (basis.mT @ split)).view(g, total, m)
 
 
-def _solve(gram: Tensor, cross: Tensor) -> tuple[Tensor, float]:
-    """B = crossᵀ (gram + ridge · diag(gram))⁻¹, with the least ridge of 1e-10, 1e-8, ... that is solvable."""
+def _solve(gram: Tensor, cross: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """B = crossᵀ (gram + ridge · diag(gram))⁻¹, with the least ridge that is solvable of this, 100 times this, ..."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     floor = 1e-30 + 1e-14 * diagonal.amax(-1, keepdim=True)
-    ridge = RIDGE
     while True:
         factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge * diagonal + floor))
         if not info.any() or ridge > 1:
@@ -142,12 +154,19 @@ def prepare(layer: Layer, weight: Tensor, moment: Tensor | None, metric: Tensor 
     target = full_target(layer, weight, moment, metric)
     if metric is None:
         return target, target.metric
-    values, vectors = torch.linalg.eigh(target.metric)
-    # Directions that the model hardly feels keep a ten-thousandth of the largest weight: exactness at full rank.
-    roots = values.clamp_min(1e-4 * values.amax(-1, keepdim=True).clamp_min(1e-30)).sqrt().unsqueeze(-2)
-    half, undo = (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
+    half, undo = roots(target.metric)
     identity = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device).expand_as(half)
     return Target(half @ target.weight, target.moment, identity), undo
+
+
+def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """H^½ and its inverse, (g, t, t) each.
+
+    Directions that the model hardly feels keep a ten-thousandth of the largest weight: exactness at full rank.
+    """
+    values, vectors = torch.linalg.eigh(metric)
+    root = values.clamp_min(1e-4 * values.amax(-1, keepdim=True).clamp_min(1e-30)).sqrt().unsqueeze(-2)
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
 
 
 def full_target(layer: Layer, weight: Tensor, moment: Tensor | None, metric: Tensor | None) -> Target:
@@ -194,6 +213,13 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         new_left = torch.nn.functional.pad(new_left, (0, short))
         new_right = torch.nn.functional.pad(new_right, (0, 0, 0, short))
     return new_left, new_right
+
+
+def balanced_bond(left: Tensor, left_dim: int, right: Tensor, right_dim: int) -> tuple[Tensor, Tensor]:
+    """Balance two cores (g, ...) along the bond that links dimension left_dim of one with right_dim of the other."""
+    before, after = left.movedim(left_dim, -1), right.movedim(right_dim, 1)
+    new_left, new_right = balanced(before.flatten(1, -2), after.flatten(2))
+    return new_left.view(before.shape).movedim(-1, left_dim), new_right.view(after.shape).movedim(1, right_dim)
 
 
 def equal_norms(vectors: Sequence[Tensor]) -> list[Tensor]:

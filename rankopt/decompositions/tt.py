@@ -15,15 +15,10 @@ from torch import Tensor, nn
 from rankopt.core import Layer, Rank
 from rankopt.decompositions.base import Factors, Stage, Target, finish
 from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced, leading_rows
+from rankopt.decompositions.linear import linear_modes
 from rankopt.decompositions.svd_in import input_start
 from rankopt.decompositions.svd_spatial import width_rows
 from rankopt.decompositions.tucker2 import low_rank
-
-
-def square_factors(n: int) -> tuple[int, int]:
-    """n = a * b with a <= b as near as can be."""
-    a = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
-    return a, n // a
 
 
 class TensorTrain(OutputSolved):
@@ -35,8 +30,7 @@ class TensorTrain(OutputSolved):
     def modes(self, layer: Layer) -> tuple[int, int, int, int] | None:
         """The four modes, in the order of the train; None if the layer has no place for it."""
         if len(layer.shape) == 2:
-            c, t = square_factors(layer.in_channels), square_factors(layer.out_channels)
-            return None if c[0] == 1 and t[0] == 1 else (*c, *t)
+            return linear_modes(layer)
         if min(layer.kernel) == 1:
             return None
         return (layer.in_channels, *layer.kernel, layer.out_channels)

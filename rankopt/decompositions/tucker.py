@@ -1,0 +1,115 @@
+"""Tucker over all four modes (Tucker 1966; thesis eq. 6.5): 1 x 1, shared k x 1, shared 1 x k, 1 x 1, 1 x 1.
+
+The thesis (eq. 6.6) absorbs the spatial factors into the core before the convolution: that is a Tucker-2 in
+another guise, with as many weights, and no candidate of its own. Here they stay: every one of the R_in channels
+goes through the same R_h vertical and then R_w horizontal filters, and the core is a 1 x 1 convolution,
+
+    C R_in + kh R_h + kw R_w + R_in R_h R_w R_out + R_out T
+
+weights, the literature's count, which is below Tucker-2's where R_h R_w < kh kw; so are the MACs.
+Only the input side is searched; core and output factor follow by reduced-rank regression.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankopt.core import Layer, Rank
+from rankopt.decompositions.base import Aspect, Factors, Stage, Target
+from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced_bond, leading_rows
+from rankopt.decompositions.tucker2 import low_rank
+
+
+class Tucker(OutputSolved):
+    """Rank (R_in, R_h, R_w, R_out)."""
+
+    name = "tucker"
+    effort = 0.2
+    density = 0.5  # several aspects at each
+
+    def directions(self, layer: Layer) -> Sequence[Aspect]:
+        height, width = layer.kernel
+        most, more = math.ceil(height * 2 / 3), math.ceil(width * 2 / 3)
+        return (0.5, most, more, 1.0), (0.8, most, more, 1.0), (0.5, height, more, 1.0)
+
+    def full_rank(self, layer: Layer) -> Rank | None:
+        if min(layer.kernel) == 1:
+            return None  # ht
+        area = layer.patch // layer.in_channels
+        inputs = min(layer.in_channels, layer.out_channels * area)
+        return inputs, *layer.kernel, min(layer.out_channels, layer.patch)
+
+    def valid(self, layer: Layer, rank: Rank) -> Rank:
+        rank = super().valid(layer, rank)
+        return tuple(min(r, math.prod(rank) // r) for r in rank)
+
+    def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
+        (r_in, r_h, r_w, r_out), (height, width) = rank, layer.kernel
+        return (
+            Stage(layer.in_channels, r_in),
+            Stage(r_in, r_in * r_h, (height, 1), "h", r_in, shared=True),
+            Stage(r_in * r_h, r_in * r_h * r_w, (1, width), "w", r_in * r_h, shared=True),
+            Stage(r_in * r_h * r_w, r_out),
+            Stage(r_out, layer.out_channels),
+        )
+
+    def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
+        return mode_bases(target.weight.unflatten(-1, (layer.in_channels, *layer.kernel)), rank[:3])
+
+    def rows(self, layer: Layer, theta: Parameters) -> Tensor:
+        return kronecker(theta)
+
+    def output_rank(self, layer: Layer, rank: Rank) -> tuple[int, int] | None:
+        return layer.out_channels, rank[3]
+
+    def factors(self, layer: Layer, theta: Parameters, output: Tensor, rank: Rank) -> Factors:
+        last, core, (channels, vertical, horizontal) = balanced_tucker(theta, output, rank[3])
+        return (
+            channels.reshape(-1, layer.in_channels, 1, 1),
+            vertical.reshape(-1, 1, layer.kernel[0], 1),
+            horizontal.reshape(-1, 1, 1, layer.kernel[1]),
+            core.reshape(-1, math.prod(rank[:3]), 1, 1),
+            last.reshape(-1, rank[3], 1, 1),
+        )
+
+    def weight(self, layer: Layer, factors: Factors) -> Tensor:
+        return tucker_weight(layer, factors)
+
+
+# --- Tucker in general, for any number of input modes ------------------------------------------------
+
+
+def mode_bases(weight: Tensor, ranks: Sequence[int]) -> Parameters:
+    """The leading directions (g, rank, mode) of each input mode of a weight (g, T, modes...): HOSVD."""
+    return tuple(leading_rows(weight.movedim(i + 2, -1).flatten(1, -2), r) for i, r in enumerate(ranks))
+
+
+def kronecker(factors: Sequence[Tensor]) -> Tensor:
+    """The Kronecker product over (g, rank, mode) each: (g, product of ranks, product of modes)."""
+    product = factors[0]
+    for factor in factors[1:]:
+        product = torch.einsum("gra,gsb->grsab", product, factor).flatten(3, 4).flatten(1, 2)
+    return product
+
+
+def balanced_tucker(theta: Parameters, output: Tensor, rank: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output factor (g, T, rank), core (g, rank, ranks...) and input factors, balanced along every bond."""
+    last, core = low_rank(output, rank)
+    core = core.unflatten(-1, tuple(f.shape[1] for f in theta))
+    balanced_factors = []
+    for i, factor in enumerate(theta):
+        core, factor = balanced_bond(core, i + 2, factor, 1)
+        balanced_factors.append(factor)
+    last, core = balanced_bond(last, 2, core, 1)
+    return last, core, balanced_factors
+
+
+def tucker_weight(layer: Layer, factors: Factors) -> Tensor:
+    """The dense weight of a chain of input factor, shared spatial factors, core and output factor."""
+    g = layer.groups
+    channels, *spatial, core, last = (f.reshape(g, f.shape[0] // g, -1) for f in factors)
+    return (last @ core @ kronecker([channels, *spatial])).reshape(layer.shape)
