@@ -21,7 +21,7 @@ class SearchSpace:
 
     name: str = "default"
     description: str = ""
-    families: tuple[str, ...] = tuple(DECOMPOSITIONS.built_in)
+    families: tuple[str, ...] = tuple(name for name, family in DECOMPOSITIONS.built_in.items() if family.exact)
     fractions: tuple[float, ...] = ()
     points: int = 20
     smallest: float = 0.05

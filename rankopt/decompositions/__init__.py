@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from rankopt.decompositions.augmented_ttn import AugmentedTreeNetwork
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.cp import Cp
 from rankopt.decompositions.cp_merged import CpMerged
+from rankopt.decompositions.mera import Mera
 from rankopt.decompositions.svd_in import SvdIn
 from rankopt.decompositions.svd_out import SvdOut
 from rankopt.decompositions.svd_spatial import SvdSpatial
 from rankopt.decompositions.tt import TensorTrain
+from rankopt.decompositions.tt_conv import TensorTrainConvolution
+from rankopt.decompositions.tt_matrix import TensorTrainMatrix
+from rankopt.decompositions.ttn import TreeNetwork
 from rankopt.decompositions.tucker2 import Tucker2
 from rankopt.registry import Registry
 
@@ -26,5 +31,10 @@ DECOMPOSITIONS: Registry[Decomposition] = Registry(
         "cp": Cp(),
         "cp_merged": CpMerged(),
         "tt": TensorTrain(),
+        "tt_matrix": TensorTrainMatrix(),
+        "tt_conv": TensorTrainConvolution(),
+        "ttn": TreeNetwork(),
+        "augmented_ttn": AugmentedTreeNetwork(),
+        "mera": Mera(),
     },
 )
