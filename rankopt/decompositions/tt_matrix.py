@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def even_factors(n: int) -> tuple[int, int, int]:
 
 class TensorTrainMatrix(Joint):
     name = "tt_matrix"
-    aspects = ((1.0, 1.0),)
+    aspects: ClassVar[tuple[tuple[float, ...], ...]] = ((1.0, 1.0),)
 
     def full_rank(self, layer: Layer) -> Rank | None:
         modes = self.modes(layer)
@@ -99,7 +100,7 @@ class TensorTrainMatrix(Joint):
         return padded.reshape(-1, *j, *i).permute(0, 1, 4, 2, 5, 3, 6).flatten()
 
     def weight(self, layer: Layer, factors: Factors) -> Tensor:
-        j, i = self.channels(layer)
+        j, i = channel_modes(factors)
         t, c = layer.shape[:2]
         product = factors[0].flatten(0, -2)
         for core in factors[1:]:
@@ -116,6 +117,11 @@ class TensorTrainMatrix(Joint):
     def build(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
         assert isinstance(module, nn.Linear)
         return finish(TensorTrainMatrixLinear(self, module, layer, rank), module)
+
+
+def channel_modes(cores: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """(J₁, J₂, J₃) and (I₁, I₂, I₃) of a train's last three cores."""
+    return [core.shape[1] for core in cores[-3:]], [core.shape[2] for core in cores[-3:]]
 
 
 def tt_svd(tensor: Tensor, modes: Sequence[int], rank: Rank) -> list[Tensor]:
@@ -172,7 +178,7 @@ class TensorTrainMatrixLinear(nn.Module):
         return self.family.weight(self.layer, tuple(self.cores))
 
     def forward(self, x: Tensor) -> Tensor:
-        (t, c), (j, i) = self.layer.shape, self.family.channels(self.layer)
+        (t, c), (j, i) = self.layer.shape, channel_modes(list(self.cores))
         n = math.prod(x.shape[:-1])
         y = nn.functional.pad(x, (0, math.prod(i) - c)).reshape(n, *i)
         if self.from_the_end:
