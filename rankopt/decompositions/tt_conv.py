@@ -20,6 +20,7 @@ from rankopt.decompositions.tt_matrix import TensorTrainMatrix
 
 class TensorTrainConvolution(TensorTrainMatrix):
     name = "tt_conv"
+    effort = 0.3
     density = 0.5  # several aspects at each
     aspects = ((1.0, 0.2, 1.0), (1.0, 0.6, 1.0))
 
