@@ -110,8 +110,8 @@ class FactorStore:
         file_key, index = key.rsplit("/", 1)
         try:
             with safe_open(self.cache.path(file_key, "safetensors"), "pt") as file:
-                names = sorted(n for n in file.keys() if n.startswith(f"{index}."))  # noqa: SIM118
-                return tuple(file.get_tensor(n) for n in names)
+                count = sum(n.startswith(f"{index}.") for n in file.keys())  # noqa: SIM118
+                return tuple(file.get_tensor(f"{index}.{i}") for i in range(count))
         except (OSError, SafetensorError) as error:
             raise RankoptError(f"the candidate cache lost an entry ({error}): run the search again") from error
 

@@ -14,7 +14,7 @@ import numpy as np
 from rankopt.core import Layer, Rank, RankoptError
 from rankopt.decompositions import DECOMPOSITIONS
 
-DEFAULT = ("svd_out", "svd_in", "svd_spatial", "svd_grouped", "tucker2", "cp", "cp_merged", "tt")
+DEFAULT = ("svd_out", "svd_in", "svd_spatial", "svd_grouped", "tucker2", "cp", "cp_merged", "tt", "tt_matrix")
 
 
 @dataclass(frozen=True)

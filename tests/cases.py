@@ -54,3 +54,5 @@ PAIRS = [
     for name in MODULES
     if DECOMPOSITIONS[family].full_rank(make(name).layer) is not None
 ]
+EXACT = [(family, name) for family, name in PAIRS if DECOMPOSITIONS[family].exact]
+ONE_EACH = [(family, "conv3x3" if (family, "conv3x3") in PAIRS else "linear") for family in DECOMPOSITIONS]

@@ -159,7 +159,9 @@ def test_the_installed_command_and_light_import(tmp_path):
     assert all(name in help_text for name in ("inspect", "search", "report", "apply"))
 
 
-@pytest.mark.parametrize("space", ["default", "all", "cifar", "thesis-cp", "thesis-tucker2", "thesis-tt"])
+@pytest.mark.parametrize(
+    "space", ["default", "all", "cifar", "thesis-cp", "thesis-tucker2", "thesis-tt", "tensor-networks"]
+)
 def test_every_space_that_comes_along_works(space):
     stdout, _ = run("inspect", "digits", "--space", space)
     assert "conv3" in stdout

@@ -15,6 +15,7 @@ from rankopt.inventory import inventory
 from rankopt.job import Evaluator, Settings, run_search
 from rankopt.prepare import prepare
 from rankopt.tasks import load_task
+from tests.cases import ONE_EACH
 from tests.conftest import QUICK
 
 pytestmark = pytest.mark.gpu
@@ -38,17 +39,17 @@ def test_statistics_agree_with_the_cpu():
             assert ((value - sides[1][name]).norm() / value.norm()).item() < 1e-3, name
 
 
-@pytest.mark.parametrize("family", list(DECOMPOSITIONS))
-def test_fits_on_the_gpu_agree_with_the_cpu(family):
+@pytest.mark.parametrize(("family", "kind"), ONE_EACH)
+def test_fits_on_the_gpu_agree_with_the_cpu(family, kind):
     torch.manual_seed(0)
-    conv = nn.Conv2d(16, 24, 3)
-    x = torch.randn(32, 16, 9, 9)
-    (layer,) = inventory(conv, x)
-    moment = moments(conv, [layer], [x])[""]
+    module, shape = (nn.Linear(32, 24), (64, 32)) if kind == "linear" else (nn.Conv2d(16, 24, 3), (32, 16, 9, 9))
+    x = torch.randn(shape)
+    (layer,) = inventory(module, x)
+    moment = moments(module, [layer], [x])[""]
     rank = DECOMPOSITIONS[family].ranks(layer, [0.5])[0]
     errors = []
     for device in ("cpu", "cuda"):
-        weight = conv.weight.to(device)
+        weight = module.weight.to(device)
         (fit,) = DECOMPOSITIONS[family].fit(layer, weight, [rank], moment.to(device), None, 100)
         errors.append(fit.error)
         assert all(f.device.type == device for f in fit.factors)

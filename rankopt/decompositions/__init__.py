@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from rankopt.decompositions.augmented_ttn import AugmentedTreeNetwork
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.btt import BlockTerm
 from rankopt.decompositions.cp import Cp
 from rankopt.decompositions.cp_merged import CpMerged
 from rankopt.decompositions.ht import HierarchicalTucker
+from rankopt.decompositions.mera import Mera
 from rankopt.decompositions.svd_grouped import SvdGrouped
 from rankopt.decompositions.svd_in import SvdIn
 from rankopt.decompositions.svd_out import SvdOut
 from rankopt.decompositions.svd_spatial import SvdSpatial
 from rankopt.decompositions.tr import TensorRing
 from rankopt.decompositions.tt import TensorTrain
+from rankopt.decompositions.tt_conv import TensorTrainConvolution
+from rankopt.decompositions.tt_matrix import TensorTrainMatrix
+from rankopt.decompositions.ttn import TreeNetwork
 from rankopt.decompositions.tucker import Tucker
 from rankopt.decompositions.tucker2 import Tucker2
 from rankopt.registry import Registry
@@ -36,5 +41,10 @@ DECOMPOSITIONS: Registry[Decomposition] = Registry(
         "btt": BlockTerm(),
         "tr": TensorRing(),
         "ht": HierarchicalTucker(),
+        "tt_matrix": TensorTrainMatrix(),
+        "tt_conv": TensorTrainConvolution(),
+        "ttn": TreeNetwork(),
+        "augmented_ttn": AugmentedTreeNetwork(),
+        "mera": Mera(),
     },
 )

@@ -86,8 +86,13 @@ class Target(NamedTuple):
     def error(self, approximation: Tensor) -> float:
         """Relative squared error of an approximation (g, T, n)."""
         difference = self.weight - approximation
-        whole = self._square(self.weight)
+        whole = self.norm
         return self._square(difference) / whole if whole > 0 else 0.0
+
+    @property
+    def norm(self) -> float:
+        """Squared norm of the weight itself."""
+        return self._square(self.weight)
 
     def _square(self, w: Tensor) -> float:
         return ((self.metric @ w @ self.moment) * w).sum().item()
@@ -97,17 +102,24 @@ class Decomposition(ABC):
     """A family of replacements for a layer. One instance serves all layers; it holds no state."""
 
     name: ClassVar[str]
+    exact: ClassVar[bool] = True  # full rank reproduces the layer, so ranks are truncations
     effort: ClassVar[float] = 1.0  # share of the search space's steps that its fit takes
     density: ClassVar[float] = 1.0  # fractions tried per point of the search space's grid
     aspects: ClassVar[tuple[Aspect, ...]] = ((1.0,),)  # the directions in which ranks grow
 
     @abstractmethod
     def full_rank(self, layer: Layer) -> Rank | None:
-        """The rank at which the layer is reproduced exactly; None if this family has no place there."""
+        """The rank at which the layer is reproduced exactly; None if this family has no place there.
 
-    @abstractmethod
+        Families that are not `exact` name the largest rank that makes sense.
+        """
+
     def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
-        """The convolutions (1x1 for Linear) that replace the layer."""
+        """The convolutions (1x1 for Linear) that replace the layer.
+
+        None for families of another form, which say weights, macs, weight and build themselves.
+        """
+        return ()
 
     @abstractmethod
     def fit(

@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what differs from Optuna's defaults, 
 }
 # Samplers that read nothing but points and values; the others keep notes on the trials that they proposed.
 MEMORYLESS = {"TPESampler", "GPSampler", "RandomSampler"}
-ATTEMPTS = 10  # points drawn from the sampler, and as many at random, for one ask in search of a new plan
+ATTEMPTS = 10  # points drawn for one ask in search of a new plan
 
 
 class Optuna(Strategy):
@@ -80,13 +80,16 @@ class Optuna(Strategy):
         for plan, point in self._draws(number):
             if plan not in self.told and plan not in self.pending:
                 self.pending[plan] = None
-                self.known[plan] = self.points.stands_for(plan, point)
+                if point is not None:
+                    self.known[plan] = self.points.stands_for(plan, point)
                 return plan
         return None
 
-    def _draws(self, number: int) -> Iterator[tuple[Proposal, list[float]]]:
-        """Plans and the points they came from: in the first asks `knapsack`'s contenders, the exact allocation first;
-        then the sampler's, then random ones. One is taken unless the first ones bring nothing new.
+    def _draws(self, number: int) -> Iterator[tuple[Proposal, list[float] | None]]:
+        """Plans and the points they came from, if any; the first new one is taken.
+
+        In the first asks `knapsack`'s contenders, the exact allocation first; then the sampler's plans; then
+        neighbours of the best one, which stand for no point.
         """
         if number < CONTENDERS:
             near = self.points if isinstance(self.points, Corrections) else Corrections(self.problem)
@@ -101,10 +104,17 @@ class Optuna(Strategy):
             if plan in self.told:  # the sampler learns that this point brings nothing new
                 _tell(study, asked, self._value(plan))
         rng = np.random.default_rng([self.seed, number])
-        low, high = self.points.low, self.points.high
-        for spread in np.linspace(1, 4, ATTEMPTS):
-            point = (low + high) / 2 + spread * (high - low) * rng.uniform(-0.5, 0.5, len(self.space))
-            yield self.points.plan(point), np.clip(point, low, high).tolist()
+        finished = [(value, plan) for plan, value in self.told.items() if value is not None]
+        for moved in range(1, 1 + 2 * ATTEMPTS) if finished else ():  # small problems have few plans on the surface
+            yield self._neighbour(min(finished)[1], moved, rng), None
+
+    def _neighbour(self, plan: Proposal, moved: int, rng: np.random.Generator) -> Proposal:
+        """A plan with so many layers (at most all) at random positions, put on the budget."""
+        sizes = [len(f) for f in self.problem.frontiers]
+        wanted = list(plan)
+        for i in rng.permutation(len(sizes))[:moved]:
+            wanted[i] = int(rng.integers(sizes[i]))
+        return fill(self.problem, project(self.problem, tuple(wanted)))
 
     def tell(self, trial: Trial) -> None:
         plan = trial.proposal
