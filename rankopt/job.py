@@ -320,6 +320,7 @@ def run_search(
             strategy.measure(prepared, track)
     with prepared.clock.stage("search"):
         trials = runner(study, Evaluator.of(prepared, problem))
+    about |= {"notes": strategy.notes}
     result = finish(prepared, problem, trials, best(trials), about, strategy.asked, settings, track)
     if out is not None:
         result.save(out)

@@ -13,7 +13,7 @@ ORDER = [
     {"inventory", "registry"},
     {"calibration"},
     {"decompositions"},
-    {"space", "frontier", "budget", "evaluate", "sensitivity"},
+    {"space", "frontier", "budget", "evaluate", "sensitivity", "training"},
     {"candidates", "strategies"},
     {"plan"},
     {"prepare", "refine", "renormalise", "search", "store"},

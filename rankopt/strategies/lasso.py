@@ -70,7 +70,8 @@ class Lasso(Strategy):
         if not self.paths:
             raise RankoptError("strategy 'lasso' looks at the model first: call measure(prepared, track), then ask()")
         low, high = np.log(PENALTIES)
-        return fill(self.problem, project(self.problem, largest(self.problem, lambda kept: self._at(high - kept * (high - low)))))
+        proposal = largest(self.problem, lambda kept: self._at(high - kept * (high - low)))
+        return fill(self.problem, project(self.problem, proposal))
 
     def _at(self, log_penalty: float) -> Proposal:
         return within(self.problem, [path.at(np.exp(log_penalty)) for path in self.paths])

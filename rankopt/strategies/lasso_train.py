@@ -18,14 +18,14 @@ tightened onto the budget by the gates' averages over the last steps. Penalties:
 l1       Σ |g_r|
 group    half of it on the components, half on the norm of all gates of a layer (sparse group lasso, Simon 2013)
 hoyer    (Σ|g|)² / Σg² of a bond (Yang 2020, DeepHoyer), linearised at each step: large gates are left alone
-nuclear  of `svd_out` layers: at every step the components are rotated to singular vectors, gates are singular values
+nuclear  of `svd_out` layers: every ten steps the components are rotated to singular vectors: gates are singular values
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,12 +149,13 @@ def hoyer_weights(gates: Tensor) -> Tensor:
 class LassoTrain(Strategy):
     name = "lasso-train"
     one_shot = True
-    options: ClassVar[tuple[str, ...]] = PENALTIES
 
     def __init__(self, problem: Any, seed: int = 0, *, penalty: str = "l1", steps: int = 100) -> None:
         super().__init__(problem, seed)
         if penalty not in PENALTIES:
-            raise RankoptError(f"strategy 'lasso-train': unknown penalty {penalty!r}; choose from {', '.join(PENALTIES)}")
+            raise RankoptError(
+                f"strategy 'lasso-train': unknown penalty {penalty!r}; choose from {', '.join(PENALTIES)}"
+            )
         if steps < 1:
             raise RankoptError(f"strategy 'lasso-train': steps is {steps}, give 1 or more")
         self.penalty, self.steps = penalty, steps
@@ -280,7 +281,7 @@ class Run:
     def tighten(self) -> tuple[Rank, ...]:
         """The ranks on the budget: components in the order of their gates' averages, as many as fit."""
         entries = [
-            (float(value) , n, i)
+            (float(value), n, i)
             for n, x in enumerate(self.layers)
             for i, bond in enumerate(x.bonds)
             for value in self.averages[id(bond)]
