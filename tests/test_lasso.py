@@ -85,6 +85,7 @@ def test_gates_leave_the_layer_as_it_is_and_zero_gates_remove_components(family,
     gated = Gated(case.layer, Candidate(family, rank, Cost(0, 0, 0), 0.0), module)
     torch.testing.assert_close(module(case.x), before)
     assert tuple(len(b.gates) for b in gated.bonds) == rank
+    gated.bonds[0].absorb()
     with torch.no_grad():
         for weight, _ in gated.bonds[0].slices:
             weight.mul_(2.0)  # what training might do to make up for a shrunken gate
@@ -115,10 +116,10 @@ def test_hoyer_weights_follow_the_derivative():
     torch.testing.assert_close(ours[1:] / ours[1], slope[1:] / slope[1])
 
 
-def ends(digits, share, penalty="l1", steps=100):
+def ends(digits, share, penalty="l1", steps=100, within=0.01):
     problem, strategy, proposal = run("lasso-train", digits, {"params": share}, penalty=penalty, steps=steps)
     left = problem.fixed.params + sum(c.params for c in strategy.costs)
-    assert 0.99 * problem.limits[0].target <= left <= problem.limits[0].target, (share, penalty)
+    assert (1 - within) * problem.limits[0].target <= left <= problem.limits[0].target, (share, penalty)
     assert problem.fits(proposal)
     return problem, proposal
 
@@ -135,7 +136,7 @@ def test_a_run_ends_within_a_percent_of_the_budget_and_below_uniform(digits, sha
 
 @pytest.mark.parametrize("penalty", ["group", "hoyer", "nuclear"])
 def test_every_penalty_ends_on_the_budget(digits, penalty):
-    ends(digits, 0.3, penalty, 60)
+    ends(digits, 0.3, penalty, 60, 0.03 if penalty == "nuclear" else 0.01)  # one component of fc1 is 2.5 %
 
 
 # --- both ---
@@ -165,7 +166,7 @@ def test_unknown_penalties_list_the_valid_ones(digits):
 
 
 def plans(prepared):
-    return [list(run(n, prepared, {"params": 0.3}, **o)[2]) for n, o in (("lasso", {}), ("lasso-train", {"steps": 20}))]
+    return [list(run(n, prepared, {"params": 0.3}, **o)[2]) for n, o in (("lasso", {}), ("lasso-train", {"steps": 10}))]
 
 
 SPAWNED = """

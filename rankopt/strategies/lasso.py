@@ -134,7 +134,7 @@ def lasso(gram: np.ndarray, cross: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     x, y = roots[:, None] * vectors.T, (vectors.T @ cross) / roots  # data with these moments: XᵀX = G, Xᵀy = c
     alphas = max(np.abs(cross).max(), 1e-12) * GRID
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the number of components needs no last digits
-        gates = lasso_path(x, y, alphas=alphas / len(x), precompute=gram, Xy=cross, max_iter=100, tol=1e-3)[1]
+        warnings.simplefilter("ignore", ConvergenceWarning)  # how many components there are needs no last digits
+        gates = lasso_path(x, y, alphas=alphas / len(x), precompute=gram, Xy=cross, max_iter=100, tol=1e-5)[1]
     errors = 1 - 2 * cross @ gates + np.einsum("rk,rq,qk->k", gates, gram, gates)
     return alphas, gates, np.clip(errors, 0.0, 1.0)

@@ -187,8 +187,18 @@ class LassoTrain(Strategy):
             batches, loss = list(task.train), supervised(task.loss)
         else:
             batches, loss = with_targets(task.model, split(prepared.statistics.batches, BATCH)), distillation
-        options = {"steps": self.steps, "seed": self.seed, "clip": CLIP, "training": False}
-        train(model, batches, loss, optimizer, after_step=run.after_step, track=track, **options)
+        train(
+            model,
+            batches,
+            loss,
+            optimizer,
+            steps=self.steps,
+            seed=self.seed,
+            clip=CLIP,
+            training=False,
+            after_step=run.after_step,
+            track=track,
+        )
         self.kept = run.tighten()
         self.costs = tuple(x.cost(rank) for x, rank in zip(layers, self.kept, strict=True))
 
@@ -255,7 +265,7 @@ class Run:
     def _first_price(self) -> float:
         """λ at which a tenth of all gates gains less than it costs."""
         gains = [
-            b.gates.grad.abs() / max(self.share(x.component_cost(i, r)), 1e-12)
+            b.gates.grad.abs() / max(self.share(x.component_cost(i, r)), 1e-12)  # type: ignore[union-attr]
             for x, r in zip(self.layers, self.ranks, strict=True)
             for i, b in enumerate(x.bonds)
         ]
