@@ -91,11 +91,17 @@ def _number(metric: str, value: Any) -> tuple[float, bool]:
 # --- the problem that strategies see ---------------------------------------------------------------
 
 
-class Spectra(NamedTuple):
-    """Singular values of a layer's weight unfolded along its output and its input channels (groups together)."""
+class Spectrum(NamedTuple):
+    """Singular values of an unfolding of a layer's weight (groups together), and the unfolding's shape."""
 
-    output: tuple[float, ...]
-    input: tuple[float, ...]
+    values: tuple[float, ...]
+    rows: int
+    columns: int
+
+
+Spectra = Mapping[str, Spectrum]
+"""By name of the unfolding: "output" T x rest, "input" C x rest, "spatial" (C, height) x (width, T); for Linear
+layers of modes (C1, C2, T1, T2) the bonds of a tensor train "bond1" C1 x rest, "bond2" and "bond3"."""
 
 
 class Table(NamedTuple):

@@ -351,6 +351,7 @@ def run_search(
     with prepared.clock.stage("search"):
         trials = runner(study, Evaluator.of(prepared, problem))
     about |= {"question": dict(question)} if question else {}
+    about |= {"notes": strategy.notes}
     result = finish(prepared, problem, trials, best(trials), about, strategy.asked, settings, track)
     if out is not None:
         result.save(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from rankopt.allocation import check_feasible
-from rankopt.budget import Limit, Problem, Spectra, parse_budget
+from rankopt.budget import Limit, Problem, Spectra, Spectrum, parse_budget
 from rankopt.calibration import find_output, moments, output_metrics
 from rankopt.candidates import VERSION, Cache, FactorStore, digest, fit_candidates
 from rankopt.core import Candidate, Cost, Layer, Proposal, Task, TaskError
@@ -294,7 +295,17 @@ def _curves(
 
 
 def _spectra(model: nn.Module, layer: Layer) -> Spectra:
+    """Of the unfoldings on which some family has a rank."""
     weight = model.get_submodule(layer.name).weight.detach().double().cpu()  # type: ignore[operator]
-    weight = weight.reshape(layer.groups, layer.out_channels, layer.in_channels, -1)
-    unfolded = (weight.permute(1, 0, 2, 3), weight.permute(2, 0, 1, 3))
-    return Spectra(*(tuple(torch.linalg.svdvals(w.flatten(1)).tolist()) for w in unfolded))
+    height, width = layer.kernel
+    tensor = weight.reshape(layer.groups * layer.out_channels, layer.in_channels, height, width)
+    tensor = tensor.unflatten(0, (layer.groups, -1)).permute(2, 3, 4, 1, 0)  # (C, height, width, T, groups)
+    unfolded = {"output": tensor.movedim(3, 0).flatten(1), "input": tensor.flatten(1)}
+    if min(layer.kernel) > 1:
+        unfolded["spatial"] = tensor.flatten(0, 1).flatten(1)
+    tt = DECOMPOSITIONS["tt"]
+    if len(layer.shape) == 2 and tt.full_rank(layer) is not None:
+        a, b, c, d = tt.modes(layer)  # type: ignore[attr-defined]
+        train = weight.T.reshape(a, b, c, d)
+        unfolded |= {f"bond{i}": train.reshape(math.prod((a, b, c, d)[:i]), -1) for i in (1, 2, 3)}
+    return {name: Spectrum(tuple(torch.linalg.svdvals(m).tolist()), *m.shape) for name, m in unfolded.items()}

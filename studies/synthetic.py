@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from rankopt.budget import Limit, Problem, Spectra
+from rankopt.budget import Limit, Problem, Spectrum
 from rankopt.core import Candidate, Cost, Layer, Proposal
 from rankopt.frontier import frontier
 from rankopt.search import Study, search
@@ -64,7 +64,9 @@ class Synthetic:
                 options.append(Candidate("svd_out", (rank,), Cost(params, params, 4 * params), error, error))
             frontiers.append(frontier(layers[-1], options, ["params"]))
             values = tuple(float(np.exp(-decay * k / size / 2)) for k in range(size))
-            spectra.append(Spectra(values, values))
+            spectra.append(
+                {name: Spectrum(values, size, size) for name in ("output", "input", "bond1", "bond2", "bond3")}
+            )
         dense = Cost(*(sum(x.cost[m] for x in layers) for m in ("params", "macs", "bytes")))
         limits = (Limit("params", SHARE, int(SHARE * dense.params)),)
         self.problem = Problem(tuple(layers), tuple(frontiers), dense, limits, tuple(spectra))

@@ -13,7 +13,7 @@ ORDER = [
     {"inventory", "registry", "uncertainty"},
     {"calibration"},
     {"decompositions"},
-    {"space", "frontier", "budget", "evaluate", "sensitivity"},
+    {"space", "frontier", "budget", "evaluate", "sensitivity", "training"},
     {"allocation"},
     {"candidates", "strategies"},
     {"plan"},

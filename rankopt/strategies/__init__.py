@@ -25,6 +25,8 @@ STRATEGIES: Registry[str | type[Strategy]] = Registry(
         "random": "rankopt.strategies.random:Random",
         "greedy": "rankopt.strategies.greedy:Greedy",
         "evbmf": "rankopt.strategies.evbmf:Evbmf",
+        "lasso": "rankopt.strategies.lasso:Lasso",
+        "lasso-train": "rankopt.strategies.lasso_train:LassoTrain",
         "optuna": "rankopt.strategies.optuna:Optuna",
     },
 )

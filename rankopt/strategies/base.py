@@ -23,6 +23,7 @@ class Strategy(ABC):
     def __init__(self, problem: Problem, seed: int = 0) -> None:
         self.problem, self.seed = problem, seed
         self.asked = 0
+        self.notes: dict[str, str] = {}  # by layer: what the strategy found there, for result.json
 
     def measure(self, prepared: Any, track: Any) -> None:  # noqa: B027  (most see numbers only)
         """Look at the model and its data (a `Prepared`) before the first ask, for strategies that train or calibrate.

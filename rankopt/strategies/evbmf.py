@@ -1,20 +1,41 @@
 """Ranks estimated by variational Bayesian matrix factorisation (Nakajima et al. 2013, JMLR 14), then put on the budget.
 
-The estimate is taken on both channel unfoldings of the weight, as for Tucker-2. MUSCO's weakening (Gusak 2019),
-rank = full − w (full − estimate), with one w for all layers bisected onto the budget, gives each layer its share;
-the layer then takes the most accurate candidate of its frontier within that share, whatever its family.
+Every family on a layer's frontier gets ranks from the unfoldings of the weight on which it has them: `svd_out`
+the output channels', `svd_in` the input channels', `svd_spatial` (in, height) x (width, out), `tucker2` both
+channel unfoldings, `tt` one per bond. CP has no unfolding of its own: its rank is the one that a core of the size
+that these estimates leave has in general, ⌈Π dᵢ / (Σ dᵢ − n + 1)⌉ (the expected rank, Comon et al. 2009).
+
+MUSCO's weakening (Gusak 2019), rank = full − w (full − estimate), with one w for all layers bisected onto the
+budget, makes ranks of estimates; beyond the estimate, w scales the ranks to zero. The family whose ranks cost
+most is taken, so that a layer has room for its signal in every family (taking the cheapest adds up the families'
+underestimates: on ResNet-20 at 30 % of the parameters, KL 1.85 against 0.22). Within that cost the layer takes the
+most accurate candidate of its frontier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from rankopt.core import Layer, Proposal
+from rankopt.allocation import fill, project
+from rankopt.core import Cost, Layer, Proposal, Rank
+from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.strategies.base import Strategy
-from rankopt.strategies.uniform import largest
+from rankopt.strategies.uniform import largest, within
+
+UNFOLDINGS = {
+    "svd_out": ("output",),
+    "svd_in": ("input",),
+    "svd_spatial": ("spatial",),
+    "tucker2": ("input", "output"),
+    "tt": ("input", "spatial", "output"),
+    "cp": ("input", "output"),
+    "cp_merged": ("input", "output"),
+}
+LINEAR_TT = ("bond1", "bond2", "bond3")
 
 
 class Evbmf(Strategy):
@@ -24,36 +45,45 @@ class Evbmf(Strategy):
     def propose(self, number: int) -> Proposal | None:
         if number > 0:
             return None
-        ranks = [_estimates(layer, *s) for layer, s in zip(self.problem.layers, self.problem.spectra, strict=True)]
-        return largest(self.problem, lambda kept: self._weakened(ranks, 1 - kept))
+        problem = self.problem
+        estimates = [{k: max(1, evbmf_rank(*s)) for k, s in spectra.items()} for spectra in problem.spectra]
 
-    def _weakened(self, ranks: list[tuple[int, int]], w: float) -> Proposal:
-        """w = 0: full ranks; 0.5: the estimates; 1: rank zero (w runs to twice the way to the estimate)."""
-        proposal = []
-        for layer, candidates, (r_out, r_in) in zip(self.problem.layers, self.problem.frontiers, ranks, strict=True):
-            t, c, area = layer.out_channels, layer.in_channels, layer.patch / layer.in_channels
-            out, into = (_between(full, r, w) for full, r in ((t, r_out), (c, r_in)))
-            share = min(1.0, (c * into + into * out * area + out * t) / (t * layer.patch)) if w > 0 else 1.0
-            within = [
-                i
-                for i, x in enumerate(candidates)
-                if all(x.cost[m.metric] <= share * candidates[-1].cost[m.metric] for m in self.problem.limits)
-            ]
-            proposal.append(max(within, default=0))
-        return tuple(proposal)
+        def taken(w: float) -> list[tuple[Cost, str, Rank]]:
+            return [self._dearest(i, found, w) for i, found in enumerate(estimates)]
+
+        proposal = largest(problem, lambda kept: within(problem, [cost for cost, _, _ in taken(1 - kept)]))
+        self.notes = {
+            layer.name: f"EVBMF: {family} {rank} is the dearest of the families at their estimated ranks"
+            for layer, (_, family, rank) in zip(problem.layers, taken(0.5), strict=True)
+        }
+        return fill(problem, project(problem, proposal))
+
+    def _dearest(self, i: int, estimates: Mapping[str, int], w: float) -> tuple[Cost, str, Rank]:
+        """The dearest family's cost, name and ranks at a weakening w."""
+        layer, spectra = self.problem.layers[i], self.problem.spectra[i]
+        kept = {k: _between(min(s.rows, s.columns), estimates[k], w) for k, s in spectra.items()}
+        methods = {c.method for c in self.problem.frontiers[i]}
+        options = []
+        for name in [f for f in UNFOLDINGS if f in methods] or ["svd_out"]:
+            rank = family_rank(name, layer, kept)
+            options.append((DECOMPOSITIONS[name].cost(layer, rank), name, rank))
+        return max(options, key=lambda o: sum(o[0][x.metric] / x.target for x in self.problem.limits))
+
+
+def family_rank(family: str, layer: Layer, kept: Mapping[str, float]) -> Rank:
+    """A family's ranks from the ranks kept of each unfolding."""
+    decomposition = DECOMPOSITIONS[family]
+    if family in {"cp", "cp_merged"}:
+        spatial = layer.kernel if family == "cp" else (math.prod(layer.kernel),)
+        core = (kept["input"], *spatial, kept["output"])
+        return decomposition.valid(layer, (math.ceil(math.prod(core) / (sum(core) - len(core) + 1)),))
+    names = LINEAR_TT if family == "tt" and len(layer.shape) == 2 else UNFOLDINGS[family]
+    return decomposition.valid(layer, tuple(round(kept[k]) for k in names))
 
 
 def _between(full: int, estimate: int, w: float) -> float:
     """From full rank (w = 0) over the estimate (0.5) to zero (1)."""
     return full - 2 * w * (full - estimate) if w < 0.5 else estimate * 2 * (1 - w)
-
-
-def _estimates(layer: Layer, output: Sequence[float], into: Sequence[float]) -> tuple[int, int]:
-    t, c, area = layer.out_channels, layer.in_channels, layer.patch // layer.in_channels
-    return (
-        max(1, evbmf_rank(output, t, c * area * layer.groups)),
-        max(1, evbmf_rank(into, c, t * area * layer.groups)),
-    )
 
 
 def evbmf_rank(singular_values: Sequence[float], rows: int, columns: int) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from rankopt.budget import Problem
-from rankopt.core import Candidate, Proposal
+from rankopt.core import Candidate, Cost, Proposal
 from rankopt.strategies.base import Strategy
 
 
@@ -20,12 +20,15 @@ class Uniform(Strategy):
 def at_share(problem: Problem, share: float) -> Proposal:
     """In each layer the most accurate candidate with at most this share of its dense cost, in every metric."""
     metrics = [limit.metric for limit in problem.limits]
+    return within(problem, [{m: share * f[-1].cost[m] for m in metrics} for f in problem.frontiers])
 
-    def within(candidate: Candidate, dense: Candidate) -> bool:
-        return all(candidate.cost[m] <= share * dense.cost[m] for m in metrics)
 
+def within(problem: Problem, costs: Sequence[Cost | Mapping[str, float]]) -> Proposal:
+    """In each layer the most accurate candidate that costs at most this, in every metric; the cheapest if none does."""
+    metrics = [limit.metric for limit in problem.limits]
     return tuple(
-        max((i for i, c in enumerate(f) if within(c, f[-1])), default=_cheapest(f, metrics)) for f in problem.frontiers
+        max((i for i, c in enumerate(f) if all(c.cost[m] <= most[m] for m in metrics)), default=_cheapest(f, metrics))
+        for f, most in zip(problem.frontiers, costs, strict=True)
     )
 
 

@@ -1,0 +1,310 @@
+"""Lasso while training: gates on the components of every factorised layer, driven to exact zeros under the budget.
+
+Every free layer starts as its largest fitted candidate of one family: `cp_merged` for k x k convolutions, `svd_out`
+for the others (the simplest with a gate per component), else whichever the search space has. A gate is the
+scale of a component: of a bond between two stages, so one vector of gates for CP and SVD, one per mode for
+Tucker-2, one per bond for a tensor train. After every optimiser step
+
+- `absorb` moves what the stages' weights gained in scale into the gates, so that no penalty is evaded by
+  shrinking a gate and growing its weights;
+- the gates g take the proximal step of λ Σ_r cost_r |g_r| in Adam's own metric (Yun et al. 2021, ProxGen), where
+  a gate is zero at rest exactly if the loss gains less than λ cost_r by it: g ← sign(g) max(|g| − lr λ cost_r / √v, 0);
+- λ rises or falls with the excess over the budget (exponentiated dual ascent), which itself falls from
+  the start's cost to the budget in the first half of the steps.
+
+cost_r is what the component adds to the budget's metrics as shares of their limits. What the run ends with is
+tightened onto the budget by the gates' averages over the last steps. Penalties:
+
+l1       Σ |g_r|
+group    half of it on the components, half on the norm of all gates of a layer (sparse group lasso, Simon 2013)
+hoyer    (Σ|g|)² / Σg² of a bond (Yang 2020, DeepHoyer), linearised at each step: large gates are left alone
+nuclear  of `svd_out` layers: every ten steps the components are rotated to singular vectors: gates are singular values
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from rankopt.allocation import fill, project
+from rankopt.core import Candidate, Cost, Layer, Proposal, Rank, RankoptError
+from rankopt.decompositions import DECOMPOSITIONS
+from rankopt.decompositions.fitting import balanced
+from rankopt.strategies.base import Strategy
+from rankopt.strategies.uniform import largest, within
+from rankopt.training import distillation, split, supervised, train, with_targets
+
+FAMILIES = ("cp_merged", "cp", "svd_out", "svd_spatial", "svd_in", "tucker2", "tt")
+PENALTIES = ("l1", "group", "hoyer", "nuclear")
+BATCH = 64
+RATE, GATE_RATE = 1e-3, 2e-2  # Adam's, of weights and of gates
+ASCENT = 0.5  # of log λ, per step and relative excess of cost
+CLIP = 5.0
+
+
+class Scaled(nn.Module):
+    """A stage's weight with its output channels, (groups * R, ...), scaled by gates (R,)."""
+
+    def __init__(self, gates: nn.Parameter) -> None:
+        super().__init__()
+        self.gates = gates
+
+    def forward(self, weight: Tensor) -> Tensor:
+        rows = weight.unflatten(0, (-1, len(self.gates)))
+        return (rows * self.gates.view(-1, *[1] * (rows.ndim - 2))).flatten(0, 1)
+
+
+class Bond:
+    """The gates of one bond of a factorised layer, and the slices of weights that make up its components."""
+
+    def __init__(self, slices: Sequence[tuple[nn.Parameter, int]], gates: nn.Parameter) -> None:
+        self.slices = slices  # (weight, the axis along which components lie: 0 for (groups * R, ...), else 1)
+        self.gates = gates
+        self.unit = self.scale().mean() ** (1 / len(slices))
+        self.absorb()
+
+    def _norms(self, weight: Tensor, axis: int) -> Tensor:
+        if axis == 0:
+            return weight.unflatten(0, (-1, len(self.gates))).transpose(0, 1).flatten(1).norm(dim=1)
+        return weight.transpose(0, 1).flatten(1).norm(dim=1)
+
+    def scale(self) -> Tensor:
+        """The product of the norms of each component's slices, (R,)."""
+        return torch.stack([self._norms(w.detach(), axis) for w, axis in self.slices]).prod(0)
+
+    @torch.no_grad()
+    def absorb(self) -> None:
+        """Slices of equal and constant norm; their scale goes into the gates. The layer stays what it is."""
+        for weight, axis in self.slices:
+            factor = self._norms(weight, axis).clamp_min(1e-12) / self.unit
+            shape = [1] * weight.ndim
+            shape[axis] = -1
+            weight.div_((factor.repeat(len(weight) // len(factor)) if axis == 0 else factor).view(shape))
+            self.gates.mul_(factor)
+
+
+class Gated:
+    """A layer's replacement with gates on its bonds; rank entry i counts the gates of bond i."""
+
+    def __init__(self, layer: Layer, candidate: Candidate, module: nn.Module) -> None:
+        self.layer, self.family, self.rank = layer, DECOMPOSITIONS[candidate.method], candidate.rank
+        names = [name for name, _ in module.named_parameters() if not name.endswith("bias")]
+        weights = [module.get_parameter(name) for name in names]
+        stages = self.family.stages(layer, candidate.rank)
+        depthwise = [i > 0 and s.blocks == s.in_channels == s.out_channels for i, s in enumerate(stages)]
+        depthwise = depthwise if len(candidate.rank) == 1 else [False] * len(stages)
+        self.weights, self.bonds = weights, []
+        for i in range(len(weights) - 1):
+            if depthwise[i + 1]:  # it keeps the components of the bond before it
+                continue
+            like = weights[i]
+            gates = nn.Parameter(torch.ones(len(like) // layer.groups, dtype=like.dtype, device=like.device))
+            first = i
+            while depthwise[first]:
+                first -= 1
+            slices = [(w, 0) for w in weights[first : i + 1]] + [(weights[i + 1], 1)]
+            self.bonds.append(Bond(slices, gates))
+            parent, _, leaf = names[i].rpartition(".")
+            parametrize.register_parametrization(module.get_submodule(parent), leaf, Scaled(gates), unsafe=True)
+
+    def left(self, keep: Callable[[Bond], Tensor]) -> Rank:
+        """How many components of each bond are kept; one at least."""
+        return self.family.valid(self.layer, tuple(max(1, int(keep(b).sum())) for b in self.bonds))
+
+    def cost(self, rank: Rank) -> Cost:
+        return self.family.cost(self.layer, rank)
+
+    def component_cost(self, bond: int, rank: Rank) -> Cost:
+        """What one more component of a bond costs beside the others of this rank."""
+        more = tuple(r + (i == bond) for i, r in enumerate(rank))
+        return self.cost(more) - self.cost(rank)
+
+    @torch.no_grad()
+    def rotate(self) -> None:
+        """A single bond between two matrices: to singular vectors, with singular values for gates."""
+        (bond,) = self.bonds
+        (first, _), (last, _) = bond.slices
+        g, r = self.layer.groups, len(bond.gates)
+        left = last.reshape(g, -1, r) * bond.gates
+        new_left, right = balanced(left, first.reshape(g, r, -1))
+        last.copy_(new_left.reshape(last.shape))
+        first.copy_(right.reshape(first.shape))
+        bond.gates.fill_(1.0)
+        bond.absorb()
+
+
+def soft_threshold(gates: Tensor, threshold: Tensor) -> Tensor:
+    """The proximal operator of a weighted L1 norm: towards zero by the threshold, from either side."""
+    return gates.sign() * (gates.abs() - threshold).clamp_min(0)
+
+
+def hoyer_weights(gates: Tensor) -> Tensor:
+    """Derivative of (Σ|g|)² / Σg² over |g_r|, up to its common factor; nothing on gates that it would enlarge."""
+    return (1 - gates.abs() * gates.abs().sum() / gates.square().sum().clamp_min(1e-30)).clamp_min(0)
+
+
+class LassoTrain(Strategy):
+    name = "lasso-train"
+    one_shot = True
+
+    def __init__(self, problem: Any, seed: int = 0, *, penalty: str = "l1", steps: int = 100) -> None:
+        super().__init__(problem, seed)
+        if penalty not in PENALTIES:
+            raise RankoptError(
+                f"strategy 'lasso-train': unknown penalty {penalty!r}; choose from {', '.join(PENALTIES)}"
+            )
+        if steps < 1:
+            raise RankoptError(f"strategy 'lasso-train': steps is {steps}, give 1 or more")
+        self.penalty, self.steps = penalty, steps
+        self.kept: tuple[Rank, ...] | None = None  # per layer what the training left of the start's rank
+        self.costs: tuple[Cost, ...] = ()
+
+    def propose(self, number: int) -> Proposal | None:
+        if number > 0:
+            return None
+        if self.kept is None:
+            raise RankoptError("strategy 'lasso-train' trains first: call measure(prepared, track), then ask()")
+        shares = [{x.metric: c[x.metric] for x in self.problem.limits} for c in self.costs]
+        proposal = largest(
+            self.problem, lambda kept: within(self.problem, [{m: 2 * kept * v for m, v in s.items()} for s in shares])
+        )
+        return fill(self.problem, project(self.problem, proposal))
+
+    # --- training ---
+
+    def measure(self, prepared: Any, track: Any) -> None:
+        model, layers = self._start(prepared)
+        run = Run(self, layers)
+        weights = [w for layer in layers for w in layer.weights]
+        gates = [b.gates for layer in layers for b in layer.bonds]
+        optimizer = torch.optim.Adam([{"params": weights, "lr": RATE}, {"params": gates, "lr": GATE_RATE}])
+        run.optimizer = optimizer
+        task = prepared.task
+        if task.train is not None and task.loss is not None:
+            batches, loss = list(task.train), supervised(task.loss)
+        else:
+            batches, loss = with_targets(task.model, split(prepared.statistics.batches, BATCH)), distillation
+        train(
+            model,
+            batches,
+            loss,
+            optimizer,
+            steps=self.steps,
+            seed=self.seed,
+            clip=CLIP,
+            training=False,
+            after_step=run.after_step,
+            track=track,
+        )
+        self.kept = run.tighten()
+        self.costs = tuple(x.cost(rank) for x, rank in zip(layers, self.kept, strict=True))
+
+    def _start(self, prepared: Any) -> tuple[nn.Module, list[Gated]]:
+        from rankopt.plan import apply
+
+        layers = self.problem.layers
+        chosen = [self._largest(layer, prepared.candidates[layer.name]) for layer in layers]
+        model = apply(prepared.task.model, layers, chosen, prepared.factors)
+        pairs = zip(layers, chosen, strict=True)
+        return model, [Gated(layer, c, model.get_submodule(layer.name)) for layer, c in pairs]
+
+    def _largest(self, layer: Layer, candidates: Sequence[Candidate]) -> Candidate:
+        families = ("svd_out",) if self.penalty == "nuclear" else FAMILIES
+        for family in families:
+            if fitted := [c for c in candidates if c.method == family]:
+                return max(fitted, key=lambda c: (c.cost.params, -c.error))
+        raise RankoptError(
+            f"strategy 'lasso-train', penalty {self.penalty!r}: layer {layer.name!r} has no candidate of "
+            f"{', '.join(families)}: add one to the search space, or keep the layer dense"
+        )
+
+
+class Run:
+    """The penalty's side of one training run."""
+
+    def __init__(self, strategy: LassoTrain, layers: Sequence[Gated]) -> None:
+        self.problem, self.penalty, self.steps = strategy.problem, strategy.penalty, strategy.steps
+        self.layers = layers
+        self.optimizer: Any = None
+        self.price = 0.0  # λ
+        self.averages = {id(b): torch.zeros_like(b.gates) for x in layers for b in x.bonds}
+        self.ranks = [x.rank for x in layers]
+        self.start = self.excess(self.ranks)
+
+    def excess(self, ranks: Sequence[Rank]) -> float:
+        """log of the model's cost over the budget, of the metric furthest above."""
+        cost = sum((x.cost(r) for x, r in zip(self.layers, ranks, strict=True)), self.problem.fixed)
+        return max(math.log(cost[x.metric] / x.target) for x in self.problem.limits)
+
+    def share(self, cost: Cost) -> float:
+        return sum(cost[x.metric] / x.target for x in self.problem.limits)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Absorb, the proximal step, dual ascent."""
+        for layer in self.layers:
+            if self.penalty == "nuclear" and step % 10 == 0:
+                layer.rotate()
+            for bond in layer.bonds:
+                bond.absorb()
+        if step == 0:
+            self.price = self._first_price()
+        for layer, rank in zip(self.layers, self.ranks, strict=True):
+            self._shrink(layer, rank)
+        self.ranks = [x.left(lambda bond: bond.gates != 0) for x in self.layers]
+        wanted = max(0.0, 1 - step / (self.steps / 2)) * max(self.start, 0.0)
+        self.price *= math.exp(ASCENT * max(-1.0, min(1.0, self.excess(self.ranks) - wanted)))
+        if step >= 3 * self.steps // 4:
+            for layer in self.layers:
+                for bond in layer.bonds:
+                    self.averages[id(bond)] += bond.gates.abs()
+
+    def _first_price(self) -> float:
+        """λ at which a tenth of all gates gains less than it costs."""
+        gains = [
+            b.gates.grad.abs() / max(self.share(x.component_cost(i, r)), 1e-12)  # type: ignore[union-attr]
+            for x, r in zip(self.layers, self.ranks, strict=True)
+            for i, b in enumerate(x.bonds)
+        ]
+        return max(float(torch.cat(gains).quantile(0.1)), 1e-12)
+
+    def _shrink(self, layer: Gated, rank: Rank) -> None:
+        rates = []
+        for i, bond in enumerate(layer.bonds):
+            state = self.optimizer.state[bond.gates]
+            spread = (state["exp_avg_sq"] / (1 - 0.999 ** state["step"].item())).sqrt() + 1e-12
+            rates.append(GATE_RATE * self.price * self.share(layer.component_cost(i, rank)) / spread)
+        if self.penalty == "group":
+            norm = torch.cat([b.gates for b in layer.bonds]).norm().clamp_min(1e-12)
+            rates = [r / 2 * (1 + b.gates.abs() / norm) for r, b in zip(rates, layer.bonds, strict=True)]
+        for bond, threshold in zip(layer.bonds, rates, strict=True):
+            if self.penalty == "hoyer":
+                threshold = threshold * hoyer_weights(bond.gates)
+            strongest = int(bond.gates.abs().argmax())  # a rank is at least 1: a dead bond would block all gradients
+            one = bond.gates[strongest].clone()
+            bond.gates.copy_(soft_threshold(bond.gates, threshold))
+            bond.gates[strongest] = one
+
+    def tighten(self) -> tuple[Rank, ...]:
+        """The ranks on the budget: components in the order of their gates' averages, as many as fit."""
+        entries = [
+            (float(value), n, i)
+            for n, x in enumerate(self.layers)
+            for i, bond in enumerate(x.bonds)
+            for value in self.averages[id(bond)]
+        ]
+        ranks = [[1] * len(x.bonds) for x in self.layers]
+        seen = {(n, i): 0 for n, x in enumerate(self.layers) for i in range(len(x.bonds))}
+        for _, n, i in sorted(entries, key=lambda e: -e[0]):
+            seen[n, i] += 1
+            if seen[n, i] <= ranks[n][i]:
+                continue
+            ranks[n][i] += 1
+            if self.excess([tuple(r) for r in ranks]) > 0:
+                ranks[n][i] -= 1
+        return tuple(tuple(r) for r in ranks)
