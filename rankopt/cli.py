@@ -97,7 +97,7 @@ def search(
     ] = None,
     minimize: Annotated[str | None, typer.Option(help="with --max-drop: params, macs or bytes [params]")] = None,
     strategy: Annotated[
-        str, typer.Option(help="knapsack, uniform, energy, random, greedy, evbmf or optuna")
+        str, typer.Option(help="knapsack, optuna, rl, lasso, lasso-train, evbmf, greedy, energy, uniform or random")
     ] = "knapsack",
     option: Annotated[
         list[str] | None, typer.Option("--option", help="KEY=VALUE of the strategy's own, repeatable")
@@ -121,6 +121,7 @@ def search(
     with clear_errors():
         from rankopt.job import Settings, open_folder, run_search
         from rankopt.prepare import prepare
+        from rankopt.space import load_space
         from rankopt.strategies import read_options
         from rankopt.tasks import load_task
 
@@ -136,8 +137,21 @@ def search(
         elif minimize is not None:
             raise RankoptError("--minimize goes with --max-drop")
         out = out or _folder(task, strategy if max_drop is None else "max-drop")
+        allowed = load_space(space)
+        if allowed.rounds > 1 and (max_drop is not None or refine):
+            raise RankoptError(
+                f"search space {space!r} asks for {allowed.rounds} rounds: not with --max-drop or --refine"
+            )
         open_folder(out, resume)
-        prepared = prepare(found, space, cache, track, budget=wanted)
+        settings = Settings(strategy, trials, seed, resume, refine, options)
+        if allowed.rounds > 1:
+            from rankopt.rounds import run_rounds
+
+            result = run_rounds(found, allowed, wanted, settings, out, cache, runner, _TrialLines(), track)
+            _print(result.summary())
+            _report(out, html)
+            return
+        prepared = prepare(found, allowed, cache, track, budget=wanted)
         if max_drop is not None:
             from rankopt.inverse import smallest
 
@@ -146,7 +160,7 @@ def search(
         result = run_search(
             prepared,
             prepared.problem(wanted),
-            Settings(strategy, trials, seed, resume, refine, options),
+            settings,
             out,
             runner,
             _TrialLines(),
@@ -157,10 +171,14 @@ def search(
         if prepared.family_seconds:
             spent = ", ".join(f"{k} {v:.0f}" for k, v in sorted(prepared.family_seconds.items(), key=lambda x: -x[1]))
             _print(f"seconds of fitting per family, summed over workers: {spent}")
-        if html:
-            from rankopt.report.html import write_report
+        _report(out, html)
 
-            _print(f"report: {write_report(out)}")
+
+def _report(out: Path, html: bool) -> None:
+    if html:
+        from rankopt.report.html import write_report
+
+        _print(f"report: {write_report(out)}")
 
 
 def _folder(task: str, what: str) -> Path:

@@ -228,15 +228,20 @@ def finish(
         "optimality_gap": relative_gap(problem.loss(chosen.proposal), bound),
         "objective": {"best": chosen.objective, "predicted": chosen.predicted},
         **changes,
-        "score": score,
-        "examples": (examples := {"validation": task.examples, "test": task.test_examples}),
-        "intervals": {k: {part: wilson(v, examples[part]) for part, v in s.items()} for k, s in score.items()},
+        **with_intervals(task, score),
         "proxy": proxy(trials),
         "tie": tie(trials, chosen, task.examples),
         "milliseconds": time_forward([task.model, model], task.example_input),
         "layers": [_layer_row(c, layer) for c, layer in zip(plan.choices, prepared.layers, strict=True)],
     }
     return Result(model, plan, problem.limits, info)
+
+
+def with_intervals(task: Task, score: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
+    """The entries of result.json about scores, {"dense": {"validation": ..., "test": ...}, "compressed": ...}."""
+    examples = {"validation": task.examples, "test": task.test_examples}
+    intervals = {k: {part: wilson(v, examples[part]) for part, v in s.items()} for k, s in score.items()}
+    return {"score": score, "examples": examples, "intervals": intervals}
 
 
 def _layer_row(choice: Choice, layer: Layer) -> dict[str, Any]:

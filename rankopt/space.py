@@ -31,6 +31,8 @@ class SearchSpace:
     nearest: bool = False
     steps: int = 500
     keep_dense: tuple[str, ...] = ()
+    rounds: int = 1
+    round_steps: int = 100
 
     def __post_init__(self) -> None:
         for family in self.families:
@@ -39,8 +41,8 @@ class SearchSpace:
             raise RankoptError(f"search space {self.name!r} names no family: choose from {', '.join(DECOMPOSITIONS)}")
         if not all(0 < f <= 1 for f in (*self.fractions, self.smallest, self.largest)) or self.points < 1:
             raise RankoptError(f"search space {self.name!r}: fractions lie in (0, 1] and points is at least 1")
-        if self.steps < 0:
-            raise RankoptError(f"search space {self.name!r}: steps is {self.steps}, give 0 or more")
+        if self.steps < 0 or self.round_steps < 0 or self.rounds < 1:
+            raise RankoptError(f"search space {self.name!r}: steps and round_steps are 0 or more, rounds is 1 or more")
 
     def grid(self, density: float = 1) -> tuple[float, ...]:
         """Fractions of a layer's weights at which ranks are tried."""

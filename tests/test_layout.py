@@ -19,6 +19,7 @@ ORDER = [
     {"plan"},
     {"prepare", "refine", "renormalise", "search", "store"},
     {"job", "tasks"},
+    {"rounds"},
     {"search_ray", "sweep", "inverse", "benchmark"},
     {"report"},
     {"cli"},

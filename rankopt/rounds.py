@@ -1,0 +1,129 @@
+"""Multi-stage compression (Gusak 2019, MUSCO): a part of the way to the budget, a short training, estimate again.
+
+Each round searches a plan for a budget between dense and the goal (geometric steps), trains that plan's model for
+a little, and multiplies its factors out again: the next round calibrates, fits and measures on weights that have
+already adapted. The objective stays the divergence from the model that was given.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankopt.budget import Limit, parse_budget
+from rankopt.core import Cost, Task, Trial
+from rankopt.evaluate import Divergence, call
+from rankopt.inventory import count
+from rankopt.job import Result, Runner, Settings, run_search, with_intervals
+from rankopt.plan import RESULT, load
+from rankopt.prepare import CALIBRATION_EXAMPLES, Track, collect_batches, prepare, silent
+from rankopt.search import search
+from rankopt.space import SearchSpace
+from rankopt.training import distillation, split, supervised, train, with_targets
+
+BATCH, RATE, CLIP = 64, 3e-4, 5.0
+
+
+def run_rounds(
+    task: Task,
+    space: SearchSpace,
+    budget: Mapping[str, Any] | Sequence[str],
+    settings: Settings,
+    out: Path | None = None,
+    cache: str | Path | None = None,
+    runner: Runner = search,
+    report: Callable[[Trial], None] = lambda trial: None,
+    track: Track = silent,
+) -> Result:
+    """`space.rounds` searches with `space.round_steps` steps of training after each; result.json lists them.
+
+    Earlier rounds are kept in out/round-1, ...; with settings.resume finished ones are not repeated. Training uses
+    the task's train and loss where it has both, else distillation from the dense model on the calibration batches.
+    Raises BudgetError, before anything is fitted, for a budget that cannot be met.
+    """
+    dense = count(task.model, task.example_input)
+    limits = parse_budget(budget, dense)
+    batches = collect_batches(task.calibration, CALIBRATION_EXAMPLES)
+    objective = task.objective or Divergence(task.model, batches)
+    model, history = task.model, []
+    for number in range(1, space.rounds + 1):
+        last = number == space.rounds
+        folder = None if out is None else out if last else out / f"round-{number}"
+        if folder and not last and settings.resume and (folder / RESULT).is_file():
+            model = multiplied_out(task.model, load(task.model, folder))
+            continue
+        goal = budget if last else {x.metric: _on_the_way(x, dense, number / space.rounds) for x in limits}
+        stage = dataclasses.replace(
+            task, model=model, calibration=batches, objective=objective, score=task.score if last else None, test=None
+        )
+        prepared = prepare(stage, space, cache, track, budget=goal)
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        again = dataclasses.replace(settings, resume=bool(folder and (folder / "study.db").is_file()))
+        result = run_search(prepared, prepared.problem(goal), again, folder, runner, report, track)
+        before = result.info["objective"]["best"]
+        result.model, after = _trained(task, result.model, batches, objective, space.round_steps, settings.seed, track)
+        history.append({"round": number, "budget": {x.metric: x.target for x in result.limits}})
+        history[-1] |= {"objective": before, "objective_after_training": after}
+        result.info["rounds"] = history
+        if last:
+            result.info |= with_intervals(task, _scores(task, result.model))
+        if folder:
+            result.save(folder)
+        model = multiplied_out(task.model, result.model)
+    return result
+
+
+def _on_the_way(limit: Limit, dense: Cost, share: float) -> int:
+    """The budget at this share of the way, in logarithms, from dense to the goal."""
+    whole = dense[limit.metric]
+    return max(limit.target, math.floor(whole * (limit.target / whole) ** share))
+
+
+def _trained(
+    task: Task,
+    small: nn.Module,
+    batches: Sequence[Any],
+    objective: Callable[[nn.Module], float],
+    steps: int,
+    seed: int,
+    track: Track,
+) -> tuple[nn.Module, float | None]:
+    """A copy after a short training, and its objective; the model as it was where training does not help."""
+    before = call("the objective", objective, small)
+    if steps == 0:
+        return small, before
+    if task.train is not None and task.loss is not None:
+        data, loss = list(task.train), supervised(task.loss)
+    else:
+        data, loss = with_targets(task.model, split(batches, BATCH)), distillation
+    trained = copy.deepcopy(small)
+    optimizer = torch.optim.Adam(trained.parameters(), RATE)
+    train(trained, data, loss, optimizer, steps=steps, seed=seed, clip=CLIP, training=False, track=track)
+    after = call("the objective", objective, trained)
+    better = after is not None and before is not None and after < before
+    return (trained, after) if better else (small, before)
+
+
+@torch.no_grad()
+def multiplied_out(dense: nn.Module, small: nn.Module) -> nn.Module:
+    """A copy of the dense model with the compressed one's weights, each layer's factors multiplied out."""
+    model = copy.deepcopy(dense)
+    for name, module in model.named_modules():
+        other = small.get_submodule(name)
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            tensor.copy_(getattr(other, key))
+    return model
+
+
+def _scores(task: Task, small: nn.Module) -> dict[str, Any]:
+    functions = {"validation": ("the score", task.score), "test": ("the test score", task.test)}
+    models = {"dense": task.model, "compressed": small}
+    return {who: {part: call(*f, model) for part, f in functions.items()} for who, model in models.items()}

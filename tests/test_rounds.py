@@ -1,0 +1,67 @@
+"""Multi-stage compression on the digits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from rankopt.core import BudgetError, RankoptError
+from rankopt.inventory import count
+from rankopt.job import Settings
+from rankopt.plan import load
+from rankopt.rounds import multiplied_out, run_rounds
+from rankopt.space import SearchSpace
+from rankopt.tasks import load_task
+from tests.conftest import QUICK
+
+ROUNDS = dataclasses.replace(QUICK, name="rounds", rounds=2, round_steps=20)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, digits):
+    task, out = load_task("digits"), tmp_path_factory.mktemp("rounds")
+    return task, out, run_rounds(task, ROUNDS, {"params": 0.15}, Settings(), out)
+
+
+def test_rounds_go_down_to_the_budget_and_training_helps(finished):
+    task, out, result = finished
+    dense = count(task.model, task.example_input).params
+    first, last = result.info["rounds"]
+    assert last["budget"]["params"] < first["budget"]["params"] < dense
+    assert first["budget"]["params"] == pytest.approx(dense * 0.15**0.5, abs=1)
+    assert count(result.model, task.example_input).params <= last["budget"]["params"]
+    for stage in (first, last):
+        assert stage["objective_after_training"] < stage["objective"]
+    assert result.info["score"]["dense"]["test"] == pytest.approx(task.test(task.model))
+    assert result.info["score"]["compressed"]["test"] == pytest.approx(task.test(result.model))
+    assert json.loads((out / "result.json").read_text())["rounds"] == result.info["rounds"]
+
+
+def test_what_is_saved_loads_and_finished_rounds_are_not_repeated(finished):
+    task, out, result = finished
+    with torch.no_grad():
+        torch.testing.assert_close(load(task.model, out)(task.example_input), result.model(task.example_input))
+    before = (out / "round-1" / "result.json").stat().st_mtime_ns
+    again = run_rounds(task, ROUNDS, {"params": 0.15}, Settings(resume=True), out)
+    assert (out / "round-1" / "result.json").stat().st_mtime_ns == before
+    assert [c.rank for c in again.plan.choices] == [c.rank for c in result.plan.choices]
+
+
+def test_multiplying_out_keeps_the_function_and_the_dense_model(finished):
+    task, _, result = finished
+    before = {k: v.clone() for k, v in task.model.state_dict().items()}
+    model = multiplied_out(task.model, result.model)
+    with torch.no_grad():
+        x = task.example_input
+        torch.testing.assert_close(model.eval()(x), result.model.eval()(x), rtol=1e-3, atol=1e-3)
+    assert all(torch.equal(v, before[k]) for k, v in task.model.state_dict().items())
+
+
+def test_bad_schedules_and_budgets_are_refused_at_once():
+    with pytest.raises(RankoptError, match="rounds is 1 or more"):
+        SearchSpace(name="x", rounds=0)
+    with pytest.raises(BudgetError, match="cannot be met"):
+        run_rounds(load_task("digits"), ROUNDS, {"params": 0.001}, Settings())
