@@ -14,7 +14,8 @@ ORDER = [
     {"calibration"},
     {"decompositions"},
     {"space", "frontier", "budget", "evaluate", "sensitivity"},
-    {"candidates", "strategies"},
+    {"candidates", "walk"},
+    {"strategies", "environment"},
     {"plan"},
     {"prepare", "refine", "renormalise", "search", "store"},
     {"job", "tasks"},
@@ -22,7 +23,12 @@ ORDER = [
     {"report"},
     {"cli"},
 ]
-DOORS = {"ray": {"search_ray.py"}, "optuna": {"strategies/optuna.py", "store.py"}, "matplotlib": {"report/pictures.py"}}
+DOORS = {
+    "ray": {"search_ray.py"},
+    "optuna": {"strategies/optuna.py", "store.py"},
+    "matplotlib": {"report/pictures.py"},
+    "gymnasium": {"environment.py"},
+}
 
 
 def imports(path: Path, *, top_only: bool) -> set[str]:

@@ -26,6 +26,7 @@ STRATEGIES: Registry[str | type[Strategy]] = Registry(
         "greedy": "rankopt.strategies.greedy:Greedy",
         "evbmf": "rankopt.strategies.evbmf:Evbmf",
         "optuna": "rankopt.strategies.optuna:OptunaTpe",
+        "rl": "rankopt.strategies.rl:Agent",
     },
 )
 
