@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankopt import walk as walk_module
-from rankopt.budget import Limit, Problem, allocate, project
+from rankopt.budget import Limit, Problem, allocate, fill, project
 from rankopt.core import BudgetError, Candidate, Cost, Layer, RankoptError
 from rankopt.environment import LayerWalk
 from rankopt.search import Study, best, search
@@ -182,9 +182,12 @@ def test_several_limits_are_met_by_the_walk_itself():
     assert best(trials).objective < trials[0].objective
 
 
-def test_a_small_problem_does_not_run_dry():
+def test_a_small_problem_is_exhausted_before_the_agent_stops():
     problem, truth = synthetic(0.5, n=3)
-    assert len(search(Study(problem, make_strategy("rl", problem), 40), truth)) == 40
+    every = itertools.product(*(range(len(f)) for f in problem.frontiers))
+    full = {fill(problem, plan) for plan in every if problem.fits(plan)}
+    trials = search(Study(problem, make_strategy("rl", problem), len(full)), truth)
+    assert {t.proposal for t in trials} == full
 
 
 @pytest.mark.parametrize("shift", [0.0, -100.0])
