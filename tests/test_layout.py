@@ -15,7 +15,8 @@ ORDER = [
     {"decompositions"},
     {"space", "frontier", "budget", "evaluate", "sensitivity", "training"},
     {"allocation"},
-    {"candidates", "strategies"},
+    {"candidates", "walk"},
+    {"strategies", "environment"},
     {"plan"},
     {"prepare", "refine", "renormalise", "search", "store"},
     {"job", "tasks"},
@@ -24,7 +25,12 @@ ORDER = [
     {"report"},
     {"cli"},
 ]
-DOORS = {"ray": {"search_ray.py"}, "optuna": {"strategies/optuna.py", "store.py"}, "matplotlib": {"report/pictures.py"}}
+DOORS = {
+    "ray": {"search_ray.py"},
+    "optuna": {"strategies/optuna.py", "store.py"},
+    "matplotlib": {"report/pictures.py"},
+    "gymnasium": {"environment.py"},
+}
 
 
 def imports(path: Path, *, top_only: bool) -> set[str]:

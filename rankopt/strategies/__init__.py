@@ -28,6 +28,7 @@ STRATEGIES: Registry[str | type[Strategy]] = Registry(
         "lasso": "rankopt.strategies.lasso:Lasso",
         "lasso-train": "rankopt.strategies.lasso_train:LassoTrain",
         "optuna": "rankopt.strategies.optuna:Optuna",
+        "rl": "rankopt.strategies.rl:Agent",
     },
 )
 
