@@ -41,6 +41,7 @@ def run_rounds(
     runner: Runner = search,
     report: Callable[[Trial], None] = lambda trial: None,
     track: Track = silent,
+    workers: int | None = None,
 ) -> Result:
     """`space.rounds` searches with `space.round_steps` steps of training after each; result.json lists them.
 
@@ -63,7 +64,7 @@ def run_rounds(
         stage = dataclasses.replace(
             task, model=model, calibration=batches, objective=objective, score=task.score if last else None, test=None
         )
-        prepared = prepare(stage, space, cache, track, budget=goal)
+        prepared = prepare(stage, space, cache, track, workers, budget=goal)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         again = dataclasses.replace(settings, resume=bool(folder and (folder / "study.db").is_file()))

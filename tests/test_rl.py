@@ -109,7 +109,7 @@ def test_an_episode_of_the_environment():
     assert done and info["proposal"] == start and reward == -truth(start)[0]
     assert all(np.isfinite(x).all() for x in seen) and len({x.tobytes() for x in seen}) == len(seen)
     left = problem.limits[0].target - problem.cost(start).params
-    assert seen[-1][4] * problem.room()["params"] == pytest.approx(left, abs=1), "the remaining budget is observed"
+    assert seen[-1][4] * problem.table.room[0] == pytest.approx(left, abs=1), "the remaining budget is observed"
 
 
 def test_forbidden_actions_are_clipped():

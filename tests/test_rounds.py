@@ -23,7 +23,7 @@ ROUNDS = dataclasses.replace(QUICK, name="rounds", rounds=2, round_steps=20)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, digits):
     task, out = load_task("digits"), tmp_path_factory.mktemp("rounds")
-    return task, out, run_rounds(task, ROUNDS, {"params": 0.15}, Settings(), out)
+    return task, out, run_rounds(task, ROUNDS, {"params": 0.15}, Settings(), out, workers=1)
 
 
 def test_rounds_go_down_to_the_budget_and_training_helps(finished):
@@ -31,10 +31,10 @@ def test_rounds_go_down_to_the_budget_and_training_helps(finished):
     dense = count(task.model, task.example_input).params
     first, last = result.info["rounds"]
     assert last["budget"]["params"] < first["budget"]["params"] < dense
-    assert first["budget"]["params"] == pytest.approx(dense * 0.15**0.5, abs=1)
+    assert first["budget"]["params"] == pytest.approx((dense * last["budget"]["params"]) ** 0.5, abs=1)
     assert count(result.model, task.example_input).params <= last["budget"]["params"]
-    for stage in (first, last):
-        assert stage["objective_after_training"] < stage["objective"]
+    assert first["objective_after_training"] <= first["objective"]  # training is kept where it helps
+    assert last["objective_after_training"] < 0.7 * last["objective"]
     assert result.info["score"]["dense"]["test"] == pytest.approx(task.test(task.model))
     assert result.info["score"]["compressed"]["test"] == pytest.approx(task.test(result.model))
     assert json.loads((out / "result.json").read_text())["rounds"] == result.info["rounds"]
@@ -45,7 +45,7 @@ def test_what_is_saved_loads_and_finished_rounds_are_not_repeated(finished):
     with torch.no_grad():
         torch.testing.assert_close(load(task.model, out)(task.example_input), result.model(task.example_input))
     before = (out / "round-1" / "result.json").stat().st_mtime_ns
-    again = run_rounds(task, ROUNDS, {"params": 0.15}, Settings(resume=True), out)
+    again = run_rounds(task, ROUNDS, {"params": 0.15}, Settings(resume=True), out, workers=1)
     assert (out / "round-1" / "result.json").stat().st_mtime_ns == before
     assert [c.rank for c in again.plan.choices] == [c.rank for c in result.plan.choices]
 
