@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -142,7 +143,8 @@ def fit_candidates(
             ranks = space.ranks(family, layer)
             if not ranks:
                 continue
-            key = digest(VERSION, statistics_key, layer.name, weight, layer.groups, family, ranks, space.steps)
+            steps = math.ceil(space.steps * DECOMPOSITIONS[family].effort)
+            key = digest(VERSION, statistics_key, layer.name, weight, layer.groups, family, ranks, steps)
             fits = _read(cache, key, layer, family)
             if fits is None:
                 jobs.append((key, layer, family, ranks))

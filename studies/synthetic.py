@@ -81,7 +81,7 @@ class Synthetic:
 
     def optimum(self) -> float:
         """The least true loss within the budget: dynamic programming over pairs and units of the budget."""
-        room = self.problem.room()["params"] // UNIT
+        room = int(self.problem.table.room[0]) // UNIT
         best = np.zeros(room + 1)
         costs = [np.array([c.cost.params // UNIT for c in f]) for f in self.problem.frontiers]
         for k, rho in enumerate(self.rho):

@@ -64,6 +64,7 @@ def divergence(factors: Factors, groups: int = 1) -> float:
 
 class CpMerged(OutputSolved):
     name = "cp_merged"
+    effort = 1.6  # the family that mostly wins: its steps are worth most
 
     def full_rank(self, layer: Layer) -> Rank | None:
         if layer.patch == layer.in_channels:
