@@ -34,7 +34,7 @@ demo: install
 
 test: $(STAMP_DEV)
 	@tests/install_browser.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(STAMP_DEV)
 	@tests/install_browser.sh

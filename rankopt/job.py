@@ -240,7 +240,8 @@ def finish(
 def with_intervals(task: Task, score: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
     """The entries of result.json about scores, {"dense": {"validation": ..., "test": ...}, "compressed": ...}."""
     examples = {"validation": task.examples, "test": task.test_examples}
-    intervals = {k: {part: wilson(v, examples[part]) for part, v in s.items()} for k, s in score.items()}
+    found = {k: {part: wilson(v, examples[part]) for part, v in s.items()} for k, s in score.items()}
+    intervals = {k: {part: i and list(i) for part, i in s.items()} for k, s in found.items()}
     return {"score": score, "examples": examples, "intervals": intervals}
 
 

@@ -42,7 +42,7 @@ from rankopt.training import distillation, split, supervised, train, with_target
 FAMILIES = ("cp_merged", "cp", "svd_out", "svd_spatial", "svd_in", "tucker2", "tt")
 PENALTIES = ("l1", "group", "hoyer", "nuclear")
 BATCH = 64
-RATE, GATE_RATE = 1e-3, 2e-2  # Adam's, of weights and of gates
+RATE, GATE_RATE = 1e-5, 2e-2  # Adam's, of weights (which the plan does not keep: slow) and of gates
 ASCENT = 0.5  # of log λ, per step and relative excess of cost
 CLIP = 5.0
 
@@ -274,11 +274,10 @@ class Run:
         return max(float(torch.cat(gains).quantile(0.1)), 1e-12)
 
     def _shrink(self, layer: Gated, rank: Rank) -> None:
-        rates = []
-        for i, bond in enumerate(layer.bonds):
-            state = self.optimizer.state[bond.gates]
-            spread = (state["exp_avg_sq"] / (1 - 0.999 ** state["step"].item())).sqrt() + 1e-12
-            rates.append(GATE_RATE * self.price * self.share(layer.component_cost(i, rank)) / spread)
+        rates = [
+            GATE_RATE * self.price * self.share(layer.component_cost(i, rank)) / self._spread(bond)
+            for i, bond in enumerate(layer.bonds)
+        ]
         if self.penalty == "group":
             norm = torch.cat([b.gates for b in layer.bonds]).norm().clamp_min(1e-12)
             rates = [r / 2 * (1 + b.gates.abs() / norm) for r, b in zip(rates, layer.bonds, strict=True)]
@@ -290,13 +289,23 @@ class Run:
             bond.gates.copy_(soft_threshold(bond.gates, threshold))
             bond.gates[strongest] = one
 
+    def _spread(self, bond: Bond) -> Tensor:
+        """Adam's √v of a bond's gates: the metric of its steps."""
+        state = self.optimizer.state[bond.gates]
+        return (state["exp_avg_sq"] / (1 - 0.999 ** state["step"].item())).sqrt() + 1e-12
+
     def tighten(self) -> tuple[Rank, ...]:
-        """The ranks on the budget: components in the order of their gates' averages, as many as fit."""
+        """The ranks on the budget: components in the order of the λ at which one proximal step would zero them.
+
+        Gates alone do not compare between layers: their scales are those of the layers' weights.
+        """
         entries = [
             (float(value), n, i)
             for n, x in enumerate(self.layers)
             for i, bond in enumerate(x.bonds)
             for value in self.averages[id(bond)]
+            * self._spread(bond)
+            / max(self.share(x.component_cost(i, self.ranks[n])), 1e-12)
         ]
         ranks = [[1] * len(x.bonds) for x in self.layers]
         seen = {(n, i): 0 for n, x in enumerate(self.layers) for i in range(len(x.bonds))}
