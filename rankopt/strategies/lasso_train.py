@@ -95,9 +95,9 @@ class Gated:
         self.layer, self.family, self.rank = layer, DECOMPOSITIONS[candidate.method], candidate.rank
         names = [name for name, _ in module.named_parameters() if not name.endswith("bias")]
         weights = [module.get_parameter(name) for name in names]
-        stages = self.family.stages(layer, candidate.rank)
-        depthwise = [i > 0 and s.blocks == s.in_channels == s.out_channels for i, s in enumerate(stages)]
-        depthwise = depthwise if len(candidate.rank) == 1 else [False] * len(stages)
+        # CP has one rank for all its bonds: what lies between the first and the last stage is depthwise.
+        one_rank = len(weights) - 1 > len(candidate.rank)
+        depthwise = [one_rank and 0 < i < len(weights) - 1 for i in range(len(weights))]
         self.weights, self.bonds = weights, []
         for i in range(len(weights) - 1):
             if depthwise[i + 1]:  # it keeps the components of the bond before it
