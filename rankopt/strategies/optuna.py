@@ -105,16 +105,15 @@ class Optuna(Strategy):
                 _tell(study, asked, self._value(plan))
         rng = np.random.default_rng([self.seed, number])
         finished = [(value, plan) for plan, value in self.told.items() if value is not None]
-        for moved in range(1, 1 + 2 * ATTEMPTS) if finished else ():  # small problems have few plans on the surface
-            yield self._neighbour(min(finished)[1], moved, rng), None
+        for far in range(1, 1 + 2 * ATTEMPTS) if finished else ():  # small problems have few plans on the surface
+            yield self._neighbour(min(finished)[1], far, rng), None
 
-    def _neighbour(self, plan: Proposal, moved: int, rng: np.random.Generator) -> Proposal:
-        """A plan with so many layers (at most all) at random positions, put on the budget."""
-        sizes = [len(f) for f in self.problem.frontiers]
-        wanted = list(plan)
-        for i in rng.permutation(len(sizes))[:moved]:
-            wanted[i] = int(rng.integers(sizes[i]))
-        return fill(self.problem, project(self.problem, tuple(wanted)))
+    def _neighbour(self, plan: Proposal, far: int, rng: np.random.Generator) -> Proposal:
+        """The plan with two layers, beyond ATTEMPTS all, moved by up to so many positions, put on the budget."""
+        wanted = np.array(plan)
+        moved = rng.permutation(len(plan))[: 2 if far <= ATTEMPTS else len(plan)]
+        wanted[moved] += rng.integers(-far, far + 1, len(moved))
+        return fill(self.problem, project(self.problem, tuple(map(int, wanted))))
 
     def tell(self, trial: Trial) -> None:
         plan = trial.proposal
