@@ -19,7 +19,7 @@ from rankopt.evaluate import call
 from rankopt.job import Evaluator, PlanKey, fingerprint, open_folder, plan_key, trial_limit
 from rankopt.prepare import Clock, Prepared, Track, silent
 from rankopt.search import Outcome, Study, attempt, proposals
-from rankopt.strategies import STRATEGIES, make_strategy, read_options, strategy_class
+from rankopt.strategies import STRATEGIES, make_strategy, parse_pairs, read_options, strategy_class
 from rankopt.uncertainty import wilson
 
 FILE = "benchmark.json"
@@ -32,8 +32,7 @@ copied_from: the seed whose run this repeats, for one-shot strategies that do no
 def read_strategy(text: str) -> tuple[str, dict[str, Any]]:
     """ "optuna:sampler=gp:..." -> the name and its options. Raises RankoptError."""
     name, *pairs = text.strip().split(":")
-    options = dict(pair.partition("=")[::2] for pair in pairs)
-    return name, read_options(name, options)
+    return name, read_options(name, parse_pairs(pairs))
 
 
 def read_strategies(text: str) -> list[str]:

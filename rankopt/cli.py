@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -122,17 +123,17 @@ def search(
         from rankopt.job import Settings, open_folder, run_search
         from rankopt.prepare import prepare
         from rankopt.space import load_space
-        from rankopt.strategies import read_options
+        from rankopt.strategies import parse_pairs, read_options
         from rankopt.tasks import load_task
 
-        options = read_options(strategy, dict(_pair(text) for text in option or []))
+        options = read_options(strategy, parse_pairs(option or []))
         if (max_drop is None) == (not budget):
             raise RankoptError("give --budget (how small) or --max-drop (how good), and not both")
         runner, question = _runner(workers, ray_address, gpus_per_trial), None
         wanted: Any = budget
         found = load_task(task)
         if max_drop is not None:
-            given = (strategy != "knapsack", trials, resume, workers, ray_address, gpus_per_trial)
+            given = (strategy != "knapsack", option, trials, resume, workers, ray_address, gpus_per_trial)
             _check_inverse(found, max_drop, minimize, any(given))
         elif minimize is not None:
             raise RankoptError("--minimize goes with --max-drop")
@@ -153,10 +154,11 @@ def search(
             return
         prepared = prepare(found, allowed, cache, track, budget=wanted)
         if max_drop is not None:
-            from rankopt.inverse import smallest
+            from rankopt.inverse import OPTIONS, smallest
 
             answer = smallest(prepared, max_drop, minimize or "params", track)
             wanted, runner, question = answer.budget, answer.run, answer.question
+            settings = dataclasses.replace(settings, options=OPTIONS)
         result = run_search(
             prepared,
             prepared.problem(wanted),
@@ -191,8 +193,8 @@ def _check_inverse(task: Any, max_drop: float, minimize: str | None, others: boo
     check_question(task, max_drop, minimize or "params")
     if others:
         raise RankoptError(
-            "--max-drop evaluates knapsack plans of several budgets, here and now: it takes no --strategy, --trials, "
-            "--resume, --workers, --ray-address or --gpus-per-trial"
+            "--max-drop evaluates knapsack plans of several budgets, here and now: it takes no --strategy, --option, "
+            "--trials, --resume, --workers, --ray-address or --gpus-per-trial"
         )
 
 
@@ -260,13 +262,6 @@ def benchmark(
         write(out, data)
         _print(text(data))
         _print(f"written: {', '.join(str(p) for p in sorted(out.glob('benchmark.*')))}")
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise RankoptError(f"--option {text!r} is not KEY=VALUE")
-    return key, value
 
 
 def _runner(workers: int, ray_address: str | None, gpus_per_trial: float) -> Any:

@@ -15,6 +15,7 @@ from rankopt.search import Evaluate, Study, search
 from rankopt.uncertainty import Interval, difference
 
 STEP = 0.02  # each budget of the grid is so much smaller than the one before
+OPTIONS = {"contenders": 1}  # of the strategy `knapsack`, to get the plan that was evaluated: the exact allocation
 PROBES = (1, 2, 3, 5)  # steps beyond the answer that are tried too: scores are noisy, and do not fall step by step
 
 

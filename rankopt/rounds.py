@@ -26,9 +26,9 @@ from rankopt.plan import RESULT, load
 from rankopt.prepare import CALIBRATION_EXAMPLES, Track, collect_batches, prepare, silent
 from rankopt.search import search
 from rankopt.space import SearchSpace
-from rankopt.training import distillation, split, supervised, train, with_targets
+from rankopt.training import CLIP, lessons, train
 
-BATCH, RATE, CLIP = 64, 3e-4, 5.0
+RATE = 3e-4
 
 
 def run_rounds(
@@ -101,10 +101,7 @@ def _trained(
     before = call("the objective", objective, small)
     if steps == 0:
         return small, before
-    if task.train is not None and task.loss is not None:
-        data, loss = list(task.train), supervised(task.loss)
-    else:
-        data, loss = with_targets(task.model, split(batches, BATCH)), distillation
+    data, loss = lessons(task, batches)
     trained = copy.deepcopy(small)
     optimizer = torch.optim.Adam(trained.parameters(), RATE)
     train(trained, data, loss, optimizer, steps=steps, seed=seed, clip=CLIP, training=False, track=track)

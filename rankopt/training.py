@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt.calibration import class_axis, main_output
-from rankopt.core import TaskError
+from rankopt.core import Task, TaskError
 from rankopt.inventory import batch_size, inference, map_tensors, run, to_device
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -83,6 +83,17 @@ def _prepared(model: nn.Module, moving: Sequence[Tensor], training: bool) -> Ite
             p.requires_grad_(was)
         for module, mode in modes.items():
             module.training = mode
+
+
+BATCH = 64  # examples a step, of distillation
+CLIP = 5.0  # norm of the gradient: factors need it
+
+
+def lessons(task: Task, calibration: Iterable[Any]) -> tuple[list[Any], Loss]:
+    """The task's train and loss where it has both, else distillation from its model on the calibration batches."""
+    if task.train is not None and task.loss is not None:
+        return list(task.train), supervised(task.loss)
+    return with_targets(task.model, split(calibration, BATCH)), distillation
 
 
 def split(batches: Iterable[Any], size: int) -> list[Any]:

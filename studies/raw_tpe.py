@@ -25,6 +25,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from rich.console import Console
 
 from rankopt.budget import Problem
+from rankopt.candidates import write_beside
 from rankopt.core import Cost, Proposal, Trial
 from rankopt.frontier import dense_candidate
 from rankopt.job import Evaluator
@@ -46,9 +47,7 @@ def read() -> dict[str, Any]:
 
 def write(result: dict[str, Any]) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
-    beside = RESULTS.with_suffix(".part")
-    beside.write_text(json.dumps(result, indent=1))
-    beside.replace(RESULTS)
+    write_beside(RESULTS, lambda p: p.write_text(json.dumps(result, indent=1)))
 
 
 # --- the usual script ------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ from rankopt.core import Candidate, Cost, Layer, Proposal
 from rankopt.frontier import frontier
 from rankopt.search import Study, search
 from rankopt.strategies import STRATEGIES, make_strategy, strategy_class
-from rankopt.strategies.base import Strategy
 
 RESULTS = Path(__file__).parent / "results" / "synthetic.json"
 UNIT, LAYERS, SHARE = 64, 60, 0.3  # parameters, layers, the budget
@@ -96,14 +95,9 @@ class Synthetic:
         return float(best[room])
 
 
-def needs_model(name: str) -> bool:
-    """Whether a strategy looks at the model and its data, of which there are none here."""
-    return strategy_class(name).measure is not Strategy.measure
-
-
 def measure(trials: int) -> dict[str, Any]:
     """Kind -> strategy or variant -> regret after 1, 2, ... evaluations, per seed; and seconds."""
-    runs: dict[str, tuple[str, dict[str, Any]]] = {n: (n, {}) for n in STRATEGIES if not needs_model(n)}
+    runs: dict[str, tuple[str, dict[str, Any]]] = {n: (n, {}) for n in STRATEGIES if not strategy_class(n).needs_model}
     runs |= {label: ("optuna", options) for label, options in VARIANTS.items()}
     cells: dict[str, Any] = {}
     for kind, sigma in KINDS.items():
@@ -180,7 +174,7 @@ def picture(result: dict[str, Any]) -> None:
 def main() -> None:
     trials = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     cells = measure(trials)
-    skipped = [n for n in STRATEGIES if needs_model(n)]
+    skipped = [n for n in STRATEGIES if strategy_class(n).needs_model]
     result = {"trials": trials, "seeds": SEEDS, "date": date.today().isoformat(), "skipped": skipped, "cells": cells}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1))

@@ -92,6 +92,7 @@ def test_the_command_writes_an_ordinary_run(tmp_path, quick_space):
     stdout, _ = run(*common, "--max-drop", "0.02", "--minimize", "macs")
     info = json.loads((out / "result.json").read_text())
     q = info["question"]
+    assert info["options"] == {"contenders": "1"}, "the plan that was evaluated, not a near-tie of it"
     assert (q["minimize"], q["max_drop"]) == ("macs", 0.02) and q["evaluations"] == len(q["tried"])
     assert info["budget"]["macs"]["target"] == q["target"] >= info["cost"]["compressed"]["macs"]
     before, after = (info["score"][k]["validation"] for k in ("dense", "compressed"))
@@ -111,6 +112,7 @@ def test_the_command_writes_an_ordinary_run(tmp_path, quick_space):
         (["--max-drop", "-0.5"], "give a fraction from 0"),
         (["--max-drop", "0.01", "--minimize", "speed"], "choose from params"),
         (["--max-drop", "0.01", "--strategy", "random"], "takes no --strategy"),
+        (["--max-drop", "0.01", "--option", "contenders=8"], "takes no --strategy"),
         (["--max-drop", "0.01", "--resume"], "takes no --strategy"),
     ],
 )

@@ -117,7 +117,7 @@ class Decomposition(ABC):
     def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
         """The convolutions (1x1 for Linear) that replace the layer.
 
-        None for families of another form, which say weights, macs, weight and build themselves.
+        Empty for families of another form, which say weights, macs, weight and build themselves.
         """
         return ()
 

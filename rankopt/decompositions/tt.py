@@ -6,22 +6,19 @@ Linear, modes (C1, C2, T1, T2) with C = C1 C2 and T = T1 T2, the most square fac
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankopt.core import Layer, Rank
-from rankopt.decompositions.base import Factors, Stage, Target, finish
-from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced, leading_rows
-from rankopt.decompositions.linear import linear_modes
+from rankopt.decompositions.base import Factors, Stage, Target
+from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced_bond, leading_rows
+from rankopt.decompositions.linear import Network, linear_modes
 from rankopt.decompositions.svd_in import input_start
 from rankopt.decompositions.svd_spatial import width_rows
 from rankopt.decompositions.tucker2 import low_rank
 
 
-class TensorTrain(OutputSolved):
+class TensorTrain(Network):
     name = "tt"
     effort = 0.2
     density = 0.5  # several aspects at each
@@ -95,12 +92,8 @@ class TensorTrain(OutputSolved):
         if len(layer.shape) == 2:  # B (T1 T2, R2) -> (T2, R2 T1)
             output = output.view(g, c, d, r2).permute(0, 2, 3, 1).reshape(g, d, r2 * c)
         last, third = low_rank(output, r3)  # (g, d, R3), (g, R3, R2 * c)
-        left = third.view(g, r3, r2, c).transpose(-1, -2).reshape(g, r3 * c, r2)
-        left, second = balanced(left, second)
-        third = left.view(g, r3, c, r2).transpose(-1, -2)
-        left = second.view(g, r2, r1, b).transpose(-1, -2).reshape(g, r2 * b, r1)
-        left, first = balanced(left, first)
-        second = left.view(g, r2, b, r1).transpose(-1, -2)
+        third, second = balanced_bond(third.view(g, r3, r2, c), 2, second.view(g, r2, r1, b), 1)
+        second, first = balanced_bond(second, 2, first, 1)
         if len(layer.shape) == 2:
             return first[0], second[0], third[0], last[0]
         return (
@@ -110,68 +103,33 @@ class TensorTrain(OutputSolved):
             last.reshape(-1, r3, 1, 1),
         )
 
-    # --- Linear has its own cost, weight and module ---
+    def weight(self, layer: Layer, factors: Factors) -> Tensor:
+        if len(layer.shape) == 2:
+            return self.linear_weight(factors).reshape(layer.shape)
+        return super().weight(layer, factors)
 
-    def weights(self, layer: Layer, rank: Rank) -> int:
-        if len(layer.shape) == 4:
-            return super().weights(layer, rank)
-        return sum(math.prod(s) for s in self._core_shapes(layer, rank))
+    # --- Linear ---
 
-    def _core_shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
+    target = OutputSolved.target  # B spans T1 and T2 whole: the output metric need not factorise
+
+    def core_shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
         modes = self.modes(layer)
         assert modes is not None
         (r1, r2, r3), (a, b, c, d) = rank, modes
         return (r1, a), (r2, r1, b), (r3, r2, c), (d, r3)
 
-    def macs(self, layer: Layer, rank: Rank) -> int:
-        if len(layer.shape) == 4:
-            return super().macs(layer, rank)
+    def linear_macs(self, layer: Layer, rank: Rank) -> int:
         modes = self.modes(layer)
         assert modes is not None
         (r1, r2, r3), (a, b, c, d) = rank, modes
-        one = a * b * r1 + r1 * b * r2 + r2 * c * r3 + r3 * c * d
-        return one * sum(call.maps for call in layer.calls)
+        return a * b * r1 + r1 * b * r2 + r2 * c * r3 + r3 * c * d
 
-    def weight(self, layer: Layer, factors: Factors) -> Tensor:
-        if len(layer.shape) == 4:
-            return super().weight(layer, factors)
-        return torch.einsum("pa,qpb,rqc,dr->cdab", *factors).reshape(layer.shape)
+    def contract(self, x: Tensor, cores: Factors) -> Tensor:
+        first, second, third, last = cores
+        y = x.unflatten(-1, (first.shape[1], -1)).mT @ first.T  # (N, C2, R1)
+        y = y.mT.flatten(1) @ second.flatten(1).T  # (N, R2)
+        y = y @ third.permute(1, 2, 0).flatten(1)  # (N, T1 R3)
+        return (y.unflatten(-1, (third.shape[2], -1)) @ last.T).flatten(1)
 
-    def build(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
-        if len(layer.shape) == 4:
-            return super().build(module, layer, rank)
-        assert isinstance(module, nn.Linear)
-        like = {"device": module.weight.device, "dtype": module.weight.dtype}
-        new = TensorTrainLinear(self._core_shapes(layer, rank), rank, module.bias is not None, like)
-        return finish(new, module)
-
-
-class TensorTrainLinear(nn.Module):
-    """y = x Wᵀ + bias with W a tensor train of four cores; x (..., C1 C2) -> (..., T1 T2)."""
-
-    method = TensorTrain.name
-
-    def __init__(self, shapes: tuple[tuple[int, ...], ...], rank: Rank, bias: bool, like: dict[str, Any]) -> None:
-        super().__init__()
-        self.rank = rank
-        self.cores = nn.ParameterList(nn.Parameter(torch.empty(s, **like)) for s in shapes)
-        self.modes = (shapes[0][1], shapes[1][2], shapes[2][2], shapes[3][0])
-        self.bias = nn.Parameter(torch.empty(self.modes[2] * self.modes[3], **like)) if bias else None
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (T, C)."""
-        _, _, c, d = self.modes
-        return torch.einsum("pa,qpb,rqc,dr->cdab", *self.cores).reshape(c * d, -1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, second, third, last = self.cores
-        (r1, r2, r3), (a, b, c, d) = self.rank, self.modes
-        y = x.reshape(-1, a, b).transpose(1, 2).reshape(-1, a) @ first.T  # (n b, R1)
-        y = y.view(-1, b, r1).transpose(1, 2).reshape(-1, r1 * b) @ second.reshape(r2, r1 * b).T  # (n, R2)
-        y = y @ third.permute(1, 2, 0).reshape(r2, c * r3)  # (n, c R3)
-        y = (y.view(-1, r3) @ last.T).reshape(*x.shape[:-1], c * d)
-        return y if self.bias is None else y + self.bias
-
-    def extra_repr(self) -> str:
-        return f"method={self.method}, rank={self.rank}, modes={self.modes}"
+    def linear_weight(self, cores: Factors) -> Tensor:
+        return torch.einsum("pa,qpb,rqc,dr->cdab", *cores)

@@ -6,7 +6,7 @@ Entries are "module:Class", loaded when first asked for, so that `import rankopt
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -54,6 +54,15 @@ def strategy_options(name: str) -> dict[str, Any]:
     """A strategy's own options with their defaults."""
     parameters = inspect.signature(strategy_class(name).__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def parse_pairs(texts: Iterable[str]) -> dict[str, str]:
+    """ "KEY=VALUE", ... -> a dictionary. Raises RankoptError."""
+    pairs = [text.partition("=") for text in texts]
+    for key, equals, _ in pairs:
+        if not equals:
+            raise RankoptError(f"option {key!r} is not KEY=VALUE")
+    return {key: value for key, _, value in pairs}
 
 
 def read_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     one_shot: ClassVar[bool] = False  # proposes a single plan
+    needs_model: ClassVar[bool] = False  # has nothing to propose before `measure`
 
     def __init__(self, problem: Problem, seed: int = 0) -> None:
         self.problem, self.seed = problem, seed

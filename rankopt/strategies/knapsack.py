@@ -27,19 +27,21 @@ class Knapsack(Strategy):
         super().__init__(problem, seed)
         if contenders < 1:
             raise RankoptError(f"contenders is {contenders}: give 1 or more")
-        self.contenders, self.chosen = contenders, Corrections(problem).plan(Corrections(problem).draw(seed, 0))
+        self.contenders, self.corrections = contenders, Corrections(problem)
+        self.chosen: Proposal | None = None
 
     def measure(self, prepared: Any, track: Any) -> None:
-        if self.contenders == 1:
-            return
-        corrections = Corrections(self.problem)
-        plans = dict.fromkeys(corrections.plan(corrections.draw(self.seed, k)) for k in range(self.contenders))
-        self.chosen = min(
-            track(plans, "measuring contenders", len(plans)), key=lambda p: _measured(prepared, self.problem, p)
-        )
+        plans = dict.fromkeys(map(self._contender, range(self.contenders)))
+        if len(plans) > 1:
+            shown = track(plans, "measuring contenders", len(plans))
+            self.chosen = min(shown, key=lambda p: _measured(prepared, self.problem, p))
 
     def propose(self, number: int) -> Proposal | None:
-        return self.chosen if number == 0 else None
+        return (self.chosen or self._contender(0)) if number == 0 else None
+
+    def _contender(self, number: int) -> Proposal:
+        """The exact allocation first."""
+        return self.corrections.plan(self.corrections.draw(self.seed, number))
 
 
 def _measured(prepared: Any, problem: Problem, plan: Proposal) -> float:

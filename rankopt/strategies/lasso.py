@@ -34,6 +34,7 @@ from rankopt.core import Cost, Layer, Proposal, RankoptError
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import Factors, Target
 from rankopt.decompositions.fitting import full_target
+from rankopt.frontier import largest_of
 from rankopt.sensitivity import predict
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.uniform import largest, within
@@ -58,6 +59,7 @@ class Path(NamedTuple):
 class Lasso(Strategy):
     name = "lasso"
     one_shot = True
+    needs_model = True
     paths: Sequence[Path] = ()
 
     def measure(self, prepared: Any, track: Any) -> None:
@@ -94,10 +96,8 @@ class Lasso(Strategy):
 
 def components(prepared: Any, layer: Layer) -> tuple[str, Factors]:
     """The family that a layer's components are of, and its factors at the largest rank fitted."""
-    for family in FAMILIES:
-        fitted = [c for c in prepared.candidates[layer.name] if c.method == family]
-        if fitted:
-            return family, prepared.factors[max(fitted, key=lambda c: c.rank).key]
+    if largest_fit := largest_of(prepared.candidates[layer.name], FAMILIES):
+        return largest_fit.method, prepared.factors[largest_fit.key]
     svd = DECOMPOSITIONS["svd_out"]
     full = svd.full_rank(layer)
     assert full is not None

@@ -35,16 +35,15 @@ from rankopt.allocation import fill, project
 from rankopt.core import Candidate, Cost, Layer, Proposal, Rank, RankoptError
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.fitting import balanced
+from rankopt.frontier import largest_of
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.uniform import largest, within
-from rankopt.training import distillation, split, supervised, train, with_targets
+from rankopt.training import CLIP, lessons, train
 
 FAMILIES = ("cp_merged", "cp", "svd_out", "svd_spatial", "svd_in", "tucker2", "tt")
 PENALTIES = ("l1", "group", "hoyer", "nuclear")
-BATCH = 64
 RATE, GATE_RATE = 1e-5, 2e-2  # Adam's, of weights (which the plan does not keep: slow) and of gates
 ASCENT = 0.5  # of log λ, per step and relative excess of cost
-CLIP = 5.0
 
 
 class Scaled(nn.Module):
@@ -151,6 +150,7 @@ def hoyer_weights(gates: Tensor) -> Tensor:
 class LassoTrain(Strategy):
     name = "lasso-train"
     one_shot = True
+    needs_model = True
 
     def __init__(self, problem: Any, seed: int = 0, *, penalty: str = "l1", steps: int = 100) -> None:
         super().__init__(problem, seed)
@@ -184,11 +184,7 @@ class LassoTrain(Strategy):
         gates = [b.gates for layer in layers for b in layer.bonds]
         optimizer = torch.optim.Adam([{"params": weights, "lr": RATE}, {"params": gates, "lr": GATE_RATE}])
         run.optimizer = optimizer
-        task = prepared.task
-        if task.train is not None and task.loss is not None:
-            batches, loss = list(task.train), supervised(task.loss)
-        else:
-            batches, loss = with_targets(task.model, split(prepared.statistics.batches, BATCH)), distillation
+        batches, loss = lessons(prepared.task, prepared.statistics.batches)
         train(
             model,
             batches,
@@ -215,9 +211,8 @@ class LassoTrain(Strategy):
 
     def _largest(self, layer: Layer, candidates: Sequence[Candidate]) -> Candidate:
         families = ("svd_out",) if self.penalty == "nuclear" else FAMILIES
-        for family in families:
-            if fitted := [c for c in candidates if c.method == family]:
-                return max(fitted, key=lambda c: (c.cost.params, -c.error))
+        if largest_fit := largest_of(candidates, families):
+            return largest_fit
         raise RankoptError(
             f"strategy 'lasso-train', penalty {self.penalty!r}: layer {layer.name!r} has no candidate of "
             f"{', '.join(families)}: add one to the search space, or keep the layer dense"
