@@ -91,19 +91,6 @@ def _number(metric: str, value: Any) -> tuple[float, bool]:
 # --- the problem that strategies see ---------------------------------------------------------------
 
 
-class Spectrum(NamedTuple):
-    """Singular values of an unfolding of a layer's weight (groups together), and the unfolding's shape."""
-
-    values: tuple[float, ...]
-    rows: int
-    columns: int
-
-
-Spectra = Mapping[str, Spectrum]
-"""By name of the unfolding: "output" T x rest, "input" C x rest, "spatial" (C, height) x (width, T); for Linear
-layers of modes (C1, C2, T1, T2) the bonds of a tensor train "bond1" C1 x rest, "bond2" and "bond3"."""
-
-
 class Table(NamedTuple):
     """A problem as arrays: n layers, up to m candidates each, k limits. Integers up to 2^53 stay exact.
 
@@ -123,7 +110,6 @@ class Problem:
     frontiers: tuple[tuple[Candidate, ...], ...]
     dense: Cost
     limits: tuple[Limit, ...]
-    spectra: tuple[Spectra, ...] = ()
 
     @property
     def fixed(self) -> Cost:

@@ -13,14 +13,6 @@ def dense_candidate(layer: Layer) -> Candidate:
     return Candidate(DENSE, (), layer.cost, error=0.0, loss=0.0)
 
 
-def largest_of(candidates: Sequence[Candidate], families: Sequence[str]) -> Candidate | None:
-    """The largest candidate of the first of these families that a layer has any of; of equals the most accurate."""
-    for family in families:
-        if fitted := [c for c in candidates if c.method == family]:
-            return max(fitted, key=lambda c: (c.cost.params, -c.error))
-    return None
-
-
 def frontier(layer: Layer, candidates: Iterable[Candidate], metrics: Sequence[str]) -> tuple[Candidate, ...]:
     """The Pareto set over the budget's metrics and the error, by falling error: dense comes last."""
     ordered = sorted(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from rankopt.allocation import check_feasible
-from rankopt.budget import Limit, Problem, Spectra, Spectrum, parse_budget
+from rankopt.budget import Limit, Problem, parse_budget
 from rankopt.calibration import find_output, moments, output_metrics
 from rankopt.candidates import VERSION, Cache, FactorStore, digest, fit_candidates
 from rankopt.core import Candidate, Cost, Layer, Proposal, Task, TaskError
@@ -66,7 +65,6 @@ class Prepared:
     layers: tuple[Layer, ...]  # all of the inventory; reason set where it stays dense
     dense: Cost
     candidates: dict[str, list[Candidate]]
-    spectra: dict[str, Spectra]
     factors: FactorStore
     statistics: Statistics
     objective: Callable[[nn.Module], float]
@@ -82,8 +80,7 @@ class Prepared:
         limits = parse_budget(budget, self.dense)
         metrics = [limit.metric for limit in limits]
         frontiers = tuple(frontier(layer, self.candidates[layer.name], metrics) for layer in self.free)
-        spectra = tuple(self.spectra[layer.name] for layer in self.free)
-        problem = Problem(self.free, frontiers, self.dense, limits, spectra)
+        problem = Problem(self.free, frontiers, self.dense, limits)
         check_feasible(problem)
         return problem
 
@@ -159,10 +156,7 @@ def prepare(
         factors = FactorStore(kept)
         curves = _curves(task, objective, free, candidates, factors, key, kept, track)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
-        spectra = {layer.name: _spectra(task.model, layer) for layer in free}
-    return Prepared(
-        task, space, layers, dense, candidates, spectra, factors, statistics, objective, clock, family_seconds
-    )
+    return Prepared(task, space, layers, dense, candidates, factors, statistics, objective, clock, family_seconds)
 
 
 def _refuse_infeasible(free: Sequence[Layer], space: SearchSpace, limits: tuple[Limit, ...], dense: Cost) -> None:
@@ -292,20 +286,3 @@ def _curves(
     if task.objective is None:
         cache.write_json(key, curves)
     return curves
-
-
-def _spectra(model: nn.Module, layer: Layer) -> Spectra:
-    """Of the unfoldings on which some family has a rank."""
-    weight = model.get_submodule(layer.name).weight.detach().double().cpu()  # type: ignore[operator]
-    height, width = layer.kernel
-    tensor = weight.reshape(layer.groups * layer.out_channels, layer.in_channels, height, width)
-    tensor = tensor.unflatten(0, (layer.groups, -1)).permute(2, 3, 4, 1, 0)  # (C, height, width, T, groups)
-    unfolded = {"output": tensor.movedim(3, 0).flatten(1), "input": tensor.flatten(1)}
-    if min(layer.kernel) > 1:
-        unfolded["spatial"] = tensor.flatten(0, 1).flatten(1)
-    tt = DECOMPOSITIONS["tt"]
-    if len(layer.shape) == 2 and tt.full_rank(layer) is not None:
-        a, b, c, d = tt.modes(layer)  # type: ignore[attr-defined]
-        train = weight.T.reshape(a, b, c, d)
-        unfolded |= {f"bond{i}": train.reshape(math.prod((a, b, c, d)[:i]), -1) for i in (1, 2, 3)}
-    return {name: Spectrum(tuple(torch.linalg.svdvals(m).tolist()), *m.shape) for name, m in unfolded.items()}

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from rankopt.budget import Limit, Problem, Spectrum
+from rankopt.budget import Limit, Problem
 from rankopt.core import Candidate, Cost, Layer, Proposal
 from rankopt.frontier import frontier
 from rankopt.search import Study, search
@@ -51,7 +51,7 @@ class Synthetic:
 
     def __init__(self, seed: int, sigma: float) -> None:
         rng = np.random.default_rng(seed)
-        layers, frontiers, spectra = [], [], []
+        layers, frontiers = [], []
         for i in range(LAYERS):
             size = 16 * int(rng.integers(2, 9))
             cost = Cost(size**2, size**2, 4 * size**2)
@@ -62,13 +62,9 @@ class Synthetic:
                 params, error = 2 * size * rank, float(np.exp(-decay * rank / size))
                 options.append(Candidate("svd_out", (rank,), Cost(params, params, 4 * params), error, error))
             frontiers.append(frontier(layers[-1], options, ["params"]))
-            values = tuple(float(np.exp(-decay * k / size / 2)) for k in range(size))
-            spectra.append(
-                {name: Spectrum(values, size, size) for name in ("output", "input", "bond1", "bond2", "bond3")}
-            )
         dense = Cost(*(sum(x.cost[m] for x in layers) for m in ("params", "macs", "bytes")))
         limits = (Limit("params", SHARE, int(SHARE * dense.params)),)
-        self.problem = Problem(tuple(layers), tuple(frontiers), dense, limits, tuple(spectra))
+        self.problem = Problem(tuple(layers), tuple(frontiers), dense, limits)
         weights = np.exp(rng.normal(0, sigma, LAYERS))
         self.errors = [w * np.array([c.loss for c in f]) for w, f in zip(weights, frontiers, strict=True)]
         self.rho = rng.uniform(-0.5, 0.9, LAYERS // 2)

@@ -1,8 +1,10 @@
-"""Lasso: the path against its optimality conditions; gates, the proximal step, and runs that end on the budget."""
+"""Lasso: the path against its optimality conditions; gates, the proximal step, and runs that end on the budget.
+
+And what holds for all strategies that look at the model.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from rankopt.decompositions.fitting import full_target
 from rankopt.job import Settings, run_search
 from rankopt.prepare import silent
 from rankopt.strategies import make_strategy
-from rankopt.strategies.lasso import components, lasso, rank_one, regression
+from rankopt.strategies.lasso import GRID, lasso, rank_one, refitted, regression
 from rankopt.strategies.lasso_train import FAMILIES, Gated, LassoTrain, hoyer_weights, soft_threshold
 from tests.cases import PAIRS, make
 
@@ -35,7 +37,7 @@ def run(name, prepared, budget, **options):
 
 def test_the_regression_is_that_of_the_layers_output():
     case = make("conv3x3")
-    family = DECOMPOSITIONS["cp_merged"]
+    family = DECOMPOSITIONS["svd_out"]
     (fit,) = family.fit(case.layer, case.module.weight, [(9,)], case.moment, case.metric, steps=5)
     target = full_target(case.layer, case.module.weight, case.moment, case.metric)
     out, rows = rank_one(case.layer, fit.factors)
@@ -52,21 +54,23 @@ def test_the_path_meets_the_conditions_of_the_lasso():
     x = rng.standard_normal((40, 12))
     x /= np.linalg.norm(x, axis=0)
     gram, cross = x.T @ x, x.T @ (x[:, :3] @ [0.7, -0.4, 0.2])
-    alphas, gates, errors = lasso(gram, cross)
+    gates = lasso(gram, cross)
+    alphas = np.abs(cross).max() * GRID
     for alpha, g in zip(alphas[:25:4], gates.T[:25:4], strict=True):
         slope = cross - gram @ g
         assert np.all(np.abs(slope) <= alpha + 0.03 * alphas[0])
         np.testing.assert_allclose(slope[g != 0], alpha * np.sign(g[g != 0]), atol=0.03 * alphas[0])
-    assert not gates[:, 0].any() and np.all(np.diff(errors) <= 1e-9)
+    assert not gates[:, 0].any()
 
 
-def test_a_space_without_components_falls_back_on_the_closed_form(digits):
-    layer = next(x for x in digits.layers if x.name == "conv2")
-    bare = dataclasses.replace(digits, candidates={layer.name: []})
-    family, factors = components(bare, layer)
-    weight = digits.task.model.conv2.weight.detach().double()
-    assert family == "svd_out"
-    torch.testing.assert_close(DECOMPOSITIONS[family].weight(layer, factors).double(), weight, rtol=1e-3, atol=1e-4)
+def test_a_point_counts_with_least_squares_on_its_components():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((40, 12)), rng.standard_normal(40)
+    kept = np.arange(12) % 3 == 0
+    residual = np.linalg.lstsq(x[:, kept], y)[1].item()
+    gram, cross = x.T @ x / (y @ y), x.T @ y / (y @ y)
+    assert refitted(gram, cross, kept) == pytest.approx(residual / (y @ y))
+    assert refitted(gram, cross, kept & False) == 1.0
 
 
 # --- while training ---
@@ -139,14 +143,15 @@ def test_every_penalty_ends_on_the_budget(digits, penalty):
     ends(digits, 0.3, penalty, 60, 0.03 if penalty == "nuclear" else 0.01)  # one component of fc1 is 2.5 %
 
 
-# --- both ---
+# --- all that look at the model ---
 
 
-@pytest.mark.parametrize("name", ["lasso", "lasso-train"])
-def test_searches_end_below_uniform_and_leave_the_model_alone(digits, name):
+@pytest.mark.parametrize("metric", ["params", "macs"])
+@pytest.mark.parametrize("name", ["evbmf", "lasso", "lasso-train"])
+def test_searches_end_below_uniform_and_leave_the_model_alone(digits, name, metric):
     before = {k: v.clone() for k, v in digits.task.model.state_dict().items()}
     options = {"steps": 40} if name == "lasso-train" else {}
-    problem = digits.problem({"params": 0.3})
+    problem = digits.problem({metric: 0.3})
     result = run_search(digits, problem, Settings(name, options=options))
     uniform = run_search(digits, problem, Settings("uniform"))
     assert result.info["objective"]["best"] < uniform.info["objective"]["best"]
@@ -154,7 +159,7 @@ def test_searches_end_below_uniform_and_leave_the_model_alone(digits, name):
     assert not digits.task.model.training
 
 
-@pytest.mark.parametrize("name", ["lasso", "lasso-train"])
+@pytest.mark.parametrize("name", ["evbmf", "lasso", "lasso-train"])
 def test_asking_before_measuring_says_what_to_do(digits, name):
     with pytest.raises(RankoptError, match="measure"):
         make_strategy(name, digits.problem({"params": 0.3})).ask()
@@ -166,7 +171,8 @@ def test_unknown_penalties_list_the_valid_ones(digits):
 
 
 def plans(prepared):
-    return [list(run(n, prepared, {"params": 0.3}, **o)[2]) for n, o in (("lasso", {}), ("lasso-train", {"steps": 10}))]
+    few: dict[str, dict[str, int]] = {"evbmf": {}, "lasso": {}, "lasso-train": {"steps": 10}}
+    return [list(run(name, prepared, {"params": 0.3}, **options)[2]) for name, options in few.items()]
 
 
 SPAWNED = """

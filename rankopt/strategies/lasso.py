@@ -5,17 +5,18 @@ regression of the layer's output whose moments are known without data,
 
     G_rq = (a_rᵀ H a_q) (b_rᵀ S b_q),    c_r = a_rᵀ H W S b_r
 
-with components and W scaled to unit norm. Coordinate descent gives the whole path of ½‖W − Ŵ‖² + α Σ |g_r|: which
-components explain the output jointly at every α. One penalty λ sets every layer's α. A component of gate g takes
-g² off the relative error, so g² (loss / error) off the model's loss: it is worth its cost if |g| is above
+with components and W scaled to unit norm. Coordinate descent gives the whole path of ½‖W − Ŵ‖² + α Σ |g_r|, which
+orders the components by what they explain jointly. The penalty shrinks the gates that it keeps, and a layer is
+refitted afterwards: so a point of the path counts with the error of least squares on its components (the relaxed
+Lasso, Meinshausen 2007).
 
-    α = sqrt(λ cost / (loss / error))
-
-with the cost as a share of the budget, and the layer's measured loss at the error that the path has reached.
+One price λ of the model's cost, in loss per budget, cuts every path: components that take less than λ cost off the
+loss are given up, from the dearest point down. An error e that falls by d takes d (loss / e) off the loss, with the
+layer's measured loss at e. (The loss's own slope is flatter where a layer is nearly lost, and would give it up whole.)
 λ is bisected until the plan meets the budget; a layer takes the most accurate candidate within what it kept.
 
-The components are those of the largest fit of `cp_merged` (the family of most candidates on frontiers), else of
-`cp`; of `svd_out` for 1 x 1 convolutions and Linear layers, fitted here in closed form if the search space lacks it.
+The components are those of `svd_out`, fitted here in closed form: the best R of them are the first R of all, so a
+part of them says what a candidate of that cost can do; parts of a CP are far worse than its refits.
 """
 
 from __future__ import annotations
@@ -34,26 +35,23 @@ from rankopt.core import Cost, Layer, Proposal, RankoptError
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import Factors, Target
 from rankopt.decompositions.fitting import full_target
-from rankopt.frontier import largest_of
 from rankopt.sensitivity import predict
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.uniform import largest, within
 
-FAMILIES = ("cp_merged", "cp", "svd_out")  # components of rank one, ending in a 1 x 1 to T
 GRID = np.geomspace(1, 1e-5, 80)  # of α, as fractions of the least at which no component is kept
 PENALTIES = (1e-9, 1e9)  # λ is bisected between these, in loss per budget
 
 
 class Path(NamedTuple):
-    """What a layer keeps along its path. prices: the λ at which each point is reached, falling; costs: what is kept."""
+    """Costs (k,) along a layer's path, rising, and the λ (k - 1,), falling, from which on the next one is given up."""
 
-    prices: np.ndarray
     costs: tuple[Cost, ...]
+    prices: np.ndarray
 
     def at(self, penalty: float) -> Cost:
-        """The cost of what is kept at a penalty λ."""
-        reached = np.flatnonzero(self.prices <= penalty)
-        return self.costs[reached[0] if len(reached) else -1]
+        """The cost of what is kept at a price λ."""
+        return self.costs[int((self.prices > penalty).sum())]
 
 
 class Lasso(Strategy):
@@ -79,42 +77,29 @@ class Lasso(Strategy):
         return within(self.problem, [path.at(np.exp(log_penalty)) for path in self.paths])
 
     def _path(self, prepared: Any, layer: Layer) -> Path:
-        family, factors = components(prepared, layer)
+        svd = DECOMPOSITIONS["svd_out"]
+        full = svd.full_rank(layer)
+        assert full is not None
         weight = prepared.task.model.get_submodule(layer.name).weight.detach().cpu()
+        (fit,) = svd.fit(layer, weight, [full], *prepared.statistics[layer.name])
         target = full_target(layer, weight, *prepared.statistics[layer.name])
-        alphas, gates, errors = lasso(*regression(target, *rank_one(layer, factors)))
+        gram, cross = regression(target, *rank_one(layer, fit.factors))
+        sizes = {max(int(kept.sum()), 1): kept for kept in lasso(gram, cross).T != 0}  # the last of each size
+        ranks = sorted(sizes)
+        costs = tuple(svd.cost(layer, (rank,)) for rank in ranks)
+        shares = np.array([sum(c[x.metric] / x.target for x in self.problem.limits) for c in costs])
+        errors = np.minimum.accumulate([refitted(gram, cross, sizes[rank]) for rank in ranks])
         curve = tuple(sorted((c.error, c.loss) for c in prepared.candidates[layer.name]))
-        sensitivity = predict(curve, errors) / np.maximum(errors, 1e-12)  # type: ignore[arg-type]
-        costs = [self._cost(layer, family, int(n)) for n in (gates != 0).sum(0)]
-        one = self._cost(layer, family, 2) - self._cost(layer, family, 1)
-        share = sum(one[x.metric] / x.target for x in self.problem.limits)
-        return Path(alphas**2 * sensitivity / max(share, 1e-12), tuple(costs))
-
-    def _cost(self, layer: Layer, family: str, rank: int) -> Cost:
-        return DECOMPOSITIONS[family].cost(layer, (max(rank, 1),))
-
-
-def components(prepared: Any, layer: Layer) -> tuple[str, Factors]:
-    """The family that a layer's components are of, and its factors at the largest rank fitted."""
-    if largest_fit := largest_of(prepared.candidates[layer.name], FAMILIES):
-        return largest_fit.method, prepared.factors[largest_fit.key]
-    svd = DECOMPOSITIONS["svd_out"]
-    full = svd.full_rank(layer)
-    assert full is not None
-    weight = prepared.task.model.get_submodule(layer.name).weight.detach().cpu()
-    (fit,) = svd.fit(layer, weight, [full], *prepared.statistics[layer.name])
-    return svd.name, fit.factors
+        slopes = predict(curve, errors.tolist()) / np.maximum(errors, 1e-12)
+        gains = -np.diff(errors) * slopes[:-1] / np.diff(shares)
+        return Path(costs, np.maximum.accumulate(gains[::-1])[::-1])
 
 
 def rank_one(layer: Layer, factors: Factors) -> tuple[Tensor, Tensor]:
     """A (g, T, R) and B (g, R, n), float64: component r of group g is A[g, :, r] B[g, r]ᵀ."""
-    *inner, last = (f.double().cpu() for f in factors)
+    first, last = (f.double().cpu() for f in factors)
     out = last.reshape(layer.groups, layer.out_channels, -1)
-    first, *depthwise = (f.reshape(layer.groups, out.shape[-1], *f.shape[1:]) for f in inner)
-    rows = first
-    for f in depthwise:  # (g, R, 1, kh, kw) onto (g, R, C, ...)
-        rows = rows * f
-    return out, rows.reshape(layer.groups, out.shape[-1], -1)
+    return out, first.reshape(layer.groups, out.shape[-1], -1)
 
 
 def regression(target: Target, out: Tensor, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -127,14 +112,18 @@ def regression(target: Target, out: Tensor, rows: Tensor) -> tuple[np.ndarray, n
     return (gram / norms / norms[:, None]).numpy(), (cross / norms / whole).numpy()
 
 
-def lasso(gram: np.ndarray, cross: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The path of ½ gᵀ G g − cᵀ g + α Σ |g_r|: α (k,), gates (R, k) and relative squared errors (k,)."""
+def lasso(gram: np.ndarray, cross: np.ndarray) -> np.ndarray:
+    """The path of ½ gᵀ G g − cᵀ g + α Σ |g_r| over falling α: gates (R, k)."""
     values, vectors = np.linalg.eigh(gram)
     roots = np.sqrt(np.maximum(values, 1e-10 * values[-1]))
     x, y = roots[:, None] * vectors.T, (vectors.T @ cross) / roots  # data with these moments: XᵀX = G, Xᵀy = c
     alphas = max(np.abs(cross).max(), 1e-12) * GRID
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # how many components there are needs no last digits
-        gates = lasso_path(x, y, alphas=alphas / len(x), precompute=gram, Xy=cross, max_iter=100, tol=1e-5)[1]
-    errors = 1 - 2 * cross @ gates + np.einsum("rk,rq,qk->k", gates, gram, gates)
-    return alphas, gates, np.clip(errors, 0.0, 1.0)
+        return lasso_path(x, y, alphas=alphas / len(x), precompute=gram, Xy=cross, max_iter=100, tol=1e-5)[1]
+
+
+def refitted(gram: np.ndarray, cross: np.ndarray, kept: np.ndarray) -> float:
+    """Relative squared error of least squares on the kept components: 1 − c_Aᵀ G_AA⁺ c_A."""
+    part = cross[kept]
+    return float(np.clip(1 - part @ np.linalg.lstsq(gram[np.ix_(kept, kept)], part)[0], 0.0, 1.0)) if len(part) else 1.0

@@ -1,9 +1,11 @@
 """Lasso while training: gates on the components of every factorised layer, driven to exact zeros under the budget.
 
-Every free layer starts as its largest fitted candidate of one family: `cp_merged` for k x k convolutions, `svd_out`
-for the others (the simplest with a gate per component), else whichever the search space has. A gate is the
-scale of a component: of a bond between two stages, so one vector of gates for CP and SVD, one per mode for
-Tucker-2, one per bond for a tensor train. After every optimiser step
+Every free layer starts as a candidate of one family: `cp_merged` for k x k convolutions, `svd_out` for the others
+(the simplest with a gate per component), else whichever the search space has; at the ranks that the exact allocation
+gives at START times the budget. (From each layer's largest candidate, a hundred steps strip whole layers to rank
+one: ResNet-20 at 30 % of the MACs, KL 1.1 to 4.1 against 0.14.) A gate is the scale of a component: of a bond between
+two stages, so one vector of gates for CP and SVD, one per mode for Tucker-2, one per bond for a tensor train. After
+every optimiser step
 
 - `absorb` moves what the stages' weights gained in scale into the gates, so that no penalty is evaded by
   shrinking a gate and growing its weights;
@@ -23,6 +25,7 @@ nuclear  of `svd_out` layers: every ten steps the components are rotated to sing
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,17 +34,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rankopt.allocation import fill, project
+from rankopt.allocation import allocate, fill, project
 from rankopt.core import Candidate, Cost, Layer, Proposal, Rank, RankoptError
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.fitting import balanced
-from rankopt.frontier import largest_of
+from rankopt.frontier import frontier
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.uniform import largest, within
-from rankopt.training import CLIP, lessons, train
+from rankopt.training import lessons, train
 
 FAMILIES = ("cp_merged", "cp", "svd_out", "svd_spatial", "svd_in", "tucker2", "tt")
 PENALTIES = ("l1", "group", "hoyer", "nuclear")
+START = 1.5  # times the budget: what the gates choose from
 RATE, GATE_RATE = 1e-5, 2e-2  # Adam's, of weights (which the plan does not keep: slow) and of gates
 ASCENT = 0.5  # of log λ, per step and relative excess of cost
 
@@ -192,7 +196,7 @@ class LassoTrain(Strategy):
             optimizer,
             steps=self.steps,
             seed=self.seed,
-            clip=CLIP,
+            clip=None,  # the penalty would not be clipped with the gradient that holds against it
             training=False,
             after_step=run.after_step,
             track=track,
@@ -204,19 +208,27 @@ class LassoTrain(Strategy):
         from rankopt.plan import apply
 
         layers = self.problem.layers
-        chosen = [self._largest(layer, prepared.candidates[layer.name]) for layer in layers]
+        menus = tuple(self._menu(layer, prepared.candidates[layer.name]) for layer in layers)
+        least = dataclasses.replace(self.problem, frontiers=menus).cost((0,) * len(menus))
+        limits = [(x, max(int(START * x.target), least[x.metric])) for x in self.problem.limits]
+        wider = tuple(dataclasses.replace(limit, target=target) for limit, target in limits)
+        start = dataclasses.replace(self.problem, frontiers=menus, limits=wider)
+        chosen = start.candidates(allocate(start).proposal)
         model = apply(prepared.task.model, layers, chosen, prepared.factors)
         pairs = zip(layers, chosen, strict=True)
         return model, [Gated(layer, c, model.get_submodule(layer.name)) for layer, c in pairs]
 
-    def _largest(self, layer: Layer, candidates: Sequence[Candidate]) -> Candidate:
+    def _menu(self, layer: Layer, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """The frontier of the first family that the layer has candidates of, without dense."""
         families = ("svd_out",) if self.penalty == "nuclear" else FAMILIES
-        if largest_fit := largest_of(candidates, families):
-            return largest_fit
-        raise RankoptError(
-            f"strategy 'lasso-train', penalty {self.penalty!r}: layer {layer.name!r} has no candidate of "
-            f"{', '.join(families)}: add one to the search space, or keep the layer dense"
-        )
+        family = next((f for f in families if any(c.method == f for c in candidates)), None)
+        if family is None:
+            raise RankoptError(
+                f"strategy 'lasso-train', penalty {self.penalty!r}: layer {layer.name!r} has no candidate of "
+                f"{', '.join(families)}: add one to the search space, or keep the layer dense"
+            )
+        own = [c for c in candidates if c.method == family]
+        return tuple(c for c in frontier(layer, own, [x.metric for x in self.problem.limits]) if c.method == family)
 
 
 class Run:

@@ -6,6 +6,7 @@ and acts greedily under the draw: at each layer, among the positions that can st
 w loss + λ cost, λ the Lagrange multiplier of the layers still to come under what remains of the budget.
 That explores along whole plans, needs no step size and is far cheaper in trials than a policy gradient
 (which was measured beside it); it is a function of the trials told, so that many asks may be open at once.
+Its first walks are demonstrations: `knapsack`'s contenders, the exact allocation first.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from rankopt.allocation import fill
 from rankopt.budget import Problem
 from rankopt.core import Proposal, RankoptError, Trial
 from rankopt.strategies.base import Strategy
+from rankopt.strategies.corrections import CONTENDERS, Corrections
 from rankopt.walk import Walk
 
 TRIES = 10  # draws for a plan that was not told yet
+BOLDNESS = 0.5  # of the posterior's standard deviations: with tens of trials, whole ones seldom come home
 
 
 class Agent(Strategy):
@@ -39,7 +42,7 @@ class Agent(Strategy):
             if not 0 < value < np.inf:
                 raise RankoptError(f"strategy 'rl': option {option} is {value}: give a finite number above 0")
         self.spread, self.noise = spread, noise
-        self.walk = Walk(problem)
+        self.walk, self.demonstrations = Walk(problem), Corrections(problem)
         self.warmer = temperature * max(problem.loss(self.walk.start), 1e-300) / max(len(problem.layers), 1)
         self.slopes = [_Slopes(self.walk, m) for m in range(len(self.walk.room))]
         self.seen: set[Proposal] = set()
@@ -47,14 +50,14 @@ class Agent(Strategy):
         self.posterior: tuple[np.ndarray, np.ndarray] | None = None
 
     def propose(self, number: int) -> Proposal | None:
-        if number == 0:
-            return self.walk.start
+        if number < CONTENDERS:
+            return self.demonstrations.plan(self.demonstrations.draw(self.seed, number))
         rng = np.random.default_rng([self.seed, number])
         if self.posterior is None:
             self.posterior = log_weights(self.told, len(self.problem.layers), self.spread, self.noise)
         mean, root = self.posterior
         for attempt in range(TRIES):
-            weights = np.exp(mean + root @ rng.standard_normal(len(mean)))[:-1]
+            weights = np.exp(mean + BOLDNESS * root @ rng.standard_normal(len(mean)))[:-1]
             plan = fill(self.problem, self._episode(weights, (2**attempt - 1) * self.warmer, rng))
             if plan not in self.seen:
                 break
