@@ -39,7 +39,7 @@ from rankopt.plan import RESULT, apply, save
 from rankopt.prepare import Prepared, Track, check_batches, prepare, silent
 from rankopt.refine import refine as refine_layers
 from rankopt.renormalise import renormalise
-from rankopt.search import Evaluate, Study, best, search
+from rankopt.search import Evaluate, Study, best, front, search
 from rankopt.space import SearchSpace
 from rankopt.strategies import make_strategy, read_options
 from rankopt.uncertainty import proxy, tie, wilson
@@ -230,6 +230,7 @@ def finish(
         **changes,
         **with_intervals(task, score),
         "proxy": proxy(trials),
+        "front": front_rows(trials, settings.options.get("also")),
         "tie": tie(trials, chosen, task.examples),
         "milliseconds": time_forward([task.model, model], task.example_input),
         "layers": [_layer_row(c, layer) for c, layer in zip(plan.choices, prepared.layers, strict=True)],
@@ -243,6 +244,13 @@ def with_intervals(task: Task, score: Mapping[str, Mapping[str, float | None]]) 
     found = {k: {part: wilson(v, examples[part]) for part, v in s.items()} for k, s in score.items()}
     intervals = {k: {part: i and list(i) for part, i in s.items()} for k, s in found.items()}
     return {"score": score, "examples": examples, "intervals": intervals}
+
+
+def front_rows(trials: Sequence[Trial], metric: str | None) -> list[dict[str, Any]]:
+    """The front of a search with a second objective, for result.json."""
+    if not metric:
+        return []
+    return [{"trial": t.number, "objective": t.objective, metric: t.cost[metric]} for t in front(trials, metric)]
 
 
 def _layer_row(choice: Choice, layer: Layer) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -128,3 +128,13 @@ def best(trials: list[Trial]) -> Trial:
         first = next((t.error for t in trials if t.error), "nothing was proposed")
         raise StudyError(f"no evaluation finished; the first said: {first}. Mend it, then search into another folder")
     return min(finished, key=lambda t: (t.objective, t.number))
+
+
+def front(trials: Sequence[Trial], metric: str) -> list[Trial]:
+    """The finished trials that no other beats in both objective and cost, by rising cost."""
+    finished = [t for t in trials if t.objective is not None]
+    kept: list[Trial] = []
+    for trial in sorted(finished, key=lambda t: (t.cost[metric], t.objective, t.number)):
+        if not kept or trial.objective < kept[-1].objective:  # type: ignore[operator]
+            kept.append(trial)
+    return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -13,9 +14,10 @@ import optuna
 import pytest
 
 from rankopt.allocation import allocate, fill
+from rankopt.budget import Limit, Problem
 from rankopt.core import RankoptError, Trial
 from rankopt.frontier import frontier
-from rankopt.search import Study, search
+from rankopt.search import Study, front, search
 from rankopt.store import Store
 from rankopt.strategies import make_strategy
 from rankopt.strategies.optuna import sampler_class
@@ -211,3 +213,40 @@ def test_small_problems_run_dry(options):
     strategy = make_strategy("optuna", problem, 0, options)
     trials = search(Study(problem, strategy, 30), lambda plan: (sum(plan), None))
     assert 1 <= len(trials) <= len(plans) < 9 and strategy.ask() is None
+
+
+def two_metrics(seed=0):
+    """As `synthetic`, with MACs that follow parameters differently in every layer, and a budget for both."""
+    problem, truth = synthetic(0.4, 12, seed)
+    rng = np.random.default_rng(seed)
+    layers, frontiers = [], []
+    for layer, menu, maps in zip(problem.layers, problem.frontiers, rng.integers(1, 200, 12).tolist(), strict=True):
+        layers.append(dataclasses.replace(layer, cost=dataclasses.replace(layer.cost, macs=layer.cost.params * maps)))
+        costs = [dataclasses.replace(c.cost, macs=c.cost.params * maps) for c in menu]
+        frontiers.append(tuple(dataclasses.replace(c, cost=x) for c, x in zip(menu, costs, strict=True)))
+    dense = dataclasses.replace(problem.dense, macs=sum(x.cost.macs for x in layers))
+    limits = (*problem.limits, Limit("macs", 1.0, dense.macs))
+    return Problem(tuple(layers), tuple(frontiers), dense, limits), truth
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "nsgaii", "nsgaiii"])
+def test_a_second_objective_gives_a_front(sampler):
+    problem, truth = two_metrics()
+    trials = search(
+        Study(problem, make_strategy("optuna", problem, 0, {"sampler": sampler, "also": "macs"}), 24), truth
+    )
+    found = front(trials, "macs")
+    assert trials[0].proposal == allocate(problem).proposal and all(problem.fits(t.proposal) for t in trials)
+    assert len(found) >= 4 and found[0].cost.macs < 0.8 * trials[0].cost.macs
+    assert [t.cost.macs for t in found] == sorted(t.cost.macs for t in found)
+    for trial in trials:
+        beaten = [o for o in found if o.objective <= trial.objective and o.cost.macs <= trial.cost.macs]
+        assert beaten, "every trial is on the front or behind it"
+
+
+def test_a_second_objective_wants_a_budget_and_a_sampler_for_it():
+    problem, _ = two_metrics()
+    with pytest.raises(RankoptError, match="--budget macs=100%"):
+        make_strategy("optuna", synthetic()[0], 0, {"also": "macs"})
+    with pytest.raises(RankoptError, match="takes one objective"):
+        make_strategy("optuna", problem, 0, {"also": "macs", "sampler": "cmaes"})

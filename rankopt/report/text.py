@@ -74,7 +74,20 @@ def summary(info: dict[str, Any]) -> str:
         head.add_row(*row)
     notes = [f"{'WARNING ' * warns}{text}" for text, warns in honesty(info)]
     asked = [text] if (text := question(info)) else []
-    return render(head, *asked, budget_line(info), *changes(info), *notes, layer_table(info["layers"]))
+    front = [front_table(info)] if info.get("front") else []
+    return render(head, *asked, budget_line(info), *changes(info), *notes, *front, layer_table(info["layers"]))
+
+
+def front_table(info: dict[str, Any]) -> Table:
+    """The trials that no other beats in both objectives; which to take is the reader's choice."""
+    metric = info["options"]["also"]
+    table = Table(title=f"front: for one of these plans, search again with --budget {metric}=N", title_justify="left")
+    for column in ("trial", "objective", metric, "of dense"):
+        table.add_column(column, justify="right")
+    for row in info["front"]:
+        share = percent(row[metric] / info["cost"]["dense"][metric], 1)
+        table.add_row(str(row["trial"]), f"{row['objective']:.4g}", f"{row[metric]:,}", share)
+    return table
 
 
 def question(info: dict[str, Any]) -> str | None:

@@ -6,6 +6,10 @@ What is searched (`parametrisation`):
   is the plan. So every plan lies on the budget surface, and zeros give `knapsack`'s.
 - *positions*: relative frontier positions, projected onto the budget and filled up.
 
+With `also`, a metric such as macs, there are two objectives: the loss and that metric's share of dense, which the
+corrections then trade by a price of their own. The search's choice stays the plan of least loss within the budget;
+the report shows the front.
+
 Constraints never reach the sampler: it sees points and objectives. It is told the point that stands for the plan
 that was scored, so what it knows depends on the trials told and nothing else.
 """
@@ -26,7 +30,7 @@ from optuna.trial import TrialState, create_trial
 
 from rankopt.allocation import fill, project
 from rankopt.budget import Problem
-from rankopt.core import Proposal, RankoptError, Trial
+from rankopt.core import METRICS, Proposal, RankoptError, Trial
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.corrections import BLOCKS, CONTENDERS, WIDTH, Corrections
 
@@ -40,11 +44,13 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what differs from Optuna's defaults, 
 }
 # Samplers that read nothing but points and values; the others keep notes on the trials that they proposed.
 MEMORYLESS = {"TPESampler", "GPSampler", "RandomSampler"}
+SINGLE = {"CmaEsSampler"}  # of one objective only
 ATTEMPTS = 10  # points drawn for one ask in search of a new plan
 
 
 class Optuna(Strategy):
     """sampler: tpe, gp, cmaes, random, qmc, nsgaii, ... or the class's name in optuna.samplers.
+    also: params, macs or bytes, minimised beside the objective (samplers for several objectives: gp, tpe, nsgaii, ...).
 
     parametrisation: "corrections" or "positions". blocks: at most so many corrections; with more layers, neighbours
     share one. Raises RankoptError for an unknown sampler or parametrisation, and for a missing package.
@@ -61,14 +67,20 @@ class Optuna(Strategy):
         parametrisation: str = "corrections",
         blocks: int = BLOCKS,
         width: float = WIDTH,
+        also: str = "",
     ) -> None:
         super().__init__(problem, seed)
         if blocks < 1:
             raise RankoptError(f"blocks is {blocks}: give 1 or more")
         if not width > 0:
             raise RankoptError(f"width is {width}: give more than 0")
-        self.sampler = sampler_class(sampler)
-        self.points = _parametrisation(parametrisation, problem, blocks, width)
+        self.sampler, self.also = sampler_class(sampler), also
+        if also and also not in {limit.metric for limit in problem.limits}:
+            known = ", ".join(METRICS)
+            raise RankoptError(f"also={also!r}: give one of {known}, and a budget for it (--budget {also}=100%)")
+        if also and self.sampler.__name__ in SINGLE:
+            raise RankoptError(f"sampler {sampler!r} takes one objective: with also={also}, choose gp, tpe or nsgaii")
+        self.points = _parametrisation(parametrisation, problem, blocks, width, also or None)
         axis = FloatDistribution(self.points.low, self.points.high)
         self.space: dict[str, BaseDistribution] = {f"x{i}": axis for i in range(self.points.size)}
         self.told: dict[Proposal, float | None] = {}  # -> objective, None: failed
@@ -102,7 +114,7 @@ class Optuna(Strategy):
             plan = self.points.plan(point)
             yield plan, point
             if plan in self.told:  # the sampler learns that this point brings nothing new
-                _tell(study, asked, self._value(plan))
+                _tell(study, asked, self._values(plan))
         rng = np.random.default_rng([self.seed, number])
         finished = [(value, plan) for plan, value in self.told.items() if value is not None]
         for far in range(1, 1 + 2 * ATTEMPTS) if finished else ():  # small problems have few plans on the surface
@@ -130,7 +142,7 @@ class Optuna(Strategy):
 
         Built anew for every ask: so the answer is a function of these alone, also for samplers with a memory.
         """
-        study = optuna.create_study(direction="minimize")
+        study = optuna.create_study(directions=["minimize"] * (1 + bool(self.also)))
         # QMC draws one sequence: its seed stays, its place in it is the number of the ask.
         own = self.seed if self.sampler is samplers.QMCSampler else _derived(self.seed, number)
         study.sampler = make_sampler(self.sampler, own)
@@ -139,33 +151,37 @@ class Optuna(Strategy):
                 self._replay(study, plan)
         return study
 
-    def _value(self, plan: Proposal) -> float | None:
-        """The objective told; for a failure the worst so far, so that its surroundings are avoided."""
+    def _values(self, plan: Proposal) -> list[float] | None:
+        """The objective told, then what else is minimised; a failure counts as the worst so far, to be avoided."""
         finished = [x for x in self.told.values() if x is not None]
         objective = self.told[plan]
-        return max(finished, default=None) if objective is None else objective
+        worst = max(finished, default=None) if objective is None else objective
+        if worst is None:
+            return None
+        cost, dense = self.problem.cost(plan), self.problem.dense
+        return [worst, cost[self.also] / dense[self.also]] if self.also else [worst]
 
     def _replay(self, study: optuna.Study, plan: Proposal) -> None:
         point = dict(zip(self.space, self.known[plan], strict=True))
         pending = plan in self.pending
-        value = None if pending else self._value(plan)
+        values = None if pending else self._values(plan)
         if self.sampler.__name__ in MEMORYLESS:
-            state = TrialState.RUNNING if pending else _state(value)
-            study.add_trial(create_trial(state=state, value=value, params=point, distributions=self.space))
+            state = TrialState.RUNNING if pending else _state(values)
+            study.add_trial(create_trial(state=state, values=values, params=point, distributions=self.space))
             return
         study.enqueue_trial(point)
         asked = study.ask(self.space)
         _ = asked.relative_params  # samples (lazily), which is when such a sampler takes its notes on the trial
         if not pending:
-            _tell(study, asked, value)
+            _tell(study, asked, values)
 
 
-def _state(value: float | None) -> TrialState:
-    return TrialState.FAIL if value is None else TrialState.COMPLETE
+def _state(values: list[float] | None) -> TrialState:
+    return TrialState.FAIL if values is None else TrialState.COMPLETE
 
 
-def _tell(study: optuna.Study, asked: optuna.Trial, value: float | None) -> None:
-    study.tell(asked, value, state=_state(value))
+def _tell(study: optuna.Study, asked: optuna.Trial, values: list[float] | None) -> None:
+    study.tell(asked, values, state=_state(values))
 
 
 def _quietly(ask: Any, space: dict[str, BaseDistribution]) -> optuna.Trial:
@@ -206,9 +222,11 @@ def make_sampler(sampler: type[samplers.BaseSampler], seed: int) -> samplers.Bas
 # --- what is searched ------------------------------------------------------------------------------
 
 
-def _parametrisation(name: str, problem: Problem, blocks: int, width: float) -> Corrections | Positions:
+def _parametrisation(
+    name: str, problem: Problem, blocks: int, width: float, also: str | None
+) -> Corrections | Positions:
     if name == "corrections":
-        return Corrections(problem, blocks, width)
+        return Corrections(problem, blocks, width, also)
     if name == "positions":
         return Positions(problem)
     raise RankoptError(f"unknown parametrisation {name!r}: choose from corrections, positions")
