@@ -57,7 +57,7 @@ class SearchSpace:
 
     def dense_reason(self, layer: Layer, free: Sequence[Layer]) -> str | None:
         """Why this space keeps a layer dense; None if it does not. free: all factorisable layers, in order."""
-        convolutions = [x for x in free if x.kind != "Linear"]
+        convolutions = [x for x in free if x.kind.startswith("Conv")]
         for pattern in self.keep_dense:
             hit = {
                 "@first-convolution": bool(convolutions) and layer is convolutions[0],
