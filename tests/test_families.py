@@ -223,7 +223,7 @@ def test_the_space_of_all_families_names_every_one_that_is_exact_at_some_rank():
     [
         (f, n)
         for f, n in PAIRS
-        if f in {"svd_grouped", "tucker", "tr", "ht"} and n in {"grouped same reflect", "linear"}
+        if f in {"svd_grouped", "tucker", "tr", "ht"} and n in {"grouped same reflect", "linear", "3d", "transposed"}
     ],
 )
 def test_new_kinds_of_module_take_unbatched_inputs_and_export(family, name):
