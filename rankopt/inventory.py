@@ -194,19 +194,20 @@ def _layer(
     owners: dict[int, list[str]],
     fused: set[int],
 ) -> Layer:
-    layer = Layer(aliases[0], type(module).__name__, tuple(weight.shape))
     if type(module) in KINDS:
-        layer = dataclasses.replace(describe(module, aliases[0]), calls=tuple(calls))
-    own = list(module.parameters(recurse=False))
-    params, stored = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
-    return dataclasses.replace(
+        layer = describe(module, aliases[0])
+    else:
+        layer = Layer(aliases[0], type(module).__name__, tuple(weight.shape))
+    layer = dataclasses.replace(
         layer,
         calls=tuple(calls),
-        cost=Cost(params=params, macs=layer.weights * layer.positions, bytes=stored),
         element_size=weight.element_size(),
         reason=_reason(module, weight, calls, owners, fused),
         aliases=tuple(aliases[1:]),
     )
+    own = list(module.parameters(recurse=False))
+    params, stored = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
+    return dataclasses.replace(layer, cost=Cost(params, layer.weights * layer.positions, stored))
 
 
 def _reason(

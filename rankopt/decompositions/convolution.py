@@ -21,13 +21,14 @@ def stage_convolution(conv: _ConvNd, s: Stage, bias: bool, like: dict[str, Any])
     def pick(values: Any, other: int) -> tuple[int, ...]:
         return tuple(v if on else other for v, on in zip(values, along, strict=True))
 
-    as_text = isinstance(conv.padding, str)
+    # "same" and "valid" pad a 1 x 1 stage by nothing, too.
+    padding = conv.padding if isinstance(conv.padding, str) else pick(conv.padding, 0)
     options: dict[str, Any] = {
         "in_channels": conv.groups * s.in_channels // apart,
         "out_channels": conv.groups * s.out_channels // apart,
         "kernel_size": pick(conv.kernel_size, 1),
         "stride": pick(conv.stride, 1),
-        "padding": (conv.padding if s.axes else pick(along, 0)) if as_text else pick(conv.padding, 0),
+        "padding": padding,
         "dilation": pick(conv.dilation, 1),
         "groups": conv.groups * (s.blocks // apart),
         "bias": bias,
@@ -47,9 +48,8 @@ class SharedConv(_ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         n, groups, inside = len(self.kernel_size), self.groups, self.in_channels // self.groups
-        parts = input.unflatten(-n - 1, (groups, -1, inside)).transpose(
-            -n - 2, -n - 3
-        )  # (b, blocks, groups, in, *size)
+        parts = input.unflatten(-n - 1, (groups, -1, inside))
+        parts = parts.transpose(-n - 2, -n - 3)  # (b, blocks, groups, in, *size)
         y = convolve(self, parts.reshape(-1, self.in_channels, *input.shape[-n:]), self.weight)
         y = y.reshape(*parts.shape[: -n - 2], groups, -1, *y.shape[-n:]).transpose(-n - 2, -n - 3)
         return y.flatten(-n - 3, -n - 1)
