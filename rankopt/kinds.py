@@ -62,15 +62,15 @@ def describe(module: nn.Module, name: str = "") -> Layer:
     return Layer(name, kind, shape, groups, bias, stored=tuple(weight.shape))
 
 
-def fold(layer: Layer, weight: Tensor) -> Tensor:
+def matricise(layer: Layer, weight: Tensor) -> Tensor:
     """A weight of the layer's own shape as one matrix for each group, (groups, out, in * height * width)."""
     if layer.input_first:
         weight = _swapped(weight, layer.groups)
     return weight.reshape(layer.groups, layer.out_channels, layer.patch)
 
 
-def unfold(layer: Layer, weight: Tensor) -> Tensor:
-    """A weight as families see it, or as `fold` gives it, in the layer's own shape."""
+def in_own_shape(layer: Layer, weight: Tensor) -> Tensor:
+    """A weight as families see it, or as `matricise` gives it, in the layer's own shape."""
     if layer.input_first:
         weight = _swapped(weight.reshape(layer.shape[0], layer.in_channels, -1), layer.groups)
     return weight.reshape(layer.own_shape)

@@ -25,7 +25,7 @@ from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.evaluate import Divergence, call
 from rankopt.frontier import dense_candidate, frontier
 from rankopt.inventory import batch_size, count, inference, inventory, map_tensors, model_input, run, to_device
-from rankopt.kinds import fold
+from rankopt.kinds import matricise
 from rankopt.plan import apply
 from rankopt.sensitivity import Curve, measure, with_losses
 from rankopt.space import SearchSpace, load_space
@@ -299,7 +299,7 @@ def _curves(
 def _spectra(model: nn.Module, layer: Layer) -> Spectra:
     """Of the unfoldings on which some family has a rank."""
     weight = model.get_submodule(layer.name).weight.detach().double().cpu()  # type: ignore[operator]
-    tensor = fold(layer, weight).unflatten(-1, (layer.in_channels, *layer.kernel))
+    tensor = matricise(layer, weight).unflatten(-1, (layer.in_channels, *layer.kernel))
     tensor = tensor.permute(2, 3, 4, 1, 0)  # (C, height, width, T, groups)
     unfolded = {"output": tensor.movedim(3, 0).flatten(1)}
     if layer.kind != "Embedding":

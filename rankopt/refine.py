@@ -21,7 +21,7 @@ from rankopt.core import Candidate, Layer
 from rankopt.decompositions import DECOMPOSITIONS, DENSE
 from rankopt.decompositions.base import load_factors
 from rankopt.inventory import inference, run, to_device
-from rankopt.kinds import fold, unfold
+from rankopt.kinds import in_own_shape, matricise
 
 SHRINK = 1e-3  # towards the layer's own weight, relative to the mean diagonal of E[x̂ x̂ᵀ]
 
@@ -62,11 +62,11 @@ def _seen_weight(dense: nn.Module, small: nn.Module, layer: Layer, batches: Sequ
                 moment, cross, rows = moment + outer(b, b), cross + outer(a, b), rows + b.shape[-1]
     moment, cross = moment / max(rows, 1), cross / max(rows, 1)
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
-    flat = fold(layer, weight.double())
+    flat = matricise(layer, weight.double())
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)[:, None, None]
     shrink = SHRINK * mean * torch.eye(layer.patch, dtype=moment.dtype, device=moment.device)
     best = torch.linalg.solve(moment + shrink, (flat @ (cross + shrink)).mT).mT
-    return unfold(layer, best).to(weight.dtype), moment
+    return in_own_shape(layer, best).to(weight.dtype), moment
 
 
 def _inputs(model: nn.Module, layer: Layer, batch: Any) -> list[Tensor]:

@@ -19,7 +19,7 @@ from rankopt import inventory
 from rankopt.calibration import frequencies
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.job import Settings, run_search
-from rankopt.kinds import describe, fold, unfold
+from rankopt.kinds import describe, in_own_shape, matricise
 from rankopt.prepare import mark_dense, prepare, silent
 from rankopt.report.html import write_report
 from rankopt.report.text import inspection, render
@@ -33,13 +33,13 @@ from tests.conftest import QUICK
 
 
 @pytest.mark.parametrize("name", list(MODULES))
-def test_folding_is_undone_and_says_the_shape(name):
+def test_a_weight_as_matrices_goes_back_to_its_own_shape(name):
     module = MODULES[name]()
     layer = describe(module)
-    folded = fold(layer, module.weight)
-    assert folded.shape == (layer.groups, layer.out_channels, layer.patch) and layer.own_shape == module.weight.shape
-    assert torch.equal(unfold(layer, folded), module.weight)
-    assert torch.equal(unfold(layer, folded.reshape(layer.shape)), module.weight)
+    matrices = matricise(layer, module.weight)
+    assert matrices.shape == (layer.groups, layer.out_channels, layer.patch) and layer.own_shape == module.weight.shape
+    assert torch.equal(in_own_shape(layer, matrices), module.weight)
+    assert torch.equal(in_own_shape(layer, matrices.reshape(layer.shape)), module.weight)
 
 
 def test_depth_is_taken_from_the_plane():

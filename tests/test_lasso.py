@@ -16,7 +16,7 @@ from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import load_factors
 from rankopt.decompositions.fitting import full_target
 from rankopt.job import Settings, run_search
-from rankopt.kinds import fold
+from rankopt.kinds import matricise
 from rankopt.prepare import silent
 from rankopt.strategies import make_strategy
 from rankopt.strategies.lasso import components, lasso, rank_one, regression
@@ -112,7 +112,7 @@ def test_rotated_components_are_singular_vectors(name):
     module = svd.build(case.module, case.layer, rank)
     load_factors(module, tuple(f * torch.linspace(1, 2, len(f)).view(-1, *[1] * (f.ndim - 1)) for f in fit.factors))
     before = module(case.x)
-    values = torch.linalg.svdvals(fold(case.layer, module.weight.detach()))[:, : rank[0]]
+    values = torch.linalg.svdvals(matricise(case.layer, module.weight.detach()))[:, : rank[0]]
     gated = Gated(case.layer, Candidate("svd_out", rank, Cost(0, 0, 0), 0.0), module)
     gated.rotate()
     torch.testing.assert_close(module(case.x), before)

@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from rankopt.core import Cost, Layer, Rank
 from rankopt.decompositions.convolution import stage_convolution
-from rankopt.kinds import describe, fold, unfold
+from rankopt.kinds import describe, in_own_shape, matricise
 
 Aspect = tuple[float, ...]
 """A direction in which ranks grow: proportions of full rank; an int is a rank that stays as it is."""
@@ -272,8 +272,8 @@ class Factorised(nn.Sequential):
         from rankopt.decompositions import DECOMPOSITIONS
 
         parts = [(describe(s), s.weight) for s in self]
-        factors = tuple(fold(part, weight).reshape(part.shape) for part, weight in parts)  # type: ignore[arg-type]
-        return unfold(self.layer, DECOMPOSITIONS[self.method].weight(self.layer, factors))
+        factors = tuple(matricise(part, weight).reshape(part.shape) for part, weight in parts)  # type: ignore[arg-type]
+        return in_own_shape(self.layer, DECOMPOSITIONS[self.method].weight(self.layer, factors))
 
     @property
     def bias(self) -> Tensor | None:
@@ -344,4 +344,4 @@ def load_factors(replacement: nn.Module, factors: Factors) -> None:
         for name, factor in zip(names, factors, strict=True):
             module = replacement.get_submodule(name.rpartition(".")[0])
             own = isinstance(module, (_ConvNd, nn.Embedding))  # of others the factor is the parameter as it is
-            replacement.get_parameter(name).copy_(unfold(describe(module), factor) if own else factor)
+            replacement.get_parameter(name).copy_(in_own_shape(describe(module), factor) if own else factor)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rankopt.core import Layer, Rank
 from rankopt.decompositions.base import Decomposition, Factors, Fit, Target
-from rankopt.kinds import fold
+from rankopt.kinds import matricise
 
 RIDGE = 1e-10  # relative to each row of K: keeps near-dependent rows solvable
 # While θ is searched: λ Σ_r ‖b_r‖² ‖k_r‖², the energy of the rows' terms apart, which grows without bound where CP
@@ -172,7 +172,7 @@ def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
 
 def full_target(layer: Layer, weight: Tensor, moment: Tensor | None, metric: Tensor | None) -> Target:
     """Weight, moment and metric in float64 on one device; identities where not given. weight: the layer's own."""
-    w = fold(layer, weight.detach().double())
+    w = matricise(layer, weight.detach().double())
 
     def or_identity(m: Tensor | None, size: int) -> Tensor:
         if m is not None:

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from rankopt.core import Layer, Rank
 from rankopt.decompositions.base import Decomposition, Factors, Fit, Target, finish
 from rankopt.decompositions.fitting import MAX_FLOPS, declare, full_target
-from rankopt.kinds import convolve, describe, unfold
+from rankopt.kinds import convolve, describe, in_own_shape
 
 
 class Joint(Decomposition):
@@ -129,7 +129,7 @@ class Reconstructed(nn.Module):
         cores = tuple(self.cores)
         wanted = torch.is_grad_enabled() and any(c.requires_grad for c in cores)
         if self.training or wanted or torch.compiler.is_compiling() or any(c.is_inference() for c in cores):
-            return unfold(self.layer, self.family.weight(self.layer, cores))
+            return in_own_shape(self.layer, self.family.weight(self.layer, cores))
         return self._keep(cores)
 
     def _keep(self, cores: Factors) -> Tensor:
@@ -138,7 +138,7 @@ class Reconstructed(nn.Module):
         if self._kept is None or self._kept[0] != state:
             with torch.inference_mode(mode=False), torch.no_grad():
                 pins = [c.detach() for c in cores]  # keep the memory, so that no other core can be at its address
-                self._kept = state, pins, unfold(self.layer, self.family.weight(self.layer, cores))
+                self._kept = state, pins, in_own_shape(self.layer, self.family.weight(self.layer, cores))
         return self._kept[2]
 
     def train(self, mode: bool = True) -> Reconstructed:

@@ -37,7 +37,7 @@ from rankopt.core import Candidate, Cost, Layer, Proposal, Rank, RankoptError
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.fitting import balanced
 from rankopt.frontier import largest_of
-from rankopt.kinds import describe, fold, unfold
+from rankopt.kinds import describe, in_own_shape, matricise
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.uniform import largest, within
 from rankopt.training import CLIP, lessons, train
@@ -140,9 +140,9 @@ class Gated:
         (bond,) = self.bonds
         (first, _), (last, _) = bond.slices
         inner, outer = (describe(s) for s in self.stages)
-        left, right = balanced(fold(outer, last) * bond.gates, fold(inner, first))
-        last.copy_(unfold(outer, left))
-        first.copy_(unfold(inner, right))
+        left, right = balanced(matricise(outer, last) * bond.gates, matricise(inner, first))
+        last.copy_(in_own_shape(outer, left))
+        first.copy_(in_own_shape(inner, right))
         bond.gates.fill_(1.0)
         bond.absorb()
 
