@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from rankopt.core import Layer, TaskError
 from rankopt.inventory import inference, run, to_device
@@ -18,11 +20,12 @@ CHUNK = 2**23  # elements of a patch matrix held at once (32 MB in float32)
 def moments(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], progress: Any = None
 ) -> dict[str, Tensor]:
-    """Second moment of each layer's input: S = E[x xᵀ] over patches (Conv2d) or vectors (Linear).
+    """Second moment of each layer's input: S = E[x xᵀ] over patches (convolutions) or vectors (Linear).
 
     Returns name -> float64 (groups, patch, patch) on the model's device, patch = in_channels // groups *
-    height * width in the weight's own order. Products are taken in the input's precision a chunk at a
-    time and summed in float64. Raises TaskError naming the layer whose input is not finite.
+    height * width in the order that families see; of an Embedding, whose input is one-hot, the diagonal
+    (1, vocabulary) as in `frequencies`. Products are taken in the input's precision a chunk at a time and
+    summed in float64. Raises TaskError naming the layer whose input is not finite.
     """
     modules = {name: model.get_submodule(name) for name in (layer.name for layer in layers)}
     sums: dict[str, Tensor] = {}
@@ -50,11 +53,32 @@ def moments(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: sums[name] / counts[name] for name in sums if counts[name]}  # none: never reached (an idle expert)
+    tables = {layer.name for layer in layers if layer.kind == "Embedding"}
+    reached = [name for name in sums if counts[name]]  # others never were (an idle expert)
+    return {name: frequencies(sums[name]) if name in tables else sums[name] / counts[name] for name in reached}
+
+
+def frequencies(counts: Tensor) -> Tensor:
+    """How often each token is expected, (1, vocabulary), from its counts in the calibration data.
+
+    A token that was not seen would cost nothing, and its row would be given up, though it may well come next.
+    What was not seen comes with a probability of about N₁ / N together, N₁ of the N tokens seen being of those seen
+    once (Good 1953). It is spread evenly, with one added to N₁ so that it never is nothing; no token that was not
+    seen counts more than one that was seen once.
+    """
+    once, unseen = (counts == 1).sum(), (counts == 0).sum()
+    each = ((once + 1) / unseen.clamp_min(1)).clamp_max(1).to(counts)
+    counts = torch.where(counts == 0, each, counts)
+    return counts / counts.sum()
 
 
 def _gram(layer: Layer, module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """Sum of x xᵀ over patches, float64 (groups, patch, patch), and how many patches it holds."""
+    """Sum of x xᵀ over patches, float64 (groups, patch, patch), and how many patches it holds.
+
+    Of an Embedding the diagonal, (1, vocabulary).
+    """
+    if layer.kind == "Embedding":
+        return torch.bincount(x.flatten(), minlength=layer.patch).double()[None], x.numel()
     total = torch.zeros(layer.groups, layer.patch, layer.patch, dtype=torch.float64, device=x.device)
     rows = 0
     for part in columns(layer, module, x):
@@ -65,12 +89,12 @@ def _gram(layer: Layer, module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
 
 def columns(layer: Layer, module: nn.Module, x: Tensor) -> Iterator[Tensor]:
     """What each output of a layer sees, (groups, patch, rows), a chunk at a time."""
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, _ConvNd):
         for part in x.reshape(-1, x.shape[-1]).split(max(1, CHUNK // x.shape[-1])):
             yield part.T[None]
         return
-    x = x if x.ndim == 4 else x[None]
-    positions = x.shape[-1] * x.shape[-2]
+    x = x if x.ndim == len(module.kernel_size) + 2 else x[None]
+    positions = math.prod(x.shape[2:]) * (math.prod(module.stride) if module.transposed else 1)
     for part in x.split(max(1, CHUNK // (positions * layer.patch * layer.groups))):
         seen = patches(module, part)  # (b, groups * patch, positions)
         yield seen.unflatten(1, (layer.groups, layer.patch)).permute(1, 2, 0, 3).flatten(2)
@@ -82,11 +106,32 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.mT).double()
 
 
-def patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """The patches that a convolution sees: (b, c, h, w) -> (b, c * kh * kw, positions)."""
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    padded = F.pad(x, conv._reversed_padding_repeated_twice, mode)
-    return F.unfold(padded, conv.kernel_size, conv.dilation, 0, conv.stride)
+def patches(conv: _ConvNd, x: Tensor) -> Tensor:
+    """The patches that each output of a convolution sees: (b, c, *size) -> (b, c * kernel, positions)."""
+    n = len(conv.kernel_size)
+    if conv.transposed:
+        seen, stride = _zeros_between(conv, x), (1,) * n
+    else:
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        seen, stride = F.pad(x, conv._reversed_padding_repeated_twice, mode), conv.stride
+    for i, (size, dilation) in enumerate(zip(conv.kernel_size, conv.dilation, strict=True)):
+        seen = seen.unfold(2 + i, (size - 1) * dilation + 1, stride[i])[..., ::dilation]
+    if conv.transposed:  # what comes first in the input meets the kernel's end
+        seen = seen.flip(tuple(range(-n, 0)))
+    return seen.permute(0, 1, *range(2 + n, 2 + 2 * n), *range(2, 2 + n)).flatten(1, 1 + n).flatten(2)
+
+
+def _zeros_between(conv: _ConvNd, x: Tensor) -> Tensor:
+    """The input over which a transposed convolution is an ordinary one: stride - 1 zeros between, zeros around."""
+    sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], conv.stride, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *sizes)
+    steps: list[Any] = [slice(None, None, step) for step in conv.stride]
+    spread[..., *steps] = x
+    around: list[int] = []
+    for i in reversed(range(len(sizes))):
+        before = conv.dilation[i] * (conv.kernel_size[i] - 1) - int(conv.padding[i])
+        around += [before, before + conv.output_padding[i]]
+    return F.pad(spread, around)
 
 
 # --- how much the model feels each output ----------------------------------------------------------
@@ -106,7 +151,7 @@ def output_metrics(
     generator = torch.Generator().manual_seed(0)
 
     def collect(layer: Layer, gradient: Tensor) -> None:
-        axis = -3 if len(layer.shape) == 4 else -1
+        axis = 1 - len(layer.own_shape)  # before those of the kernel
         channels = gradient.detach().movedim(axis, 0).reshape(layer.groups, layer.out_channels, -1)
         sums[layer.name] = sums.get(layer.name, 0) + outer(channels, channels)
 

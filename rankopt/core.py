@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 Rank = tuple[int, ...]
 METRICS = ("params", "macs", "bytes")
+INPUT_FIRST = ("ConvTranspose", "Embedding")
+"""How kinds of layers begin whose weight is kept (in, out // groups, *kernel)."""
 
 
 class RankoptError(ValueError):
@@ -59,7 +61,8 @@ class Cost:
 class Call(NamedTuple):
     """One use of a layer in a forward pass of one example.
 
-    maps: how many maps (Conv2d) or vectors (Linear, of size 1x1) pass; sizes are (height, width).
+    maps: how many maps (of a convolution) or vectors (of size 1x1) pass; sizes are (height, width), see kinds.py.
+    An Embedding reads indices: size_in is (0, 0).
     """
 
     maps: int
@@ -69,11 +72,15 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with a weight, as the inventory found it. `reason` says why it must stay dense, if it must."""
+    """A layer with a weight, as the inventory found it. `reason` says why it must stay dense, if it must.
+
+    shape: of the weight as families see it, (out, in // groups, height, width) or (out, in); kinds.py says what
+    these are for every kind. stored: of the weight itself, where it is another.
+    """
 
     name: str
     kind: str
-    shape: tuple[int, ...]  # of the weight: (out, in // groups, height, width) or (out, in)
+    shape: tuple[int, ...]
     groups: int = 1
     bias: bool = False
     calls: tuple[Call, ...] = ()
@@ -81,6 +88,22 @@ class Layer:
     element_size: int = 4
     reason: str | None = None
     aliases: tuple[str, ...] = ()  # further names of the same module
+    stored: tuple[int, ...] = ()
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Of the weight as the module keeps it."""
+        return self.stored or self.shape
+
+    @property
+    def input_first(self) -> bool:
+        """Whether the weight is kept (in, out // groups, *kernel), and costs MACs for each position of the input."""
+        return self.kind.startswith(INPUT_FIRST)
+
+    @property
+    def positions(self) -> int:
+        """How often the whole weight is applied for one example, as torch's flop counter counts."""
+        return sum(c.maps * math.prod(c.size_in if self.input_first else c.size_out) for c in self.calls)
 
     @property
     def out_channels(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankopt.core import Call, Cost, Layer, TaskError
+from rankopt.kinds import KINDS, describe, pair
 
-FACTORISABLE = (nn.Conv2d, nn.Linear)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 
@@ -154,16 +155,12 @@ def _record_calls(model: nn.Module, example_input: Any) -> dict[nn.Module, list[
     """Run one example and note the sizes at every call of a layer."""
     calls: dict[nn.Module, list[Call]] = defaultdict(list)
 
-    def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        if type(module) is nn.Conv2d and args:
-            x = args[0] if args[0].ndim == 4 else args[0][None]
-            calls[module].append(Call(len(x), tuple(x.shape[-2:]), tuple(out.shape[-2:])))
-        elif isinstance(module, nn.Linear) and args:
-            calls[module].append(Call(args[0].numel() // max(args[0].shape[-1], 1), (1, 1), (1, 1)))
-        else:  # called with keywords, or of another kind: seen, but not described
-            calls[module].append(Call(0, (0, 0), (0, 0)))
+    def note(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], out: Any) -> None:
+        alone = len(args) == 1 and not options  # else seen, but not described
+        calls[module].append(_call(module, args[0], out) if alone else UNKNOWN)
 
-    handles = [m.register_forward_hook(note) for m in model.modules() if _main_weight(m) is not None]
+    weighted = [m for m in model.modules() if _main_weight(m) is not None]
+    handles = [m.register_forward_hook(note, with_kwargs=True) for m in weighted]
     try:
         with inference(model):
             run(model, to_device(one_example(example_input), model))
@@ -175,6 +172,20 @@ def _record_calls(model: nn.Module, example_input: Any) -> dict[nn.Module, list[
     return calls
 
 
+UNKNOWN = Call(0, (0, 0), (0, 0))
+
+
+def _call(module: nn.Module, x: Any, out: Any) -> Call:
+    if type(module) not in KINDS:
+        return UNKNOWN
+    if isinstance(module, nn.modules.conv._ConvNd):
+        axes = len(module.kernel_size)
+        return Call(len(x) if x.ndim > axes + 1 else 1, pair(x.shape[-axes:]), pair(out.shape[-axes:]))
+    if isinstance(module, nn.Embedding):
+        return Call(x.numel(), (0, 0), (1, 1))
+    return Call(x.numel() // max(x.shape[-1], 1), (1, 1), (1, 1))
+
+
 def _layer(
     module: nn.Module,
     weight: Tensor,
@@ -183,26 +194,20 @@ def _layer(
     owners: dict[int, list[str]],
     fused: set[int],
 ) -> Layer:
-    groups = getattr(module, "groups", 1)
-    bias = getattr(module, "bias", None)
-    kernel_area = weight[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
-    macs = 0
-    if type(module) in FACTORISABLE:
-        macs = sum(c.maps * c.size_out[0] * c.size_out[1] * weight.numel() for c in calls)
-        assert weight.shape[1] * kernel_area * weight.shape[0] == weight.numel()
-    own = list(module.parameters(recurse=False))
-    return Layer(
-        name=aliases[0],
-        kind=type(module).__name__,
-        shape=tuple(weight.shape),
-        groups=groups if isinstance(groups, int) else 1,
-        bias=isinstance(bias, Tensor),
+    if type(module) in KINDS:
+        layer = describe(module, aliases[0])
+    else:
+        layer = Layer(aliases[0], type(module).__name__, tuple(weight.shape))
+    layer = dataclasses.replace(
+        layer,
         calls=tuple(calls),
-        cost=Cost(params=sum(p.numel() for p in own), macs=macs, bytes=sum(p.numel() * p.element_size() for p in own)),
         element_size=weight.element_size(),
         reason=_reason(module, weight, calls, owners, fused),
         aliases=tuple(aliases[1:]),
     )
+    own = list(module.parameters(recurse=False))
+    params, stored = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
+    return dataclasses.replace(layer, cost=Cost(params, layer.weights * layer.positions, stored))
 
 
 def _reason(
@@ -211,8 +216,8 @@ def _reason(
     """Why a layer must stay dense; None if it may be factorised."""
     if parametrize.is_parametrized(module):
         return "its weight is parametrised (weight_norm, spectral_norm, ...): remove the parametrisation first"
-    if type(module) not in FACTORISABLE:
-        base = next((c.__name__ for c in FACTORISABLE if isinstance(module, c)), None)
+    if type(module) not in KINDS:
+        base = next((c.__name__ for c in KINDS if isinstance(module, c)), None)
         if base:
             return f"a subclass of {base} may do something else with its weight"
         return f"{type(module).__name__} cannot be factorised yet"
@@ -226,11 +231,20 @@ def _reason(
     if not calls:
         return "not called as a module by the example input (unused, or its weight is read directly)"
     if any(c.maps == 0 for c in calls):
-        return "called with keyword arguments, which the replacement does not take"
+        return "called with more than its input, or with keywords, which the replacement does not take"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it carries hooks, which the replacement would lose"
     if weight.numel() == 0:
         return "its weight is empty"
+    return _table_reason(module) if isinstance(module, nn.Embedding) else None
+
+
+def _table_reason(module: nn.Embedding) -> str | None:
+    """Why an Embedding must stay dense; None if it may be factorised."""
+    if module.max_norm is not None:
+        return "max_norm rescales the rows that are read, and the replacement has no such rows"
+    if module.scale_grad_by_freq or module.sparse:
+        return "scale_grad_by_freq or sparse says how its rows are trained, and the replacement has no such rows"
     return None

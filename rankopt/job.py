@@ -131,7 +131,7 @@ def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
             Choice(
                 layer.name,
                 layer.kind,
-                layer.shape,
+                layer.own_shape,
                 candidate.method,
                 candidate.rank,
                 candidate.cost.params,

@@ -18,6 +18,7 @@ from rankopt.candidates import FactorStore, write_beside
 from rankopt.core import Candidate, Choice, Cost, Layer, Plan, PlanError, RankoptError, StudyError
 from rankopt.decompositions import DECOMPOSITIONS, DENSE
 from rankopt.decompositions.base import load_factors
+from rankopt.kinds import KINDS, describe
 
 FORMAT, VERSION = "rankopt-plan", 1
 READ = {"task", "strategy", "seed", "seconds", "trials", "budget", "cost", "score", "milliseconds", "layers"}
@@ -140,14 +141,15 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
             raise PlanError(f"the plan is for another model: this one has no layer {choice.name!r}")
         if choice.method == DENSE:
             continue
-        shape = tuple(module.weight.shape) if isinstance(module, (nn.Conv2d, nn.Linear)) else ()
-        if shape != choice.shape:
+        kind = type(module).__name__
+        layer = describe(module, choice.name) if type(module) in KINDS else Layer(choice.name, kind, ())
+        if (kind, layer.own_shape) != (choice.kind, choice.shape):
             raise PlanError(
-                f"the plan is for another model: layer {choice.name!r} is {type(module).__name__} with weight {shape}, "
+                f"the plan is for another model: layer {choice.name!r} is {kind} with weight {layer.own_shape}, "
                 f"the plan has {choice.kind} {choice.shape}"
             )
         aliases = tuple(n for n, m in modules.items() if m is module and n != choice.name)
-        layer = Layer(choice.name, choice.kind, shape, getattr(module, "groups", 1), aliases=aliases)
+        layer = dataclasses.replace(layer, aliases=aliases)
         family = DECOMPOSITIONS[choice.method]
         full = family.full_rank(layer)
         if full is None or len(full) != len(choice.rank) or family.valid(layer, choice.rank) != choice.rank:

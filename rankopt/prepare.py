@@ -189,7 +189,8 @@ def mark_dense(layers: Sequence[Layer], space: SearchSpace) -> tuple[Layer, ...]
         if reason is None:
             reason = space.dense_reason(layer, free)
         if reason is None and not any(space.ranks(family, layer) for family in space.families):
-            reason = f"no family of search space {space.name!r} makes it smaller"
+            depthwise = ", which has but its kernel: it is depthwise" if layer.groups == layer.shape[0] > 1 else ""
+            reason = f"no family of search space {space.name!r} makes it smaller{depthwise}"
         marked.append(dataclasses.replace(layer, reason=reason))
     return tuple(marked)
 

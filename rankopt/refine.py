@@ -21,6 +21,7 @@ from rankopt.core import Candidate, Layer
 from rankopt.decompositions import DECOMPOSITIONS, DENSE
 from rankopt.decompositions.base import load_factors
 from rankopt.inventory import inference, run, to_device
+from rankopt.kinds import in_own_shape, matricise
 
 SHRINK = 1e-3  # towards the layer's own weight, relative to the mean diagonal of E[x̂ x̂ᵀ]
 
@@ -40,7 +41,8 @@ def refine(
     track: Any,
 ) -> None:
     """Refit every factorised layer of `small` in place, in the model's order. metrics: name -> (S, H)."""
-    todo = [(x, c) for x, c in zip(layers, candidates, strict=True) if c.method != DENSE]
+    # An Embedding reads indices, which are the same in either model: its fit is what refitting would give.
+    todo = [(x, c) for x, c in zip(layers, candidates, strict=True) if c.method != DENSE and x.kind != "Embedding"]
     for layer, candidate in track(todo, "refining layer after layer", len(todo)):
         weight, moment = _seen_weight(dense, small, layer, batches)
         family = DECOMPOSITIONS[candidate.method]
@@ -59,12 +61,12 @@ def _seen_weight(dense: nn.Module, small: nn.Module, layer: Layer, batches: Sequ
             for a, b in zip(columns(layer, module, x), columns(layer, module, seen), strict=True):
                 moment, cross, rows = moment + outer(b, b), cross + outer(a, b), rows + b.shape[-1]
     moment, cross = moment / max(rows, 1), cross / max(rows, 1)
-    weight: Tensor = module.weight.detach().double()  # type: ignore[operator]
-    flat = weight.reshape(layer.groups, layer.out_channels, layer.patch)
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    flat = matricise(layer, weight.double())
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)[:, None, None]
     shrink = SHRINK * mean * torch.eye(layer.patch, dtype=moment.dtype, device=moment.device)
     best = torch.linalg.solve(moment + shrink, (flat @ (cross + shrink)).mT).mT
-    return best.reshape(weight.shape).to(module.weight.dtype), moment
+    return in_own_shape(layer, best).to(weight.dtype), moment
 
 
 def _inputs(model: nn.Module, layer: Layer, batch: Any) -> list[Tensor]:

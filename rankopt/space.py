@@ -53,11 +53,12 @@ class SearchSpace:
     def ranks(self, family: str, layer: Layer) -> list[Rank]:
         """The ranks of a family to try on a layer; none if it has no place there or would not make it smaller."""
         decomposition = DECOMPOSITIONS[family]
-        return decomposition.ranks(layer, self.grid(decomposition.density), self.nearest)
+        density = 1.0 if layer.kind == "Embedding" else decomposition.density  # factors of a table are large to keep
+        return decomposition.ranks(layer, self.grid(density), self.nearest)
 
     def dense_reason(self, layer: Layer, free: Sequence[Layer]) -> str | None:
         """Why this space keeps a layer dense; None if it does not. free: all factorisable layers, in order."""
-        convolutions = [x for x in free if x.kind != "Linear"]
+        convolutions = [x for x in free if x.kind.startswith("Conv")]
         for pattern in self.keep_dense:
             hit = {
                 "@first-convolution": bool(convolutions) and layer is convolutions[0],

@@ -21,9 +21,32 @@ MODULES = {
     "1x3 circular": lambda: nn.Conv2d(4, 6, (1, 3), padding=(0, 1), padding_mode="circular"),
     "even kernel same": lambda: nn.Conv2d(5, 7, 4, padding="same", dilation=2),
     "uneven padding replicate": lambda: nn.Conv2d(6, 4, (5, 3), padding=(2, 0), padding_mode="replicate"),
+    "1d strided": lambda: nn.Conv1d(6, 8, 5, stride=2, padding=2),
+    "1d grouped dilated reflect": lambda: nn.Conv1d(
+        6, 8, 3, dilation=2, padding="same", groups=2, padding_mode="reflect"
+    ),
+    "3d": lambda: nn.Conv3d(4, 4, (3, 2, 3), stride=(1, 2, 1), padding=(1, 0, 1), padding_mode="circular"),
+    "3d grouped, depth 1": lambda: nn.Conv3d(4, 6, (1, 3, 3), groups=2, dilation=(1, 1, 2), bias=False),
+    "transposed 1d": lambda: nn.ConvTranspose1d(6, 8, 4, stride=2, padding=1, bias=False),
+    "transposed": lambda: nn.ConvTranspose2d(6, 4, (3, 4), stride=2, padding=1, output_padding=(1, 0)),
+    "transposed grouped dilated": lambda: nn.ConvTranspose2d(4, 6, 3, stride=(2, 1), dilation=(1, 2), groups=2),
+    "transposed 1x1": lambda: nn.ConvTranspose2d(8, 6, 1, stride=2, output_padding=1),
+    "transposed 3d": lambda: nn.ConvTranspose3d(4, 4, (2, 3, 2), stride=2, padding=(0, 1, 0)),
+    "embedding": lambda: nn.Embedding(40, 12, padding_idx=0),
     "linear": lambda: nn.Linear(12, 20),
     "linear, primes, no bias": lambda: nn.Linear(11, 8, bias=False),
 }
+
+
+def inputs(module: nn.Module, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Eight batches of four correlated examples; of an Embedding, of tokens that fall in frequency."""
+    if isinstance(module, nn.Embedding):
+        return [torch.randn(4, 5).square().mul(5).long().clamp_max(module.num_embeddings - 1) for _ in range(8)]
+    if isinstance(module, nn.Linear):
+        shape: tuple[int, ...] = (module.in_features,)
+    else:
+        shape = (module.in_channels, *{1: (29,), 2: (11, 13), 3: (5, 6, 7)}[len(module.kernel_size)])
+    return [torch.randn(4, *shape, dtype=dtype).cumsum(-1) for _ in range(8)]
 
 
 @dataclass
@@ -39,8 +62,7 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> Case:
     """A module in float64 with a correlated input moment and output metric."""
     torch.manual_seed(0)
     module = MODULES[name]().to(dtype)
-    shape = (12,) if name == "linear" else (11,) if name.startswith("linear") else (module.in_channels, 11, 13)
-    batches = [torch.randn(4, *shape, dtype=dtype).cumsum(-1) for _ in range(8)]
+    batches = inputs(module, dtype)
     (layer,) = inventory(module, batches[0])
     moment = moments(module, [layer], batches)[layer.name]
     root = torch.randn(layer.groups, layer.out_channels, layer.out_channels, dtype=torch.float64)

@@ -189,7 +189,8 @@ def test_divergence_is_the_terms_energy_over_their_sums():
 def test_a_valid_rank_stays_as_it_is(data):
     sizes = [data.draw(st.integers(1, 24)) for _ in range(2)]
     kernel = data.draw(st.sampled_from([(), (1, 1), (1, 3), (3, 3), (5, 2)]))
-    layer = Layer("", "Conv2d" if kernel else "Linear", (*sizes, *kernel))
+    kinds = ("Conv2d", "Conv3d", "ConvTranspose1d") if kernel else ("Linear", "Embedding")
+    layer = Layer("", data.draw(st.sampled_from(kinds)), (*sizes, *kernel))
     for family in DECOMPOSITIONS:
         decomposition = DECOMPOSITIONS[family]
         full = decomposition.full_rank(layer)
@@ -223,7 +224,7 @@ def test_the_space_of_all_families_names_every_one_that_is_exact_at_some_rank():
     [
         (f, n)
         for f, n in PAIRS
-        if f in {"svd_grouped", "tucker", "tr", "ht"} and n in {"grouped same reflect", "linear"}
+        if f in {"svd_grouped", "tucker", "tr", "ht"} and n in {"grouped same reflect", "linear", "3d", "transposed"}
     ],
 )
 def test_new_kinds_of_module_take_unbatched_inputs_and_export(family, name):

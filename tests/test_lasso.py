@@ -18,6 +18,7 @@ from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import load_factors
 from rankopt.decompositions.fitting import full_target
 from rankopt.job import Settings, run_search
+from rankopt.kinds import matricise
 from rankopt.prepare import silent
 from rankopt.strategies import make_strategy
 from rankopt.strategies.lasso import GRID, lasso, rank_one, refitted, regression
@@ -101,9 +102,27 @@ def test_gates_leave_the_layer_as_it_is_and_zero_gates_remove_components(family,
         for bond in gated.bonds:
             bond.gates.zero_()
             assert not torch.allclose(module(case.x), grown), "the penalty must reach the output"
-        bias = case.module.bias
+        bias = getattr(case.module, "bias", None)
         flat = module(case.x).movedim(-1 if len(case.layer.shape) == 2 else 1, -1)
         torch.testing.assert_close(flat, torch.zeros_like(flat) if bias is None else bias.expand_as(flat))
+
+
+@pytest.mark.parametrize("name", [n for f, n in PAIRS if f == "svd_out"])
+def test_rotated_components_are_singular_vectors(name):
+    """The layer stays as it is, and its gates are the singular values of every group's weight, up to one factor."""
+    case, svd = make(name), DECOMPOSITIONS["svd_out"]
+    rank = svd.valid(case.layer, (3,))
+    (fit,) = svd.fit(case.layer, case.module.weight, [rank], case.moment, case.metric)
+    module = svd.build(case.module, case.layer, rank)
+    load_factors(module, tuple(f * torch.linspace(1, 2, len(f)).view(-1, *[1] * (f.ndim - 1)) for f in fit.factors))
+    before = module(case.x)
+    values = torch.linalg.svdvals(matricise(case.layer, module.weight.detach()))[:, : rank[0]]
+    gated = Gated(case.layer, Candidate("svd_out", rank, Cost(0, 0, 0), 0.0), module)
+    gated.rotate()
+    torch.testing.assert_close(module(case.x), before)
+    gates = gated.bonds[0].gates.detach()
+    if case.layer.groups == 1:
+        torch.testing.assert_close(gates / gates[0], values[0] / values[0, 0])
 
 
 def test_the_threshold_spares_negative_gates():

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "rankopt"
 # Who may import whom at the top of a file: lower numbers know nothing of higher ones.
 ORDER = [
     {"core"},
+    {"kinds"},
     {"inventory", "registry", "uncertainty"},
     {"calibration"},
     {"decompositions"},

@@ -1,8 +1,8 @@
 """What every decomposition is: numbers in, module out.
 
-Notation, per group of a layer: weight W (T, n) with n = C * kh * kw inputs of one output; S (n, n) second
-moment of the input patches; H (T, T) second moment of the model's response to the layer's outputs. The error
-of an approximation is, relative to the same of W itself,
+Notation, per group of a layer: weight W (T, n) with n = C * kh * kw inputs of one output (kinds.py says what kh and
+kw are of layers that have not two axes); S (n, n) second moment of the input patches; H (T, T) second moment of the
+model's response to the layer's outputs. The error of an approximation is, relative to the same of W itself,
 
     ‖W − Ŵ‖² = tr(H (W − Ŵ) S (W − Ŵ)ᵀ)
 
@@ -19,8 +19,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from rankopt.core import Cost, Layer, Rank
+from rankopt.decompositions.convolution import stage_convolution
+from rankopt.kinds import describe, in_own_shape, matricise
 
 Aspect = tuple[float, ...]
 """A direction in which ranks grow: proportions of full rank; an int is a rank that stays as it is."""
@@ -32,7 +35,8 @@ Factors = tuple[Tensor, ...]
 class Stage(NamedTuple):
     """One convolution of a replacement; channels per group of the original layer.
 
-    axes: whose stride, padding and dilation of the original it takes over: "hw", "h", "w" or "".
+    axes: whose stride, padding and dilation of the original it takes over, and whose kernel: "hw", "h", "w" or "".
+    Of an Embedding a stage of "hw" is the look-up. Of a transposed convolution, stages of any axis are transposed.
     blocks: into how many equal parts the channels fall that do not mix; as many as channels is depthwise.
     shared: all blocks have one kernel; it is stored once.
     """
@@ -67,6 +71,7 @@ class Fit(NamedTuple):
 class Target(NamedTuple):
     """What a fit approximates, float64: weight (g, T, n), input moment S (g, n, n), output metric H (g, T, T).
 
+    moment: of an Embedding, whose input is one-hot, only its diagonal (1, n).
     outer: where the weight is seen as (g, t2, t1 * n), because t1 of its T = t1 * t2 belong to what is searched,
     the metric of t1, (g, t1, t1); the input moment is then outer ⊗ S.
     """
@@ -78,6 +83,8 @@ class Target(NamedTuple):
 
     def times_moment(self, rows: Tensor) -> Tensor:
         """rows (g, m, n or t1 * n) times the input moment."""
+        if self.moment.ndim == 2:
+            return rows * self.moment.unsqueeze(1)
         product = rows.reshape(len(rows), -1, self.moment.shape[-1]) @ self.moment
         if self.outer is not None:
             product = self.outer.unsqueeze(1) @ product.view(*rows.shape[:2], self.outer.shape[-1], -1)
@@ -95,7 +102,7 @@ class Target(NamedTuple):
         return self._square(self.weight)
 
     def _square(self, w: Tensor) -> float:
-        return ((self.metric @ w @ self.moment) * w).sum().item()
+        return ((self.metric @ w) * self.times_moment(w)).sum().item()
 
 
 class Decomposition(ABC):
@@ -115,7 +122,7 @@ class Decomposition(ABC):
         """
 
     def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
-        """The convolutions (1x1 for Linear) that replace the layer.
+        """The convolutions (1x1 for Linear; of an Embedding a look-up, then 1x1) that replace the layer.
 
         Empty for families of another form, which say weights, macs, weight and build themselves.
         """
@@ -195,8 +202,9 @@ class Decomposition(ABC):
     def _macs_of_map(self, layer: Layer, rank: Rank, size: tuple[int, int], size_out: tuple[int, int]) -> int:
         macs = 0
         for stage in self.stages(layer, rank):
+            before = size
             size = (size_out[0] if "h" in stage.axes else size[0], size_out[1] if "w" in stage.axes else size[1])
-            macs += stage.macs(layer.groups) * size[0] * size[1]
+            macs += stage.macs(layer.groups) * math.prod(before if layer.input_first and stage.axes else size)
         return macs
 
     def cost(self, layer: Layer, rank: Rank) -> Cost:
@@ -207,7 +215,7 @@ class Decomposition(ABC):
     # --- modules ---
 
     def weight(self, layer: Layer, factors: Factors) -> Tensor:
-        """The dense weight that the factors stand for, in the layer's own shape (no stage shares its kernel)."""
+        """The dense weight that the factors stand for, of layer.shape (no stage shares its kernel)."""
         g = layer.groups
         first, *others = (f.reshape(g, f.shape[0] // g, f.shape[1], *_kernel(f)) for f in factors)
         product = _all_inputs(first, layer.in_channels)
@@ -254,17 +262,18 @@ class Factorised(nn.Sequential):
     method: str
     rank: Rank
 
-    def __init__(self, stages: Sequence[nn.Module], method: str, rank: Rank, groups: int, shape: Sequence[int]) -> None:
+    def __init__(self, stages: Sequence[nn.Module], method: str, rank: Rank, layer: Layer) -> None:
         super().__init__(*stages)
-        self.method, self.rank, self.groups, self.shape = method, rank, groups, tuple(shape)
+        self.method, self.rank, self.layer = method, rank, layer
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (out, in // groups, *kernel)."""
+        """The dense weight in the shape of the original's."""
         from rankopt.decompositions import DECOMPOSITIONS
 
-        layer = Layer("", "", self.shape, self.groups)
-        return DECOMPOSITIONS[self.method].weight(layer, tuple(s.weight for s in self))  # type: ignore[misc]
+        parts = [(describe(s), s.weight) for s in self]
+        factors = tuple(matricise(part, weight).reshape(part.shape) for part, weight in parts)  # type: ignore[arg-type]
+        return in_own_shape(self.layer, DECOMPOSITIONS[self.method].weight(self.layer, factors))
 
     @property
     def bias(self) -> Tensor | None:
@@ -281,47 +290,16 @@ def chain(module: nn.Module, stages: Sequence[Stage], method: str, rank: Rank) -
     like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     parts: list[nn.Module] = []
     for i, s in enumerate(stages):
-        bias = i == last and module.bias is not None
-        if isinstance(module, nn.Linear) and s.blocks > 1:
+        bias = i == last and getattr(module, "bias", None) is not None
+        if isinstance(module, _ConvNd):
+            parts.append(stage_convolution(module, s, bias, like))
+        elif isinstance(module, nn.Embedding) and s.axes:
+            parts.append(nn.Embedding(s.in_channels, s.out_channels, module.padding_idx, **like))
+        elif s.blocks > 1:
             parts.append(BlockLinear(s.in_channels, s.out_channels, s.blocks, like))
-        elif isinstance(module, nn.Linear):
-            parts.append(nn.Linear(s.in_channels, s.out_channels, bias, **like))
         else:
-            assert isinstance(module, nn.Conv2d)
-            parts.append(_conv(module, s, bias, like))
-    return finish(Factorised(parts, method, rank, getattr(module, "groups", 1), weight.shape), module)
-
-
-def _conv(conv: nn.Conv2d, s: Stage, bias: bool, like: dict[str, Any]) -> nn.Conv2d:
-    pick = [axis in s.axes for axis in "hw"]
-    padding: Any = conv.padding
-    if not isinstance(padding, str):
-        padding = tuple(p if on else 0 for p, on in zip(padding, pick, strict=True))
-    apart = s.blocks if s.shared else 1  # blocks that the module folds into the batch
-    new = nn.Conv2d if apart == 1 else SharedConv2d
-    return new(
-        conv.groups * s.in_channels // apart,
-        conv.groups * s.out_channels // apart,
-        s.kernel,
-        stride=tuple(p if on else 1 for p, on in zip(conv.stride, pick, strict=True)),  # type: ignore[arg-type]
-        padding=padding if s.axes else 0,
-        dilation=tuple(p if on else 1 for p, on in zip(conv.dilation, pick, strict=True)),  # type: ignore[arg-type]
-        groups=conv.groups * (s.blocks // apart),
-        bias=bias,
-        padding_mode=conv.padding_mode if s.axes else "zeros",
-        **like,
-    )
-
-
-class SharedConv2d(nn.Conv2d):
-    """One convolution for every block of the channels: (b, groups * blocks * in, h, w), any number of blocks."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        groups, inside = self.groups, self.in_channels // self.groups
-        parts = input.unflatten(-3, (groups, -1, inside)).transpose(-4, -5)  # (b, blocks, groups, in, h, w)
-        y = super().forward(parts.reshape(-1, self.in_channels, *input.shape[-2:]))
-        y = y.reshape(*parts.shape[:-4], groups, -1, *y.shape[-2:]).transpose(-4, -5)
-        return y.flatten(-5, -3)
+            parts.append(nn.Linear(s.in_channels, s.out_channels, bias, **like))
+    return finish(Factorised(parts, method, rank, describe(module)), module)
 
 
 class BlockLinear(nn.Linear):
@@ -339,7 +317,8 @@ class BlockLinear(nn.Linear):
 
 GEOMETRY = (
     *("in_features", "out_features", "in_channels", "out_channels"),
-    *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding"),
+    *("num_embeddings", "embedding_dim", "padding_idx"),
 )
 
 
@@ -348,7 +327,7 @@ def finish(replacement: nn.Module, module: nn.Module) -> nn.Module:
     for name in GEOMETRY:  # for whoever reads layer.out_channels and the like
         if hasattr(module, name):
             setattr(replacement, name, getattr(module, name))
-    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    bias: Tensor | None = getattr(module, "bias", None)
     with torch.no_grad():
         for parameter in replacement.parameters():
             parameter.requires_grad_(module.weight.requires_grad)  # type: ignore[arg-type]
@@ -360,7 +339,9 @@ def finish(replacement: nn.Module, module: nn.Module) -> nn.Module:
 
 def load_factors(replacement: nn.Module, factors: Factors) -> None:
     """Write the factors into an empty replacement."""
-    weights = [p for name, p in replacement.named_parameters() if not name.endswith("bias")]
+    names = [name for name, _ in replacement.named_parameters() if not name.endswith("bias")]
     with torch.no_grad():
-        for parameter, factor in zip(weights, factors, strict=True):
-            parameter.copy_(factor)
+        for name, factor in zip(names, factors, strict=True):
+            module = replacement.get_submodule(name.rpartition(".")[0])
+            own = isinstance(module, (_ConvNd, nn.Embedding))  # of others the factor is the parameter as it is
+            replacement.get_parameter(name).copy_(in_own_shape(describe(module), factor) if own else factor)

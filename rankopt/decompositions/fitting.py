@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rankopt.core import Layer, Rank
 from rankopt.decompositions.base import Decomposition, Factors, Fit, Target
+from rankopt.kinds import matricise
 
 RIDGE = 1e-10  # relative to each row of K: keeps near-dependent rows solvable
 # While θ is searched: λ Σ_r ‖b_r‖² ‖k_r‖², the energy of the rows' terms apart, which grows without bound where CP
@@ -170,14 +171,17 @@ def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def full_target(layer: Layer, weight: Tensor, moment: Tensor | None, metric: Tensor | None) -> Target:
-    """Weight, moment and metric in float64 on one device; identities where not given."""
-    w = weight.detach().double().reshape(layer.groups, layer.out_channels, layer.patch)
+    """Weight, moment and metric in float64 on one device; identities where not given. weight: the layer's own."""
+    w = matricise(layer, weight.detach().double())
 
     def or_identity(m: Tensor | None, size: int) -> Tensor:
         if m is not None:
             return m.to(w)
         return torch.eye(size, dtype=w.dtype, device=w.device).expand(layer.groups, -1, -1)
 
+    if layer.kind == "Embedding":
+        diagonal = w.new_ones(1, layer.patch) if moment is None else moment.to(w)
+        return Target(w, diagonal, or_identity(metric, layer.out_channels))
     return Target(w, or_identity(moment, layer.patch), or_identity(metric, layer.out_channels))
 
 

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from rankopt.core import Layer, Rank
 from rankopt.decompositions.base import Decomposition, Factors, Fit, Target, finish
 from rankopt.decompositions.fitting import MAX_FLOPS, declare, full_target
+from rankopt.kinds import convolve, describe, in_own_shape
 
 
 class Joint(Decomposition):
@@ -88,7 +90,7 @@ class Joint(Decomposition):
         return sum(math.prod(shape) for shape in self.shapes(layer, rank))
 
     def macs(self, layer: Layer, rank: Rank) -> int:
-        return layer.weights * sum(call.maps * math.prod(call.size_out) for call in layer.calls)
+        return layer.weights * layer.positions
 
     def build(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
         return finish(Reconstructed(self, module, layer, rank), module)
@@ -101,7 +103,7 @@ def empty_cores(module: nn.Module, shapes: Sequence[Sequence[int]]) -> nn.Parame
 
 
 class Reconstructed(nn.Module):
-    """A Conv2d or Linear whose weight is built from cores, then applied as one dense operation.
+    """A convolution or Linear whose weight is built from cores, then applied as one dense operation.
 
     In eval mode the weight is built once, by .eval(), and again at the first forward after a core has changed;
     building it is therefore no part of an example's MACs, and rankopt.count, which calls .eval() first, never sees
@@ -113,21 +115,21 @@ class Reconstructed(nn.Module):
     def __init__(self, family: Joint, module: nn.Module, layer: Layer, rank: Rank) -> None:
         super().__init__()
         self.family, self.method, self.rank = family, family.name, rank
-        self.layer = Layer("", "", tuple(layer.shape), layer.groups)
+        self.layer = describe(module)
         self.cores = empty_cores(module, family.shapes(layer, rank))
         bias: Tensor | None = module.bias  # type: ignore[assignment]
         self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias))
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, _ConvNd):
             self._reversed_padding_repeated_twice = module._reversed_padding_repeated_twice
         self._kept: tuple[Any, Any, Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (out, in // groups, *kernel)."""
+        """The dense weight in the shape of the original's."""
         cores = tuple(self.cores)
         wanted = torch.is_grad_enabled() and any(c.requires_grad for c in cores)
         if self.training or wanted or torch.compiler.is_compiling() or any(c.is_inference() for c in cores):
-            return self.family.weight(self.layer, cores)
+            return in_own_shape(self.layer, self.family.weight(self.layer, cores))
         return self._keep(cores)
 
     def _keep(self, cores: Factors) -> Tensor:
@@ -136,7 +138,7 @@ class Reconstructed(nn.Module):
         if self._kept is None or self._kept[0] != state:
             with torch.inference_mode(mode=False), torch.no_grad():
                 pins = [c.detach() for c in cores]  # keep the memory, so that no other core can be at its address
-                self._kept = state, pins, self.family.weight(self.layer, cores)
+                self._kept = state, pins, in_own_shape(self.layer, self.family.weight(self.layer, cores))
         return self._kept[2]
 
     def train(self, mode: bool = True) -> Reconstructed:
@@ -153,7 +155,7 @@ class Reconstructed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if len(self.layer.shape) == 2:
             return nn.functional.linear(x, self.weight, self.bias)
-        return nn.Conv2d._conv_forward(self, x, self.weight, self.bias)  # type: ignore[arg-type]
+        return convolve(self, x, self.weight)
 
     def extra_repr(self) -> str:
         return f"method={self.method}, rank={self.rank}"

@@ -25,7 +25,9 @@ def square_factors(n: int) -> tuple[int, int]:
 
 
 def linear_modes(layer: Layer) -> tuple[int, int, int, int] | None:
-    """(C1, C2, T1, T2), the most square factorisations; None for two primes."""
+    """(C1, C2, T1, T2), the most square factorisations; None for two primes, and for an Embedding."""
+    if layer.kind == "Embedding":
+        return None
     c, t = square_factors(layer.in_channels), square_factors(layer.out_channels)
     return None if c[0] == 1 and t[0] == 1 else (*c, *t)
 

@@ -77,7 +77,7 @@ class Network(Joint):
 
     def full_rank(self, layer: Layer) -> Rank | None:
         q = self.indices(layer)
-        return (2 ** (q // 2),) if q >= 4 else None
+        return (2 ** (q // 2),) if q >= 4 and layer.kind != "Embedding" else None
 
     def shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
         q = self.indices(layer)

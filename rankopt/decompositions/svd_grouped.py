@@ -38,7 +38,7 @@ class SvdGrouped(OutputSolved):
         return (most, 1.0), *((b, most / b) for b in fewer)  # fewer blocks, more rank in each
 
     def full_rank(self, layer: Layer) -> Rank | None:
-        blocks = self.blocks(layer)
+        blocks = [] if layer.kind == "Embedding" else self.blocks(layer)
         return (blocks[0], min(layer.out_channels, layer.patch // blocks[0])) if blocks else None
 
     def valid(self, layer: Layer, rank: Rank) -> Rank:

@@ -1,5 +1,7 @@
 """SVD of the weight unfolded along its output channels: k x k to R channels, then 1 x 1.
 
+Of an Embedding: rows of R entries, then a Linear.
+
 In the output metric this is reduced-rank regression (Izenman 1975): Ŵ = U Uᵀ W with U the leading
 eigenvectors of W S Wᵀ. Closed form; one eigendecomposition serves every rank.
 """
@@ -37,7 +39,7 @@ class SvdOut(Decomposition):
         steps: int = 100,
     ) -> Iterator[Fit]:
         target, undo = prepare(layer, weight, moment, metric)
-        vectors = torch.linalg.eigh(target.weight @ target.moment @ target.weight.mT)[1].flip(-1)
+        vectors = torch.linalg.eigh(target.times_moment(target.weight) @ target.weight.mT)[1].flip(-1)
         for rank in ranks:
             u = vectors[..., : rank[0]]
             left, right = balanced(undo @ u, u.mT @ target.weight)

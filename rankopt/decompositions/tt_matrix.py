@@ -51,7 +51,7 @@ class TensorTrainMatrix(Joint):
         return tuple(min(math.prod(modes[:k]), math.prod(modes[k:])) for k in range(1, len(modes)))
 
     def has_place(self, layer: Layer) -> bool:
-        return len(layer.shape) == 2
+        return layer.kind != "Embedding" and len(layer.shape) == 2
 
     def channels(self, layer: Layer) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """(J₁, J₂, J₃) and (I₁, I₂, I₃), one falling and the other rising, so that the products are even."""

@@ -206,7 +206,7 @@ def inspection(layers: Sequence[Layer], dense: Cost, families: dict[str, list[st
     table.add_column("may become, or why not", overflow="fold", ratio=1)
     for x in layers:
         may = ", ".join(families.get(x.name, [])) if x.reason is None else f"dense: {x.reason}"
-        shape = "×".join(map(str, x.shape)) + (f" g{x.groups}" if x.groups > 1 else "")
+        shape = "×".join(map(str, x.own_shape)) + (f" g{x.groups}" if x.groups > 1 else "")
         name = x.name + (f" (also {', '.join(x.aliases)})" if x.aliases else "")
         table.add_row(name or "(the model)", x.kind, shape, f"{x.cost.params:,}", f"{x.cost.macs:,}", may)
     free = [x for x in layers if x.reason is None]

@@ -106,9 +106,13 @@ class Evbmf(Strategy):
 def unfolded(layer: Layer, weight: Tensor, moment: Tensor | None = None, metric: Tensor | None = None) -> Spectra:
     """Of H^½ W S^½, on the unfoldings on which some family has a rank. Arguments as Decomposition.fit takes them."""
     target = full_target(layer, weight, moment, metric)
-    felt = roots(target.metric)[0] @ target.weight @ roots(target.moment)[0]  # (groups, T, C * height * width)
+    felt = roots(target.metric)[0] @ target.weight  # (groups, T, C * height * width)
+    diagonal = layer.kind == "Embedding"  # of its moment there is no more
+    felt = felt * target.moment.sqrt().unsqueeze(1) if diagonal else felt @ roots(target.moment)[0]
     tensor = felt.unflatten(2, (layer.in_channels, *layer.kernel)).permute(2, 3, 4, 1, 0)  # C, height, width, T, groups
-    matrices = {"output": tensor.movedim(3, 0).flatten(1), "input": tensor.flatten(1)}
+    matrices = {"output": tensor.movedim(3, 0).flatten(1)}
+    if not diagonal:
+        matrices["input"] = tensor.flatten(1)
     if min(layer.kernel) > 1:
         matrices["spatial"] = tensor.flatten(0, 1).flatten(1)
     tt = DECOMPOSITIONS["tt"]

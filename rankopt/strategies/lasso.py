@@ -104,8 +104,8 @@ def rank_one(layer: Layer, factors: Factors) -> tuple[Tensor, Tensor]:
 
 def regression(target: Target, out: Tensor, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(G, c) of components a b (one for all groups together), with components and the target of unit norm."""
-    felt = target.metric @ target.weight @ target.moment
-    gram = ((out.mT @ target.metric @ out) * (rows @ target.moment @ rows.mT)).sum(0)
+    felt = target.metric @ target.times_moment(target.weight)
+    gram = ((out.mT @ target.metric @ out) * (target.times_moment(rows) @ rows.mT)).sum(0)
     cross = ((out.mT @ felt) * rows).sum((0, 2))
     norms = gram.diagonal().clamp_min(1e-30).sqrt()
     whole = (felt * target.weight).sum().clamp_min(1e-30).sqrt()

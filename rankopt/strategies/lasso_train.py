@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from rankopt.allocation import allocate, fill, project
@@ -39,6 +40,7 @@ from rankopt.core import Candidate, Cost, Layer, Proposal, Rank, RankoptError
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.fitting import balanced
 from rankopt.frontier import frontier
+from rankopt.kinds import describe, in_own_shape, matricise
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.uniform import largest, within
 from rankopt.training import lessons, train
@@ -50,23 +52,32 @@ RATE, GATE_RATE = 1e-5, 2e-2  # Adam's, of weights (which the plan does not keep
 ASCENT = 0.5  # of log λ, per step and relative excess of cost
 
 
-class Scaled(nn.Module):
-    """A stage's weight with its output channels, (groups * R, ...), scaled by gates (R,)."""
+def along(components: Tensor, weight: Tensor, axis: int) -> Tensor:
+    """A number for each component, (R,), in a shape to multiply a weight with that has them along an axis.
 
-    def __init__(self, gates: nn.Parameter) -> None:
+    On axis 0 come the components of one group after those of the other: it is groups * R long.
+    """
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    return components.repeat(weight.shape[axis] // len(components)).view(shape)
+
+
+class Scaled(nn.Module):
+    """A stage's weight with its output channels, which lie along an axis, scaled by gates (R,)."""
+
+    def __init__(self, gates: nn.Parameter, axis: int) -> None:
         super().__init__()
-        self.gates = gates
+        self.gates, self.axis = gates, axis
 
     def forward(self, weight: Tensor) -> Tensor:
-        rows = weight.unflatten(0, (-1, len(self.gates)))
-        return (rows * self.gates.view(-1, *[1] * (rows.ndim - 2))).flatten(0, 1)
+        return weight * along(self.gates, weight, self.axis)
 
 
 class Bond:
     """The gates of one bond of a factorised layer, and the slices of weights that make up its components."""
 
     def __init__(self, slices: Sequence[tuple[nn.Parameter, int]], gates: nn.Parameter) -> None:
-        self.slices = slices  # (weight, the axis along which components lie: 0 for (groups * R, ...), else 1)
+        self.slices = slices  # (weight, the axis along which components lie, 0 for (groups * R, ...))
         self.gates = gates
         self.unit = self.scale().mean() ** (1 / len(slices))
         self.absorb()
@@ -85,9 +96,7 @@ class Bond:
         """Slices of equal and constant norm; their scale goes into the gates. The layer stays what it is."""
         for weight, axis in self.slices:
             factor = self._norms(weight, axis).clamp_min(1e-12) / self.unit
-            shape = [1] * weight.ndim
-            shape[axis] = -1
-            weight.div_((factor.repeat(len(weight) // len(factor)) if axis == 0 else factor).view(shape))
+            weight.div_(along(factor, weight, axis))
             self.gates.mul_(factor)
 
 
@@ -102,18 +111,20 @@ class Gated:
         one_rank = len(weights) - 1 > len(candidate.rank)
         depthwise = [one_rank and 0 < i < len(weights) - 1 for i in range(len(weights))]
         self.weights, self.bonds = weights, []
+        self.stages = [module.get_submodule(name.rpartition(".")[0]) for name in names]
+        turned = [isinstance(s, (nn.Embedding, _ConvNd)) and describe(s).input_first for s in self.stages]
         for i in range(len(weights) - 1):
             if depthwise[i + 1]:  # it keeps the components of the bond before it
                 continue
-            like = weights[i]
-            gates = nn.Parameter(torch.ones(len(like) // layer.groups, dtype=like.dtype, device=like.device))
+            like, axis = weights[i], int(turned[i] and not depthwise[i])
+            gates = nn.Parameter(like.new_ones(like.shape[axis] // (1 if axis else layer.groups)))
             first = i
             while depthwise[first]:
                 first -= 1
-            slices = [(w, 0) for w in weights[first : i + 1]] + [(weights[i + 1], 1)]
-            self.bonds.append(Bond(slices, gates))
-            parent, _, leaf = names[i].rpartition(".")
-            parametrize.register_parametrization(module.get_submodule(parent), leaf, Scaled(gates), unsafe=True)
+            outputs = [(weights[j], int(turned[j] and not depthwise[j])) for j in range(first, i + 1)]
+            self.bonds.append(Bond([*outputs, (weights[i + 1], int(not turned[i + 1]))], gates))
+            leaf = names[i].rpartition(".")[2]
+            parametrize.register_parametrization(self.stages[i], leaf, Scaled(gates, axis), unsafe=True)
 
     def left(self, keep: Callable[[Bond], Tensor]) -> Rank:
         """How many components of each bond are kept; one at least."""
@@ -132,11 +143,10 @@ class Gated:
         """A single bond between two matrices: to singular vectors, with singular values for gates."""
         (bond,) = self.bonds
         (first, _), (last, _) = bond.slices
-        g, r = self.layer.groups, len(bond.gates)
-        left = last.reshape(g, -1, r) * bond.gates
-        new_left, right = balanced(left, first.reshape(g, r, -1))
-        last.copy_(new_left.reshape(last.shape))
-        first.copy_(right.reshape(first.shape))
+        inner, outer = (describe(s) for s in self.stages)
+        left, right = balanced(matricise(outer, last) * bond.gates, matricise(inner, first))
+        last.copy_(in_own_shape(outer, left))
+        first.copy_(in_own_shape(inner, right))
         bond.gates.fill_(1.0)
         bond.absorb()
 
