@@ -20,7 +20,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rankopt.core import Cost, Layer, Rank
+from rankopt.core import FACTORISED, RECONSTRUCTED, Cost, Layer, Rank
+from rankopt.decompositions.reconstructed import Reconstructed
 
 Aspect = tuple[float, ...]
 """A direction in which ranks grow: proportions of full rank; an int is a rank that stays as it is."""
@@ -106,6 +107,7 @@ class Decomposition(ABC):
     effort: ClassVar[float] = 1.0  # share of the search space's steps that its fit takes
     density: ClassVar[float] = 1.0  # fractions tried per point of the search space's grid
     aspects: ClassVar[tuple[Aspect, ...]] = ((1.0,),)  # the directions in which ranks grow
+    forms: ClassVar[tuple[str, ...]] = (FACTORISED, RECONSTRUCTED)  # those it has; the first is the usual one
 
     @abstractmethod
     def full_rank(self, layer: Layer) -> Rank | None:
@@ -117,7 +119,7 @@ class Decomposition(ABC):
     def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
         """The convolutions (1x1 for Linear) that replace the layer.
 
-        Empty for families of another form, which say weights, macs, weight and build themselves.
+        Empty for families of other parts, which say shapes, macs, weight and factorised themselves.
         """
         return ()
 
@@ -184,12 +186,23 @@ class Decomposition(ABC):
 
     # --- cost, in closed form ---
 
+    def shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the factors, in order."""
+        return tuple(s.shape(layer.groups)[: len(layer.shape)] for s in self.stages(layer, rank))
+
     def weights(self, layer: Layer, rank: Rank) -> int:
         """Elements of all factors."""
-        return sum(s.weights(layer.groups) for s in self.stages(layer, rank))
+        return sum(math.prod(shape) for shape in self.shapes(layer, rank))
 
-    def macs(self, layer: Layer, rank: Rank) -> int:
-        """Multiply-accumulates for one example."""
+    def macs(self, layer: Layer, rank: Rank, form: str | None = None) -> int:
+        """Multiply-accumulates for one example, in the usual form or another.
+
+        Reconstructed they are the dense layer's: Reconstructed says why building the weight is not among them.
+        """
+        return dense_macs(layer) if (form or self.forms[0]) == RECONSTRUCTED else self.factorised_macs(layer, rank)
+
+    def factorised_macs(self, layer: Layer, rank: Rank) -> int:
+        """Multiply-accumulates for one example of contracting it with the factors."""
         return sum(call.maps * self._macs_of_map(layer, rank, call.size_in, call.size_out) for call in layer.calls)
 
     def _macs_of_map(self, layer: Layer, rank: Rank, size: tuple[int, int], size_out: tuple[int, int]) -> int:
@@ -199,10 +212,14 @@ class Decomposition(ABC):
             macs += stage.macs(layer.groups) * size[0] * size[1]
         return macs
 
-    def cost(self, layer: Layer, rank: Rank) -> Cost:
+    def cost(self, layer: Layer, rank: Rank, form: str | None = None) -> Cost:
         """Parameters (bias included), MACs for one example and bytes of the replacement."""
         params = self.weights(layer, rank) + (layer.shape[0] if layer.bias else 0)
-        return Cost(params, self.macs(layer, rank), params * layer.element_size)
+        return Cost(params, self.macs(layer, rank, form), params * layer.element_size)
+
+    def forms_of_use(self, layer: Layer, rank: Rank) -> tuple[str, ...]:
+        """The usual form, and the reconstructed one where it takes fewer MACs: all else is the same."""
+        return self.forms if self.macs(layer, rank) > dense_macs(layer) else self.forms[:1]
 
     # --- modules ---
 
@@ -215,9 +232,20 @@ class Decomposition(ABC):
             product = _compose(stage, product)
         return product.reshape(layer.shape)
 
-    def build(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
+    def build(self, module: nn.Module, layer: Layer, rank: Rank, form: str | None = None) -> nn.Module:
         """An empty replacement for the module: same bias, dtype, device, mode and requires_grad."""
+        if (form or self.forms[0]) == RECONSTRUCTED:
+            return finish(Reconstructed(self, module, layer, rank), module)
+        return finish(self.factorised(module, layer, rank), module)
+
+    def factorised(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
+        """The replacement that contracts its input with the factors."""
         return chain(module, self.stages(layer, rank), self.name, rank)
+
+
+def dense_macs(layer: Layer) -> int:
+    """Multiply-accumulates of the layer itself for one example."""
+    return layer.weights * sum(call.maps * math.prod(call.size_out) for call in layer.calls)
 
 
 def _kernel(factor: Tensor) -> tuple[int, int]:
@@ -289,7 +317,7 @@ def chain(module: nn.Module, stages: Sequence[Stage], method: str, rank: Rank) -
         else:
             assert isinstance(module, nn.Conv2d)
             parts.append(_conv(module, s, bias, like))
-    return finish(Factorised(parts, method, rank, getattr(module, "groups", 1), weight.shape), module)
+    return Factorised(parts, method, rank, getattr(module, "groups", 1), weight.shape)
 
 
 def _conv(conv: nn.Conv2d, s: Stage, bias: bool, like: dict[str, Any]) -> nn.Conv2d:

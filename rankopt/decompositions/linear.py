@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.core import Layer, Rank
-from rankopt.decompositions.base import Factors, Target, finish
+from rankopt.decompositions.base import Factors, Target
 from rankopt.decompositions.fitting import OutputSolved, full_target, roots
 
 
@@ -49,21 +49,19 @@ class Network(OutputSolved):
     def linear_weight(self, cores: Factors) -> Tensor:
         """The dense weight, (T1, T2, C1, C2)."""
 
-    def weights(self, layer: Layer, rank: Rank) -> int:
-        if len(layer.shape) == 4:
-            return super().weights(layer, rank)
-        return sum(math.prod(s) for s in self.core_shapes(layer, rank))
+    def shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
+        return super().shapes(layer, rank) if len(layer.shape) == 4 else self.core_shapes(layer, rank)
 
-    def macs(self, layer: Layer, rank: Rank) -> int:
+    def factorised_macs(self, layer: Layer, rank: Rank) -> int:
         if len(layer.shape) == 4:
-            return super().macs(layer, rank)
+            return super().factorised_macs(layer, rank)
         return self.linear_macs(layer, rank) * sum(call.maps for call in layer.calls)
 
-    def build(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
+    def factorised(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
         if len(layer.shape) == 4:
-            return super().build(module, layer, rank)
+            return super().factorised(module, layer, rank)
         assert isinstance(module, nn.Linear)
-        return finish(NetworkLinear(self, layer, rank, module), module)
+        return NetworkLinear(self, layer, rank, module)
 
     def target(
         self, layer: Layer, weight: Tensor, moment: Tensor | None, metric: Tensor | None

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.core import Layer, Rank
-from rankopt.decompositions.base import Factors, finish
+from rankopt.decompositions.base import Factors
 from rankopt.decompositions.fitting import balanced
-from rankopt.decompositions.joint import Joint, empty_cores
+from rankopt.decompositions.joint import Joint
+from rankopt.decompositions.reconstructed import empty_cores
 
 UNEVEN = 3
 
@@ -110,13 +111,13 @@ class TensorTrainMatrix(Joint):
 
     # --- the input contracted with the cores ---
 
-    def macs(self, layer: Layer, rank: Rank) -> int:
+    def factorised_macs(self, layer: Layer, rank: Rank) -> int:
         shapes = self.shapes(layer, rank)
         return min(chain_macs(shapes), chain_macs(reversed_shapes(shapes))) * sum(call.maps for call in layer.calls)
 
-    def build(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
+    def factorised(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
         assert isinstance(module, nn.Linear)
-        return finish(TensorTrainMatrixLinear(self, module, layer, rank), module)
+        return TensorTrainMatrixLinear(self, module, layer, rank)
 
 
 def channel_modes(cores: Sequence[Tensor]) -> tuple[list[int], list[int]]:

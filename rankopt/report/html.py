@@ -15,7 +15,7 @@ from rankopt.candidates import write_beside
 from rankopt.plan import read_result
 from rankopt.report import pictures
 from rankopt.report.pictures import NAMES
-from rankopt.report.text import before_after, changes, honesty, percent, question, rank_text, speed
+from rankopt.report.text import before_after, changes, honesty, method_text, percent, question, rank_text, speed
 
 FILE, TEMPLATE = "report.html", "report.html.j2"
 DECIMALS = 2
@@ -45,7 +45,7 @@ def render(info: dict[str, Any], trials: Sequence[dict[str, Any]], run: str) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"percent": percent, "rank": rank_text, "seconds": _seconds}
+    env.filters |= {"percent": percent, "rank": rank_text, "method": method_text, "seconds": _seconds}
     return env.get_template(TEMPLATE).render(
         info=info,
         verdict=verdict(info),
