@@ -57,6 +57,13 @@ class Stage(NamedTuple):
         return self.weights(groups) * (self.blocks if self.shared else 1)
 
 
+class Bond(NamedTuple):
+    """A bond between factors, of one group: it parts the modes of the weight in two, and bounds the rank there."""
+
+    size: int
+    inside: tuple[str, ...]  # the modes on the input's side
+
+
 class Fit(NamedTuple):
     """A fitted candidate: its factors in the weight's dtype, and their relative error."""
 
@@ -220,6 +227,23 @@ class Decomposition(ABC):
     def forms_of_use(self, layer: Layer, rank: Rank) -> tuple[str, ...]:
         """The usual form, and the reconstructed one where it takes fewer MACs: all else is the same."""
         return self.forms if self.macs(layer, rank) > dense_macs(layer) else self.forms[:1]
+
+    # --- bonds ---
+
+    def bonds(self, layer: Layer, rank: Rank) -> tuple[Bond, ...]:
+        """Its bonds, from the input on; none where the weight is no contraction of the factors."""
+        inside: tuple[str, ...] = ("C",)
+        found = []
+        for stage in self.stages(layer, rank)[:-1]:
+            inside += tuple(stage.axes) if len(layer.shape) == 4 else ()
+            found.append(Bond(stage.out_channels, inside))
+        return tuple(found)
+
+    def tensor(self, layer: Layer, weight: Tensor) -> tuple[tuple[str, ...], Tensor]:
+        """Names of the modes that the bonds part, and a weight as a tensor (g, *modes) over them."""
+        if len(layer.shape) == 2:
+            return ("T", "C"), weight.reshape(1, *layer.shape)
+        return ("T", "C", "h", "w"), weight.reshape(layer.groups, layer.out_channels, *layer.shape[1:])
 
     # --- modules ---
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rankopt.core import Layer, Rank
-from rankopt.decompositions.base import Aspect, Factors, Stage, Target
+from rankopt.decompositions.base import Aspect, Bond, Factors, Stage, Target
 from rankopt.decompositions.fitting import Parameters, balanced_bond, leading_rows
 from rankopt.decompositions.linear import Network, linear_modes
 from rankopt.decompositions.tucker import balanced_tucker, kronecker, mode_bases, tucker_weight
@@ -123,6 +123,10 @@ class HierarchicalTucker(Network):
         assert modes is not None
         (r1, r2, r, r3, r4), (a, b, c, d) = rank, modes
         return (r1, a), (r2, b), (r, r1, r2), (r4, r3, r), (r3, c), (d, r4)
+
+    def linear_bonds(self, rank: Rank) -> tuple[Bond, ...]:
+        leaves = (("C1",), ("C2",), ("C1", "C2"), ("C1", "C2", "T2"), ("C1", "C2", "T1"))
+        return tuple(map(Bond, rank, leaves))
 
     def linear_macs(self, layer: Layer, rank: Rank) -> int:
         modes = linear_modes(layer)

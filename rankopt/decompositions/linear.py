@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.core import Layer, Rank
-from rankopt.decompositions.base import Factors, Target
+from rankopt.decompositions.base import Bond, Factors, Target
 from rankopt.decompositions.fitting import OutputSolved, full_target, roots
 
 
@@ -28,6 +28,10 @@ def linear_modes(layer: Layer) -> tuple[int, int, int, int] | None:
     """(C1, C2, T1, T2), the most square factorisations; None for two primes."""
     c, t = square_factors(layer.in_channels), square_factors(layer.out_channels)
     return None if c[0] == 1 and t[0] == 1 else (*c, *t)
+
+
+TRAIN = (("C1",), ("C1", "C2"), ("C1", "C2", "T1"))
+"""The modes before each bond of a train over C1, C2, T1, T2."""
 
 
 class Network(OutputSolved):
@@ -48,6 +52,19 @@ class Network(OutputSolved):
     @abstractmethod
     def linear_weight(self, cores: Factors) -> Tensor:
         """The dense weight, (T1, T2, C1, C2)."""
+
+    @abstractmethod
+    def linear_bonds(self, rank: Rank) -> tuple[Bond, ...]:
+        """Bonds that part the modes C1, C2, T1, T2."""
+
+    def bonds(self, layer: Layer, rank: Rank) -> tuple[Bond, ...]:
+        return super().bonds(layer, rank) if len(layer.shape) == 4 else self.linear_bonds(rank)
+
+    def tensor(self, layer: Layer, weight: Tensor) -> tuple[tuple[str, ...], Tensor]:
+        modes = linear_modes(layer)
+        if len(layer.shape) == 4 or modes is None:
+            return super().tensor(layer, weight)
+        return ("T1", "T2", "C1", "C2"), weight.reshape(1, *modes[2:], *modes[:2])
 
     def shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
         return super().shapes(layer, rank) if len(layer.shape) == 4 else self.core_shapes(layer, rank)

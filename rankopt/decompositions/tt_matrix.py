@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.core import Layer, Rank
-from rankopt.decompositions.base import Factors
+from rankopt.decompositions.base import Bond, Factors
 from rankopt.decompositions.fitting import balanced
 from rankopt.decompositions.joint import Joint
 from rankopt.decompositions.reconstructed import empty_cores
@@ -91,6 +91,19 @@ class TensorTrainMatrix(Joint):
         return tuple(cores)
 
     # --- tensor <-> weight ---
+
+    def bonds(self, layer: Layer, rank: Rank) -> tuple[Bond, ...]:
+        """Between its cores. Where channels are padded they bound no rank: the train goes on there."""
+        names = self.names(layer)
+        return tuple(Bond(r, names[:k]) for k, r in enumerate(rank, 1))
+
+    def tensor(self, layer: Layer, weight: Tensor) -> tuple[tuple[str, ...], Tensor]:
+        return self.names(layer), self.tensorise(layer, weight).reshape(1, *self.modes(layer))
+
+    def names(self, layer: Layer) -> tuple[str, ...]:
+        """Of the modes: kernel positions, if there are several, and the pairs of an output and an input mode."""
+        pairs = ("J1I1", "J2I2", "J3I3")
+        return pairs if len(self.modes(layer)) == 3 else ("hw", *pairs)
 
     def tensorise(self, layer: Layer, weight: Tensor) -> Tensor:
         """The weight as a tensor over (kernel positions,) J₁ I₁, J₂ I₂, J₃ I₃, flat; empty channels are zero."""

@@ -36,8 +36,8 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def render(info: dict[str, Any], trials: Sequence[dict[str, Any]], run: str) -> str:
-    """The page. Names, reasons and errors are not ours: the template escapes whatever is not Markup."""
+def environment() -> Environment:
+    """The templates' filters and folder."""
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -46,21 +46,30 @@ def render(info: dict[str, Any], trials: Sequence[dict[str, Any]], run: str) -> 
         lstrip_blocks=True,
     )
     env.filters |= {"percent": percent, "rank": rank_text, "method": method_text, "seconds": _seconds}
-    return env.get_template(TEMPLATE).render(
-        info=info,
-        verdict=verdict(info),
-        rows=before_after(info),
-        changes=changes(info),
-        slower=slower(info),
-        question=question(info),
-        honesty=honesty(info),
-        names=NAMES,
-        budget=[_budget_row(metric, b) for metric, b in info["budget"].items()],
-        pictures=_pictures(info, trials),
-        colour=pictures.colours([x["method"] for x in info["layers"]]),
-        failed=[t for t in trials if t["state"] == "failed"],
-        apply=f"rankopt apply {shlex.quote(run)} --task {shlex.quote(info['task'] or 'FILE.py:function')} --check",
-        load=f"model = rankopt.load(model, {run!r})",
+    return env
+
+
+def render(info: dict[str, Any], trials: Sequence[dict[str, Any]], run: str) -> str:
+    """The page. Names, reasons and errors are not ours: the template escapes whatever is not Markup."""
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            info=info,
+            verdict=verdict(info),
+            rows=before_after(info),
+            changes=changes(info),
+            slower=slower(info),
+            question=question(info),
+            honesty=honesty(info),
+            names=NAMES,
+            budget=[_budget_row(metric, b) for metric, b in info["budget"].items()],
+            pictures=_pictures(info, trials),
+            colour=pictures.colours([x["method"] for x in info["layers"]]),
+            failed=[t for t in trials if t["state"] == "failed"],
+            apply=f"rankopt apply {shlex.quote(run)} --task {shlex.quote(info['task'] or 'FILE.py:function')} --check",
+            load=f"model = rankopt.load(model, {run!r})",
+        )
     )
 
 
