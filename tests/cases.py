@@ -49,21 +49,21 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> Case:
     return Case(module, layer, batches[0], moment, metric)
 
 
-def build(
-    family: str,
-    case: Case,
-    rank: tuple[int, ...],
-    form: str | None = None,
-    *,
-    calibrated: bool = True,
-    steps: int = 30,
-):
-    """(module, fit) of one family at one rank."""
+def build(family: str, case: Case, rank: tuple[int, ...], *, calibrated: bool = True, steps: int = 30):
+    """(module, fit) of one family at one rank, in its usual form."""
+    modules, fit = build_forms(family, case, rank, calibrated=calibrated, steps=steps)
+    return modules[0], fit
+
+
+def build_forms(family: str, case: Case, rank: tuple[int, ...], *, calibrated: bool = True, steps: int = 30):
+    """(a module of each form, the one fit)."""
     statistics = (case.moment, case.metric) if calibrated else (None, None)
-    (fit,) = DECOMPOSITIONS[family].fit(case.layer, case.module.weight, [rank], *statistics, steps)
-    module = DECOMPOSITIONS[family].build(case.module, case.layer, rank, form)
-    load_factors(module, fit.factors)
-    return module, fit
+    decomposition = DECOMPOSITIONS[family]
+    (fit,) = decomposition.fit(case.layer, case.module.weight, [rank], *statistics, steps)
+    modules = [decomposition.build(case.module, case.layer, rank, form) for form in decomposition.forms]
+    for module in modules:
+        load_factors(module, fit.factors)
+    return modules, fit
 
 
 PAIRS = [

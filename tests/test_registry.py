@@ -27,63 +27,63 @@ from rankopt.plan import apply, save
 from rankopt.rounds import RATE
 from rankopt.space import SearchSpace
 from rankopt.tasks import load_task
-from tests.cases import FORMED, PAIRS, build, make
+from tests.cases import FORMED, PAIRS, build_forms, make
 
-PLACES = [(family, form, name) for family, form in FORMED for f, name in PAIRS if f == family]
-EXACT = [(family, form, name) for family, form, name in PLACES if DECOMPOSITIONS[family].exact]
+EXACT = [(family, name) for family, name in PAIRS if DECOMPOSITIONS[family].exact]
 
 
 # --- layers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "form", "name"), EXACT)
-def test_full_rank_reproduces_the_layer(family, form, name):
+@pytest.mark.parametrize(("family", "name"), EXACT)
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_full_rank_reproduces_the_layer(family, name, calibrated):
     case = make(name)
-    for calibrated in (True, False):
-        module, fit = build(family, case, DECOMPOSITIONS[family].full_rank(case.layer), form, calibrated=calibrated)
-        assert fit.error < 1e-8
+    modules, fit = build_forms(family, case, DECOMPOSITIONS[family].full_rank(case.layer), calibrated=calibrated)
+    assert fit.error < 1e-8
+    for module in modules:
         torch.testing.assert_close(module(case.x), case.module(case.x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "form", "name"), PLACES)
-def test_ranks_cost_error_and_weight_are_what_they_say(family, form, name):
+@pytest.mark.parametrize(("family", "name"), PAIRS)
+def test_ranks_cost_error_and_weight_are_what_they_say(family, name):
     case, decomposition = make(name), DECOMPOSITIONS[family]
     target = full_target(case.layer, case.module.weight, case.moment, case.metric)
     for rank in decomposition.ranks(case.layer, [0.2, 0.5, 0.8]):
-        module, fit = build(family, case, rank, form)
-        cost = decomposition.cost(case.layer, rank, form)
-        assert count(module, case.x) == cost
-        assert [p.shape for n, p in module.named_parameters() if not n.endswith("bias")] == [
-            torch.Size(s) for s in decomposition.shapes(case.layer, rank)
-        ]
         assert decomposition.weights(case.layer, rank) < case.layer.weights
-        weight = module.weight.detach()
-        assert target.error(weight.reshape(target.weight.shape)) == pytest.approx(fit.error, rel=1e-6, abs=1e-12)
-        twin = copy.deepcopy(case.module)
-        twin.weight.data = weight
-        torch.testing.assert_close(twin(case.x), module(case.x))
+        shapes = [torch.Size(s) for s in decomposition.shapes(case.layer, rank)]
+        modules, fit = build_forms(family, case, rank)
+        for module, form in zip(modules, decomposition.forms, strict=True):
+            assert count(module, case.x) == decomposition.cost(case.layer, rank, form)
+            assert [p.shape for n, p in module.named_parameters() if not n.endswith("bias")] == shapes
+            weight = module.weight.detach()
+            assert target.error(weight.reshape(target.weight.shape)) == pytest.approx(fit.error, rel=1e-6, abs=1e-12)
+            twin = copy.deepcopy(case.module)
+            twin.weight.data = weight
+            torch.testing.assert_close(twin(case.x), module(case.x))
 
 
-@pytest.mark.parametrize(("family", "form", "name"), [place for place in PLACES if place[2] in {"conv3x3", "linear"}])
-def test_bias_dtype_mode_and_requires_grad_survive_and_gradient_flows_to_every_factor(family, form, name):
+@pytest.mark.parametrize(("family", "name"), [pair for pair in PAIRS if pair[1] in {"conv3x3", "linear"}])
+def test_bias_dtype_mode_and_requires_grad_survive_and_gradient_flows_to_every_factor(family, name):
     case = make(name, torch.float32)
     before = copy.deepcopy(case.module.state_dict())
     rank = DECOMPOSITIONS[family].ranks(case.layer, [0.6])[0]
     case.module.bias.requires_grad_(requires_grad=False)
     case.module.eval()
-    module, _ = build(family, case, rank, form)
-    assert not module.training and not any(m.training for m in module.modules())
-    assert all(p.dtype == torch.float32 for p in module.parameters())
-    assert torch.equal(module.bias, case.module.bias) and not module.bias.requires_grad
-    factors = [p for p in module.parameters() if p is not module.bias]
-    assert all(p.requires_grad for p in factors)
-    for mode in (False, True):
-        module.train(mode).zero_grad()
-        module(case.x).square().sum().backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in factors)
+    for module in build_forms(family, case, rank, steps=5)[0]:
+        assert not module.training and not any(m.training for m in module.modules())
+        assert all(p.dtype == torch.float32 for p in module.parameters())
+        assert torch.equal(module.bias, case.module.bias) and not module.bias.requires_grad
+        factors = [p for p in module.parameters() if p is not module.bias]
+        assert all(p.requires_grad for p in factors)
+        for mode in (False, True):
+            module.train(mode).zero_grad()
+            module(case.x).square().sum().backward()
+            assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in factors)
     assert all(torch.equal(v, before[k]) for k, v in case.module.state_dict().items())
     case.module.weight.requires_grad_(requires_grad=False)
-    assert not any(p.requires_grad for p in build(family, case, rank, form)[0].parameters())
+    for module in build_forms(family, case, rank, steps=0)[0]:
+        assert not any(p.requires_grad for p in module.parameters())
 
 
 # --- the two forms -----------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_both_forms_of_a_fit_are_one_function_and_the_cheaper_one_is_taken(famil
     dense = rankopt.count(case.module, case.x).macs
     assert dense_macs(case.layer) == dense
     for rank in decomposition.ranks(case.layer, [0.1, 0.9]):
-        modules = [build(family, case, rank, form)[0].eval() for form in (FACTORISED, RECONSTRUCTED)]
+        modules = [module.eval() for module in build_forms(family, case, rank, steps=0)[0]]
         torch.testing.assert_close(modules[0](case.x), modules[1](case.x))
         macs = [rankopt.count(module, case.x).macs for module in modules]
         assert macs[1] == dense
