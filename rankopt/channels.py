@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,16 +82,20 @@ class Watch:
 
 
 def find_channels(model: nn.Module, watches: Mapping[str, Watch], images: Tensor) -> dict[str, tuple[Channel, ...]]:
-    """The images (n, c, h, w) that each watched channel answers to most, one pass for all layers."""
+    """The images (n, c, h, w) that each watched channel answers to most, one pass for all layers.
+
+    A layer that does not see one map per image is left out.
+    """
     seen: dict[str, list[Tensor]] = {name: [] for name in watches}
     for part in images.split(128):
-        for name, x in _inputs(model, part, [*watches]).items():
-            maps = watches[name](x).flatten(2).cpu()
+        for name, maps in _responses(model, part, watches).items():
             seen[name].append(torch.stack([maps.amax(2), maps.amin(2), maps.argmax(2), maps.argmin(2)]))
     low, high = (f(images.flatten(2).transpose(0, 1).flatten(1), 1)[:, None, None] for f in (torch.amin, torch.amax))
     shown = (images - low) / (high - low).clamp_min(1e-12)
     found = {}
     for name, parts in seen.items():
+        if not parts:
+            continue
         top, bottom, at_top, at_bottom = torch.cat(parts, 1)  # (n, CHANNELS) each
         first, last = top.argsort(0, descending=True)[:IMAGES], bottom.argsort(0)[:IMAGES]
         picked = torch.cat([first, last])  # (2 IMAGES, CHANNELS)
@@ -105,14 +109,15 @@ def find_channels(model: nn.Module, watches: Mapping[str, Watch], images: Tensor
     return found
 
 
-def _inputs(model: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-    """The input of each layer at its first call."""
+def _responses(model: nn.Module, x: Tensor, watches: Mapping[str, Watch]) -> dict[str, Tensor]:
+    """Maps (b, CHANNELS, positions) of the watched channels at their layer's first call."""
     found: dict[str, Tensor] = {}
 
-    def note(name: str, x: Tensor) -> None:
-        found.setdefault(name, x)
+    def note(name: str, seen: Tensor) -> None:
+        if name not in found and seen.ndim == 4 and len(seen) == len(x):
+            found[name] = watches[name](seen).flatten(2).cpu()
 
-    handles = [model.get_submodule(n).register_forward_pre_hook(lambda _, args, n=n: note(n, args[0])) for n in names]
+    handles = [model.get_submodule(n).register_forward_pre_hook(lambda _, a, n=n: note(n, a[0])) for n in watches]
     try:
         with inference(model), torch.set_grad_enabled(x.requires_grad):
             run(model, to_device(x, model))
@@ -126,15 +131,15 @@ def _boxes(
     model: nn.Module, name: str, watch: Watch, images: Tensor, picked: Tensor, places: Tensor
 ) -> list[tuple[tuple[int, int, int, int], ...]]:
     """For each channel and its picked images, the box with ENERGY of the response's gradient along either axis."""
-    n, channels = picked.shape
-    x = images[picked.T.flatten()].detach().clone().requires_grad_()
-    maps = watch(_inputs(model, x, [name])[name]).flatten(2)
-    responses = maps[torch.arange(len(x)), torch.arange(channels).repeat_interleave(n), places.T.flatten()]
-    (gradient,) = torch.autograd.grad(responses.sum(), x)
-    energy = gradient.square().sum(1)
-    sides = [_middle(energy.sum(axis)) for axis in (2, 1)]
-    boxes = [(*rows, *columns) for rows, columns in zip(*sides, strict=True)]
-    return [tuple(boxes[k * n : (k + 1) * n]) for k in range(channels)]
+    boxes = []
+    for k, (chosen, at) in enumerate(zip(picked.T, places.T, strict=True)):
+        x = images[chosen].detach().clone().requires_grad_()
+        maps = _responses(model, x, {name: watch})[name]
+        (gradient,) = torch.autograd.grad(maps[:, k].gather(1, at[:, None]).sum(), x)
+        energy = gradient.square().sum(1)
+        rows, columns = (_middle(energy.sum(axis)) for axis in (2, 1))
+        boxes.append(tuple((*r, *c) for r, c in zip(rows, columns, strict=True)))
+    return boxes
 
 
 def _middle(energy: Tensor) -> list[tuple[int, int]]:

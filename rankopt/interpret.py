@@ -105,6 +105,7 @@ def inspect_bonds(
     channels = find_channels(small, watches, images) if images is not None else {}
     for row in found:
         row.channels = channels.get(row.name, ())
-        if row.name in watches and images is None:
-            row.note = "no pictures: the model's inputs are not images of one size with 1 or 3 channels"
+        if row.name in watches and not row.channels:
+            what = "the model's inputs are not images of one size with 1 or 3 channels"
+            row.note = f"no pictures: {what if images is None else 'it does not see one map per image'}"
     return found

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rankopt.bonds import effective_rank, inner_moment, spectra
-from rankopt.channels import IMAGES, Watch, as_images, channel_shares, find_channels, first_channels
+from rankopt.bonds import Spectrum, effective_rank, inner_moment, spectra
+from rankopt.channels import IMAGES, Channel, Watch, as_images, channel_shares, find_channels, first_channels
 from rankopt.core import Layer
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import Bond
-from rankopt.interpret import bonds_of_run, bonds_of_space
+from rankopt.interpret import LayerBonds, bonds_of_run, bonds_of_space
 from rankopt.job import Settings, run_search
 from rankopt.report.bonds import page, table
 from rankopt.space import SearchSpace
@@ -145,8 +145,19 @@ def test_the_image_and_the_place_that_a_channel_answers_to_are_found():
     assert 4 <= top <= bottom <= 8 and 14 <= left <= right <= 18
     assert strongest.responses[0] > 3 * strongest.responses[1] and len(strongest.images) == 2 * IMAGES
     assert list(strongest.responses[IMAGES:]) == sorted(strongest.responses[IMAGES:])
+    folded = nn.Sequential(nn.Unflatten(2, (2, 12)), nn.Flatten(1, 2), nn.Flatten(0, 1), nn.Unflatten(0, (-1, 1)))
+    assert find_channels(nn.Sequential(*folded, nn.Identity(), model), {"5.2": watch}, images) == {}  # halves of images
     assert as_images([images, images]).shape == (40, 1, 24, 24)
     assert as_images([images, images[..., :3]]) is None and as_images([torch.zeros(2, 5)]) is None
+
+
+def test_large_images_are_drawn_with_few_pixels():
+    channel = Channel(
+        3, 0.5, torch.rand(2 * IMAGES, 3, 224, 224), ((0, 223, 0, 223),) * 2 * IMAGES, (0.0,) * 2 * IMAGES
+    )
+    values = (2.0, 1.0)
+    row = LayerBonds("a", "svd_in", (2,), (Spectrum("C | T h w", 2, "output", values, values),), (channel,) * 4)
+    assert len(page("large", [row])) < 600_000
 
 
 # --- a whole model, on the command line and in a browser ---------------------------------------------

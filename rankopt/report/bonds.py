@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 from rich.table import Table
+from torch.nn.functional import adaptive_avg_pool2d
 
 from rankopt.bonds import Spectrum, effective_rank
 from rankopt.candidates import write_beside
@@ -20,7 +21,7 @@ from rankopt.report.pictures import ACCENT, FAINT, INK, POINT, draw, short
 from rankopt.report.text import percent, render
 
 FILE, TEMPLATE = "bonds.html", "bonds.html.j2"
-LEAST_PATCH = 10  # pixels along a side
+LEAST_PATCH, MOST_PATCH = 10, 48  # pixels along a side: of an image, and drawn
 FLOOR = 1e-6  # least share of energy that is drawn
 
 
@@ -143,7 +144,8 @@ def spectra(ax: Any, bonds: Sequence[Spectrum]) -> None:
 def channels(ax: Any, found: Sequence[Channel]) -> None:
     """A line per channel: patches of the images with its highest and lowest responses; boxes where it looks."""
     side = _patch(found)
-    step, middle = side + max(1, side // 16), side // 4  # from patch to patch, and between highest and lowest
+    shown = min(side, MOST_PATCH)  # of a large image fewer pixels
+    step, middle = shown + max(1, shown // 16), shown // 4  # from patch to patch, and between highest and lowest
     whole = np.zeros((len(found) * step, 2 * IMAGES * step + middle, 4))  # transparent where no patch is
     for i, channel in enumerate(found):
         for j, (image, box) in enumerate(zip(channel.images, channel.boxes, strict=True)):
@@ -151,17 +153,18 @@ def channels(ax: Any, found: Sequence[Channel]) -> None:
             top, left = (
                 _start(a, b, side, size) for a, b, size in zip(box[::2], box[1::2], image.shape[1:], strict=True)
             )
-            patch = image[:, top : top + side, left : left + side].permute(1, 2, 0).expand(-1, -1, 3)
-            whole[y : y + side, x : x + side] = np.dstack([patch.numpy(), np.ones((side, side))])
+            patch = adaptive_avg_pool2d(image[:, top : top + side, left : left + side], shown).expand(3, -1, -1)
+            whole[y : y + shown, x : x + shown] = np.dstack([*patch.numpy(), np.ones((shown, shown))])
             if (box[1] - box[0] + 1) * (box[3] - box[2] + 1) < 0.8 * side**2:
-                a, b, c, d = x + box[2] - left, x + box[3] + 1 - left, y + box[0] - top, y + box[1] + 1 - top
+                a, b = (x + (edge - left) * shown / side for edge in (box[2], box[3] + 1))
+                c, d = (y + (edge - top) * shown / side for edge in (box[0], box[1] + 1))
                 for colour, lw in (("white", 2.2), (ACCENT, 1.2)):
                     ax.plot([a, b, b, a, a], [c, c, d, d, c], color=colour, lw=lw)
     height, width = whole.shape[:2]
     ax.imshow(whole, extent=(0, width, height, 0), interpolation="none")
     ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     ax.set_yticks(
-        [i * step + side / 2 for i in range(len(found))], [f"{c.number} · {percent(c.share, 0)}" for c in found]
+        [i * step + shown / 2 for i in range(len(found))], [f"{c.number} · {percent(c.share, 0)}" for c in found]
     )
     ax.set_xticks([IMAGES * step / 2, width - IMAGES * step / 2], ["highest", "lowest"])
     ax.xaxis.tick_top()
