@@ -229,8 +229,11 @@ def _read(cache: Cache, key: str, layer: Layer, family: str) -> list[Candidate] 
             fits = json.loads(file.metadata()["fits"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
-    cost = DECOMPOSITIONS[family].cost
-    return [
-        Candidate(family, tuple(rank), cost(layer, tuple(rank)), error, key=f"{key}/{i}")
-        for i, (rank, error) in enumerate(fits)
-    ]
+    return [c for i, (rank, e) in enumerate(fits) for c in in_each_form(layer, family, tuple(rank), e, f"{key}/{i}")]
+
+
+def in_each_form(layer: Layer, family: str, rank: Rank, error: float, key: str | None = None) -> list[Candidate]:
+    """The candidates that one fit gives: the same factors in each form that is of use."""
+    decomposition = DECOMPOSITIONS[family]
+    forms = decomposition.forms_of_use(layer, rank)
+    return [Candidate(family, rank, decomposition.cost(layer, rank, f), error, key=key, form=f) for f in forms]

@@ -69,8 +69,24 @@ def track(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
 
 
 @app.command()
-def inspect(task: TaskName, space: SpaceName = "default") -> None:
-    """Show a task's layers: shape, parameters, MACs, what each may become, what stays dense and why."""
+def inspect(
+    task: Annotated[str, typer.Argument(help="a task as for search; with --bonds a run folder, too")],
+    space: SpaceName = "default",
+    bonds: Annotated[
+        bool, typer.Option("--bonds", help="of factorised layers: spectra, effective ranks, images")
+    ] = False,
+    run_task: Annotated[
+        str | None, typer.Option("--task", help="of a run folder: the task whose model it was; its file is run")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the page that --bonds writes [bonds.html in the run's folder]")
+    ] = None,
+    cache: CacheFolder = None,
+) -> None:
+    """Show a task's layers: shape, parameters, MACs, what each may become, what stays dense and why.
+
+    With --bonds: what the bonds of a run's layers hold, or of each layer's most accurate candidate in the space.
+    """
     with clear_errors():
         from rankopt.inventory import count, inventory
         from rankopt.prepare import mark_dense
@@ -78,12 +94,35 @@ def inspect(task: TaskName, space: SpaceName = "default") -> None:
         from rankopt.space import load_space
         from rankopt.tasks import load_task
 
+        if bonds:
+            _inspect_bonds(task, run_task, space, out, cache)
+            return
+        if run_task or out:
+            raise RankoptError("--task and --out go with --bonds")
         found, allowed = load_task(task), load_space(space)
         layers = mark_dense(inventory(found.model, found.example_input), allowed)
         families = {x.name: [f for f in allowed.families if allowed.ranks(f, x)] for x in layers if x.reason is None}
         Console(width=max(100, Console().width), markup=False, emoji=False).print(
             inspection(layers, count(found.model, found.example_input), families)
         )
+
+
+def _inspect_bonds(what: str, task: str | None, space: str, out: Path | None, cache: Path | None) -> None:
+    from rankopt.interpret import bonds_of_run, bonds_of_space
+    from rankopt.report.bonds import FILE, table, write_bonds
+    from rankopt.space import load_space
+    from rankopt.tasks import load_task
+
+    if Path(what).is_dir():
+        if task is None:
+            raise RankoptError(f"{what} is a run folder: give the task whose model it was with --task")
+        rows, folder = bonds_of_run(Path(what), load_task(task), track), Path(what)
+    else:
+        if task is not None:
+            raise RankoptError(f"--task goes with a run folder, and there is no folder {what}")
+        rows, folder = bonds_of_space(load_task(what), load_space(space), cache, track), _folder(what, "bonds")
+    _print(table(rows))
+    _print(f"page: {write_bonds(out or folder / FILE, what, rows)}")
 
 
 @app.command()

@@ -14,6 +14,8 @@ Rank = tuple[int, ...]
 METRICS = ("params", "macs", "bytes")
 INPUT_FIRST = ("ConvTranspose", "Embedding")
 """How kinds of layers begin whose weight is kept (in, out // groups, *kernel)."""
+FACTORISED, RECONSTRUCTED = "factorised", "reconstructed"
+"""The forms of a layer: its input contracted with the factors, or with the weight that was built from them."""
 
 
 class RankoptError(ValueError):
@@ -139,6 +141,7 @@ class Candidate:
     error: float
     loss: float = 0.0  # predicted rise of the objective when this layer alone uses the candidate
     key: str | None = None  # where the factors are kept; None for dense
+    form: str = FACTORISED  # or RECONSTRUCTED; "dense" for dense
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ class Choice:
     macs: int
     error: float
     reason: str
+    form: str = FACTORISED  # as of Candidate
 
 
 @dataclass(frozen=True)

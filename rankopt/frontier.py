@@ -10,14 +10,17 @@ from rankopt.decompositions import DENSE
 
 def dense_candidate(layer: Layer) -> Candidate:
     """The layer as it is."""
-    return Candidate(DENSE, (), layer.cost, error=0.0, loss=0.0)
+    return Candidate(DENSE, (), layer.cost, error=0.0, form=DENSE)
 
 
 def frontier(layer: Layer, candidates: Iterable[Candidate], metrics: Sequence[str]) -> tuple[Candidate, ...]:
-    """The Pareto set over the budget's metrics and the error, by falling error: dense comes last."""
+    """The Pareto set over the budget's metrics and the error, by falling error: dense comes last.
+
+    Of the two forms of a fit it holds the one that costs less in these metrics, factorised if they cost the same.
+    """
     ordered = sorted(
         [dense_candidate(layer), *candidates],
-        key=lambda c: (c.error, *(c.cost[m] for m in metrics), c.method, c.rank),
+        key=lambda c: (c.error, *(c.cost[m] for m in metrics), c.method, c.rank, c.form),
     )
     kept: list[Candidate] = []
     for candidate in ordered:  # nothing later has a smaller error, so only costs are left to compare

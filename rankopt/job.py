@@ -34,6 +34,7 @@ from rankopt.core import (
 )
 from rankopt.decompositions import DENSE
 from rankopt.evaluate import call
+from rankopt.frontier import dense_candidate
 from rankopt.inventory import count, inference, model_input, one_example, run, to_device
 from rankopt.plan import RESULT, apply, save
 from rankopt.prepare import Prepared, Track, check_batches, prepare, silent
@@ -88,12 +89,12 @@ class Evaluator:
         return objective, call("the score", self.score, model)
 
 
-PlanKey = tuple[tuple[str, Rank], ...]
+PlanKey = tuple[tuple[str, Rank, str], ...]
 
 
 def plan_key(problem: Problem, proposal: Proposal) -> PlanKey:
     """What a proposal builds, whatever the frontiers it is given in: equal plans have equal keys."""
-    return tuple((c.method, c.rank) for c in problem.candidates(proposal))
+    return tuple((c.method, c.rank, c.form) for c in problem.candidates(proposal))
 
 
 @dataclass
@@ -126,7 +127,7 @@ def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
             candidates, at = chosen[layer.name]
             candidate, reason = candidates[at], _why(candidates, at, problem.limits)
         else:
-            candidate, reason = Candidate(DENSE, (), layer.cost, 0.0), layer.reason or ""
+            candidate, reason = dense_candidate(layer), layer.reason or ""
         choices.append(
             Choice(
                 layer.name,
@@ -138,6 +139,7 @@ def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
                 candidate.cost.macs,
                 candidate.error,
                 reason,
+                candidate.form,
             )
         )
     return Plan(tuple(choices), problem.cost(proposal), prepared.dense)
@@ -373,7 +375,7 @@ def run_search(
 
 
 def fingerprint(problem: Problem) -> str:
-    return digest([[(c.method, c.rank) for c in f] for f in problem.frontiers])
+    return digest([[(c.method, c.rank, c.form) for c in f] for f in problem.frontiers])
 
 
 def open_folder(out: Path, resume: bool, kept: str = "study.db") -> None:

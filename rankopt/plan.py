@@ -20,7 +20,7 @@ from rankopt.decompositions import DECOMPOSITIONS, DENSE
 from rankopt.decompositions.base import load_factors
 from rankopt.kinds import KINDS, describe
 
-FORMAT, VERSION = "rankopt-plan", 1
+FORMAT, VERSION = "rankopt-plan", 2
 READ = {"task", "strategy", "seed", "seconds", "trials", "budget", "cost", "score", "milliseconds", "layers"}
 PLAN, WEIGHTS, RESULT = "plan.json", "model.safetensors", "result.json"
 
@@ -45,7 +45,8 @@ def apply(
     for layer, candidate in zip(layers, candidates, strict=True):
         if candidate.method == DENSE:
             continue
-        new = DECOMPOSITIONS[candidate.method].build(model.get_submodule(layer.name), layer, candidate.rank)
+        family = DECOMPOSITIONS[candidate.method]
+        new = family.build(model.get_submodule(layer.name), layer, candidate.rank, candidate.form)
         assert candidate.key is not None
         load_factors(new, factors[candidate.key])
         model = replace(model, layer, new)
@@ -103,14 +104,21 @@ def read_plan(folder: str | Path) -> tuple[Plan, str]:
     content = _read_json(path, PlanError, "name the folder that a search wrote")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PlanError(f"{path} is not a rankopt plan")
-    if content.get("version") != VERSION:
-        raise PlanError(f"{path} has version {content.get('version')!r}; this rankopt reads version {VERSION}")
+    version = content.get("version")
+    if version not in (1, VERSION):
+        raise PlanError(f"{path} has version {version!r}; this rankopt reads version 1 to {VERSION}")
     try:
-        choices = tuple(_choice(c) for c in content["layers"])
+        choices = tuple(_choice(_with_form(c) if version == 1 else c) for c in content["layers"])
         plan = Plan(choices, _cost(content["cost"]), _cost(content["dense"]))
         return plan, str(content["weights"]["sha256"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _with_form(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of a plan of version 1, where every family had but its usual form."""
+    method = entry["method"]
+    return {**entry, "form": DECOMPOSITIONS[method].forms[0] if method in DECOMPOSITIONS else DENSE}
 
 
 def _choice(entry: Mapping[str, Any]) -> Choice:
@@ -122,6 +130,9 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
         raise ValueError(f"layer {choice.name!r}: names, methods and reasons must be text")
     if choice.method != DENSE and choice.method not in DECOMPOSITIONS:
         raise ValueError(f"layer {choice.name!r}: unknown method {choice.method!r}")
+    forms = (DENSE,) if choice.method == DENSE else DECOMPOSITIONS[choice.method].forms
+    if choice.form not in forms:
+        raise ValueError(f"layer {choice.name!r}: {choice.method} has no form {choice.form!r}, it has {forms}")
     return dataclasses.replace(choice, shape=tuple(choice.shape), rank=tuple(choice.rank))
 
 
@@ -156,7 +167,7 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
             raise PlanError(
                 f"layer {choice.name!r}: {choice.method} cannot have rank {choice.rank} (full rank: {full})"
             )
-        model = replace(model, layer, family.build(module, layer, choice.rank))
+        model = replace(model, layer, family.build(module, layer, choice.rank, choice.form))
     return model
 
 

@@ -18,9 +18,8 @@ from torch import nn
 from rankopt.allocation import check_feasible
 from rankopt.budget import Limit, Problem, parse_budget
 from rankopt.calibration import find_output, moments, output_metrics
-from rankopt.candidates import VERSION, Cache, FactorStore, digest, fit_candidates
+from rankopt.candidates import VERSION, Cache, FactorStore, digest, fit_candidates, in_each_form
 from rankopt.core import Candidate, Cost, Layer, Proposal, Task, TaskError
-from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.evaluate import Divergence, call
 from rankopt.frontier import dense_candidate, frontier
 from rankopt.inventory import batch_size, count, inference, inventory, map_tensors, model_input, run, to_device
@@ -164,7 +163,7 @@ def _refuse_infeasible(free: Sequence[Layer], space: SearchSpace, limits: tuple[
     menus = [
         (
             dense_candidate(x),
-            *(Candidate(f, r, DECOMPOSITIONS[f].cost(x, r), 0.0) for f in space.families for r in space.ranks(f, x)),
+            *(c for f in space.families for r in space.ranks(f, x) for c in in_each_form(x, f, r, 0.0)),
         )
         for x in free
     ]
@@ -267,7 +266,8 @@ def _curves(
 ) -> dict[str, Curve]:
     """Sensitivities of all layers. Cached for the default objective; a task's own may change behind our back."""
     names = [layer.name for layer in layers]
-    key = "sensitivity-" + digest(key, {n: [(c.key, c.error) for c in candidates[n]] for n in names})
+    # A fit is one, in whatever forms.
+    key = "sensitivity-" + digest(key, {n: [*dict.fromkeys((c.key, c.error) for c in candidates[n])] for n in names})
     if task.objective is None and (kept := cache.read_json(key)):
         return {name: tuple((e, r) for e, r in kept[name]) for name in names}
     by_name = {layer.name: layer for layer in layers}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rankopt.calibration import moments
 from rankopt.core import Layer
 from rankopt.decompositions import DECOMPOSITIONS
+from rankopt.decompositions.base import load_factors
 from rankopt.inventory import inventory
 
 MODULES = {
@@ -70,11 +71,28 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> Case:
     return Case(module, layer, batches[0], moment, metric)
 
 
+def build(family: str, case: Case, rank: tuple[int, ...], *, calibrated: bool = True, steps: int = 30):
+    """(module, fit) of one family at one rank, in its usual form."""
+    modules, fit = build_forms(family, case, rank, calibrated=calibrated, steps=steps)
+    return modules[0], fit
+
+
+def build_forms(family: str, case: Case, rank: tuple[int, ...], *, calibrated: bool = True, steps: int = 30):
+    """(a module of each form, the one fit)."""
+    statistics = (case.moment, case.metric) if calibrated else (None, None)
+    decomposition = DECOMPOSITIONS[family]
+    (fit,) = decomposition.fit(case.layer, case.module.weight, [rank], *statistics, steps)
+    modules = [decomposition.build(case.module, case.layer, rank, form) for form in decomposition.forms]
+    for module in modules:
+        load_factors(module, fit.factors)
+    return modules, fit
+
+
 PAIRS = [
     (family, name)
     for family in DECOMPOSITIONS
     for name in MODULES
     if DECOMPOSITIONS[family].full_rank(make(name).layer) is not None
 ]
-EXACT = [(family, name) for family, name in PAIRS if DECOMPOSITIONS[family].exact]
+FORMED = [(family, form) for family in DECOMPOSITIONS for form in DECOMPOSITIONS[family].forms]
 ONE_EACH = [(family, "conv3x3" if (family, "conv3x3") in PAIRS else "linear") for family in DECOMPOSITIONS]

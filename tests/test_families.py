@@ -16,6 +16,7 @@ from rankopt.core import Choice, Cost, Layer, Plan, PlanError
 from rankopt.decompositions import DECOMPOSITIONS, fitting
 from rankopt.decompositions.base import load_factors
 from rankopt.decompositions.cp_merged import divergence
+from rankopt.inventory import count, inventory
 from rankopt.plan import rebuild
 from rankopt.space import SearchSpace, load_space
 from tests.cases import PAIRS, make
@@ -97,6 +98,45 @@ def test_weights_are_the_literatures():
     assert DECOMPOSITIONS["tr"].weights(linear, (2, 3, 4, 5)) == ring
     tree = c1 * 2 + c2 * 3 + 2 * 3 * 4 + 4 * 5 * 6 + t1 * 5 + t2 * 6
     assert DECOMPOSITIONS["ht"].weights(linear, (2, 3, 4, 5, 6)) == tree
+
+
+def test_costs_are_the_thesis():
+    """Table 6.1, equations 6.13 to 6.18 and 6.11, without padding, and where the thesis' formulas omit a term."""
+    t, c, d, x, y = 64, 32, 3, 11, 13
+    conv = nn.Conv2d(c, t, d, bias=False)
+    (layer,) = inventory(conv, torch.zeros(1, c, x, y))
+    x1, y1 = x - d + 1, y - d + 1  # X', Y'
+    cost = {name: DECOMPOSITIONS[name].cost for name in ("cp", "tucker2", "tt", "tt_conv")}
+    # Standard convolution: the table's T C X' Y' omits d²; the text above it has it.
+    assert layer.cost.params == t * c * d * d and layer.cost.macs == t * c * d * d * x1 * y1
+    # CP: the thesis counts all stages at X' Y'. The first 1 x 1 runs on X Y, the d x 1 on X' Y.
+    r = 7
+    cp = cost["cp"](layer, (r,))
+    assert cp.params == r * (c + 2 * d + t)
+    assert cp.macs == r * (c + 2 * d + t) * x1 * y1 + r * c * (x * y - x1 * y1) + r * d * (x1 * y - x1 * y1)
+    # Tucker: 6.15 and 6.16 as they stand; the spatial factors of 6.5 are in the core.
+    r3, r4 = 5, 6
+    tucker = cost["tucker2"](layer, (r3, r4))
+    assert tucker.params == c * r3 + t * r4 + r3 * r4 * d**2
+    assert tucker.macs == c * r3 * x * y + (r3 * d**2 + t) * r4 * x1 * y1
+    # TT: 6.18 counts the d x 1 stage at X Y, where its output has X' Y positions.
+    r3, r, r4 = 4, 5, 6
+    tt = cost["tt"](layer, (r3, r, r4))
+    assert tt.params == c * r3 + d * r3 * r + d * r4 * r + r4 * t
+    thesis = c * r3 * x * y + d * r3 * r * x * y + d * r4 * r * x1 * y1 + r4 * t * x1 * y1
+    assert tt.macs == thesis - d * r3 * r * (x - x1) * y
+    # Garipov: the cores of 6.11, with 64 = 4 4 4 and 32 as 2 4 4; the thesis gives no count. Here one dense
+    # convolution, where 6.12 contracts the input with the cores and so holds C R maps.
+    r1, r2, r3 = 4, 5, 6
+    garipov = cost["tt_conv"](layer, (r1, r2, r3))
+    assert garipov.params == d * d * r1 + r1 * (4 * 2) * r2 + r2 * (4 * 4) * r3 + r3 * (4 * 4)
+    assert garipov.macs == t * c * d * d * x1 * y1
+    for name, rank in [("cp", (7,)), ("tucker2", (5, 6)), ("tt", (4, 5, 6)), ("tt_conv", (4, 5, 6))]:
+        small = DECOMPOSITIONS[name].build(conv, layer, rank)
+        assert count(small, torch.zeros(1, c, x, y)) == cost[name](layer, rank)
+    # With as many outputs as inputs all stages have the same number of positions, and 6.14 is exact.
+    (padded,) = inventory(nn.Conv2d(c, t, d, padding=1, bias=False), torch.zeros(1, c, x, y))
+    assert cost["cp"](padded, (7,)).macs == 7 * (c + 2 * d + t) * x * y
 
 
 def test_grouped_svd_starts_at_alds():

@@ -325,26 +325,3 @@ def test_the_kept_weight_is_neither_counted_nor_saved_nor_copied(small):
     check(small)
     assert len(pickle.dumps(small)) < 4 * small.weight.numel() + 4 * costs[0].params + 6000
     check(pickle.loads(pickle.dumps(small)))
-
-
-@pytest.mark.parametrize("name", JOINT)
-def test_saved_models_come_back_and_export(name, tmp_path):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(16, 20, 3), nn.Tanh(), nn.Flatten(), nn.Linear(80, 30), nn.Linear(30, 7))
-    batches = [torch.randn(16, 16, 4, 4) for _ in range(2)]
-    space = SearchSpace(families=(name,), points=3, steps=3)
-    result = rankopt.compress(model, batches, {"params": 0.6}, space=space, cache=tmp_path / "cache")
-    methods = {choice.method for choice in result.plan.choices}
-    assert name in methods
-    result.save(tmp_path / "run")
-    loaded = rankopt.load(copy.deepcopy(model), tmp_path / "run").eval()
-    x = batches[0]
-    expected = result.model.eval()(x)
-    torch.testing.assert_close(loaded(x), expected, rtol=0, atol=0)
-    assert rankopt.count(loaded, x) == result.plan.cost
-    assert result.plan.cost.params <= 0.6 * result.plan.dense.params
-    with torch.no_grad():
-        exported = torch.export.export(loaded, (x,))
-    torch.testing.assert_close(exported.module()(x), expected)
-    assert not exported.constants  # the cores went into the file, not the weight
-    assert sum(t.numel() for t in exported.state_dict.values()) == result.plan.cost.params

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from rankopt.core import Cost, Layer, Rank
+from rankopt.core import FACTORISED, RECONSTRUCTED, Cost, Layer, Rank
 from rankopt.decompositions.convolution import stage_convolution
+from rankopt.decompositions.reconstructed import Reconstructed
 from rankopt.kinds import describe, in_own_shape, matricise
 
 Aspect = tuple[float, ...]
@@ -58,6 +59,13 @@ class Stage(NamedTuple):
     def macs(self, groups: int) -> int:
         """Multiply-accumulates for one position."""
         return self.weights(groups) * (self.blocks if self.shared else 1)
+
+
+class Bond(NamedTuple):
+    """A bond between factors, of one group: it parts the modes of the weight in two, and bounds the rank there."""
+
+    size: int
+    inside: tuple[str, ...]  # the modes on the input's side
 
 
 class Fit(NamedTuple):
@@ -113,6 +121,7 @@ class Decomposition(ABC):
     effort: ClassVar[float] = 1.0  # share of the search space's steps that its fit takes
     density: ClassVar[float] = 1.0  # fractions tried per point of the search space's grid
     aspects: ClassVar[tuple[Aspect, ...]] = ((1.0,),)  # the directions in which ranks grow
+    forms: ClassVar[tuple[str, ...]] = (FACTORISED, RECONSTRUCTED)  # those it has; the first is the usual one
 
     @abstractmethod
     def full_rank(self, layer: Layer) -> Rank | None:
@@ -124,7 +133,7 @@ class Decomposition(ABC):
     def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
         """The convolutions (1x1 for Linear; of an Embedding a look-up, then 1x1) that replace the layer.
 
-        Empty for families of another form, which say weights, macs, weight and build themselves.
+        Empty for families of other parts, which say shapes, macs, weight and factorised themselves.
         """
         return ()
 
@@ -191,12 +200,23 @@ class Decomposition(ABC):
 
     # --- cost, in closed form ---
 
+    def shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the factors, in order."""
+        return tuple(s.shape(layer.groups)[: len(layer.shape)] for s in self.stages(layer, rank))
+
     def weights(self, layer: Layer, rank: Rank) -> int:
         """Elements of all factors."""
-        return sum(s.weights(layer.groups) for s in self.stages(layer, rank))
+        return sum(math.prod(shape) for shape in self.shapes(layer, rank))
 
-    def macs(self, layer: Layer, rank: Rank) -> int:
-        """Multiply-accumulates for one example."""
+    def macs(self, layer: Layer, rank: Rank, form: str | None = None) -> int:
+        """Multiply-accumulates for one example, in the usual form or another.
+
+        Reconstructed they are the dense layer's: Reconstructed says why building the weight is not among them.
+        """
+        return dense_macs(layer) if (form or self.forms[0]) == RECONSTRUCTED else self.factorised_macs(layer, rank)
+
+    def factorised_macs(self, layer: Layer, rank: Rank) -> int:
+        """Multiply-accumulates for one example of contracting it with the factors."""
         return sum(call.maps * self._macs_of_map(layer, rank, call.size_in, call.size_out) for call in layer.calls)
 
     def _macs_of_map(self, layer: Layer, rank: Rank, size: tuple[int, int], size_out: tuple[int, int]) -> int:
@@ -207,10 +227,31 @@ class Decomposition(ABC):
             macs += stage.macs(layer.groups) * math.prod(before if layer.input_first and stage.axes else size)
         return macs
 
-    def cost(self, layer: Layer, rank: Rank) -> Cost:
+    def cost(self, layer: Layer, rank: Rank, form: str | None = None) -> Cost:
         """Parameters (bias included), MACs for one example and bytes of the replacement."""
         params = self.weights(layer, rank) + (layer.shape[0] if layer.bias else 0)
-        return Cost(params, self.macs(layer, rank), params * layer.element_size)
+        return Cost(params, self.macs(layer, rank, form), params * layer.element_size)
+
+    def forms_of_use(self, layer: Layer, rank: Rank) -> tuple[str, ...]:
+        """The usual form, and the reconstructed one where it takes fewer MACs: all else is the same."""
+        return self.forms if self.macs(layer, rank) > dense_macs(layer) else self.forms[:1]
+
+    # --- bonds ---
+
+    def bonds(self, layer: Layer, rank: Rank) -> tuple[Bond, ...]:
+        """Its bonds, from the input on; none where the weight is no contraction of the factors."""
+        inside: tuple[str, ...] = ("C",)
+        found = []
+        for stage in self.stages(layer, rank)[:-1]:
+            inside += tuple(stage.axes) if len(layer.shape) == 4 else ()
+            found.append(Bond(stage.out_channels, inside))
+        return tuple(found)
+
+    def tensor(self, layer: Layer, weight: Tensor) -> tuple[tuple[str, ...], Tensor]:
+        """Names of the modes that the bonds part, and a weight as a tensor (g, *modes) over them."""
+        if len(layer.shape) == 2:
+            return ("T", "C"), weight.reshape(1, *layer.shape)
+        return ("T", "C", "h", "w"), weight.reshape(layer.groups, layer.out_channels, *layer.shape[1:])
 
     # --- modules ---
 
@@ -223,9 +264,20 @@ class Decomposition(ABC):
             product = _compose(stage, product)
         return product.reshape(layer.shape)
 
-    def build(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
+    def build(self, module: nn.Module, layer: Layer, rank: Rank, form: str | None = None) -> nn.Module:
         """An empty replacement for the module: same bias, dtype, device, mode and requires_grad."""
+        if (form or self.forms[0]) == RECONSTRUCTED:
+            return finish(Reconstructed(self, module, layer, rank), module)
+        return finish(self.factorised(module, layer, rank), module)
+
+    def factorised(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
+        """The replacement that contracts its input with the factors."""
         return chain(module, self.stages(layer, rank), self.name, rank)
+
+
+def dense_macs(layer: Layer) -> int:
+    """Multiply-accumulates of the layer itself for one example."""
+    return layer.weights * layer.positions
 
 
 def _kernel(factor: Tensor) -> tuple[int, int]:
@@ -267,13 +319,17 @@ class Factorised(nn.Sequential):
         self.method, self.rank, self.layer = method, rank, layer
 
     @property
+    def factors(self) -> Factors:
+        """The stages' weights as families see them."""
+        parts = [(describe(s), s.weight) for s in self]
+        return tuple(matricise(part, weight).reshape(part.shape) for part, weight in parts)  # type: ignore[arg-type]
+
+    @property
     def weight(self) -> Tensor:
         """The dense weight in the shape of the original's."""
         from rankopt.decompositions import DECOMPOSITIONS
 
-        parts = [(describe(s), s.weight) for s in self]
-        factors = tuple(matricise(part, weight).reshape(part.shape) for part, weight in parts)  # type: ignore[arg-type]
-        return in_own_shape(self.layer, DECOMPOSITIONS[self.method].weight(self.layer, factors))
+        return in_own_shape(self.layer, DECOMPOSITIONS[self.method].weight(self.layer, self.factors))
 
     @property
     def bias(self) -> Tensor | None:
@@ -299,7 +355,7 @@ def chain(module: nn.Module, stages: Sequence[Stage], method: str, rank: Rank) -
             parts.append(BlockLinear(s.in_channels, s.out_channels, s.blocks, like))
         else:
             parts.append(nn.Linear(s.in_channels, s.out_channels, bias, **like))
-    return finish(Factorised(parts, method, rank, describe(module)), module)
+    return Factorised(parts, method, rank, describe(module))
 
 
 class BlockLinear(nn.Linear):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rankopt.core import Layer, Rank
-from rankopt.decompositions.base import Aspect, Factors, Stage, Target
+from rankopt.decompositions.base import Aspect, Bond, Factors, Stage, Target
 from rankopt.decompositions.fitting import Parameters, balanced_bond, leading_rows
 from rankopt.decompositions.linear import Network, linear_modes
 from rankopt.decompositions.tucker import balanced_tucker, kronecker, mode_bases, tucker_weight
@@ -124,22 +124,40 @@ class HierarchicalTucker(Network):
         (r1, r2, r, r3, r4), (a, b, c, d) = rank, modes
         return (r1, a), (r2, b), (r, r1, r2), (r4, r3, r), (r3, c), (d, r4)
 
+    def linear_bonds(self, rank: Rank) -> tuple[Bond, ...]:
+        leaves = (("C1",), ("C2",), ("C1", "C2"), ("C1", "C2", "T2"), ("C1", "C2", "T1"))
+        return tuple(map(Bond, rank, leaves))
+
     def linear_macs(self, layer: Layer, rank: Rank) -> int:
         modes = linear_modes(layer)
         assert modes is not None
         (r1, r2, r, r3, r4), (a, b, c, d) = rank, modes
-        return b * a * r1 + r1 * b * r2 + r1 * r2 * r + r * r3 * r4 + r4 * r3 * c + c * r4 * d
+        return pair_macs((a, b), (r1, r2))[0] + r1 * r2 * r + r * r3 * r4 + pair_macs((r3, r4), (c, d))[0]
 
     def contract(self, x: Tensor, cores: Factors) -> Tensor:
         first, second, node, top, third, last = cores
-        y = x.unflatten(-1, (first.shape[1], -1)).mT @ first.T  # (N, C2, R_1)
-        y = y.mT @ second.T  # (N, R_1, R_2)
+        y = contract_pair(x.unflatten(-1, (first.shape[1], -1)), first, second)  # (N, R_1, R_2)
         y = y.flatten(1) @ node.flatten(1).T @ top.flatten(0, 1).T  # (N, R_4 R_3)
-        y = y.unflatten(-1, top.shape[:2]) @ third  # (N, R_4, T1)
-        return (y.mT @ last.T).flatten(1)
+        return contract_pair(y.unflatten(-1, top.shape[:2]).mT, third.T, last).flatten(1)
 
     def linear_weight(self, cores: Factors) -> Tensor:
         first, second, node, top, third, last = cores
         inside = torch.einsum("rpq,pa,qb->rab", node, first, second)
         outside = torch.einsum("ysr,sc,dy->cdr", top, third, last)
         return torch.einsum("cdr,rab->cdab", outside, inside)
+
+
+Pair = tuple[int, int]
+
+
+def pair_macs(before: Pair, after: Pair) -> tuple[int, bool]:
+    """MACs of taking both modes of a matrix to new sizes in the cheaper order, and whether the second goes first."""
+    (i, j), (k, m) = before, after
+    first, second = i * j * k + k * j * m, i * j * m + m * i * k
+    return min(first, second), second < first
+
+
+def contract_pair(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """x (N, i, j) with first (k, i) and second (m, j): (N, k, m)."""
+    _, second_first = pair_macs((x.shape[1], x.shape[2]), (len(first), len(second)))
+    return ((x @ second.T).mT @ first.T).mT if second_first else (x.mT @ first.T).mT @ second.T

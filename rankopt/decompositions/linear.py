@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.core import Layer, Rank
-from rankopt.decompositions.base import Factors, Target, finish
+from rankopt.decompositions.base import Bond, Factors, Target
 from rankopt.decompositions.fitting import OutputSolved, full_target, roots
 
 
@@ -30,6 +30,10 @@ def linear_modes(layer: Layer) -> tuple[int, int, int, int] | None:
         return None
     c, t = square_factors(layer.in_channels), square_factors(layer.out_channels)
     return None if c[0] == 1 and t[0] == 1 else (*c, *t)
+
+
+TRAIN = (("C1",), ("C1", "C2"), ("C1", "C2", "T1"))
+"""The modes before each bond of a train over C1, C2, T1, T2."""
 
 
 class Network(OutputSolved):
@@ -51,21 +55,32 @@ class Network(OutputSolved):
     def linear_weight(self, cores: Factors) -> Tensor:
         """The dense weight, (T1, T2, C1, C2)."""
 
-    def weights(self, layer: Layer, rank: Rank) -> int:
-        if len(layer.shape) == 4:
-            return super().weights(layer, rank)
-        return sum(math.prod(s) for s in self.core_shapes(layer, rank))
+    @abstractmethod
+    def linear_bonds(self, rank: Rank) -> tuple[Bond, ...]:
+        """Bonds that part the modes C1, C2, T1, T2."""
 
-    def macs(self, layer: Layer, rank: Rank) -> int:
+    def bonds(self, layer: Layer, rank: Rank) -> tuple[Bond, ...]:
+        return super().bonds(layer, rank) if len(layer.shape) == 4 else self.linear_bonds(rank)
+
+    def tensor(self, layer: Layer, weight: Tensor) -> tuple[tuple[str, ...], Tensor]:
+        modes = linear_modes(layer)
+        if len(layer.shape) == 4 or modes is None:
+            return super().tensor(layer, weight)
+        return ("T1", "T2", "C1", "C2"), weight.reshape(1, *modes[2:], *modes[:2])
+
+    def shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
+        return super().shapes(layer, rank) if len(layer.shape) == 4 else self.core_shapes(layer, rank)
+
+    def factorised_macs(self, layer: Layer, rank: Rank) -> int:
         if len(layer.shape) == 4:
-            return super().macs(layer, rank)
+            return super().factorised_macs(layer, rank)
         return self.linear_macs(layer, rank) * sum(call.maps for call in layer.calls)
 
-    def build(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
+    def factorised(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
         if len(layer.shape) == 4:
-            return super().build(module, layer, rank)
+            return super().factorised(module, layer, rank)
         assert isinstance(module, nn.Linear)
-        return finish(NetworkLinear(self, layer, rank, module), module)
+        return NetworkLinear(self, layer, rank, module)
 
     def target(
         self, layer: Layer, weight: Tensor, moment: Tensor | None, metric: Tensor | None

@@ -22,7 +22,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rankopt.core import Layer, Rank, RankoptError
+from rankopt.core import RECONSTRUCTED, Layer, Rank, RankoptError
 from rankopt.decompositions.base import Factors
 from rankopt.decompositions.joint import Joint
 from rankopt.decompositions.tt_matrix import leading_basis
@@ -58,6 +58,7 @@ class Network(Joint):
     """A generator of weights. activation: a name of ACTIVATIONS. Nothing in a fit is left to chance."""
 
     exact: ClassVar[bool] = False
+    forms = (RECONSTRUCTED,)
     size: ClassVar[float] = 0.3  # root mean square of states before the activation, at the start
 
     def __init__(self, activation: str = "tanh") -> None:

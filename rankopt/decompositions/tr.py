@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from rankopt.core import Layer, Rank
-from rankopt.decompositions.base import Factors, Stage, Target
+from rankopt.decompositions.base import Bond, Factors, Stage, Target
 from rankopt.decompositions.fitting import Parameters, balanced_bond, leading_rows
-from rankopt.decompositions.linear import Network, linear_modes
+from rankopt.decompositions.linear import TRAIN, Network, linear_modes
 
 
 class TensorRing(Network):
@@ -123,6 +123,9 @@ class TensorRing(Network):
         assert modes is not None
         (r0, r1, r2, r3), (a, b, c, d) = rank, modes
         return (r0 * r1, a), (r2, r1, b), (r3, r2, c), (d, r0 * r3)
+
+    def linear_bonds(self, rank: Rank) -> tuple[Bond, ...]:
+        return tuple(Bond(rank[0] * r, inside) for r, inside in zip(rank[1:], TRAIN, strict=True))  # R0 is always cut
 
     def linear_macs(self, layer: Layer, rank: Rank) -> int:
         modes = self.modes(layer)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rankopt.core import Layer, Rank
-from rankopt.decompositions.base import Factors, Stage, Target
+from rankopt.decompositions.base import Bond, Factors, Stage, Target
 from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced_bond, leading_rows
-from rankopt.decompositions.linear import Network, linear_modes
+from rankopt.decompositions.linear import TRAIN, Network, linear_modes
 from rankopt.decompositions.svd_in import input_start
 from rankopt.decompositions.svd_spatial import width_rows
 from rankopt.decompositions.tucker2 import low_rank
@@ -117,6 +117,9 @@ class TensorTrain(Network):
         assert modes is not None
         (r1, r2, r3), (a, b, c, d) = rank, modes
         return (r1, a), (r2, r1, b), (r3, r2, c), (d, r3)
+
+    def linear_bonds(self, rank: Rank) -> tuple[Bond, ...]:
+        return tuple(map(Bond, rank, TRAIN))
 
     def linear_macs(self, layer: Layer, rank: Rank) -> int:
         modes = self.modes(layer)

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 
-from rankopt.core import Layer, Rank
-from rankopt.decompositions.joint import Joint
+from rankopt.core import RECONSTRUCTED, Layer, Rank
 from rankopt.decompositions.tt_matrix import TensorTrainMatrix
 
 
@@ -24,8 +23,7 @@ class TensorTrainConvolution(TensorTrainMatrix):
     density = 0.5  # several aspects at each
     aspects = ((1.0, 0.2, 1.0), (1.0, 0.6, 1.0))
 
-    macs = Joint.macs
-    build = Joint.build
+    forms = (RECONSTRUCTED,)
 
     def has_place(self, layer: Layer) -> bool:
         return len(layer.shape) == 4

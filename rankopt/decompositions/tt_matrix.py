@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.core import Layer, Rank
-from rankopt.decompositions.base import Factors, finish
+from rankopt.decompositions.base import Bond, Factors
 from rankopt.decompositions.fitting import balanced
-from rankopt.decompositions.joint import Joint, empty_cores
+from rankopt.decompositions.joint import Joint
+from rankopt.decompositions.reconstructed import empty_cores
 
 UNEVEN = 3
 
@@ -91,6 +92,19 @@ class TensorTrainMatrix(Joint):
 
     # --- tensor <-> weight ---
 
+    def bonds(self, layer: Layer, rank: Rank) -> tuple[Bond, ...]:
+        """Between its cores. Where channels are padded they bound no rank: the train goes on there."""
+        names = self.names(layer)
+        return tuple(Bond(r, names[:k]) for k, r in enumerate(rank, 1))
+
+    def tensor(self, layer: Layer, weight: Tensor) -> tuple[tuple[str, ...], Tensor]:
+        return self.names(layer), self.tensorise(layer, weight).reshape(1, *self.modes(layer))
+
+    def names(self, layer: Layer) -> tuple[str, ...]:
+        """Of the modes: kernel positions, if there are several, and the pairs of an output and an input mode."""
+        pairs = ("J1I1", "J2I2", "J3I3")
+        return pairs if len(self.modes(layer)) == 3 else ("hw", *pairs)
+
     def tensorise(self, layer: Layer, weight: Tensor) -> Tensor:
         """The weight as a tensor over (kernel positions,) J₁ I₁, J₂ I₂, J₃ I₃, flat; empty channels are zero."""
         j, i = self.channels(layer)
@@ -110,13 +124,13 @@ class TensorTrainMatrix(Joint):
 
     # --- the input contracted with the cores ---
 
-    def macs(self, layer: Layer, rank: Rank) -> int:
+    def factorised_macs(self, layer: Layer, rank: Rank) -> int:
         shapes = self.shapes(layer, rank)
         return min(chain_macs(shapes), chain_macs(reversed_shapes(shapes))) * sum(call.maps for call in layer.calls)
 
-    def build(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
+    def factorised(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
         assert isinstance(module, nn.Linear)
-        return finish(TensorTrainMatrixLinear(self, module, layer, rank), module)
+        return TensorTrainMatrixLinear(self, module, layer, rank)
 
 
 def channel_modes(cores: Sequence[Tensor]) -> tuple[list[int], list[int]]:

@@ -15,7 +15,7 @@ from rankopt.candidates import write_beside
 from rankopt.plan import read_result
 from rankopt.report import pictures
 from rankopt.report.pictures import NAMES
-from rankopt.report.text import before_after, changes, honesty, percent, question, rank_text, speed
+from rankopt.report.text import before_after, changes, honesty, method_text, percent, question, rank_text, speed
 
 FILE, TEMPLATE = "report.html", "report.html.j2"
 DECIMALS = 2
@@ -36,8 +36,8 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def render(info: dict[str, Any], trials: Sequence[dict[str, Any]], run: str) -> str:
-    """The page. Names, reasons and errors are not ours: the template escapes whatever is not Markup."""
+def environment() -> Environment:
+    """The templates' filters and folder."""
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -45,22 +45,31 @@ def render(info: dict[str, Any], trials: Sequence[dict[str, Any]], run: str) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"percent": percent, "rank": rank_text, "seconds": _seconds}
-    return env.get_template(TEMPLATE).render(
-        info=info,
-        verdict=verdict(info),
-        rows=before_after(info),
-        changes=changes(info),
-        slower=slower(info),
-        question=question(info),
-        honesty=honesty(info),
-        names=NAMES,
-        budget=[_budget_row(metric, b) for metric, b in info["budget"].items()],
-        pictures=_pictures(info, trials),
-        colour=pictures.colours([x["method"] for x in info["layers"]]),
-        failed=[t for t in trials if t["state"] == "failed"],
-        apply=f"rankopt apply {shlex.quote(run)} --task {shlex.quote(info['task'] or 'FILE.py:function')} --check",
-        load=f"model = rankopt.load(model, {run!r})",
+    env.filters |= {"percent": percent, "rank": rank_text, "method": method_text, "seconds": _seconds}
+    return env
+
+
+def render(info: dict[str, Any], trials: Sequence[dict[str, Any]], run: str) -> str:
+    """The page. Names, reasons and errors are not ours: the template escapes whatever is not Markup."""
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            info=info,
+            verdict=verdict(info),
+            rows=before_after(info),
+            changes=changes(info),
+            slower=slower(info),
+            question=question(info),
+            honesty=honesty(info),
+            names=NAMES,
+            budget=[_budget_row(metric, b) for metric, b in info["budget"].items()],
+            pictures=_pictures(info, trials),
+            colour=pictures.colours([x["method"] for x in info["layers"]]),
+            failed=[t for t in trials if t["state"] == "failed"],
+            apply=f"rankopt apply {shlex.quote(run)} --task {shlex.quote(info['task'] or 'FILE.py:function')} --check",
+            load=f"model = rankopt.load(model, {run!r})",
+        )
     )
 
 

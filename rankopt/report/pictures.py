@@ -60,8 +60,11 @@ def colours(methods: Sequence[str]) -> dict[str, str]:
     return {DENSE: FAINT} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(known)}
 
 
-def draw(paint: Callable[..., None], *arguments: Any, height: float = 3.1) -> str:
-    """Run a painter on a fresh figure and return an <svg> element whose ids no other picture shares."""
+def draw(paint: Callable[..., None], *arguments: Any, height: float = 3.1, name: str | None = None) -> str:
+    """Run a painter on a fresh figure and return an <svg> element whose ids no other picture shares.
+
+    name: needed where a page has several pictures of one painter.
+    """
     file = io.StringIO()
     with style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a name in a script that matplotlib has no font for: the browser has one
@@ -71,7 +74,7 @@ def draw(paint: Callable[..., None], *arguments: Any, height: float = 3.1) -> st
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = file.getvalue()
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])
-    return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{paint.__name__}-", svg)
+    return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name or paint.__name__}-", svg)
 
 
 def png(path: Path, paint: Callable[..., None], content: Any, size: tuple[float, float] = (6.4, 5.6)) -> None:
@@ -177,7 +180,7 @@ def layers(ax: Any, rows: Sequence[dict[str, Any]]) -> None:
         label = DENSE if dense else rank_text(row["rank"]).replace(" ", "") + share
         end = max(row["dense_params"], row["params"])
         ax.annotate(label, (end, y), (4, 0), textcoords="offset points", va="center", color=FAINT if dense else INK)
-    ax.set_yticks(range(len(rows)), [_short(x["name"]) for x in rows])
+    ax.set_yticks(range(len(rows)), [short(x["name"]) for x in rows])
     ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="parameters" + ("" if scale == "linear" else f", {scale} scale"))
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
@@ -249,7 +252,7 @@ def _legend(ax: Any, columns: int) -> None:
     ax.figure.legend(loc="outside upper left", ncols=columns)
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A name's end: layers of a block differ there. The table has it in full."""
     name = (name or "(the model)").encode(errors="replace").decode()  # half characters have no glyph
     return name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :]

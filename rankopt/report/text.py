@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from rankopt.core import Cost, Layer
+from rankopt.core import RECONSTRUCTED, Cost, Layer
 
 WIDTH = 100
 
@@ -29,6 +29,11 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 def rank_text(rank: Sequence[int]) -> str:
     return " × ".join(map(str, rank)) or "–"
+
+
+def method_text(row: Mapping[str, Any]) -> str:
+    """A layer's method, and its form where that is not the usual one."""
+    return row["method"] + (", reconstructed" if row.get("form") == RECONSTRUCTED else "")  # earlier runs name no form
 
 
 def before_after(info: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -188,7 +193,7 @@ def layer_table(layers: Sequence[dict[str, Any]]) -> Table:
     for x in layers:
         share = f"{x['params'] / x['dense_params']:.0%}" if x["dense_params"] else "–"
         error = f"{x['error']:.3g}" if x["error"] else "0"
-        table.add_row(x["name"], x["method"], rank_text(x["rank"]), f"{x['params']:,}", share, error, x["reason"])
+        table.add_row(x["name"], method_text(x), rank_text(x["rank"]), f"{x['params']:,}", share, error, x["reason"])
     return table
 
 
