@@ -72,14 +72,16 @@ def track(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
 def inspect(task: TaskName, space: SpaceName = "default") -> None:
     """Show a task's layers: shape, parameters, MACs, what each may become, what stays dense and why."""
     with clear_errors():
-        from rankopt.inventory import count, inventory
+        from rankopt.inventory import count, inventory, unfolded
         from rankopt.prepare import mark_dense
         from rankopt.report.text import inspection
         from rankopt.space import load_space
         from rankopt.tasks import load_task
 
         found, allowed = load_task(task), load_space(space)
-        layers = mark_dense(inventory(found.model, found.example_input), allowed)
+        layers = mark_dense(
+            inventory(unfolded(found.model, found.example_input, allowed.split_qkv), found.example_input), allowed
+        )
         families = {x.name: [f for f in allowed.families if allowed.ranks(f, x)] for x in layers if x.reason is None}
         Console(width=max(100, Console().width), markup=False, emoji=False).print(
             inspection(layers, count(found.model, found.example_input), families)

@@ -80,7 +80,7 @@ class Lasso(Strategy):
 
     def _path(self, prepared: Any, layer: Layer) -> Path:
         family, factors = components(prepared, layer)
-        weight = prepared.task.model.get_submodule(layer.name).weight.detach().cpu()
+        weight = prepared.model.get_submodule(layer.name).weight.detach().cpu()
         target = full_target(layer, weight, *prepared.statistics[layer.name])
         alphas, gates, errors = lasso(*regression(target, *rank_one(layer, factors)))
         curve = tuple(sorted((c.error, c.loss) for c in prepared.candidates[layer.name]))
@@ -101,7 +101,7 @@ def components(prepared: Any, layer: Layer) -> tuple[str, Factors]:
     svd = DECOMPOSITIONS["svd_out"]
     full = svd.full_rank(layer)
     assert full is not None
-    weight = prepared.task.model.get_submodule(layer.name).weight.detach().cpu()
+    weight = prepared.model.get_submodule(layer.name).weight.detach().cpu()
     (fit,) = svd.fit(layer, weight, [full], *prepared.statistics[layer.name])
     return svd.name, fit.factors
 
