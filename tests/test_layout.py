@@ -9,7 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "rankopt"
 
 # Who may import whom at the top of a file: lower numbers know nothing of higher ones.
 ORDER = [
-    {"core"},
+    {"core", "attention"},
+    {"recurrent"},
+    {"unfold"},
     {"inventory", "registry", "uncertainty"},
     {"calibration"},
     {"decompositions"},
