@@ -59,7 +59,7 @@ def utterances() -> list[Tensor]:
 
 
 def mel_filters() -> Tensor:
-    """(MELS, WINDOW // 2 + 1): triangles of one area, even on the scale of Slaney (logarithm above 1 kHz) as in librosa."""
+    """(MELS, WINDOW // 2 + 1): triangles of one area, even on the scale of Slaney (a logarithm above 1 kHz)."""
     step, log = 200 / 3, np.log(6.4) / 27
     top = 15 + np.log(RATE / 2 / 1000) / log
     mels = np.linspace(0, top, MELS + 2)
