@@ -67,11 +67,13 @@ class Recurrent(nn.Module):
 
     def _initial(self, hx: Any, batch: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """The states h and c, (layers * directions, batch, size) each; zeros where none are given."""
-        if self.mode == "LSTM" and hx is not None:
-            return hx
         rows = self.num_layers * (2 if self.bidirectional else 1)
-        c = x.new_zeros(rows, batch, self.hidden_size)
-        return (x.new_zeros(rows, batch, self.proj_size or self.hidden_size) if hx is None else hx), c
+        zeros = tuple(x.new_zeros(rows, batch, n) for n in (self.proj_size or self.hidden_size, self.hidden_size))
+        h, c = zeros if hx is None else hx if self.mode == "LSTM" else (hx, zeros[1])
+        for state, expected in ((h, zeros[0]), (c, zeros[1])):
+            if state.shape != expected.shape:
+                raise ValueError(f"{self.mode}: a state is {tuple(state.shape)}, expected {tuple(expected.shape)}")
+        return h, c
 
     def _state(self, h: Tensor, c: Tensor) -> Any:
         return (h, c) if self.mode == "LSTM" else h

@@ -11,7 +11,8 @@ import re
 from collections import defaultdict
 from collections.abc import Collection
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rankopt.attention import Attention, FusedLinear
 from rankopt.recurrent import Recurrent, part_names
@@ -65,17 +66,40 @@ def unfold(model: nn.Module, names: Collection[str]) -> nn.Module:
     return model
 
 
-def take_ordinary_path(model: nn.Module) -> nn.Module:
-    """Keep nn.TransformerEncoderLayers, in place, off their fused path once a part of theirs is not what it reads.
+class OrdinaryEncoderLayer(nn.TransformerEncoderLayer):
+    """One that takes its ordinary path, also for nested tensors: they are padded for it and cut again.
 
-    An nn.TransformerEncoder with such a layer passes no nested tensors, which only the fused path takes: outputs at
-    padded positions are then those of training mode, not zeros.
+    torch's nn.TransformerEncoder makes such tensors of padded inputs, and leaves zeros where the padding was.
     """
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """(batch, length, features) or nested, as it was given."""
+        if not src.is_nested:
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        lengths = [len(x) for x in src.unbind()]
+        x = src.to_padded_tensor(0.0)
+        padding = torch.arange(x.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
+        y = super().forward(x, src_mask, padding, is_causal)
+        rows = [row[:n] for row, n in zip(y, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(rows, layout=src.layout)
+
+
+def take_ordinary_path(model: nn.Module) -> nn.Module:
+    """Keep nn.TransformerEncoderLayers, in place, off their fused path once a part of theirs is not what it reads."""
     changed = {x for x in model.modules() if isinstance(x, nn.TransformerEncoderLayer) and not _fusable(x)}
     for layer in changed:
         layer.activation_relu_or_gelu = 0  # torch's own sign of a layer that its fused path cannot compute
+        if type(layer) is nn.TransformerEncoderLayer:
+            layer.__class__ = OrdinaryEncoderLayer
+    strange = {x for x in changed if type(x) is not OrdinaryEncoderLayer}  # subclasses, whose forward is their own
     for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder) and not changed.isdisjoint(encoder.layers):
+        if isinstance(encoder, nn.TransformerEncoder) and not strange.isdisjoint(encoder.layers):
             encoder.use_nested_tensor = False
     return model
 
