@@ -28,7 +28,7 @@ SPLITS = {
     "test": ("MPL-2.0", "Apache-2.0", "Artistic"),
 }
 WORDS, TOKENS = 32, 64  # of one text
-OBJECTIVE_TEXTS, BATCH = 32, 64
+OBJECTIVE_TEXTS, BATCH = 16, 64
 
 
 def files() -> Path:
