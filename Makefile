@@ -34,10 +34,12 @@ demo: install
 
 test: $(STAMP_DEV)
 	@tests/install_browser.sh
+	@tests/install_models.sh $(BIN)/python
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(STAMP_DEV)
 	@tests/install_browser.sh
+	@tests/install_models.sh $(BIN)/python
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP_DEV)

@@ -16,7 +16,7 @@ from rankopt.core import (
     Trial,
 )
 from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.inventory import count, inventory
+from rankopt.inventory import count, inventory, unfolded
 from rankopt.job import Result, compress
 from rankopt.plan import load, read_plan
 from rankopt.space import SearchSpace, load_space
@@ -49,4 +49,5 @@ __all__ = [
     "load_space",
     "parse_budget",
     "read_plan",
+    "unfolded",
 ]

@@ -88,7 +88,7 @@ def inspect(
     With --bonds: what the bonds of a run's layers hold, or of each layer's most accurate candidate in the space.
     """
     with clear_errors():
-        from rankopt.inventory import count, inventory
+        from rankopt.inventory import count, inventory, unfolded
         from rankopt.prepare import mark_dense
         from rankopt.report.text import inspection
         from rankopt.space import load_space
@@ -100,7 +100,9 @@ def inspect(
         if run_task or out:
             raise RankoptError("--task and --out go with --bonds")
         found, allowed = load_task(task), load_space(space)
-        layers = mark_dense(inventory(found.model, found.example_input), allowed)
+        layers = mark_dense(
+            inventory(unfolded(found.model, found.example_input, allowed.split_qkv), found.example_input), allowed
+        )
         families = {x.name: [f for f in allowed.families if allowed.ranks(f, x)] for x in layers if x.reason is None}
         Console(width=max(100, Console().width), markup=False, emoji=False).print(
             inspection(layers, count(found.model, found.example_input), families)

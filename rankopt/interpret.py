@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rankopt.inventory import inventory
 from rankopt.plan import apply, load, read_plan
 from rankopt.prepare import Track, collect_batches, prepare, silent
 from rankopt.space import SearchSpace
+from rankopt.unfold import unfold
 
 EXAMPLES = 512  # calibration examples that statistics and pictures are taken from
 
@@ -41,9 +43,10 @@ def bonds_of_run(folder: Path, task: Task, track: Track = silent) -> list[LayerB
     plan, _ = read_plan(folder)
     small = load(task.model, folder)
     replaced = {c.name: (c.method, c.rank) for c in plan.choices if c.method != DENSE}
-    batches, layers = collect_batches(task.calibration, EXAMPLES), inventory(task.model, task.example_input)
-    statistics = measure(task.model, [x for x in layers if x.name in replaced], batches, track)
-    return inspect_bonds(task.model, small, layers, replaced, statistics, batches)
+    dense = unfold(copy.deepcopy(task.model), [c.name for c in plan.choices])
+    batches, layers = collect_batches(task.calibration, EXAMPLES), inventory(dense, task.example_input)
+    statistics = measure(dense, [x for x in layers if x.name in replaced], batches, track)
+    return inspect_bonds(dense, small, layers, replaced, statistics, batches)
 
 
 def bonds_of_space(
@@ -55,7 +58,7 @@ def bonds_of_space(
     small = apply(task.model, prepared.free, chosen, prepared.factors)
     replaced = {x.name: (c.method, c.rank) for x, c in zip(prepared.free, chosen, strict=True)}
     batches = collect_batches(prepared.statistics.batches, EXAMPLES)
-    return inspect_bonds(task.model, small, prepared.layers, replaced, prepared.statistics, batches)
+    return inspect_bonds(prepared.model, small, prepared.layers, replaced, prepared.statistics, batches)
 
 
 def measure(

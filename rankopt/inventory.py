@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankopt.core import Call, Cost, Layer, TaskError
 from rankopt.kinds import KINDS, describe, pair
+from rankopt.unfold import COMPOSITES, is_composite, parts, take_ordinary_path, unfold
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
@@ -24,11 +27,18 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
 
 def model_input(batch: Any) -> Any:
     """The input in a batch: a tensor or dict as it is, the first item of a tuple or list."""
+    _refuse_packed(batch)
     if isinstance(batch, (tuple, list)):
         if not batch:
             raise TaskError("a calibration batch is an empty tuple: give (input, ...) or a tensor")
         return batch[0]
     return batch
+
+
+def _refuse_packed(x: Any) -> None:
+    """A tuple whose first dimension is not the batch."""
+    if isinstance(x, PackedSequence):
+        raise TaskError("an input is a PackedSequence: give the padded tensor and the lengths, and pack in the forward")
 
 
 def run(model: nn.Module, x: Any) -> Any:
@@ -58,6 +68,7 @@ def map_tensors(x: Any, function: Any) -> Any:
 
 def batch_size(x: Any) -> int:
     """The first dimension of the first tensor of an input."""
+    _refuse_packed(x)
     sizes: list[int] = []
     map_tensors(x, lambda t: sizes.append(len(t) if t.ndim else 1))
     if not sizes:
@@ -72,12 +83,12 @@ def one_example(x: Any) -> Any:
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients and without attention's fused path, which hides its layers; restored after."""
+def inference(model: nn.Module, fused: bool = False) -> Iterator[None]:
+    """Eval mode without gradients; without attention's fused path, which hides its layers, unless asked for."""
     modes = {m: m.training for m in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(fast and fused)
     try:
         with torch.no_grad():
             yield
@@ -92,7 +103,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 def count(model: nn.Module, example_input: Any) -> Cost:
     """What the model really costs: unique parameters, torch's flop counter / 2, bytes as stored."""
-    with inference(model), FlopCounterMode(display=False) as flops:
+    with inference(model), _visible_recurrence(), FlopCounterMode(display=False) as flops:
         run(model, to_device(one_example(example_input), model))
     tensors = [*model.parameters(), *model.buffers()]
     return Cost(
@@ -102,7 +113,29 @@ def count(model: nn.Module, example_input: Any) -> Cost:
     )
 
 
+@contextmanager
+def _visible_recurrence() -> Iterator[None]:
+    """Recurrent layers step by step in torch's own operations: the counter knows none of the backends' kernels."""
+    mkldnn = torch.backends.mkldnn
+    with torch.backends.cudnn.flags(enabled=False), mkldnn.flags(False, mkldnn.deterministic, mkldnn.allow_tf32):
+        yield
+
+
 # --- finding layers ------------------------------------------------------------------------------
+
+
+def unfolded(model: nn.Module, example_input: Any, split_qkv: bool = True) -> nn.Module:
+    """A copy whose recurrent and attention modules and fused Linears are made of Linears; the model if it has none.
+
+    What must stay as it is (shared, parametrised, hooked, not called, ...) is left; the inventory says why.
+    split_qkv: whether a Linear that computes queries, keys and values at once is split.
+    """
+    found = {m: names for m, names in _names(model).items() if is_composite(m, names[0], split_qkv)}
+    if not found:
+        return model
+    calls, owners = _record_calls(model, example_input), _weight_owners(model)
+    free = {names[0]: m for m, names in found.items() if _obstacle(m, calls[m], owners) is None}
+    return take_ordinary_path(unfold(copy.deepcopy(model), [p for name, m in free.items() for p in parts(m, name)]))
 
 
 def inventory(model: nn.Module, example_input: Any) -> tuple[Layer, ...]:
@@ -113,8 +146,6 @@ def inventory(model: nn.Module, example_input: Any) -> tuple[Layer, ...]:
     names = _names(model)
     calls = _record_calls(model, example_input)
     owners = _weight_owners(model)
-    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    fused = {id(part) for m in encoders for part in m.modules()}
     layers = []
     for module, aliases in names.items():
         weight = _main_weight(module)
@@ -122,7 +153,7 @@ def inventory(model: nn.Module, example_input: Any) -> tuple[Layer, ...]:
             continue
         if not torch.isfinite(weight).all():
             raise TaskError(f"layer {aliases[0]!r} has NaN or infinite weights: load a sound checkpoint")
-        layers.append(_layer(module, weight, aliases, calls[module], owners, fused))
+        layers.append(_layer(module, weight, aliases, calls[module], owners))
     return tuple(layers)
 
 
@@ -192,7 +223,6 @@ def _layer(
     aliases: list[str],
     calls: list[Call],
     owners: dict[int, list[str]],
-    fused: set[int],
 ) -> Layer:
     if type(module) in KINDS:
         layer = describe(module, aliases[0])
@@ -202,7 +232,7 @@ def _layer(
         layer,
         calls=tuple(calls),
         element_size=weight.element_size(),
-        reason=_reason(module, weight, calls, owners, fused),
+        reason=_reason(module, calls, owners),
         aliases=tuple(aliases[1:]),
     )
     own = list(module.parameters(recurse=False))
@@ -210,35 +240,46 @@ def _layer(
     return dataclasses.replace(layer, cost=Cost(params, layer.weights * layer.positions, stored))
 
 
-def _reason(
-    module: nn.Module, weight: Tensor, calls: list[Call], owners: dict[int, list[str]], fused: set[int]
-) -> str | None:
+def _reason(module: nn.Module, calls: list[Call], owners: dict[int, list[str]]) -> str | None:
     """Why a layer must stay dense; None if it may be factorised."""
     if parametrize.is_parametrized(module):
-        return "its weight is parametrised (weight_norm, spectral_norm, ...): remove the parametrisation first"
+        return PARAMETRISED
+    if type(module) in COMPOSITES:
+        return _obstacle(module, calls, owners) or f"{type(module).__name__} holds several maps: unfold it first"
     if type(module) not in KINDS:
-        base = next((c.__name__ for c in KINDS if isinstance(module, c)), None)
+        base = next((c.__name__ for c in (*KINDS, *COMPOSITES) if isinstance(module, c)), None)
         if base:
             return f"a subclass of {base} may do something else with its weight"
         return f"{type(module).__name__} cannot be factorised yet"
-    if id(module) in fused:
-        return "nn.TransformerEncoderLayer reads its weight in its fused path, which would rebuild it at every call"
-    for parameter in module.parameters(recurse=False):
+    if any(c.maps == 0 for c in calls):
+        return "called with more than its input, or with keywords, which the replacement does not take"
+    table = _table_reason(module) if isinstance(module, nn.Embedding) else None
+    return table or _obstacle(module, calls, owners)
+
+
+PARAMETRISED = "its weight is parametrised (weight_norm, spectral_norm, ...): remove the parametrisation first"
+
+
+def _obstacle(module: nn.Module, calls: list[Call], owners: dict[int, list[str]]) -> str | None:
+    """What forbids to replace a module, whatever its kind; None if nothing does."""
+    inside = list(module.modules())
+    if any(parametrize.is_parametrized(m) for m in inside):
+        return PARAMETRISED
+    for parameter in module.parameters():
         if len(owners[id(parameter)]) > 1:
             return f"its weight or bias is shared: {', '.join(owners[id(parameter)])}"
-    if "forward" in vars(module):
+    if any("forward" in vars(m) for m in inside):
         return "its forward was replaced on the instance, which the replacement would lose"
     if not calls:
         return "not called as a module by the example input (unused, or its weight is read directly)"
-    if any(c.maps == 0 for c in calls):
-        return "called with more than its input, or with keywords, which the replacement does not take"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    strange = next((p for p in module.parameters() if not p.is_floating_point()), None)
+    if strange is not None:
+        return f"its weight is {strange.dtype}"
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside):
         return "it carries hooks, which the replacement would lose"
-    if weight.numel() == 0:
+    if any(p.numel() == 0 for p in module.parameters()):
         return "its weight is empty"
-    return _table_reason(module) if isinstance(module, nn.Embedding) else None
+    return None
 
 
 def _table_reason(module: nn.Embedding) -> str | None:

@@ -268,7 +268,7 @@ def _polished(
     prepared: Prepared, problem: Problem, chosen: Trial, model: nn.Module, settings: Settings, track: Track
 ) -> tuple[nn.Module, dict[str, Change | None]]:
     """What depends on the chosen plan: refinement if asked for, then batch norms. Each is kept if it helps."""
-    dense, batches = prepared.task.model, prepared.statistics.batches
+    dense, batches = prepared.model, prepared.statistics.batches
 
     def refined(small: nn.Module) -> bool:
         candidates = problem.candidates(chosen.proposal)
@@ -309,7 +309,7 @@ def time_forward(models: Sequence[nn.Module], example_input: Any, seconds: float
     try:
         while time.perf_counter() < end or len(times[0]) < 11:
             for model, spent in zip(models, times, strict=True):
-                with inference(model):
+                with inference(model, fused=True):
                     start = time.perf_counter()
                     run(model, x)
                     if cuda:

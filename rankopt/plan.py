@@ -19,6 +19,7 @@ from rankopt.core import Candidate, Choice, Cost, Layer, Plan, PlanError, Rankop
 from rankopt.decompositions import DECOMPOSITIONS, DENSE
 from rankopt.decompositions.base import load_factors
 from rankopt.kinds import KINDS, describe
+from rankopt.unfold import parts, take_ordinary_path, unfold
 
 FORMAT, VERSION = "rankopt-plan", 2
 READ = {"task", "strategy", "seed", "seconds", "trials", "budget", "cost", "score", "milliseconds", "layers"}
@@ -40,8 +41,12 @@ def replace(model: nn.Module, layer: Layer, new: nn.Module) -> nn.Module:
 def apply(
     model: nn.Module, layers: Sequence[Layer], candidates: Sequence[Candidate], factors: FactorStore
 ) -> nn.Module:
-    """A copy of the model with each layer in its candidate's form. The input model is unchanged."""
-    model = copy.deepcopy(model)
+    """A copy of the model with each layer in its candidate's form. The input model is unchanged.
+
+    Of modules that hold several maps, those with a map that is not dense are unfolded.
+    """
+    pairs = zip(layers, candidates, strict=True)
+    model = unfold(copy.deepcopy(model), [layer.name for layer, c in pairs if c.method != DENSE])
     for layer, candidate in zip(layers, candidates, strict=True):
         if candidate.method == DENSE:
             continue
@@ -50,7 +55,7 @@ def apply(
         assert candidate.key is not None
         load_factors(new, factors[candidate.key])
         model = replace(model, layer, new)
-    return model
+    return take_ordinary_path(model)
 
 
 # --- the plan on disk ------------------------------------------------------------------------------
@@ -145,9 +150,13 @@ def _cost(entry: Mapping[str, Any]) -> Cost:
 
 def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
     """The model, in place, in the plan's form, its factors still empty. Raises PlanError for another model's plan."""
+    model = unfold(model, [c.name for c in plan.choices if c.method != DENSE])
     modules = dict(model.named_modules(remove_duplicate=False))
+    folded = {part for name, module in modules.items() for part in parts(module, name)}
     for choice in plan.choices:
         module = modules.get(choice.name)
+        if module is None and choice.name in folded and choice.method == DENSE:
+            continue
         if module is None:
             raise PlanError(f"the plan is for another model: this one has no layer {choice.name!r}")
         if choice.method == DENSE:
@@ -168,7 +177,7 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
                 f"layer {choice.name!r}: {choice.method} cannot have rank {choice.rank} (full rank: {full})"
             )
         model = replace(model, layer, family.build(module, layer, choice.rank, choice.form))
-    return model
+    return take_ordinary_path(model)
 
 
 def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.Module:

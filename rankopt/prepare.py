@@ -22,7 +22,17 @@ from rankopt.candidates import VERSION, Cache, FactorStore, digest, fit_candidat
 from rankopt.core import Candidate, Cost, Layer, Proposal, Task, TaskError
 from rankopt.evaluate import Divergence, call
 from rankopt.frontier import dense_candidate, frontier
-from rankopt.inventory import batch_size, count, inference, inventory, map_tensors, model_input, run, to_device
+from rankopt.inventory import (
+    batch_size,
+    count,
+    inference,
+    inventory,
+    map_tensors,
+    model_input,
+    run,
+    to_device,
+    unfolded,
+)
 from rankopt.plan import apply
 from rankopt.sensitivity import Curve, measure, with_losses
 from rankopt.space import SearchSpace, load_space
@@ -60,6 +70,7 @@ class Prepared:
     """A task with its candidates and sensitivities: everything that does not depend on the budget."""
 
     task: Task
+    model: nn.Module  # the task's, its composite modules unfolded: where the layers' names lead
     space: SearchSpace
     layers: tuple[Layer, ...]  # all of the inventory; reason set where it stays dense
     dense: Cost
@@ -133,29 +144,32 @@ def prepare(
     kept = Cache(cache)
     with clock.stage("inventory"):
         batches = collect_batches(task.calibration, CALIBRATION_EXAMPLES)
-        layers = inventory(task.model, task.example_input)
+        _check_copy(task.model)
+        model = unfolded(task.model, task.example_input, space.split_qkv)
+        layers = inventory(model, task.example_input)
         dense = count(task.model, task.example_input)
         layers = mark_dense(layers, space)
-    _check_copy(task.model)
     free = [layer for layer in layers if layer.reason is None]
     if not free:
         reasons = "; ".join(f"{x.name or 'model'}: {x.reason}" for x in layers[:5]) or "it has no layer with a weight"
         raise TaskError(f"the model has no layer that can be factorised ({reasons})")
     if budget is not None:
         _refuse_infeasible(free, space, parse_budget(budget, dense), dense)
-    key = digest(VERSION, *_state(task.model, batches[0]), *_tensors(batches), [dataclasses.astuple(x) for x in free])
-    statistics = Statistics(task.model, free, batches, key, kept, track)
+    key = digest(VERSION, *_state(model, batches[0]), *_tensors(batches), [dataclasses.astuple(x) for x in free])
+    statistics = Statistics(model, free, batches, key, kept, track)
     with clock.stage("calibration"):
         if not kept.path(statistics.key, "safetensors").is_file():
             statistics.load()
     with clock.stage("fitting"):
-        candidates, family_seconds = fit_candidates(task.model, free, space, statistics, key, kept, track, workers)
+        candidates, family_seconds = fit_candidates(model, free, space, statistics, key, kept, track, workers)
     with clock.stage("sensitivity"):
         objective = task.objective or Divergence(task.model, batches)
         factors = FactorStore(kept)
         curves = _curves(task, objective, free, candidates, factors, key, kept, track)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
-    return Prepared(task, space, layers, dense, candidates, factors, statistics, objective, clock, family_seconds)
+    return Prepared(
+        task, model, space, layers, dense, candidates, factors, statistics, objective, clock, family_seconds
+    )
 
 
 def _refuse_infeasible(free: Sequence[Layer], space: SearchSpace, limits: tuple[Limit, ...], dense: Cost) -> None:

@@ -31,6 +31,7 @@ class SearchSpace:
     nearest: bool = False
     steps: int = 500
     keep_dense: tuple[str, ...] = ()
+    split_qkv: bool = True
     rounds: int = 1
     round_steps: int = 100
 

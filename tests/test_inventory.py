@@ -47,7 +47,7 @@ class Odd(nn.Module):
 REASONS = {
     "conv": None,
     "twice": None,
-    "attention": "cannot be factorised yet",
+    "attention": "unfold it first",
     "attention.out_proj": "a subclass of Linear",
     "tied_a": "shared: tied_a.weight, tied_b.weight",
     "tied_b": "shared: tied_a.weight, tied_b.weight",

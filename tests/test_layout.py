@@ -9,8 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "rankopt"
 
 # Who may import whom at the top of a file: lower numbers know nothing of higher ones.
 ORDER = [
-    {"core"},
-    {"kinds"},
+    {"core", "attention"},
+    {"kinds", "recurrent"},
+    {"unfold"},
     {"inventory", "registry", "uncertainty"},
     {"calibration"},
     {"decompositions"},

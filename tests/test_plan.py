@@ -262,15 +262,6 @@ def test_forwards_that_read_their_layers_attributes(tmp_path):
     assert made.model.head.out_features == 24 and made.model.conv.kernel_size == (3, 3)
 
 
-def test_encoders_with_a_fused_path_keep_their_layers(tmp_path):
-    torch.manual_seed(0)
-    encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-    model = nn.Sequential(encoder, nn.Linear(32, 32))
-    made = quick(model, [torch.randn(16, 5, 32)], {"params": 0.95}, tmp_path)
-    reasons = {c.name: c.reason for c in made.plan.choices}
-    assert "fused path" in reasons["0.linear1"] and made.model[0].linear1.weight.shape == (64, 32)
-
-
 def test_shared_biases_and_replaced_forwards_stay_dense(tmp_path):
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
     model[1].bias = model[0].bias

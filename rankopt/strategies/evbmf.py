@@ -68,7 +68,7 @@ class Evbmf(Strategy):
         layers = self.problem.layers
 
         def look(layer: Layer) -> Spectra:
-            weight = prepared.task.model.get_submodule(layer.name).weight.detach().cpu()
+            weight = prepared.model.get_submodule(layer.name).weight.detach().cpu()
             return unfolded(layer, weight, *prepared.statistics[layer.name])
 
         self.spectra = [look(layer) for layer in track(layers, "singular values", len(layers))]

@@ -80,7 +80,7 @@ class Lasso(Strategy):
         svd = DECOMPOSITIONS["svd_out"]
         full = svd.full_rank(layer)
         assert full is not None
-        weight = prepared.task.model.get_submodule(layer.name).weight.detach().cpu()
+        weight = prepared.model.get_submodule(layer.name).weight.detach().cpu()
         (fit,) = svd.fit(layer, weight, [full], *prepared.statistics[layer.name])
         target = full_target(layer, weight, *prepared.statistics[layer.name])
         gram, cross = regression(target, *rank_one(layer, fit.factors))
