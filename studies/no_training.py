@@ -2,17 +2,18 @@
 
     .venv/bin/python studies/no_training.py            # all cells, about 25 minutes on two cores
     .venv/bin/python studies/no_training.py resnet20   # those of one model
+    .venv/bin/python studies/no_training.py --space all  # ResNet-20 with every family; fitting takes longer
 
-Writes studies/results/no_training.{json,md,png}. Each cell is one `knapsack` plan; its test accuracy is read once.
-Cells already in the JSON are kept: delete the file to measure anew. Peers' figures come from
-../shared/reference/peers.json where it exists.
+Writes studies/results/no_training.{json,md,png}, or no_training_SPACE.{json,md}. Each cell is one `knapsack` plan; its
+test accuracy is read once. Cells already in the JSON are kept: delete the file to measure anew. Peers' figures come
+from ../shared/reference/peers.json where it exists.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
-import sys
 import time
 from datetime import date
 from pathlib import Path
@@ -29,6 +30,7 @@ from rankopt.tasks import load_task
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "no_training.json"
 PEERS = HERE.parents[1] / "shared" / "reference" / "peers.json"
+FRACTIONS = (0.6, 0.5, 0.4, 0.3, 0.2, 0.15)  # of parameters and of MACs, in a search space that is not the default
 REFINED = {"resnet20": (0.15, 0.2)}  # of the parameters; with `--refine`
 CELLS = {
     "resnet20": {"params": (0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15), "macs": (0.5, 0.3)},
@@ -43,14 +45,21 @@ def wanted(model: str) -> dict[str, tuple[str, float, bool]]:
     return plain | {f"{model} params={f} refined": ("params", f, True) for f in REFINED.get(model, ())}
 
 
-def measure(model: str, cells: dict[str, Any]) -> None:
+def in_space() -> dict[str, tuple[str, float, bool]]:
+    """The cells of ResNet-20 in another search space."""
+    return {f"resnet20 {m}={f}": (m, f, False) for m in ("params", "macs") for f in FRACTIONS}
+
+
+def measure(
+    model: str, cells: dict[str, Any], wants: dict[str, tuple[str, float, bool]], space: str, path: Path
+) -> None:
     """Fill in the missing cells of one model."""
-    todo = {key: cell for key, cell in wanted(model).items() if key not in cells}
+    todo = {key: cell for key, cell in wants.items() if key not in cells}
     if not todo:
         return
     prepared = prepare(
         load_task(f"{HERE}/tasks/cifar10.py:{model}"),
-        "default",
+        space,
         track=lambda x, what, n: bar(x, what, n, console=console),
     )
     shared = {k: round(v, 1) for k, v in prepared.clock.items()}
@@ -83,7 +92,7 @@ def measure(model: str, cells: dict[str, Any]) -> None:
             "date": date.today().isoformat(),
             "machine": f"{torch.get_num_threads()} cores, {platform.machine()}, torch {torch.__version__}",
         }
-        RESULTS.write_text(json.dumps(cells, indent=1))
+        path.write_text(json.dumps(cells, indent=1))
         console.print(f"{key}: {100 * info['score']['compressed']['test']:.2f} %, {seconds:.0f} s")
 
 
@@ -97,12 +106,13 @@ def peers() -> dict[str, dict[float, float]]:
     return {name: cells for name, cells in found.items() if len(cells) >= 4}
 
 
-def table(cells: dict[str, Any]) -> str:
+def table(cells: dict[str, Any], space: str = "default") -> str:
     """The results as markdown."""
+    option = "" if space == "default" else f" --space {space}"
     lines = [
         "# Without any training: pretrained CIFAR-10 ResNets",
         "",
-        "Made by `python studies/no_training.py`; strategy `knapsack`, search space `default`, seed 0.",
+        f"Made by `python studies/no_training.py{option}`; strategy `knapsack`, search space `{space}`, seed 0.",
         "Budgets are of the whole model; top-1 on the 10,000 test images, read once a cell. KL: divergence from the",
         "dense model on 2,000 augmented training images, what the search minimises. Seconds: one further budget,",
         "test aside; `refined`: with `--refine`, which refits the plan layer after layer, its time included.",
@@ -186,10 +196,20 @@ def picture(cells: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(CELLS))
+    parser.add_argument("--space", default="default", help="another search space, for ResNet-20 alone")
+    given = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
-    cells = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for model in sys.argv[1:] or CELLS:
-        measure(model, cells)
+    path = RESULTS if given.space == "default" else RESULTS.with_stem(f"no_training_{given.space}")
+    cells = json.loads(path.read_text()) if path.is_file() else {}
+    if given.space != "default":
+        measure("resnet20", cells, in_space(), given.space, path)
+        path.with_suffix(".md").write_text(table(cells, given.space))
+        print(table(cells, given.space))
+        return
+    for model in given.models:
+        measure(model, cells, wanted(model), "default", RESULTS)
     order = [key for model in CELLS for key in wanted(model)]
     cells = {key: cells[key] for key in order if key in cells}
     RESULTS.with_suffix(".md").write_text(table(cells))
