@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from rankopt.core import Trial
 
@@ -65,7 +66,7 @@ class Watched:
         with gently(study, self._say):
             if not self.screen.is_terminal:
                 return self.runner(study, evaluate)
-            with Live(get_renderable=self.line, refresh_per_second=2, transient=True, console=self.screen):
+            with Live(get_renderable=self._shown, refresh_per_second=2, transient=True, console=self.screen):
                 return self.runner(study, evaluate)
 
     def told(self, trial: Trial) -> None:
@@ -85,8 +86,11 @@ class Watched:
         running = f"{len(study.pending)} running, " * bool(study.pending)
         other = "".join(f"{n} {what}, " for what in ("failed", "stopped") if (n := states.count(what)))
         found = "nothing yet" if self.best == float("inf") else f"{self.best:.5g}"
-        limits = ", ".join(f"{x.metric} at most {x.target:,}" for x in study.problem.limits)
-        return f"{len(states)} of {study.limit} trials done, {running}{other}best {found}, {limits}{self._left()}"
+        limits = ", ".join(f"{x.metric} ≤ {x.target:,}" for x in study.problem.limits)
+        return f"{len(states)} of {study.limit} trials, {running}{other}best {found}, {limits}{self._left()}"
+
+    def _shown(self) -> Text:
+        return Text(self.line(), no_wrap=True, overflow="ellipsis")
 
     def _left(self) -> str:
         done = len(self.study.trials) - self.before

@@ -137,12 +137,12 @@ class Study:
         """Whether an evaluation goes on from the rung that it has just reached: asynchronous successive halving.
 
         It does if it is among the best 1/ETA, rounded up, of those that reached this rung so far (Li et al. 2020,
-        in the variant that never takes up again what it stopped).
+        in the variant that never takes up again what it stopped), or one of the first ETA, which have little beside.
         """
         self.reached[proposal] = rungs
         level = len(rungs) - 1
         values = [r[level] for r in self.reached.values() if len(r) > level]
-        return sum(value < rungs[-1] for value in values) < math.ceil(len(values) / ETA)
+        return len(values) <= ETA or sum(value < rungs[-1] for value in values) < math.ceil(len(values) / ETA)
 
     def again(self, proposal: Proposal, outcome: Outcome) -> bool:
         """Whether to evaluate once more what failed: once, where the reason may pass."""

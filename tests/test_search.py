@@ -235,5 +235,5 @@ def test_the_live_line_says_how_it_goes(digits, tmp_path):
     problem = digits.problem({"params": 0.3})
     watching = Watched(watched, tmp_path, screen)
     run_search(digits, problem, Settings("random", 4), tmp_path, watching)
-    assert lines[0] == "0 of 4 trials done, 1 running, best nothing yet, params at most 11,465"
-    assert lines[2].startswith("2 of 4 trials done, 1 running, 1 failed, best 0.") and "left" in lines[2]
+    assert lines[0] == "0 of 4 trials, 1 running, best nothing yet, params ≤ 11,465"
+    assert lines[2].startswith("2 of 4 trials, 1 running, 1 failed, best 0.") and "left" in lines[2]
