@@ -76,7 +76,7 @@ class Torture:
 
     def round(self, most: int) -> bool:
         """Run until a kill; whether the search is at its end."""
-        before, start = told(self.out), time.monotonic()
+        before, start, logged = told(self.out), time.monotonic(), len(self.plans())
         process = self.start()
         if self.what == "ray worker":
             self.kill_workers(process, most)
@@ -94,7 +94,16 @@ class Torture:
         code = process.wait(300)
         assert code in (0, -signal.SIGKILL), self.log.with_suffix(".err").read_text()[-2000:]
         assert told(self.out)[: len(before)] == before
+        done = list(dict.fromkeys(self.plans()))[
+            : len(before)
+        ]  # one worker: plans are told in the order of their starts
+        assert not set(self.plans()[logged:]) & set(done), "a told plan was evaluated again"
         return code == 0
+
+    def plans(self) -> list[str]:
+        """Of all evaluations that started, in order."""
+        lines = self.log.read_text().splitlines() if self.log.is_file() else []
+        return [line.split(maxsplit=2)[2] for line in lines if line.startswith("start")]
 
     def kill_workers(self, process, most: int) -> None:
         """The driver lives on, and its search ends."""
@@ -115,7 +124,7 @@ class Torture:
         run(calm, self.seed, TRIALS[self.what], 0, self.log.with_name("calm.log"))
         assert [t[0] for t in told(self.out)] == [t[0] for t in told(calm)]
         assert [t[1] for t in told(self.out)] == pytest.approx([t[1] for t in told(calm)], rel=1e-4)
-        starts = Counter(line.split(maxsplit=2)[2] for line in self.log.read_text().splitlines() if line[0] == "s")
+        starts = Counter(self.plans())
         assert len(starts) == TRIALS[self.what]
         return sum(starts.values()) - len(starts)
 
