@@ -16,7 +16,8 @@ from rankopt.budget import Problem
 from rankopt.candidates import write_beside
 from rankopt.core import Proposal, RankoptError, StudyError, Trial
 from rankopt.evaluate import call
-from rankopt.job import Evaluator, PlanKey, fingerprint, open_folder, plan_key, trial_limit
+from rankopt.fidelity import Evaluator
+from rankopt.job import PlanKey, fingerprint, open_folder, plan_key, trial_limit
 from rankopt.prepare import Clock, Prepared, Track, silent
 from rankopt.search import Outcome, Study, attempt, proposals
 from rankopt.strategies import STRATEGIES, make_strategy, parse_pairs, read_options, strategy_class

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,16 @@ def digest(*parts: Any) -> str:
     return state.hexdigest()[:32]
 
 
+def crc(tensor: Tensor) -> int:
+    """A checksum against silent damage, far cheaper than a digest."""
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _sound(file: Any, name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is what was written; entries of earlier versions do not say."""
+    return (file.metadata() or {}).get(f"crc.{name}") in (None, str(crc(tensor)))
+
+
 class Cache:
     """A folder of safetensors and JSON files named by content hash. Damaged entries are made anew.
 
@@ -62,22 +73,26 @@ class Cache:
     def read_json(self, key: str) -> Any:
         """The value under a key, or None."""
         try:
-            return json.loads(self.path(key, "json").read_text())
-        except (OSError, ValueError):
+            kept = json.loads(self.path(key, "json").read_text())
+            return kept["value"] if kept["checksum"] == digest(kept["value"]) else None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def write_json(self, key: str, value: Any) -> None:
-        write_beside(self.path(key, "json"), lambda p: p.write_text(json.dumps(value)))
+        text = json.dumps({"value": value, "checksum": digest(value)})
+        write_beside(self.path(key, "json"), lambda p: p.write_text(text))
 
     def read_tensors(self, key: str) -> dict[str, Tensor] | None:
         """All tensors under a key, or None."""
         try:
             with safe_open(self.path(key, "safetensors"), "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return found if all(_sound(file, name, t) for name, t in found.items()) else None
         except (OSError, SafetensorError):
             return None
 
     def write_tensors(self, key: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        metadata = {**(metadata or {}), **{f"crc.{name}": str(crc(t)) for name, t in tensors.items()}}
         write_beside(self.path(key, "safetensors"), lambda p: save_file(tensors, p, metadata))
 
 
@@ -112,9 +127,15 @@ class FactorStore:
         try:
             with safe_open(self.cache.path(file_key, "safetensors"), "pt") as file:
                 count = sum(n.startswith(f"{index}.") for n in file.keys())  # noqa: SIM118
-                return tuple(file.get_tensor(f"{index}.{i}") for i in range(count))
+                found = {name: file.get_tensor(name) for name in (f"{index}.{i}" for i in range(count))}
+                damaged = [name for name, tensor in found.items() if not _sound(file, name, tensor)]
         except (OSError, SafetensorError) as error:
             raise RankoptError(f"the candidate cache lost an entry ({error}): run the search again") from error
+        if damaged:
+            path = self.cache.path(file_key, "safetensors")
+            path.unlink(missing_ok=True)
+            raise RankoptError(f"{path} is damaged, and removed now: run the search again, which makes it anew")
+        return tuple(found.values())
 
     def keep(self, keys: Iterable[str]) -> None:
         self.kept.update({key: self[key] for key in keys})
@@ -184,6 +205,13 @@ def _run(
     yield from (_fit_one(*arguments(job)) for job in here)
     pool = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")
     yield from pool(delayed(_fit_alone)(*arguments(job)) for job in jobs if job not in here)
+
+
+def release_workers() -> None:
+    """End the idle processes that fitted: they hold memory for minutes, and die of Ctrl-C, with much noise."""
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown()
 
 
 def _on_gpu(model: nn.Module, layer: Layer) -> bool:

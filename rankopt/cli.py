@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rankopt.core import RankoptError, Trial
+from rankopt.core import RankoptError
+from rankopt.progress import Watched, console, track
 
 app = typer.Typer(
     help="Choose a tensor decomposition and its rank for every layer of a PyTorch model, under one budget.",
@@ -22,7 +22,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True)
 
 TaskName = Annotated[str, typer.Argument(help="a built-in task (digits) or FILE.py:function; the file is run")]
 SpaceName = Annotated[str, typer.Option("--space", help="a search space by name, or a .toml file")]
@@ -45,27 +44,6 @@ def clear_errors(kept: str = "every finished trial is kept: go on with --resume"
             raise
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
-
-
-def track(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-    """A progress bar on standard error; gone when done, one line where there is no terminal."""
-    if total == 0:
-        yield from items
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        for item in items:
-            yield item
-            progress.advance(task)
-        elapsed = progress.tasks[0].elapsed or 0
-    console.print(f"{what}: {total} in {elapsed:.1f} s", markup=False, highlight=False)
 
 
 @app.command()
@@ -152,6 +130,22 @@ def search(
     workers: Annotated[int, typer.Option(help="evaluate on Ray Tune with so many workers (0: in this process)")] = 0,
     ray_address: Annotated[str | None, typer.Option(help="a running Ray cluster, or auto")] = None,
     gpus_per_trial: Annotated[float, typer.Option(help="GPUs of one Ray trial, may be a fraction")] = 0.0,
+    trial_timeout: Annotated[
+        float | None, typer.Option(help="seconds until a worker's trial is stopped, and failed")
+    ] = None,
+    trial_memory: Annotated[
+        float | None, typer.Option(help="GB that a worker's trial may take beyond model and data")
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="write Ray's TensorBoard files to OUT/logs")
+    ] = False,
+    fidelities: Annotated[
+        str | None,
+        typer.Option(help="stop bad trials early: shares of the examples as 0.1,0.5; last train=STEPS scores trained"),
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="SQLAlchemy URL of a study that several processes share [OUT/study.db]")
+    ] = None,
     refine: Annotated[
         bool,
         typer.Option("--refine", help="refit the chosen plan layer after layer, against the dense model (minutes)"),
@@ -161,6 +155,7 @@ def search(
 ) -> None:
     """Search for the best plan within a budget and write the run folder."""
     with clear_errors():
+        from rankopt.fidelity import WHOLE, Ladder
         from rankopt.job import Settings, open_folder, run_search
         from rankopt.prepare import prepare
         from rankopt.space import load_space
@@ -170,26 +165,31 @@ def search(
         options = read_options(strategy, parse_pairs(option or []))
         if (max_drop is None) == (not budget):
             raise RankoptError("give --budget (how small) or --max-drop (how good), and not both")
-        runner, question = _runner(workers, ray_address, gpus_per_trial), None
+        ladder = Ladder.parse(fidelities) if fidelities else WHOLE
+        limits = (trial_timeout, trial_memory)
+        question = None
         wanted: Any = budget
         found = load_task(task)
         if max_drop is not None:
-            given = (strategy != "knapsack", option, trials, resume, workers, ray_address, gpus_per_trial)
+            given: list[Any] = [strategy != "knapsack", option, trials, resume, workers, ray_address, gpus_per_trial]
+            given += [*limits, tensorboard, fidelities, storage]
             _check_inverse(found, max_drop, minimize, any(given))
         elif minimize is not None:
             raise RankoptError("--minimize goes with --max-drop")
         out = out or _folder(task, strategy if max_drop is None else "max-drop")
+        runner = _runner(workers, ray_address, gpus_per_trial, limits, out / "logs", tensorboard)
         allowed = load_space(space)
-        if allowed.rounds > 1 and (max_drop is not None or refine):
+        if allowed.rounds > 1 and (max_drop is not None or refine or fidelities or storage):
             raise RankoptError(
-                f"search space {space!r} asks for {allowed.rounds} rounds: not with --max-drop or --refine"
+                f"search space {space!r} asks for {allowed.rounds} rounds: not with --max-drop, --refine, "
+                "--fidelities or --storage"
             )
-        open_folder(out, resume)
-        settings = Settings(strategy, trials, seed, resume, refine, options)
+        open_folder(out, resume, "*" if storage else "study.db")
+        settings = Settings(strategy, trials, seed, resume, refine, options, ladder, storage)
         if allowed.rounds > 1:
             from rankopt.rounds import run_rounds
 
-            result = run_rounds(found, allowed, wanted, settings, out, cache, runner, _TrialLines(), track)
+            result = run_rounds(found, allowed, wanted, settings, out, cache, Watched(runner, out), track=track)
             _print(result.summary())
             _report(out, html)
             return
@@ -205,16 +205,17 @@ def search(
             prepared.problem(wanted),
             settings,
             out,
-            runner,
-            _TrialLines(),
-            track,
-            question,
+            Watched(runner, out),
+            track=track,
+            question=question,
         )
         _print(result.summary())
         if prepared.family_seconds:
             spent = ", ".join(f"{k} {v:.0f}" for k, v in sorted(prepared.family_seconds.items(), key=lambda x: -x[1]))
             _print(f"seconds of fitting per family, summed over workers: {spent}")
         _report(out, html)
+        if result.info["trials"]["interrupted"]:
+            raise KeyboardInterrupt
 
 
 def _report(out: Path, html: bool) -> None:
@@ -235,7 +236,7 @@ def _check_inverse(task: Any, max_drop: float, minimize: str | None, others: boo
     if others:
         raise RankoptError(
             "--max-drop evaluates knapsack plans of several budgets, here and now: it takes no --strategy, --option, "
-            "--trials, --resume, --workers, --ray-address or --gpus-per-trial"
+            "--trials, --resume, --fidelities, --storage, --workers, or what goes with workers"
         )
 
 
@@ -305,49 +306,44 @@ def benchmark(
         _print(f"written: {', '.join(str(p) for p in sorted(out.glob('benchmark.*')))}")
 
 
-def _runner(workers: int, ray_address: str | None, gpus_per_trial: float) -> Any:
+def _runner(
+    workers: int,
+    ray_address: str | None,
+    gpus_per_trial: float,
+    limits: tuple[float | None, float | None],
+    logs: Path,
+    tensorboard: bool,
+) -> Any:
     """The search loop to use: in this process, or on Ray Tune."""
     from rankopt.search import search as in_process
 
     if workers < 0 or gpus_per_trial < 0:
         raise RankoptError("--workers and --gpus-per-trial must not be negative")
     if not workers and not ray_address and not gpus_per_trial:
+        if any(limits) or tensorboard:
+            raise RankoptError(
+                "--trial-timeout, --trial-memory and --tensorboard go with --workers: "
+                "in this process nothing can stop a trial"
+            )
         return in_process
+    from rankopt.ray_worker import Limits
     from rankopt.search_ray import RaySearch
 
-    return RaySearch(max(workers, 1), ray_address, gpus_per_trial)
-
-
-class _TrialLines:
-    """One line a finished trial on standard error."""
-
-    def __init__(self) -> None:
-        self.best = float("inf")
-
-    def __call__(self, trial: Trial) -> None:
-        if trial.objective is None:
-            console.print(f"trial {trial.number}: failed, {trial.error}", style="red", markup=False, highlight=False)
-            return
-        mark = " *" if trial.objective < self.best else ""
-        self.best = min(self.best, trial.objective)
-        score = "" if trial.score is None else f", score {trial.score:.2%}"
-        console.print(
-            f"trial {trial.number}: objective {trial.objective:.5g}{score}, {trial.cost.params:,} parameters, "
-            f"{trial.seconds:.1f} s{mark}",
-            markup=False,
-            highlight=False,
-        )
+    seconds, gigabytes = limits
+    memory = None if gigabytes is None else int(gigabytes * 1e9)
+    return RaySearch(max(workers, 1), ray_address, gpus_per_trial, Limits(seconds, memory), logs, tensorboard)
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
     """Write a run's report.html and print the same as text."""
     with clear_errors():
-        from rankopt.plan import read_result
+        from rankopt.plan import read_result, sound
         from rankopt.report.html import write_report
         from rankopt.report.text import summary
 
-        _print(summary(read_result(run)))
+        with sound(run):
+            _print(summary(read_result(run)))
         _print(f"report: {write_report(run)}")
 
 
@@ -360,7 +356,7 @@ def apply(
     """Rebuild a compressed model from plan.json and its weights."""
     with clear_errors():
         from rankopt.inventory import count
-        from rankopt.plan import load, read_plan, read_result
+        from rankopt.plan import load, read_plan, read_result, sound
         from rankopt.tasks import load_task
 
         found = load_task(task)
@@ -375,7 +371,8 @@ def apply(
             _print(
                 f"cost counted again: {cost.params:,} parameters, {cost.macs:,} MACs, {cost.bytes:,} bytes, as planned"
             )
-            _check_scores(found, model, read_result(run))
+            with sound(run):
+                _check_scores(found, model, read_result(run))
 
 
 def _check_scores(task: Any, model: Any, info: dict[str, Any]) -> None:

@@ -175,8 +175,9 @@ Proposal = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Trial:
-    """One evaluated proposal. state: "finished" or "failed"; objective is minimised.
+    """One evaluated proposal. state: "finished", "failed" or "stopped" (at a low fidelity); objective is minimised.
 
+    objective, score: of full fidelity only. rungs: the objective at each lower fidelity that was measured.
     note: the strategy's own numbers on where the proposal came from, kept so that a resumed strategy learns the same.
     """
 
@@ -190,6 +191,7 @@ class Trial:
     seconds: float = 0.0
     error: str | None = None
     note: tuple[float, ...] = ()
+    rungs: tuple[float, ...] = ()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from rankopt.calibration import class_axis, main_output
 from rankopt.core import TaskError
-from rankopt.inventory import inference, run, to_device
+from rankopt.inventory import batch_size, inference, map_tensors, run, to_device
 
 
 class Divergence:
@@ -23,7 +24,7 @@ class Divergence:
     """
 
     def __init__(self, dense: nn.Module, batches: Sequence[Any]) -> None:
-        self.batches = batches
+        self.batches = list(batches)
         self.reference = [z.cpu() for z in self._outputs(dense)]
         finite = all(torch.isfinite(z).all() for z in self.reference)
         if not finite:
@@ -37,6 +38,11 @@ class Divergence:
             return [main_output(run(model, to_device(b, model))).float() for b in self.batches]
 
     def __call__(self, model: nn.Module) -> float:
+        total, weight = self.sums(model)
+        return total / weight
+
+    def sums(self, model: nn.Module) -> tuple[float, float]:
+        """Numerator and denominator; those of slices add up to the whole's."""
         total = count = 0.0
         for z, z0 in zip(self._outputs(model), self.reference, strict=True):
             z0 = z0.to(z.device)
@@ -46,7 +52,31 @@ class Divergence:
                 count += z.numel() // z.shape[self.axis]
             else:
                 total += (z - z0).double().square().sum().item()
-        return total / count if self.axis is not None else total / self.spread
+        return total, count if self.axis is not None else self.spread
+
+    def slices(self, shares: Sequence[float]) -> list[Divergence]:
+        """The same in consecutive slices, cut at these shares (rising, the last one 1) of the examples.
+
+        Raises TaskError where a slice would hold no example, or outputs do not go by examples.
+        """
+        sizes = [batch_size(x) for x in self.batches]
+        if [len(z) for z in self.reference] != sizes:
+            raise TaskError("the objective cannot be sliced: an output's first dimension is not the batch's")
+        ends = [round(share * sum(sizes)) for share in shares]
+        parts = []
+        for start, end in zip([0, *ends], ends, strict=False):
+            if end <= start:
+                raise TaskError(f"a fidelity of {end / sum(sizes):.2g} holds no example more than the one below it")
+            part, at = copy.copy(self), 0
+            part.batches, part.reference, part.spread = [], [], self.spread * (end - start) / sum(sizes)
+            for x, z, n in zip(self.batches, self.reference, sizes, strict=True):
+                cut = slice(max(start - at, 0), max(end - at, 0))
+                if cut.start < min(n, cut.stop):
+                    part.batches.append(map_tensors(x, lambda t, n=n, c=cut: t[c] if t.ndim and len(t) == n else t))
+                    part.reference.append(z[cut])
+                at += n
+            parts.append(part)
+        return parts
 
 
 def call(what: str, function: Callable[[nn.Module], float] | None, model: nn.Module) -> float | None:

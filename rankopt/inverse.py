@@ -9,7 +9,8 @@ from typing import Any
 from rankopt.allocation import allocate
 from rankopt.core import METRICS, RankoptError, Task, TaskError, Trial
 from rankopt.evaluate import call
-from rankopt.job import Evaluator, PlanKey, plan_key
+from rankopt.fidelity import Evaluator
+from rankopt.job import PlanKey, plan_key
 from rankopt.prepare import Prepared, Track, silent
 from rankopt.search import Evaluate, Study, search
 from rankopt.uncertainty import Interval, difference

@@ -18,7 +18,7 @@ from torch import nn
 
 from rankopt.allocation import allocate, relative_gap
 from rankopt.budget import Limit, Problem
-from rankopt.candidates import FactorStore, digest, write_beside
+from rankopt.candidates import digest, write_beside
 from rankopt.core import (
     Candidate,
     Choice,
@@ -34,9 +34,10 @@ from rankopt.core import (
 )
 from rankopt.decompositions import DENSE
 from rankopt.evaluate import call
+from rankopt.fidelity import WHOLE, Evaluator, Ladder, climbed, trained
 from rankopt.frontier import dense_candidate
 from rankopt.inventory import count, inference, model_input, one_example, run, to_device
-from rankopt.plan import RESULT, apply, save
+from rankopt.plan import RESULT, save
 from rankopt.prepare import Prepared, Track, check_batches, prepare, silent
 from rankopt.refine import refine as refine_layers
 from rankopt.renormalise import renormalise
@@ -57,6 +58,8 @@ class Settings:
     options: the strategy's own.
     refine: refit the chosen plan's layers one after the other, against the dense model's outputs, and move its
     batch norms to what they now see; each is kept if the objective falls.
+    ladder: the fidelities that trials are evaluated at. storage: an SQLAlchemy URL of a study that several processes
+    share; default: study.db in the run folder.
     """
 
     strategy: str = "knapsack"
@@ -65,28 +68,8 @@ class Settings:
     resume: bool = False
     refine: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Evaluator:
-    """Builds a proposal's model and measures it; what a runner calls, here or in a worker it is sent to."""
-
-    problem: Problem
-    model: nn.Module
-    factors: FactorStore
-    objective: Callable[[nn.Module], float]
-    score: Callable[[nn.Module], float] | None
-
-    @classmethod
-    def of(cls, prepared: Prepared, problem: Problem) -> Evaluator:
-        return cls(problem, prepared.task.model, prepared.factors, prepared.objective, prepared.task.score)
-
-    def __call__(self, proposal: Proposal) -> tuple[float, float | None]:
-        """(objective, validation score)."""
-        model = apply(self.model, self.problem.layers, self.problem.candidates(proposal), self.factors)
-        objective = call("the objective", self.objective, model)
-        assert objective is not None
-        return objective, call("the score", self.score, model)
+    ladder: Ladder = WHOLE
+    storage: str | None = None
 
 
 PlanKey = tuple[tuple[str, Rank, str], ...]
@@ -183,6 +166,9 @@ def finish(
     task, clock = prepared.task, prepared.clock
     plan = make_plan(prepared, problem, chosen.proposal)
     model = prepared.apply(problem, chosen.proposal)
+    evaluator = Evaluator.of(prepared, problem, settings.ladder)
+    if evaluator.lessons:  # again, as in the trial: trials keep no weights
+        model = trained(model, *evaluator.lessons, evaluator.steps, track=track)
     model, changes = _polished(prepared, problem, chosen, model, settings, track)
     achieved = count(model, task.example_input)
     for limit in problem.limits:
@@ -215,6 +201,7 @@ def finish(
             "asked": asked,
             "finished": sum(t.state == "finished" for t in trials),
             "failed": sum(t.state == "failed" for t in trials),
+            "stopped": sum(t.state == "stopped" for t in trials),
             "distinct": len({t.proposal for t in trials}),
         },
         "budget": {
@@ -229,6 +216,7 @@ def finish(
         "cost": {"dense": dataclasses.asdict(prepared.dense), "compressed": dataclasses.asdict(achieved)},
         "optimality_gap": relative_gap(problem.loss(chosen.proposal), bound),
         "objective": {"best": chosen.objective, "predicted": chosen.predicted},
+        "fidelities": climbed(settings.ladder, trials),
         **changes,
         **with_intervals(task, score),
         "proxy": proxy(trials),
@@ -349,29 +337,41 @@ def run_search(
 
     question: what the budget came from, for result.json.
     """
+    if settings.refine and settings.ladder.steps:
+        raise RankoptError("refining would undo the training of the plans: search without --refine or without train=")
     strategy = make_strategy(settings.strategy, problem, settings.seed, settings.options)
     about: dict[str, Any] = {"task": prepared.task.name, "strategy": settings.strategy, "seed": settings.seed}
     about["options"] = {k: str(v) for k, v in sorted(settings.options.items())}
-    store = None
-    if out is not None:
-        from rankopt.store import Store
-
-        same: dict[str, Any] = {"limits": [list(limit) for limit in map(dataclasses.astuple, problem.limits)]}
-        same["candidates"] = fingerprint(problem)
-        store = Store(out, problem, {**about, **same}, settings.resume)
-    study = Study(problem, strategy, trial_limit(strategy, settings.trials), store, report)
-    study.resume()
-    if len(study.trials) < study.limit:
-        with prepared.clock.stage("strategy"):
-            strategy.measure(prepared, track)
-    with prepared.clock.stage("search"):
-        trials = runner(study, Evaluator.of(prepared, problem))
-    about |= {"question": dict(question)} if question else {}
-    about |= {"notes": strategy.notes}
-    result = finish(prepared, problem, trials, best(trials), about, strategy.asked, settings, track)
-    if out is not None:
-        result.save(out)
+    store = None if out is None else _open_store(out, problem, about, settings)
+    try:
+        study = Study(problem, strategy, trial_limit(strategy, settings.trials), store, report)
+        study.resume()
+        if len(study.trials) < study.limit:
+            with prepared.clock.stage("strategy"):
+                strategy.measure(prepared, track)
+        with prepared.clock.stage("search"):
+            trials = runner(study, Evaluator.of(prepared, problem, settings.ladder))
+        about |= {"question": dict(question)} if question else {}
+        about |= {"notes": strategy.notes}
+        result = finish(prepared, problem, trials, best(trials), about, strategy.asked, settings, track)
+        result.info["trials"]["interrupted"] = study.stopping
+        if out is not None and store is not None:
+            store.export()
+            result.save(out)
+    finally:
+        if store is not None:
+            store.close()
     return result
+
+
+def _open_store(out: Path, problem: Problem, about: Mapping[str, Any], settings: Settings) -> Any:
+    from rankopt.store import Store
+    from rankopt.store_shared import SharedStore
+
+    limits = [list(limit) for limit in map(dataclasses.astuple, problem.limits)]
+    same = {**about, "limits": limits, "candidates": fingerprint(problem), "fidelities": str(settings.ladder)}
+    where = (out, problem, same, settings.resume)
+    return SharedStore(settings.storage, *where) if settings.storage else Store(*where)
 
 
 def fingerprint(problem: Problem) -> str:
@@ -381,9 +381,11 @@ def fingerprint(problem: Problem) -> str:
 def open_folder(out: Path, resume: bool, kept: str = "study.db") -> None:
     """Make a run folder. Raises StudyError if it holds something already and is not resumed, or cannot be made."""
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not resume:
+        # Of a process that was killed while it wrote its first file, *.part is all there is.
+        full = out.exists() and (not out.is_dir() or any(".part" not in p.name for p in out.iterdir()))
+        if full and not resume:
             raise StudyError(f"{out} is not empty: pass --resume to go on with it, or choose another --out")
-        if resume and not (out / kept).is_file() and out.exists() and any(out.iterdir()):
+        if full and not any(out.rglob(kept)):
             raise StudyError(f"there is nothing to resume in {out}: it holds files, but no {kept}")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

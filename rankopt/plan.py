@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rankopt.unfold import parts, take_ordinary_path, unfold
 
 FORMAT, VERSION = "rankopt-plan", 2
 READ = {"task", "strategy", "seed", "seconds", "trials", "budget", "cost", "score", "milliseconds", "layers"}
+LARGEST = 2**24  # bytes of a JSON file that is read: 10,000 layers take 5 MB
 PLAN, WEIGHTS, RESULT = "plan.json", "model.safetensors", "result.json"
 
 
@@ -87,11 +89,15 @@ def _sha256(path: Path) -> str:
 
 def _read_json(path: Path, failure: type[RankoptError], if_missing: str) -> Any:
     try:
-        return json.loads(path.read_text())
+        size = path.stat().st_size
+        content = json.loads(path.read_text()) if size <= LARGEST else None
     except FileNotFoundError:
         raise failure(f"there is no {path}: {if_missing}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise failure(f"{path} is damaged ({error}): run the search again with --resume") from error
+    if size > LARGEST:
+        raise failure(f"{path} is larger than {LARGEST:,} bytes: it is not one of rankopt's")
+    return content
 
 
 def read_result(folder: str | Path) -> dict[str, Any]:
@@ -101,6 +107,18 @@ def read_result(folder: str | Path) -> dict[str, Any]:
     if not isinstance(info, dict) or not info.keys() >= READ:
         raise StudyError(f"{path} is damaged: it is not a rankopt result")
     return info
+
+
+@contextmanager
+def sound(folder: str | Path) -> Iterator[None]:
+    """Around what reads a result's entries: where one is not what it should be, a StudyError."""
+    try:
+        yield
+    except RankoptError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        path = Path(folder) / RESULT
+        raise StudyError(f"{path} is damaged ({type(error).__name__}: {error}): make it anew with --resume") from error
 
 
 def read_plan(folder: str | Path) -> tuple[Plan, str]:
@@ -193,6 +211,9 @@ def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.M
     small = rebuild(dense, plan)
     path = Path(folder) / WEIGHTS
     try:
+        expected = sum(t.numel() * t.element_size() for t in (*small.parameters(), *small.buffers()))
+        if path.stat().st_size > 2 * expected + LARGEST:
+            raise PlanError(f"{path} is larger than the plan's model: it is from elsewhere")
         if _sha256(path) != checksum:
             raise PlanError(f"{path} is damaged or from another run: its checksum is not the one in {PLAN}")
         load_model(small, str(path))

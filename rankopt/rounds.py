@@ -20,15 +20,14 @@ from torch import nn
 from rankopt.budget import Limit, parse_budget
 from rankopt.core import Cost, Task, Trial
 from rankopt.evaluate import Divergence, call
+from rankopt.fidelity import trained
 from rankopt.inventory import count
 from rankopt.job import Result, Runner, Settings, run_search, with_intervals
-from rankopt.plan import RESULT, load
+from rankopt.plan import RESULT, load, read_result
 from rankopt.prepare import CALIBRATION_EXAMPLES, Track, collect_batches, prepare, silent
 from rankopt.search import search
 from rankopt.space import SearchSpace
-from rankopt.training import CLIP, lessons, train
-
-RATE = 3e-4
+from rankopt.training import lessons
 
 
 def run_rounds(
@@ -57,7 +56,7 @@ def run_rounds(
     for number in range(1, space.rounds + 1):
         last = number == space.rounds
         folder = None if out is None else out if last else out / f"round-{number}"
-        if folder and not last and settings.resume and (folder / RESULT).is_file():
+        if folder and not last and settings.resume and _trained_already(folder):
             model = multiplied_out(task.model, load(task.model, folder))
             continue
         goal = budget if last else {x.metric: _on_the_way(x, dense, number / space.rounds) for x in limits}
@@ -69,6 +68,8 @@ def run_rounds(
             folder.mkdir(parents=True, exist_ok=True)
         again = dataclasses.replace(settings, resume=bool(folder and (folder / "study.db").is_file()))
         result = run_search(prepared, prepared.problem(goal), again, folder, runner, report, track)
+        if result.info["trials"]["interrupted"]:
+            raise KeyboardInterrupt
         before = result.info["objective"]["best"]
         result.model, after = _trained(task, result.model, batches, objective, space.round_steps, settings.seed, track)
         history.append({"round": number, "budget": {x.metric: x.target for x in result.limits}})
@@ -80,6 +81,11 @@ def run_rounds(
             result.save(folder)
         model = multiplied_out(task.model, result.model)
     return result
+
+
+def _trained_already(folder: Path) -> bool:
+    """Whether a round's result is the one from after its training: a search ends with a result of its own."""
+    return (folder / RESULT).is_file() and "rounds" in read_result(folder)
 
 
 def _on_the_way(limit: Limit, dense: Cost, share: float) -> int:
@@ -102,12 +108,10 @@ def _trained(
     if steps == 0:
         return small, before
     data, loss = lessons(task, batches)
-    trained = copy.deepcopy(small)
-    optimizer = torch.optim.Adam(trained.parameters(), RATE)
-    train(trained, data, loss, optimizer, steps=steps, seed=seed, clip=CLIP, training=False, track=track)
-    after = call("the objective", objective, trained)
+    changed = trained(small, data, loss, steps, seed, track)
+    after = call("the objective", objective, changed)
     better = after is not None and before is not None and after < before
-    return (trained, after) if better else (small, before)
+    return (changed, after) if better else (small, before)
 
 
 @torch.no_grad()

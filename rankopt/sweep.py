@@ -11,8 +11,9 @@ from rankopt.allocation import allocate
 from rankopt.budget import Limit, parse_budget
 from rankopt.core import BudgetError, Cost, Plan, Proposal, RankoptError, Task
 from rankopt.evaluate import call
+from rankopt.fidelity import Evaluator
 from rankopt.inventory import count
-from rankopt.job import Evaluator, make_plan
+from rankopt.job import make_plan
 from rankopt.prepare import Clock, Prepared, Track, silent
 from rankopt.uncertainty import Interval, wilson
 

@@ -159,8 +159,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# VGG-16 with its last three convolutions generated",
         "",
-        f"Made by `python studies/adntn.py SIZE`, seed {SEED}. Same start and recipe for all models of a size; accuracy",
-        "on test images, read once. Parameters of one of the three layers, and how many times fewer than dense.",
+        f"Made by `python studies/adntn.py SIZE`, seed {SEED}. Same start and recipe for all models of a size;",
+        "accuracy on test images, read once. Parameters of one of the three layers, and how many times fewer than",
+        "dense.",
         "",
         "| size | layers | χ | parameters each | fewer | whole model | train loss | test % | seconds | machine, date |",
         "|---|---|---|---|---|---|---|---|---|---|",

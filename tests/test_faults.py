@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -57,3 +58,26 @@ def test_a_folder_that_cannot_be_made(tmp_path, quick_space):
     outcome = limited(10**9, *common, "--out", tmp_path / "run", "--cache", tmp_path / "file" / "cache")
     assert outcome.returncode == 2 and "RANKOPT_CACHE" in outcome.stderr
     assert os.environ["RANKOPT_CACHE"]
+
+
+def obey_permissions():
+    """In a child before it starts: root loses its right to write everywhere (CAP_DAC_OVERRIDE)."""
+    if os.getuid() == 0:
+        assert ctypes.CDLL(None).prctl(24, 1, 0, 0, 0) == 0
+
+
+def test_a_folder_that_may_not_be_written(tmp_path, quick_space):
+    """A finished run whose folder is read-only: going on is refused in one line, and nothing is changed."""
+    run = tmp_path / "run"
+    common = ["search", "digits", "--budget", "params=0.5", "--strategy", "random", "--space", quick_space, "--no-html"]
+    common += ["--cache", tmp_path / "cache", "--out", run]
+    assert limited(10**9, *common, "--trials", "2").returncode == 0
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    for path in [*run.iterdir(), run]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    command = [sys.executable, "-m", "rankopt.cli", *map(str, common), "--trials", "4", "--resume"]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=obey_permissions)
+    assert outcome.returncode == 2 and "Traceback" not in outcome.stderr, outcome.stderr
+    assert len([line for line in outcome.stderr.splitlines() if line.startswith("error:")]) == 1, outcome.stderr
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+    assert len(read_trials(run)) == 2

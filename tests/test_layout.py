@@ -21,15 +21,19 @@ ORDER = [
     {"strategies", "environment"},
     {"plan"},
     {"prepare", "refine", "renormalise", "search", "store"},
+    {"store_shared"},
+    {"fidelity"},
     {"job", "tasks"},
     {"rounds", "interpret"},
+    {"ray_session"},
+    {"ray_worker"},
     {"search_ray", "sweep", "inverse", "benchmark"},
-    {"report"},
+    {"report", "progress"},
     {"cli"},
 ]
 DOORS = {
-    "ray": {"search_ray.py"},
-    "optuna": {"strategies/optuna.py", "store.py"},
+    "ray": {"search_ray.py", "ray_session.py", "ray_worker.py"},
+    "optuna": {"strategies/optuna.py", "store.py", "store_shared.py"},
     "matplotlib": {"report/pictures.py"},
     "gymnasium": {"environment.py"},
 }

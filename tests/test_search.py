@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sqlite3
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import optuna
 import pytest
+from rich.console import Console
 
 from rankopt import StudyError
 from rankopt.job import Evaluator, Settings, run_search
+from rankopt.progress import Watched
 from rankopt.search import Study, best, search
 from rankopt.store import Store, read_trials
 from rankopt.strategies import make_strategy
@@ -151,3 +154,86 @@ def count_trials(folder: Path) -> int:
             return connection.execute("SELECT count(*) FROM trials").fetchone()[0]
     except sqlite3.Error:
         return 0
+
+
+def test_what_may_pass_is_tried_once_more(digits):
+    real = Evaluator.of(digits, digits.problem({"params": 0.3}))
+    calls = []
+
+    def away(proposal):
+        calls.append(proposal)
+        if len(calls) in (2, 4, 5):
+            raise OSError("the network drive is away")
+        if len(calls) == 7:
+            raise ValueError("a bug")
+        return real(proposal)
+
+    trials = run(digits, 5, evaluate=away).trials
+    assert [t.error for t in trials] == [
+        None, None, "OSError: the network drive is away (tried twice)", None, "ValueError: a bug",
+    ]  # fmt: skip
+    assert len(calls) == 7
+
+
+def test_a_one_shot_search_that_failed_is_made_again(digits, tmp_path):
+    def broken(study, evaluate):
+        return search(study, lambda proposal: 1 / 0)
+
+    problem = digits.problem({"params": 0.3})
+    with pytest.raises(StudyError, match="the first said: ZeroDivisionError"):
+        run_search(digits, problem, Settings("uniform"), tmp_path, broken)
+    result = run_search(digits, problem, Settings("uniform", resume=True), tmp_path)
+    assert result.info["trials"] | {"asked": 1} == {
+        "asked": 1, "finished": 1, "failed": 0, "stopped": 0, "distinct": 1, "interrupted": False,
+    }  # fmt: skip
+    assert [t["state"] for t in read_trials(tmp_path)] == ["finished"]
+    states = [t.state.name for t in Store(tmp_path, problem, {}, resume=True).study.trials]
+    assert states == ["FAIL", "COMPLETE"], "the file remembers"
+
+
+def test_ctrl_c_once_ends_after_the_trial_and_twice_at_once(digits, tmp_path):
+    real, signals = Evaluator.of(digits, digits.problem({"params": 0.3})), []
+
+    def press(study, evaluate, times):
+        def evaluated(proposal):
+            if len(study.trials) == 2:
+                for _ in range(times):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    signals.append(proposal)
+            return real(proposal)
+
+        return search(study, evaluated)
+
+    problem = digits.problem({"params": 0.3})
+    watched = Watched(lambda study, evaluate: press(study, evaluate, 1), tmp_path)
+    result = run_search(digits, problem, Settings("random", 9), tmp_path, watched)
+    assert result.info["trials"]["finished"] == 3 and result.info["trials"]["interrupted"]
+    watched = Watched(lambda study, evaluate: press(study, evaluate, 0), tmp_path)
+    run_search(digits, problem, Settings("random", 9, resume=True), tmp_path, watched)
+    log = (tmp_path / "search.log").read_text()
+    assert log.count(" trial ") == 9 and "finishing what runs" in log and "3 of 9 trials are done" in log
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        watched = Watched(lambda study, evaluate: press(study, evaluate, 2), other)
+        run_search(digits, problem, Settings("random", 9), other, watched)
+    assert len(read_trials(other)) == 2 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_live_line_says_how_it_goes(digits, tmp_path):
+    screen, lines = Console(force_terminal=True, file=io.StringIO()), []
+
+    def watched(study, evaluate):
+        def looked(proposal):
+            lines.append(watching.line())
+            if len(study.trials) == 1:
+                raise ValueError("on purpose")
+            return evaluate(proposal)
+
+        return search(study, looked)
+
+    problem = digits.problem({"params": 0.3})
+    watching = Watched(watched, tmp_path, screen)
+    run_search(digits, problem, Settings("random", 4), tmp_path, watching)
+    assert lines[0] == "0 of 4 trials, 1 running, best nothing yet, params ≤ 11,465"
+    assert lines[2].startswith("2 of 4 trials, 1 running, 1 failed, best 0.") and "left" in lines[2]

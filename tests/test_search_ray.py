@@ -1,5 +1,6 @@
 """Trials on Ray Tune: the same results as in this process, and nothing that goes wrong in a worker ends the search."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,12 +13,15 @@ import pytest
 import torch
 
 from rankopt.core import RankoptError, StudyError
-from rankopt.job import Evaluator, Settings, run_search
+from rankopt.fidelity import WHOLE, Evaluator, Ladder
+from rankopt.job import Settings, run_search
 from rankopt.plan import apply
 from rankopt.prepare import prepare
+from rankopt.ray_worker import Limits
 from rankopt.search import Study, best, search
 from rankopt.search_ray import RaySearch
 from rankopt.space import SearchSpace
+from rankopt.store import read_trials
 from rankopt.strategies import make_strategy
 from rankopt.tasks import load_task
 
@@ -64,8 +68,11 @@ def slow():
 
 
 def test_an_address_that_cannot_be_reached_is_refused_at_once(digits):
+    from ray._private.services import find_gcs_addresses
+
     assert not ray.is_initialized(), "this test runs before the cluster of the others starts"
-    for address in ("127.0.0.1:1", "auto", "nonsense"):
+    elsewhere = find_gcs_addresses()  # somebody else's cluster on this machine, which auto would reach
+    for address in ("127.0.0.1:1", "nonsense", *(() if elsewhere else ("auto",))):
         start = time.perf_counter()
         with pytest.raises(RankoptError, match=address):
             run(digits, runner=RaySearch(1, address))
@@ -87,10 +94,10 @@ def cluster():
     ray.shutdown()
 
 
-def run(prepared, strategy="random", trials=6, runner=search, around=lambda evaluate: evaluate, **study):
+def run(prepared, strategy="random", trials=6, runner=search, around=lambda evaluate: evaluate, ladder=WHOLE, **study):
     problem = prepared.problem(BUDGET)
     asked = Study(problem, make_strategy(strategy, problem, seed=0), trials, **study)
-    return runner(asked, around(Evaluator.of(prepared, problem)))
+    return runner(asked, around(Evaluator.of(prepared, problem, ladder)))
 
 
 class Faulty:
@@ -160,6 +167,59 @@ def test_failures_and_deaths_are_recorded_and_the_search_goes_on(digits, cluster
     assert errors.pop(plans[3]).startswith("worker died")
     assert errors.pop(plans[4]) == "the objective is nan"
     assert set(errors.values()) == {None}
+
+
+class Treacherous:
+    """An evaluation that harms its own process: the first time only, or with one plan."""
+
+    def __init__(self, evaluate, harm, plan=None, once=None):
+        self.evaluate, self.harm, self.plan, self.once = evaluate, harm, plan, once
+
+    def __call__(self, proposal):
+        if proposal == self.plan or (self.once and not self.once.exists()):
+            if self.once:
+                self.once.touch()
+            self.harm()
+        return self.evaluate(proposal)
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def eat():
+    assert [torch.zeros(1 << 24) for _ in range(40)]
+
+
+def test_a_worker_killed_from_outside_changes_nothing(digits, cluster, tmp_path):
+    calm = run(digits)
+    trials = run(digits, runner=RaySearch(1), around=lambda e: Treacherous(e, kill, once=tmp_path / "killed"))
+    assert (tmp_path / "killed").exists()
+    assert [(t.proposal, t.state) for t in trials] == [(t.proposal, "finished") for t in calm]
+
+
+def test_limits_of_time_and_memory_end_a_trial_and_not_the_search(digits, cluster):
+    plans = [t.proposal for t in run(digits)]
+    runner = RaySearch(1, limits=Limits(seconds=4))
+    trials = run(digits, runner=runner, around=lambda e: Treacherous(e, lambda: time.sleep(600), plans[2]))
+    assert [t.proposal for t in trials] == plans
+    assert [t.error for t in trials] == [None, None, "took longer than the limit of 4 s", None, None, None]
+    runner = RaySearch(1, limits=Limits(memory=10**9))
+    trials = run(digits, runner=runner, around=lambda e: Treacherous(e, eat, plans[2]))  # 2.7 GB
+    assert [t.proposal for t in trials] == plans
+    assert [t.state for t in trials].count("failed") == 1 and "memory" in trials[2].error
+
+
+def test_fidelities_stop_the_same_trials_as_in_this_process(digits, cluster):
+    ladder = Ladder.parse("0.1,0.4")
+    here, there = (run(digits, "random", 9, runner, ladder=ladder) for runner in (search, RaySearch(1)))
+    assert [(t.proposal, t.state) for t in there] == [(t.proposal, t.state) for t in here]
+    assert "stopped" in {t.state for t in there}
+    for a, b in zip(there, here, strict=True):
+        assert a.rungs == pytest.approx(b.rungs, rel=1e-4)
+        assert a.objective == (b.objective and pytest.approx(b.objective, rel=1e-4))
+    many = run(digits, "random", 9, RaySearch(2), ladder=ladder)
+    assert {t.proposal for t in many} == {t.proposal for t in here}
 
 
 def test_failures_alone_end_the_search_with_an_error(digits, cluster):
@@ -252,27 +312,48 @@ def command(tmp_path, task, trials):
 
 
 def test_the_command_starts_ray_quietly_and_leaves_nothing(tmp_path):
-    before = set(Path("/tmp").glob("rankopt-*"))
-    done = subprocess.run(**command(tmp_path, "digits", 4), stdout=subprocess.PIPE, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stderr.splitlines()) < 40
+    asked = command(tmp_path, "digits", 4)
+    asked["args"] += ["--tensorboard"]
+    with subprocess.Popen(**asked, stdout=subprocess.PIPE) as process:
+        _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert len(said.splitlines()) < 40
     assert '"distinct": 4' in (tmp_path / "out" / "result.json").read_text()
     assert not {p.name for p in (tmp_path / "home").iterdir()} & {"ray_results", ".ray"}
-    assert set(Path("/tmp").glob("rankopt-*")) <= before
+    assert not list(Path("/tmp").glob(f"rankopt-{process.pid}-*"))
     assert not list((tmp_path / "temporary").glob("*ray*"))
-    ours = {"study.db", "plan.json", "model.safetensors", "result.json"}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == ours
+    ours = {"study.db", "plan.json", "model.safetensors", "result.json", "search.log"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {*ours, "logs"}
+    assert len(list((tmp_path / "out" / "logs" / "tensorboard").glob("*/events.out.tfevents.*"))) == 4
 
 
-def test_ctrl_c_stops_the_command_and_keeps_the_trials(task_file):
+def interrupted(task_file, times):
+    """Ctrl-C so many times, as a terminal sends it, once two trials are told. Returns (exit code, output)."""
     with subprocess.Popen(**command(task_file.parent, f"{task_file}:slow", 200), start_new_session=True) as process:
         seen = ""
         while "trial 1:" not in seen:
             line = process.stderr.readline()
             assert line, seen
             seen += line
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        os.killpg(process.pid, signal.SIGINT)
+        if times == 2:
+            while "finishing what runs" not in seen:
+                seen += process.stderr.readline()
+            os.killpg(process.pid, signal.SIGINT)
         rest = process.stderr.read()
-        assert process.wait(30) == 130, rest
-    assert "--resume" in rest
-    assert len(rest.splitlines()) < 20
+        return process.wait(60), rest
+
+
+def test_ctrl_c_once_finishes_what_runs_and_reports(task_file):
+    code, rest = interrupted(task_file, 1)
+    assert code == 130 and "--resume" in rest and len(rest.splitlines()) < 20
+    info = json.loads((task_file.parent / "out" / "result.json").read_text())
+    assert info["trials"]["interrupted"] and 2 <= info["trials"]["finished"] < 200
+    assert (task_file.parent / "out" / "plan.json").is_file()
+
+
+def test_ctrl_c_twice_stops_at_once_and_keeps_the_trials(task_file):
+    code, rest = interrupted(task_file, 2)
+    assert code == 130 and "--resume" in rest and len(rest.splitlines()) < 20
+    assert not (task_file.parent / "out" / "result.json").exists()
+    assert len(read_trials(task_file.parent / "out")) >= 2

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
 from rankopt.candidates import write_beside
-from rankopt.plan import read_result
+from rankopt.plan import read_result, sound
 from rankopt.report import pictures
 from rankopt.report.pictures import NAMES
 from rankopt.report.text import before_after, changes, honesty, method_text, percent, question, rank_text, speed
@@ -29,7 +29,11 @@ def write_report(run: Path) -> Path:
     info = read_result(run)
     # What `compress(...).save(folder)` wrote has a result, but no study.
     trials = read_trials(run) if (run / STUDY).is_file() else []
-    page = render(info, trials, str(run))
+    with sound(run):
+        try:
+            page = render(info, trials, str(run))
+        except UndefinedError as error:
+            raise KeyError(str(error)) from error
     path = run / FILE
     # A name may hold what UTF-8 cannot: half a character, from a file name that is not UTF-8.
     write_beside(path, lambda p: p.write_text(page, encoding="utf-8", errors="replace"))

@@ -130,7 +130,21 @@ def honesty(info: dict[str, Any]) -> list[tuple[str, bool]]:
         notes.append(_tie_text(tie, info["examples"]["validation"]))
     elif info["score"]["compressed"]["validation"] is not None and not (info.get("examples") or {}).get("validation"):
         notes.append(("the noise of the scores is unknown: Task(examples=...) says how many they average over", False))
-    return notes
+    return [*notes, *((text, False) for text in fidelities(info))]
+
+
+def fidelities(info: dict[str, Any]) -> list[str]:
+    """What each fidelity below the full one stopped, and how well it ranked what it let go on."""
+    lines = []
+    for row in info.get("fidelities") or []:
+        text = f"fidelity {row['name']!r}: {row['measured']} trials measured, {len(row['stopped'])} stopped"
+        if row["stopped"]:
+            text += f" ({', '.join(map(str, row['stopped'][:30]))}{', ...' * (len(row['stopped']) > 30)})"
+        if row["agreement"] is not None:
+            found = correlation_text(row["correlation"])
+            text += f"; it ordered {row['agreement']:.0%} of the pairs that went on as the objective did, {found}"
+        lines.append(text)
+    return lines
 
 
 def correlation_text(found: dict[str, Any]) -> str:
@@ -175,9 +189,11 @@ def budget_line(info: dict[str, Any]) -> str:
         for metric, b in info["budget"].items()
     ]
     t, s = info["trials"], info["seconds"]
+    stopped = f", {t['stopped']} stopped at a low fidelity" if t.get("stopped") else ""
+    stopped += ", interrupted" if t.get("interrupted") else ""
     return (
         f"budget  {'; '.join(parts)}\n"
-        f"search  {t['distinct']} plans, {t['failed']} failed; optimality gap of the predicted loss "
+        f"search  {t['distinct']} plans, {t['failed']} failed{stopped}; optimality gap of the predicted loss "
         f"{info['optimality_gap']:.2%}\n"
         f"seconds {', '.join(f'{k} {v:.1f}' for k, v in s.items())}"
     )

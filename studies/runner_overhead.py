@@ -1,0 +1,185 @@
+"""What running trials costs beside the trials: in this process, on Ray with 1 and 2 workers, on paper with 100.
+
+    python studies/runner_overhead.py            # about half an hour on two cores
+    python studies/runner_overhead.py --quick    # 1 s trials only
+
+A trial is a real evaluation of the digits network, which then waits until its length is reached: so that what is
+measured is the runner, on whatever machine. Written: studies/results/runner_overhead.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rankopt.budget import Limit, Problem
+from rankopt.core import Call, Candidate, Cost, Layer
+from rankopt.fidelity import Evaluator
+from rankopt.prepare import Prepared, prepare
+from rankopt.search import Outcome, Study, search
+from rankopt.search_ray import RaySearch
+from rankopt.space import SearchSpace
+from rankopt.store import Store
+from rankopt.strategies import make_strategy
+from rankopt.tasks import load_task
+
+RESULTS = Path(__file__).parent / "results"
+LENGTHS = {0.1: 30, 1.0: 12, 5.0: 6}  # seconds of a trial -> how many
+SPACE = SearchSpace(families=("svd_out", "cp_merged"), points=6, steps=20)
+SEED = 0
+
+
+class Padded:
+    """An evaluation of a given length; its score is the clock's time at its start."""
+
+    def __init__(self, evaluate: Any, seconds: float) -> None:
+        self.evaluate, self.seconds = evaluate, seconds
+
+    def __call__(self, proposal: Any) -> tuple[float, float]:
+        start = time.time()
+        objective, _ = self.evaluate(proposal)
+        time.sleep(max(0.0, self.seconds - (time.time() - start)))
+        return objective, start
+
+
+def measure(prepared: Prepared, runner: Any, workers: int, seconds: float, trials: int) -> dict[str, float]:
+    """Seconds until the first trial starts, and beside the evaluation for each trial after the first round."""
+    problem = prepared.problem({"params": 0.3})
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder), problem, {}, resume=False)
+        told: list[float] = []
+        study = Study(
+            problem, make_strategy("random", problem, SEED), trials, store, lambda _: told.append(time.time())
+        )
+        start = time.time()
+        runner(study, Padded(Evaluator.of(prepared, problem), seconds))
+        total = time.time() - start
+        store.close()
+    starts = sorted(t.score or 0.0 for t in study.trials)
+    rest = (told[-1] - told[workers - 1]) / (trials - workers) * workers
+    return {
+        "first": starts[0] - start,
+        "total": total,
+        "per_trial": rest - seconds,
+        "share": (rest - seconds) / seconds,
+        "end": total - (told[-1] - start),
+    }
+
+
+def synthetic(layers: int, options: int = 20) -> Problem:
+    """Layers with frontiers of decaying losses, as in studies/synthetic.py."""
+    rng = np.random.default_rng(SEED)
+    found, frontiers = [], []
+    for i in range(layers):
+        size, scale = int(rng.integers(1_000, 100_000)), float(np.exp(rng.normal()))
+        shares = np.geomspace(0.05, 1, options)
+        costs = [Cost(max(1, int(size * s)), max(1, int(size * s)), 4 * max(1, int(size * s))) for s in shares]
+        losses = [scale * (1 - s) ** 2 for s in shares]
+        frontiers.append(
+            tuple(Candidate("svd_out", (k + 1,), c, x, x) for k, (c, x) in enumerate(zip(costs, losses, strict=True)))
+        )
+        found.append(Layer(f"l{i}", "Linear", (size, 1), calls=(Call(1, (1, 1), (1, 1)),), cost=costs[-1]))
+    whole = sum((f[-1].cost for f in frontiers), Cost(0, 0, 0))
+    return Problem(tuple(found), tuple(frontiers), whole, (Limit("params", 0.3, int(0.3 * whole.params)),))
+
+
+def driver(layers: int, strategy: str, options: dict[str, Any], trials: int) -> dict[str, float]:
+    """Seconds of the one process that asks, tells and stores: per trial, over the last third."""
+    problem = synthetic(layers)
+    spent: dict[str, list[float]] = {"ask": [], "tell and store": []}
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder), problem, {}, resume=False)
+        study = Study(problem, make_strategy(strategy, problem, SEED, options), trials, store)
+        rng = np.random.default_rng(SEED)
+        for _ in range(trials):
+            start = time.perf_counter()
+            proposal = study.next()
+            if proposal is None:
+                break
+            asked = time.perf_counter()
+            study.finish(proposal, Outcome(problem.loss(proposal) * float(np.exp(0.1 * rng.normal())), None, 1.0))
+            spent["ask"].append(asked - start)
+            spent["tell and store"].append(time.perf_counter() - asked)
+        store.close()
+    return {k: float(np.mean(v[-max(1, len(v) // 3) :])) for k, v in spent.items()} | {"trials": len(spent["ask"])}
+
+
+def text(data: dict[str, Any]) -> str:
+    """The tables."""
+    lines = [
+        "# What the runners cost",
+        "",
+        f"`python studies/runner_overhead.py`, {data['date']}, seed {SEED}, {data['machine']}. A trial is an",
+        "evaluation of the digits network, stretched to its length; SQLite store; strategy `random`.",
+        "*Beside*: seconds that a worker spends between two evaluations, for each trial after the first round.",
+        "",
+        "| runner | trial | trials | first trial starts after | beside each trial | of its length | after the last |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in data["runners"]:
+        lines.append(
+            f"| {r['runner']} | {r['seconds']:g} s | {r['trials']} | {r['first']:.2f} s | "
+            f"{1000 * r['per_trial']:.0f} ms | {r['share']:.1%} | {r['end']:.2f} s |"
+        )
+    lines += [
+        "",
+        "## On paper: 100 workers",
+        "",
+        "One process asks, tells and stores, one trial after the other: it keeps N workers busy while a trial lasts at",
+        "least N times as long as its share of this process. Measured on synthetic problems of 20 candidates a layer,",
+        "over the last third of the trials. Ray's own share (the rows of 1 worker above) comes on top and was not",
+        "split into what the driver and what the worker spends: take these lengths as the least.",
+        "",
+        "| layers | strategy | trials | ask | tell and store | trials a second | 100 workers are busy from trials of |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for d in data["driver"]:
+        each = d["ask"] + d["tell and store"]
+        lines.append(
+            f"| {d['layers']} | {d['strategy']} | {d['trials']} | {1000 * d['ask']:.0f} ms | "
+            f"{1000 * d['tell and store']:.0f} ms | {1 / each:.1f} | {100 * each:.0f} s |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--machine", default="two shared cores")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    prepared = prepare(load_task("digits"), SPACE)
+    lengths = {1.0: 6} if arguments.quick else LENGTHS
+    runners = {"in-process": (search, 1), "Ray, 1 worker": (RaySearch(1), 1), "Ray, 2 workers": (RaySearch(2), 2)}
+    data: dict[str, Any] = {
+        "date": str(datetime.date.today()),
+        "machine": arguments.machine,
+        "runners": [],
+        "driver": [],
+    }
+    for name, (runner, workers) in runners.items():
+        for seconds, trials in lengths.items():
+            row = {"runner": name, "seconds": seconds, "trials": trials}
+            data["runners"].append(row | measure(prepared, runner, workers, seconds, trials))
+            print(data["runners"][-1], flush=True)
+    strategies = {"random": {}, "optuna (gp)": {}, "optuna (tpe)": {"sampler": "tpe"}, "rl": {}}
+    for layers in (20,) if arguments.quick else (20, 60, 200):
+        for label, options in strategies.items():
+            name = label.split()[0]
+            data["driver"].append({"layers": layers, "strategy": label} | driver(layers, name, options, 45))
+            print(data["driver"][-1], flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "runner_overhead.json").write_text(json.dumps(data, indent=1))
+    (RESULTS / "runner_overhead.md").write_text(text(data))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Files from elsewhere: whatever is in plan.json, result.json, study.db or a cache entry, one clear error comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import rankopt
+from rankopt.candidates import Cache, FactorStore
+from rankopt.core import RankoptError, StudyError
+from rankopt.job import Settings, run_search
+from rankopt.plan import LARGEST, read_result, sound
+from rankopt.report.html import write_report
+from rankopt.report.text import summary
+from rankopt.store import Store, read_trials
+from rankopt.tasks.digits import DigitsNet
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([10**400, "../x"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FUZZ = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+@pytest.fixture(scope="module")
+def run(digits, tmp_path_factory):
+    out = tmp_path_factory.mktemp("outer") / "run"
+    out.mkdir()
+    run_search(digits, digits.problem({"params": 0.3}), Settings("random", 3), out)
+    return out
+
+
+def places(value, path=()):
+    """Every place in a JSON value."""
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+
+def changed(value, path, new):
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = changed(copy[path[0]], path[1:], new)
+    return copy
+
+
+def outside(run):
+    return {p: p.stat().st_mtime_ns for p in run.parent.rglob("*") if run not in (p, *p.parents)}
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_change_of_a_plan_loads_or_is_refused(run, data):
+    good = (run / "plan.json").read_text()
+    content = json.loads(good)
+    path = data.draw(st.sampled_from(list(places(content))))
+    before = outside(run)
+    try:
+        (run / "plan.json").write_text(json.dumps(changed(content, path, data.draw(JSON))))
+        try:
+            assert isinstance(rankopt.load(DigitsNet, run), torch.nn.Module)
+        except RankoptError as error:
+            assert str(error)
+        assert outside(run) == before
+    finally:
+        (run / "plan.json").write_text(good)
+
+
+@settings(FUZZ, max_examples=15)  # each draws all pictures
+@given(data=st.data())
+def test_any_change_of_a_result_is_reported_or_refused(run, data):
+    good = (run / "result.json").read_text()
+    content = json.loads(good)
+    path = data.draw(st.sampled_from(list(places(content))))
+    before = outside(run)
+    try:
+        (run / "result.json").write_text(json.dumps(changed(content, path, data.draw(JSON))))
+        try:
+            with sound(run):
+                summary(read_result(run))
+            write_report(run)
+        except RankoptError as error:
+            assert str(error)
+        assert outside(run) == before
+    finally:
+        (run / "result.json").write_text(good)
+
+
+def test_a_file_too_large_is_not_read(run, tmp_path):
+    for name, read in (
+        ("plan.json", lambda: rankopt.load(DigitsNet, tmp_path)),
+        ("result.json", lambda: read_result(tmp_path)),
+    ):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(LARGEST + 1)
+        with pytest.raises(RankoptError, match="larger than"):
+            read()
+        (tmp_path / name).unlink()
+    for name in ("plan.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(10 * LARGEST)
+    with pytest.raises(RankoptError, match="larger than the plan's model"):
+        rankopt.load(DigitsNet, tmp_path)
+
+
+# --- study.db ----------------------------------------------------------------------------------------
+
+
+def reopen(digits, folder):
+    return Store(folder, digits.problem({"params": 0.3}), {}, resume=True).trials()
+
+
+def test_a_truncated_study_is_noticed_wherever_it_is_cut(run, digits, tmp_path):
+    whole = (run / "study.db").read_bytes()
+    path = tmp_path / "study.db"
+    for share in (0, 0.001, 0.3, 0.6, 0.9, 0.999):
+        path.write_bytes(whole[: math.floor(share * len(whole))])
+        for read in (lambda: reopen(digits, tmp_path), lambda: read_trials(tmp_path)):
+            with pytest.raises(StudyError, match=r"study\.db"):
+                read()
+        assert path.read_bytes() == whole[: math.floor(share * len(whole))], "nothing is overwritten"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "UPDATE trial_values SET value = value / 2 WHERE trial_id = 2",
+        "UPDATE trial_params SET param_value = 0 WHERE trial_id = 2",
+        "UPDATE trial_user_attributes SET value_json = '0.99' WHERE key = 'score' AND trial_id = 1",
+        "DELETE FROM trial_user_attributes WHERE key = 'checksum' AND trial_id = 1",
+        "UPDATE trials SET state = 'PRUNED' WHERE trial_id = 3",
+        "DELETE FROM trial_params WHERE trial_id = 1",
+        "DROP TABLE trial_params",
+    ],
+)
+def test_an_edited_study_is_noticed(run, digits, tmp_path, edit):
+    (tmp_path / "study.db").write_bytes((run / "study.db").read_bytes())
+    assert len(read_trials(tmp_path)) == 3
+    with sqlite3.connect(tmp_path / "study.db") as connection:
+        assert connection.execute(edit).rowcount != 0
+    connection.close()
+    with pytest.raises(StudyError, match=r"damaged|cannot be used"):
+        reopen(digits, tmp_path)
+    with pytest.raises(StudyError, match=r"damaged|cannot be used"):
+        read_trials(tmp_path)
+
+
+# --- the cache ---------------------------------------------------------------------------------------
+
+
+def flip(path):
+    """Change the last byte, which is a number's: the file's form stays sound."""
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 0x55
+    path.write_bytes(content)
+
+
+def test_silent_damage_of_the_cache_is_noticed(tmp_path):
+    cache = Cache(tmp_path)
+    cache.write_tensors("statistics", {"a": torch.rand(5, 5, dtype=torch.float64), "b": torch.tensor(3.0)})
+    cache.write_tensors("fit", {"0.0": torch.rand(3), "1.0": torch.rand(4)})
+    cache.write_json("curve", {"x": [[0.5, 0.25]]})
+    assert cache.read_tensors("statistics") is not None and cache.read_json("curve") == {"x": [[0.5, 0.25]]}
+    for path in tmp_path.iterdir():
+        if path.suffix == ".json":
+            path.write_text(path.read_text().replace("0.25", "0.75"))
+        else:
+            flip(path)
+    assert cache.read_tensors("statistics") is None and cache.read_json("curve") is None
+    assert len(FactorStore(cache)["fit/0"][0]) == 3
+    with pytest.raises(RankoptError, match="is damaged, and removed now"):
+        FactorStore(cache)["fit/1"]
+    assert not cache.path("fit", "safetensors").exists()
