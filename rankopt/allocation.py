@@ -16,8 +16,13 @@ The problem is the multiple-choice knapsack (Kellerer, Pferschy, Pisinger 2004, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -265,21 +270,18 @@ def _solve_core(core: Table, plan: Positions, upper: float, tolerance: float) ->
     room, base = core.room - base_cost.sum(axis=1), math.fsum(base_loss)
     scale = 1e4 / (losses.max() or 1.0)
     unit = 2.0 ** np.ceil(np.log2(np.maximum(costs.max(axis=1), 1)))  # a power of two: the division is exact
-    found = milp(
-        losses * scale,
-        constraints=[
-            LinearConstraint(csr_array((np.ones(len(layers)), (layers, np.arange(len(layers))))), 1, 1),
-            LinearConstraint(costs / unit[:, None], -math.inf, room / unit),
-        ],
-        integrality=np.ones(len(losses)),
-        bounds=Bounds(0, 1),
-        # Without presolve: it finds little here, and HiGHS 1.11 prints a stray line when it undoes it.
-        options={
-            "mip_rel_gap": tolerance * abs(upper) / ((upper - base) or 1.0) if upper < math.inf else tolerance,
-            "node_limit": NODES,
-            "presolve": False,
-        },
-    )
+    gap = tolerance * abs(upper) / ((upper - base) or 1.0) if upper < math.inf else tolerance
+    with no_stray_lines():
+        found = milp(
+            losses * scale,
+            constraints=[
+                LinearConstraint(csr_array((np.ones(len(layers)), (layers, np.arange(len(layers))))), 1, 1),
+                LinearConstraint(costs / unit[:, None], -math.inf, room / unit),
+            ],
+            integrality=np.ones(len(losses)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": gap, "node_limit": NODES, "presolve": False},  # presolve finds little here
+        )
     bound = -math.inf if found.mip_dual_bound is None else base + found.mip_dual_bound / scale
     if found.x is not None:
         chosen = np.zeros_like(core.losses)
@@ -289,3 +291,20 @@ def _solve_core(core: Table, plan: Positions, upper: float, tolerance: float) ->
         if _fits(core, other) and _loss(core, other) < upper:
             plan, upper = other, _loss(core, other)
     return plan, upper, bound
+
+
+_STDOUT = threading.Lock()
+
+
+@contextmanager
+def no_stray_lines() -> Iterator[None]:
+    """Keep what HiGHS prints by itself (a debugging line of 1.11, whatever its options say) off standard output."""
+    with _STDOUT, Path(os.devnull).open("w") as nowhere:
+        sys.stdout.flush()
+        kept = os.dup(1)
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import runpy
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,3 +140,10 @@ def test_no_better_plan_than_the_bound_at_every_budget():
     assert all(later <= earlier for earlier, later in itertools.pairwise(losses))
     assert all(bound <= loss for bound, loss in zip(bounds, losses, strict=True))
     assert math.isfinite(sum(bounds))
+
+
+def test_nothing_is_printed(capfd):
+    """HiGHS prints a line of its own on this problem, past sys.stdout."""
+    study = runpy.run_path(str(Path(__file__).parent.parent / "studies" / "synthetic.py"))
+    allocate(study["Synthetic"](1, 1.0).problem)
+    assert capfd.readouterr() == ("", "")
