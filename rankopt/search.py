@@ -118,9 +118,12 @@ class Study:
             if wanted is None:
                 return None
             proposal = project(self.problem, wanted)
-            if proposal not in seen and (not self.store or self.store.claim(proposal)):
-                self.pending[proposal] = number
-                return proposal
+            if proposal in seen:
+                continue
+            if self.store and not self.store.claim(proposal, self.limit):
+                return self.next()  # another process was faster: there is something new to learn
+            self.pending[proposal] = number
+            return proposal
         return None
 
     def others(self) -> set[Proposal]:

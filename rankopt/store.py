@@ -115,7 +115,7 @@ class Store:
     def _proposal(self, frozen: FrozenTrial) -> Proposal:
         return tuple(int(frozen.params[name]) for name in self.space)
 
-    def claim(self, proposal: Proposal) -> bool:
+    def claim(self, proposal: Proposal, limit: int) -> bool:
         """Whether this process is to evaluate a plan: there is no other."""
         return True
 

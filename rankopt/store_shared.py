@@ -79,16 +79,19 @@ class SharedStore(Store):
             study.set_user_attr(key, value)
         return study
 
-    def claim(self, proposal: Proposal) -> bool:
-        """Whether this process is to evaluate a plan: nobody has, and nobody of a lower number is about to."""
+    def claim(self, proposal: Proposal, limit: int) -> bool:
+        """Whether this process is to evaluate a plan: nobody has, nobody of a lower number is about to, and the plans
+        told and claimed before it leave room for one more.
+        """
         params = dict(zip(self.space, proposal, strict=True))
         claim = create_trial(
             state=TrialState.RUNNING, params=params, distributions=self.space, user_attrs={"owner": self.owner}
         )
         mine = self._patiently(lambda: self.storage.create_new_trial(self.study._study_id, claim))
-        same = [t for t in self._standing() if t.params == params]
-        number = next(t.number for t in same if t._trial_id == mine)
-        if any(t.number < number or t.state != TrialState.RUNNING for t in same):
+        standing = self._standing()
+        number = next(t.number for t in standing if t._trial_id == mine)
+        before = [t.params for t in standing if t.number < number or t.state != TrialState.RUNNING]
+        if params in before or len({tuple(p.values()) for p in before}) >= limit:
             self._void(mine)
             return False
         self.claims[proposal] = mine

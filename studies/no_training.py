@@ -47,7 +47,8 @@ def wanted(model: str) -> dict[str, tuple[str, float, bool]]:
 
 def in_space() -> dict[str, tuple[str, float, bool]]:
     """The cells of ResNet-20 in another search space."""
-    return {f"resnet20 {m}={f}": (m, f, False) for m in ("params", "macs") for f in FRACTIONS}
+    cells = [("params", False), ("params", True), ("macs", False)]
+    return {f"resnet20 {m}={f}{' refined' * refined}": (m, f, refined) for m, refined in cells for f in FRACTIONS}
 
 
 def measure(

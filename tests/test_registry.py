@@ -21,11 +21,11 @@ from rankopt.decompositions.base import dense_macs
 from rankopt.decompositions.fitting import full_target
 from rankopt.decompositions.linear import linear_modes
 from rankopt.evaluate import Divergence
+from rankopt.fidelity import RATE
 from rankopt.frontier import frontier
 from rankopt.inventory import count, inventory
 from rankopt.kinds import matricise
 from rankopt.plan import apply, save
-from rankopt.rounds import RATE
 from rankopt.space import SearchSpace
 from rankopt.tasks import load_task
 from tests.cases import FORMED, PAIRS, build_forms, make

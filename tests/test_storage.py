@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -187,7 +188,7 @@ def postgresql():
                 wait_for(lambda: Path(folder, ".s.PGSQL.5432").exists() and server.poll() is None)
                 yield f"postgresql+psycopg://rank@/postgres?host={folder}"
             finally:
-                server.terminate()
+                server.send_signal(signal.SIGINT)  # SIGTERM would wait for connections that a failed test left
 
 
 def wait_for(condition, seconds=60):

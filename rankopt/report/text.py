@@ -209,7 +209,8 @@ def layer_table(layers: Sequence[dict[str, Any]]) -> Table:
     for x in layers:
         share = f"{x['params'] / x['dense_params']:.0%}" if x["dense_params"] else "–"
         error = f"{x['error']:.3g}" if x["error"] else "0"
-        table.add_row(x["name"], method_text(x), rank_text(x["rank"]), f"{x['params']:,}", share, error, x["reason"])
+        texts = str(x["name"]), method_text(x), rank_text(x["rank"]), f"{x['params']:,}", share, error, str(x["reason"])
+        table.add_row(*texts)
     return table
 
 
