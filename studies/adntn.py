@@ -17,6 +17,7 @@ import argparse
 import copy
 import json
 import math
+import runpy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,6 @@ from rankopt.core import Layer, Rank
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import load_factors
 from rankopt.inventory import inventory
-from rankopt.tasks import load_task
 from rankopt.tasks.digits import TEST, TRAIN, data
 from rankopt.training import CLIP, supervised, train
 
@@ -85,9 +85,12 @@ def largest_rank(family: str, layer: Layer, weights: float) -> Rank:
     return (chi,)
 
 
-def generated(model: nn.Sequential, family: str, compression: int, x: Tensor) -> tuple[nn.Sequential, list[Rank]]:
-    """A copy whose last three convolutions are generated, started at what is nearest to their initial weights."""
-    model, ranks = copy.deepcopy(model), []
+def generated(model: nn.Sequential, family: str, compression: int, x: Tensor) -> tuple[nn.Sequential, list[Rank], int]:
+    """A copy whose last three convolutions are generated, started at what is nearest to their initial weights.
+
+    Returns it, the ranks, and how many parameters each of the three has.
+    """
+    model, ranks, weights = copy.deepcopy(model), [], 0
     layers = [layer for layer in inventory(model, x) if layer.kind == "Conv2d"][-GENERATED:]
     for layer in layers:
         conv = model.get_submodule(layer.name)
@@ -98,7 +101,8 @@ def generated(model: nn.Sequential, family: str, compression: int, x: Tensor) ->
         load_factors(new, fit.factors)
         model.set_submodule(layer.name, new)
         ranks.append(rank)
-    return model, ranks
+        weights = sum(p.numel() for p in new.parameters())
+    return model, ranks, weights
 
 
 # --- data and training -----------------------------------------------------------------------------
@@ -124,7 +128,7 @@ def read(size: str, images: int) -> tuple[Batches, tuple[Tensor, Tensor]]:
     if size == "digits":
         (x, y), (x_test, y_test) = data(TRAIN), data(TEST)
         return Batches(F.interpolate(x, 32, mode="bilinear"), y), (F.interpolate(x_test, 32, mode="bilinear"), y_test)
-    cifar = load_task(f"{HERE}/tasks/cifar10.py:resnet20").score.__globals__  # type: ignore[union-attr]
+    cifar = runpy.run_path(str(HERE / "tasks" / "cifar10.py"))
     x, y = cifar["images"]("train", 0, images), cifar["labels"]("train", 0, images)
     return Batches(x, y, cifar["augment"]), (cifar["images"]("test", 0, 10_000), cifar["labels"]("test", 0, 10_000))
 
@@ -168,10 +172,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for r in rows:
         fewer = f"{r['dense_layer'] / r['layer']:,.0f} ×" if r["ranks"] else "–"
+        seconds = "–" if r["seconds"] is None else f"{r['seconds']:.0f}"
         chi = ", ".join(str(rank[0]) for rank in r["ranks"]) or "–"
         lines.append(
             f"| {r['size']} | {r['family']} | {chi} | {r['layer']:,} | {fewer} | {r['params']:,} | {r['loss']:.3f} "
-            f"| {100 * r['accuracy']:.2f} | {r['seconds']:.0f} | {r['machine']}, {r['date']} |"
+            f"| {100 * r['accuracy']:.2f} | {seconds} | {r['machine']}, {r['date']} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -181,10 +186,9 @@ def measure(size: str, family: str, device: torch.device) -> dict[str, Any]:
     about = SIZES[size]
     batches, (x_test, y_test) = read(size, about.images)
     model, ranks = vgg16(about.divisor, x_test.shape[1]), []
-    dense_layer = next(m for m in reversed(model) if isinstance(m, nn.Conv2d)).weight.numel()
+    dense_layer = layer = next(m for m in reversed(model) if isinstance(m, nn.Conv2d)).weight.numel()
     if family != "dense":
-        model, ranks = generated(model, family, about.compression, x_test[:1])
-    layer = inventory(model, x_test[:1])[-2]
+        model, ranks, layer = generated(model, family, about.compression, x_test[:1])
     seconds = fitted(model.to(device), batches, about.epochs)
     with torch.no_grad():
         loss = F.cross_entropy(model.eval()(batches.x[0].to(device)).cpu(), batches.y[0]).item()
@@ -192,7 +196,7 @@ def measure(size: str, family: str, device: torch.device) -> dict[str, Any]:
         "size": size,
         "family": family,
         "ranks": ranks,
-        "layer": dense_layer if not ranks else DECOMPOSITIONS[family].weights(layer, ranks[-1]),
+        "layer": layer,
         "dense_layer": dense_layer,
         "params": sum(p.numel() for p in model.parameters()),
         "loss": loss,
