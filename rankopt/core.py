@@ -108,6 +108,11 @@ class Layer:
         return sum(c.maps * math.prod(c.size_in if self.input_first else c.size_out) for c in self.calls)
 
     @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the layer itself for one example."""
+        return self.weights * self.positions
+
+    @property
     def out_channels(self) -> int:
         """Output channels of one group."""
         return self.shape[0] // self.groups

@@ -11,13 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankopt.bonds import Spectrum, spectra
-from rankopt.calibration import moments, output_metrics
 from rankopt.channels import Channel, Watch, as_images, channel_shares, find_channels, first_channels
 from rankopt.core import Layer, Rank, Task
 from rankopt.decompositions import DENSE
 from rankopt.inventory import inventory
 from rankopt.plan import apply, load, read_plan
-from rankopt.prepare import Track, collect_batches, prepare, silent
+from rankopt.prepare import Track, calibrate, collect_batches, prepare, silent
 from rankopt.space import SearchSpace
 from rankopt.unfold import unfold
 
@@ -45,7 +44,8 @@ def bonds_of_run(folder: Path, task: Task, track: Track = silent) -> list[LayerB
     replaced = {c.name: (c.method, c.rank) for c in plan.choices if c.method != DENSE}
     dense = unfold(copy.deepcopy(task.model), [c.name for c in plan.choices])
     batches, layers = collect_batches(task.calibration, EXAMPLES), inventory(dense, task.example_input)
-    statistics = measure(dense, [x for x in layers if x.name in replaced], batches, track)
+    s, h = calibrate(dense, [x for x in layers if x.name in replaced], batches, track)
+    statistics = {name: (s.get(name), h.get(name)) for name in replaced}
     return inspect_bonds(dense, small, layers, replaced, statistics, batches)
 
 
@@ -59,18 +59,6 @@ def bonds_of_space(
     replaced = {x.name: (c.method, c.rank) for x, c in zip(prepared.free, chosen, strict=True)}
     batches = collect_batches(prepared.statistics.batches, EXAMPLES)
     return inspect_bonds(prepared.model, small, prepared.layers, replaced, prepared.statistics, batches)
-
-
-def measure(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], track: Track
-) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-    """S and H of some layers of the dense model, as calibration measures them."""
-    total = 2 * len(batches)
-    steps = iter(track(range(total), "calibrating", total))
-    s = moments(model, layers, batches, lambda: next(steps))
-    h = output_metrics(model, layers, batches, lambda: next(steps))
-    next(steps, None)
-    return {x.name: (s.get(x.name), h.get(x.name)) for x in layers}
 
 
 def inspect_bonds(

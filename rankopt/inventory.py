@@ -237,7 +237,7 @@ def _layer(
     )
     own = list(module.parameters(recurse=False))
     params, stored = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
-    return dataclasses.replace(layer, cost=Cost(params, layer.weights * layer.positions, stored))
+    return dataclasses.replace(layer, cost=Cost(params, layer.macs, stored))
 
 
 def _reason(module: nn.Module, calls: list[Call], owners: dict[int, list[str]]) -> str | None:

@@ -329,7 +329,6 @@ def run_search(
     settings: Settings,
     out: Path | None = None,
     runner: Runner = search,
-    report: Callable[[Trial], None] = lambda trial: None,
     track: Track = silent,
     question: Mapping[str, Any] | None = None,
 ) -> Result:
@@ -344,7 +343,7 @@ def run_search(
     about["options"] = {k: str(v) for k, v in sorted(settings.options.items())}
     store = None if out is None else _open_store(out, problem, about, settings)
     try:
-        study = Study(problem, strategy, trial_limit(strategy, settings.trials), store, report)
+        study = Study(problem, strategy, trial_limit(strategy, settings.trials), store)
         study.resume()
         if len(study.trials) < study.limit:
             with prepared.clock.stage("strategy"):

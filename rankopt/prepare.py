@@ -233,6 +233,18 @@ def _tensors(batches: Sequence[Any]) -> list[Any]:
     return found
 
 
+def calibrate(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], track: Track
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Name -> S and name -> H; a layer that nothing reached is in neither."""
+    total = 2 * len(batches)
+    steps = iter(track(range(total), "calibrating", total))
+    s = moments(model, layers, batches, lambda: next(steps))
+    h = output_metrics(model, layers, batches, lambda: next(steps))
+    next(steps, None)
+    return s, h
+
+
 class Statistics(Mapping[str, tuple[Any, Any]]):
     """Name -> (input moment, output metric); read from the cache, or measured when the cache has none."""
 
@@ -248,11 +260,7 @@ class Statistics(Mapping[str, tuple[Any, Any]]):
         self.tensors = self.tensors or self.cache.read_tensors(self.key) or self._measure()
 
     def _measure(self) -> dict[str, Any]:
-        total = 2 * len(self.batches)
-        steps = iter(self.track(range(total), "calibrating", total))
-        s = moments(self.model, self.layers, self.batches, lambda: next(steps))
-        h = output_metrics(self.model, self.layers, self.batches, lambda: next(steps))
-        next(steps, None)
+        s, h = calibrate(self.model, self.layers, self.batches, self.track)
         found = {f"moment.{n}": t.cpu() for n, t in s.items()} | {f"metric.{n}": t.cpu() for n, t in h.items()}
         self.cache.write_tensors(self.key, found)
         return found

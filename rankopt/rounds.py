@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from rankopt.budget import Limit, parse_budget
-from rankopt.core import Cost, Task, Trial
+from rankopt.core import Cost, Task
 from rankopt.evaluate import Divergence, call
 from rankopt.fidelity import trained
 from rankopt.inventory import count
@@ -38,7 +38,6 @@ def run_rounds(
     out: Path | None = None,
     cache: str | Path | None = None,
     runner: Runner = search,
-    report: Callable[[Trial], None] = lambda trial: None,
     track: Track = silent,
     workers: int | None = None,
 ) -> Result:
@@ -67,7 +66,7 @@ def run_rounds(
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         again = dataclasses.replace(settings, resume=bool(folder and (folder / "study.db").is_file()))
-        result = run_search(prepared, prepared.problem(goal), again, folder, runner, report, track)
+        result = run_search(prepared, prepared.problem(goal), again, folder, runner, track)
         if result.info["trials"]["interrupted"]:
             raise KeyboardInterrupt
         before = result.info["objective"]["best"]

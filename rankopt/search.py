@@ -94,6 +94,7 @@ class Study:
     reached: dict[Proposal, tuple[float, ...]] = field(default_factory=dict)  # -> its objective at each rung so far
     retried: set[Proposal] = field(default_factory=set)
     stopping: bool = False  # set it, and nothing more is started
+    awaited: set[Proposal] = field(default_factory=set)  # what other processes evaluated at the last look
 
     def resume(self) -> None:
         """Take up what the store holds. Where every trial failed, they are made again: what was wrong may be mended."""
@@ -108,8 +109,10 @@ class Study:
 
     def next(self) -> Proposal | None:
         """The next distinct plan to evaluate; None if there is none (now: `pending` tells)."""
+        others = self.others()  # before the news: what they tell in between is in both
         self._catch_up()
-        seen = {t.proposal for t in self.trials} | self.pending.keys() | self.others()
+        seen = {t.proposal for t in self.trials} | self.pending.keys() | others
+        self.awaited = others - {t.proposal for t in self.trials}
         if self.stopping or len(seen) >= self.limit:
             return None
         for _ in range(REPEATS):
@@ -203,10 +206,9 @@ def climb(study: Study, evaluate: Evaluate, proposal: Proposal) -> Outcome:
 def proposals(study: Study) -> Iterator[Proposal]:
     """What to evaluate, until there is nothing more; waits for other processes, whose trials may change that."""
     while True:
-        others = study.others()
         if (proposal := study.next()) is not None:
             yield proposal
-        elif study.stopping or not others:
+        elif study.stopping or not study.awaited:
             return
         else:
             time.sleep(WAIT)

@@ -131,7 +131,6 @@ class _Asker:
         self.reasons: dict[str, str] = {}  # trial -> why Ray lost it
         self.error: Exception | None = None
         self.complete = False
-        self.others: set[Proposal] = set()
         self.dry = -1, 0.0  # trials told when there was nothing to propose, and until when that holds
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,7 +142,7 @@ class _Asker:
             raise self.error
         proposal = self.waiting.pop() if self.waiting and not self.study.stopping else self._next()
         if proposal is None:
-            self.complete = not self.running and (self.study.stopping or not self.others)
+            self.complete = not self.running and (self.study.stopping or not self.study.awaited)
         else:
             self.running[trial_id] = proposal, time.monotonic()
         return proposal
@@ -152,13 +151,12 @@ class _Asker:
         if self.dry[0] == len(self.study.trials) and time.monotonic() < self.dry[1]:
             return None  # Tune asks ten times a second; a strategy run dry knows more after the next result only
         try:
-            self.others = self.study.others()
             proposal = self.study.next()
         except Exception as error:
             self.error = error
             raise
         if proposal is None:
-            self.dry = len(self.study.trials), time.monotonic() + WAIT if self.others else math.inf
+            self.dry = len(self.study.trials), time.monotonic() + WAIT if self.study.awaited else math.inf
         return proposal
 
     def promote(self, trial_id: str, outcome: Outcome) -> bool:

@@ -32,18 +32,7 @@ def run(*arguments, code=0, cwd=None):
 def test_golden_run(tmp_path, quick_space):
     """search, report, apply --check, resume: what one person does in one go."""
     out = tmp_path / "run"
-    common = (
-        "search",
-        "digits",
-        "--budget",
-        "params=0.3",
-        "--strategy",
-        "optuna",
-        "--space",
-        quick_space,
-        "--out",
-        out,
-    )
+    common = (*f"search digits --budget params=0.3 --strategy optuna --space {quick_space}".split(), "--out", out)
     stdout, _ = run(*common, "--trials", 4)
     assert "compressed" in stdout and "conv3" in stdout
     assert {p.name for p in out.iterdir()} == {

@@ -156,18 +156,7 @@ def test_objectives_that_cannot_be_sliced_say_so(digits):
 
 def test_the_command_reports_what_was_stopped_and_how_the_slice_ranked(digits, tmp_path, quick_space):
     out = tmp_path / "run"
-    common = (
-        "search",
-        "digits",
-        "--budget",
-        "params=0.3",
-        "--strategy",
-        "random",
-        "--space",
-        quick_space,
-        "--out",
-        out,
-    )
+    common = (*f"search digits --budget params=0.3 --strategy random --space {quick_space}".split(), "--out", out)
     stdout, stderr = command(*common, "--trials", 14, "--fidelities", "0.1")
     info = json.loads((out / "result.json").read_text())
     (row,) = info["fidelities"]

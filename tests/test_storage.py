@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 from rankopt.core import StudyError
 from rankopt.job import Evaluator, Settings, run_search
-from rankopt.search import Study, search
+from rankopt.search import Study, attempt, proposals, search
 from rankopt.store import Store, read_trials
 from rankopt.store_shared import SharedStore
 from rankopt.strategies import make_strategy
@@ -50,8 +50,6 @@ def test_one_of_two_gets_a_plan_and_the_other_learns_what_came_of_it(digits, url
     evaluate = Evaluator.of(digits, digits.problem(BUDGET))
     first, second = one.next(), two.next()
     assert first != second and one.others() == {second} and two.others() == {first}
-    from rankopt.search import attempt
-
     told = one.finish(first, attempt(evaluate, first))
     third = two.next()
     assert [t.proposal for t in two.trials] == [first] and two.trials[0].objective == told.objective
@@ -95,6 +93,25 @@ def test_two_loops_evaluate_each_plan_once_and_end_with_the_same(digits, kind, r
     assert len(seen) == len(set(seen)) == 10
     assert {t.proposal: t.objective for t in studies[0].trials} == {t.proposal: t.objective for t in studies[1].trials}
     assert len(studies[0].trials) == 10
+
+
+def test_a_search_that_ends_knows_the_trial_that_was_told_last(digits, url, tmp_path):
+    """The other claims the last plan just before this one looks for something to do, and is slow."""
+    one, two = (study(digits, shared(digits, url, tmp_path / name), 2) for name in "ab")
+    evaluate, last = Evaluator.of(digits, digits.problem(BUDGET)), []
+    loop = proposals(one)
+    first = next(loop)
+    one.finish(first, attempt(evaluate, first))
+    look = one.next
+
+    def claimed_meanwhile():
+        if not last:
+            last.append(two.next())
+            threading.Timer(0.5, lambda: two.finish(last[0], attempt(evaluate, last[0]))).start()
+        return look()
+
+    one.next = claimed_meanwhile
+    assert list(loop) == [] and [t.proposal for t in one.trials] == [first, *last]
 
 
 def test_the_run_folder_has_a_study_of_its_own_at_the_end(digits, url, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -58,42 +59,38 @@ def outside(run):
     return {p: p.stat().st_mtime_ns for p in run.parent.rglob("*") if run not in (p, *p.parents)}
 
 
-@FUZZ
-@given(data=st.data())
-def test_any_change_of_a_plan_loads_or_is_refused(run, data):
-    good = (run / "plan.json").read_text()
+@contextmanager
+def with_a_change(run, name, data):
+    """A JSON file of a run with one value changed; what is read then may be refused, and touches nothing outside."""
+    good = (run / name).read_text()
     content = json.loads(good)
     path = data.draw(st.sampled_from(list(places(content))))
     before = outside(run)
     try:
-        (run / "plan.json").write_text(json.dumps(changed(content, path, data.draw(JSON))))
+        (run / name).write_text(json.dumps(changed(content, path, data.draw(JSON))))
         try:
-            assert isinstance(rankopt.load(DigitsNet, run), torch.nn.Module)
+            yield
         except RankoptError as error:
             assert str(error)
         assert outside(run) == before
     finally:
-        (run / "plan.json").write_text(good)
+        (run / name).write_text(good)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_change_of_a_plan_loads_or_is_refused(run, data):
+    with with_a_change(run, "plan.json", data):
+        assert isinstance(rankopt.load(DigitsNet, run), torch.nn.Module)
 
 
 @settings(FUZZ, max_examples=15)  # each draws all pictures
 @given(data=st.data())
 def test_any_change_of_a_result_is_reported_or_refused(run, data):
-    good = (run / "result.json").read_text()
-    content = json.loads(good)
-    path = data.draw(st.sampled_from(list(places(content))))
-    before = outside(run)
-    try:
-        (run / "result.json").write_text(json.dumps(changed(content, path, data.draw(JSON))))
-        try:
-            with sound(run):
-                summary(read_result(run))
-            write_report(run)
-        except RankoptError as error:
-            assert str(error)
-        assert outside(run) == before
-    finally:
-        (run / "result.json").write_text(good)
+    with with_a_change(run, "result.json", data):
+        with sound(run):
+            summary(read_result(run))
+        write_report(run)
 
 
 def test_a_file_too_large_is_not_read(run, tmp_path):

@@ -213,7 +213,7 @@ class Decomposition(ABC):
 
         Reconstructed they are the dense layer's: Reconstructed says why building the weight is not among them.
         """
-        return dense_macs(layer) if (form or self.forms[0]) == RECONSTRUCTED else self.factorised_macs(layer, rank)
+        return layer.macs if (form or self.forms[0]) == RECONSTRUCTED else self.factorised_macs(layer, rank)
 
     def factorised_macs(self, layer: Layer, rank: Rank) -> int:
         """Multiply-accumulates for one example of contracting it with the factors."""
@@ -234,7 +234,7 @@ class Decomposition(ABC):
 
     def forms_of_use(self, layer: Layer, rank: Rank) -> tuple[str, ...]:
         """The usual form, and the reconstructed one where it takes fewer MACs: all else is the same."""
-        return self.forms if self.macs(layer, rank) > dense_macs(layer) else self.forms[:1]
+        return self.forms if self.macs(layer, rank) > layer.macs else self.forms[:1]
 
     # --- bonds ---
 
@@ -273,11 +273,6 @@ class Decomposition(ABC):
     def factorised(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
         """The replacement that contracts its input with the factors."""
         return chain(module, self.stages(layer, rank), self.name, rank)
-
-
-def dense_macs(layer: Layer) -> int:
-    """Multiply-accumulates of the layer itself for one example."""
-    return layer.weights * layer.positions
 
 
 def _kernel(factor: Tensor) -> tuple[int, int]:

@@ -54,6 +54,10 @@ class Corrections:
         """What a sampler is told for a plan that came from this point."""
         return tuple(point)
 
+    def contender(self, seed: int, number: int) -> Proposal:
+        """The plan of random point `number`; the first is the exact allocation."""
+        return self.plan(self.draw(seed, number))
+
     def draw(self, seed: int, number: int) -> list[float]:
         """Random point `number`, uniform; the first is zero: the exact allocation."""
         if number == 0:

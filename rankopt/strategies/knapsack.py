@@ -31,17 +31,13 @@ class Knapsack(Strategy):
         self.chosen: Proposal | None = None
 
     def measure(self, prepared: Any, track: Any) -> None:
-        plans = dict.fromkeys(map(self._contender, range(self.contenders)))
+        plans = dict.fromkeys(self.corrections.contender(self.seed, n) for n in range(self.contenders))
         if len(plans) > 1:
             shown = track(plans, "measuring contenders", len(plans))
             self.chosen = min(shown, key=lambda p: _measured(prepared, self.problem, p))
 
     def propose(self, number: int) -> Proposal | None:
-        return (self.chosen or self._contender(0)) if number == 0 else None
-
-    def _contender(self, number: int) -> Proposal:
-        """The exact allocation first."""
-        return self.corrections.plan(self.corrections.draw(self.seed, number))
+        return (self.chosen or self.corrections.contender(self.seed, 0)) if number == 0 else None
 
 
 def _measured(prepared: Any, problem: Problem, plan: Proposal) -> float:

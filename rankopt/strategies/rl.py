@@ -51,7 +51,7 @@ class Agent(Strategy):
 
     def propose(self, number: int) -> Proposal | None:
         if number < CONTENDERS:
-            return self.demonstrations.plan(self.demonstrations.draw(self.seed, number))
+            return self.demonstrations.contender(self.seed, number)
         rng = np.random.default_rng([self.seed, number])
         if self.posterior is None:
             self.posterior = log_weights(self.told, len(self.problem.layers), self.spread, self.noise)
