@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
-from rankopt.budget import Problem, Table, padded
+from rankopt.budget import Problem, Table, padded, show
 from rankopt.core import BudgetError, Proposal
 
 Array = NDArray[np.float64]
@@ -72,8 +72,8 @@ def check_feasible(problem: Problem) -> None:
         if least > limit.target:
             share = least / problem.dense[limit.metric]
             raise BudgetError(
-                f"budget {limit.metric}={limit.target:,} cannot be met: the least achievable in this search space is "
-                f"{least:,} ({math.ceil(share * 10_000) / 100:.2f} % of dense)"
+                f"budget {limit.metric}={show(limit.metric, limit.target)} cannot be met: the least achievable in this "
+                f"search space is {show(limit.metric, least)} ({math.ceil(share * 10_000) / 100:.2f} % of dense)"
             )
 
 
@@ -109,7 +109,7 @@ def allocate(
 
 
 def _cannot_be_met_together(problem: Problem) -> BudgetError:
-    limits = ", ".join(f"{x.metric}={x.target:,}" for x in problem.limits)
+    limits = ", ".join(f"{x.metric}={show(x.metric, x.target)}" for x in problem.limits)
     return BudgetError(f"these limits cannot be met together: {limits}")
 
 

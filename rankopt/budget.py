@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rankopt.core import METRICS, BudgetError, Candidate, Cost, Layer, Proposal
+from rankopt.core import BUDGETS, BudgetError, Candidate, Cost, Layer, Proposal
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-HELP = "give a fraction of dense (0.5, 50%) or an absolute number (150000, 2M, 500KB)"
+TIMES = {"NS": 1, "US": 10**3, "MS": 10**6, "S": 10**9}  # in nanoseconds
+HELP = "give a fraction of dense (0.5, 50%) or an absolute number (150000, 2M, 500KB; latency: 5ms, 800us)"
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,30 @@ def parse_budget(budget: Mapping[str, Any] | Sequence[str], dense: Cost) -> tupl
             raise BudgetError(f"a budget metric is given twice: {', '.join(names)}")
         budget = {metric: value for metric, _, value in pairs}
     if not budget:
-        raise BudgetError(f"no budget: give at least one of {', '.join(METRICS)}, for example params=0.5")
+        raise BudgetError(f"no budget: give at least one of {', '.join(BUDGETS)}, for example params=0.5")
     return tuple(_limit(metric, value, dense) for metric, value in budget.items())
 
 
+def limits_latency(budget: Any) -> bool:
+    """Whether a budget, as parse_budget reads it, names latency."""
+    if isinstance(budget, str) or not isinstance(budget, (Mapping, Sequence)):
+        return False
+    return any(str(item).partition("=")[0].strip() == "latency" for item in budget)
+
+
 def _limit(metric: str, value: Any, dense: Cost) -> Limit:
-    if metric not in METRICS:
-        raise BudgetError(f"unknown budget metric {metric!r}: choose from {', '.join(METRICS)}")
+    if metric not in BUDGETS:
+        raise BudgetError(f"unknown budget metric {metric!r}: choose from {', '.join(BUDGETS)}")
     number, is_fraction = _number(metric, value)
+    if not dense[metric]:
+        raise BudgetError(f"the dense model's {metric} is not known: prepare with this budget, so that it is measured")
     target = math.floor(number * dense[metric] + 1e-9) if is_fraction else math.floor(number)
     if number <= 0:
         raise BudgetError(f"budget {metric}={value} is not above 0: {HELP}")
     if target > dense[metric]:
+        whole = show(metric, dense[metric])
         raise BudgetError(
-            f"budget {metric}={value} is {target:,}, above the dense model's {dense[metric]:,}: nothing to do"
+            f"budget {metric}={value} is {show(metric, target)}, above the dense model's {whole}: nothing to do"
         )
     return Limit(metric, number, target)
 
@@ -68,7 +79,9 @@ def _number(metric: str, value: Any) -> tuple[float, bool]:
     wrong = BudgetError(f"budget {metric}={text} is not understood: {HELP}")
     if isinstance(value, bool):
         raise wrong
-    match = re.fullmatch(r"([+-]?\d+(?:\.\d*)?(?:e[+-]?\d+)?|[+-]?\.\d+(?:e[+-]?\d+)?)\s*(%|[KMG]?B?)", text, re.I)
+    match = re.fullmatch(
+        r"([+-]?\d+(?:\.\d*)?(?:e[+-]?\d+)?|[+-]?\.\d+(?:e[+-]?\d+)?)\s*(%|[KMG]?B?|[NUM]?S)", text, re.I
+    )
     if not match:
         raise wrong
     number, unit = float(match[1]), match[2].upper()
@@ -76,16 +89,27 @@ def _number(metric: str, value: Any) -> tuple[float, bool]:
         raise wrong
     if unit == "%":
         return number / 100, True
+    if unit in TIMES or (metric == "latency" and unit):
+        if metric != "latency" or unit not in TIMES:
+            raise wrong
+        return number * TIMES[unit], False
     if unit:
         if unit.endswith("B") and metric != "bytes":
             raise BudgetError(f"budget {metric}={text}: {unit} counts bytes, {metric} takes K, M or G")
         return number * UNITS[unit.removesuffix("B")], False
     is_integer = re.fullmatch(r"[+-]?\d+", match[1]) is not None
+    if is_integer and metric == "latency":
+        raise BudgetError(f"budget latency={text}: give a unit (5ms, 800us) or a fraction of dense (0.6, 60%)")
     if is_integer and number == 1:
         raise BudgetError(f"budget {metric}=1 is ambiguous: 100% keeps everything, 1.0 likewise; one {metric} is none")
     if not is_integer and number > 1:
         raise BudgetError(f"budget {metric}={text}: a fraction is at most 1, an absolute number is an integer; {HELP}")
     return number, not is_integer
+
+
+def show(metric: str, value: float) -> str:
+    """An amount in words: 1,234 or 5.67 ms."""
+    return f"{value / 1e6:,.4g} ms" if metric == "latency" else f"{value:,}"
 
 
 # --- the problem that strategies see ---------------------------------------------------------------

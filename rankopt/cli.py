@@ -1,4 +1,4 @@
-"""The command line: inspect, search, sweep, benchmark, report, apply."""
+"""The command line: inspect, search, sweep, hardware, benchmark, report, apply."""
 
 from __future__ import annotations
 
@@ -67,9 +67,8 @@ def inspect(
     """
     with clear_errors():
         from rankopt.inventory import count, inventory, unfolded
-        from rankopt.prepare import mark_dense
         from rankopt.report.text import inspection
-        from rankopt.space import load_space
+        from rankopt.space import load_space, mark_dense
         from rankopt.tasks import load_task
 
         if bonds:
@@ -109,13 +108,18 @@ def _inspect_bonds(what: str, task: str | None, space: str, out: Path | None, ca
 def search(
     task: TaskName,
     budget: Annotated[
-        list[str] | None, typer.Option("--budget", help="METRIC=VALUE, repeatable: params=0.5, macs=30%, bytes=500KB")
+        list[str] | None,
+        typer.Option("--budget", help="METRIC=VALUE, repeatable: params=0.5, macs=30%, bytes=500KB, latency=5ms"),
     ] = None,
     max_drop: Annotated[
         float | None,
         typer.Option(help="instead of a budget: the smallest model that loses at most this much score (0.01)"),
     ] = None,
     minimize: Annotated[str | None, typer.Option(help="with --max-drop: params, macs or bytes [params]")] = None,
+    latency_on: Annotated[
+        str | None,
+        typer.Option(help="with --budget latency=0.6 or 5ms: where it counts [cpu,batch=1,threads=1,runtime=eager]"),
+    ] = None,
     strategy: Annotated[
         str, typer.Option(help="knapsack, optuna, rl, lasso, lasso-train, evbmf, greedy, energy, uniform or random")
     ] = "knapsack",
@@ -163,6 +167,7 @@ def search(
         from rankopt.tasks import load_task
 
         options = read_options(strategy, parse_pairs(option or []))
+        where = _conditions(latency_on, budget)
         if (max_drop is None) == (not budget):
             raise RankoptError("give --budget (how small) or --max-drop (how good), and not both")
         ladder = Ladder.parse(fidelities) if fidelities else WHOLE
@@ -179,10 +184,10 @@ def search(
         out = out or _folder(task, strategy if max_drop is None else "max-drop")
         runner = _runner(workers, ray_address, gpus_per_trial, limits, out / "logs", tensorboard)
         allowed = load_space(space)
-        if allowed.rounds > 1 and (max_drop is not None or refine or fidelities or storage):
+        if allowed.rounds > 1 and (max_drop is not None or refine or fidelities or storage or latency_on):
             raise RankoptError(
                 f"search space {space!r} asks for {allowed.rounds} rounds: not with --max-drop, --refine, "
-                "--fidelities or --storage"
+                "--fidelities, --storage or --latency-on"
             )
         open_folder(out, resume, "*" if storage else "study.db")
         settings = Settings(strategy, trials, seed, resume, refine, options, ladder, storage)
@@ -193,7 +198,7 @@ def search(
             _print(result.summary())
             _report(out, html)
             return
-        prepared = prepare(found, allowed, cache, track, budget=wanted)
+        prepared = prepare(found, allowed, cache, track, budget=wanted, latency_on=where)
         if max_drop is not None:
             from rankopt.inverse import OPTIONS, smallest
 
@@ -223,6 +228,15 @@ def _report(out: Path, html: bool) -> None:
         from rankopt.report.html import write_report
 
         _print(f"report: {write_report(out)}")
+
+
+def _conditions(latency_on: str | None, budget: Any) -> Any:
+    from rankopt.budget import limits_latency
+    from rankopt.hardware import Conditions
+
+    if latency_on and not limits_latency(budget):
+        raise RankoptError("--latency-on goes with --budget latency=...")
+    return Conditions.parse(latency_on) if latency_on else None
 
 
 def _folder(task: str, what: str) -> Path:
@@ -268,6 +282,32 @@ def sweep(
         _print(table(result))
         _print(f"written: {out / 'sweep.csv'}, {out / 'sweep.png'}")
         _print(f"a model of one of them, in seconds: rankopt search {task} --budget METRIC=VALUE")
+
+
+@app.command()
+def hardware(
+    task: TaskName,
+    latency_on: Annotated[
+        str, typer.Option(help="the conditions that are timed")
+    ] = "cpu,batch=1,threads=1,runtime=eager",
+    out: Annotated[
+        Path | None, typer.Option(help="the table to write or add to, for table=FILE elsewhere [one in the cache]")
+    ] = None,
+    space: SpaceName = "default",
+    cache: CacheFolder = None,
+) -> None:
+    """Time a task's layers and all that they may become on this machine, for latency budgets here or elsewhere."""
+    with clear_errors("what was timed is kept: the same command goes on"):
+        from rankopt.hardware import Conditions
+        from rankopt.latency import time_task
+        from rankopt.report.hardware import table
+        from rankopt.space import load_space
+        from rankopt.tasks import load_task
+
+        layers, found = time_task(load_task(task), load_space(space), Conditions.parse(latency_on), cache, track, out)
+        _print(table(layers, found))
+        if out:
+            _print(f"written: {out}; use it with --latency-on {found.conditions},table={out}")
 
 
 @app.command()

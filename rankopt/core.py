@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 Rank = tuple[int, ...]
 METRICS = ("params", "macs", "bytes")
+"""What is counted."""
+BUDGETS = (*METRICS, "latency")
+"""What a budget may limit."""
 INPUT_FIRST = ("ConvTranspose", "Embedding")
 """How kinds of layers begin whose weight is kept (in, out // groups, *kernel)."""
 FACTORISED, RECONSTRUCTED = "factorised", "reconstructed"
@@ -43,18 +46,20 @@ class Cost:
     """What a layer or a model costs.
 
     params: elements of unique parameters. macs: multiply-accumulates for one example.
-    bytes: parameters (for a whole model: and buffers) as stored.
+    bytes: parameters (for a whole model: and buffers) as stored. latency: nanoseconds of a forward pass under the
+    conditions of a latency budget, 0 where there is none; measured, so not compared.
     """
 
     params: int
     macs: int
     bytes: int
+    latency: int = field(default=0, compare=False)
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.params + other.params, self.macs + other.macs, self.bytes + other.bytes)
+        return Cost(*(self[m] + other[m] for m in BUDGETS))
 
     def __sub__(self, other: Cost) -> Cost:
-        return Cost(self.params - other.params, self.macs - other.macs, self.bytes - other.bytes)
+        return Cost(*(self[m] - other[m] for m in BUDGETS))
 
     def __getitem__(self, metric: str) -> int:
         return int(getattr(self, metric))

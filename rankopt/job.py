@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankopt.allocation import allocate, relative_gap
+from rankopt.allocation import allocate, check_feasible, relative_gap
 from rankopt.budget import Limit, Problem
 from rankopt.candidates import digest, write_beside
 from rankopt.core import (
+    BudgetError,
     Candidate,
     Choice,
     Layer,
@@ -36,14 +37,17 @@ from rankopt.decompositions import DENSE
 from rankopt.evaluate import call
 from rankopt.fidelity import WHOLE, Evaluator, Ladder, climbed, trained
 from rankopt.frontier import dense_candidate
+from rankopt.hardware import Conditions
 from rankopt.inventory import count, inference, model_input, one_example, run, to_device
 from rankopt.plan import RESULT, save
 from rankopt.prepare import Prepared, Track, check_batches, prepare, silent
+from rankopt.promise import ATTEMPTS, Check, about_latency, check, checkable_limit, missed, tightened, with_target
 from rankopt.refine import refine as refine_layers
 from rankopt.renormalise import renormalise
 from rankopt.search import Evaluate, Study, best, front, search
 from rankopt.space import SearchSpace
 from rankopt.strategies import make_strategy, read_options
+from rankopt.strategies.base import Strategy
 from rankopt.uncertainty import proxy, tie, wilson
 
 log = logging.getLogger(__name__)
@@ -160,24 +164,31 @@ def finish(
     about: Mapping[str, Any],
     asked: int,
     settings: Settings,
+    checks: Sequence[Check] = (),
     track: Track = silent,
 ) -> Result:
-    """Rebuild the chosen plan's model, count its cost again, score it (test data once) and put it all together."""
+    """Rebuild the chosen plan's model, count its cost again, score it (test data once) and put it all together.
+
+    checks: of the latency, the last one of this plan.
+    """
     task, clock = prepared.task, prepared.clock
+    if checks:
+        problem = dataclasses.replace(problem, limits=with_target(problem.limits, checks[0].limit))
     plan = make_plan(prepared, problem, chosen.proposal)
     model = prepared.apply(problem, chosen.proposal)
     evaluator = Evaluator.of(prepared, problem, settings.ladder)
     if evaluator.lessons:  # again, as in the trial: trials keep no weights
         model = trained(model, *evaluator.lessons, evaluator.steps, track=track)
     model, changes = _polished(prepared, problem, chosen, model, settings, track)
-    achieved = count(model, task.example_input)
+    latency = checks[-1].measured.latency if checks else plan.cost.latency
+    achieved = dataclasses.replace(count(model, task.example_input), latency=latency)
     for limit in problem.limits:
         if achieved[limit.metric] > limit.target:
             raise RankoptError(
                 f"the rebuilt model has {limit.metric} {achieved[limit.metric]:,}, above the budget of "
                 f"{limit.target:,} (the plan says {plan.cost[limit.metric]:,}): a bug in rankopt, please report it"
             )
-    if achieved != plan.cost:
+    if achieved != plan.cost:  # latency does not count here: it is measured
         log.warning(
             "the rebuilt model costs %s, planned was %s: is a layer held outside the module tree?", achieved, plan.cost
         )
@@ -223,6 +234,7 @@ def finish(
         "front": front_rows(trials, settings.options.get("also")),
         "tie": tie(trials, chosen, task.examples),
         "milliseconds": time_forward([task.model, model], task.example_input),
+        **about_latency(prepared, problem, checks),
         "layers": [_layer_row(c, layer) for c, layer in zip(plan.choices, prepared.layers, strict=True)],
     }
     return Result(model, plan, problem.limits, info)
@@ -343,16 +355,21 @@ def run_search(
     about["options"] = {k: str(v) for k, v in sorted(settings.options.items())}
     store = None if out is None else _open_store(out, problem, about, settings)
     try:
-        study = Study(problem, strategy, trial_limit(strategy, settings.trials), store)
-        study.resume()
-        if len(study.trials) < study.limit:
-            with prepared.clock.stage("strategy"):
-                strategy.measure(prepared, track)
-        with prepared.clock.stage("search"):
-            trials = runner(study, Evaluator.of(prepared, problem, settings.ladder))
+        study, trials = _search_once(prepared, problem, strategy, settings, store, runner, track)
+        checks: list[Check] = []
+        while latency := checkable_limit(prepared, problem):
+            checks.append(_checked(prepared, problem, latency, checks, best(trials).proposal, track))
+            if checks[-1].met or study.stopping:
+                break
+            if len(checks) == ATTEMPTS:
+                raise BudgetError(missed(checks[-1]))
+            problem = tightened(problem, checks[-1], best(trials).proposal)
+            check_feasible(problem)
+            strategy = make_strategy(settings.strategy, problem, settings.seed, settings.options)
+            study, trials = _search_once(prepared, problem, strategy, settings, store, runner, track, anew=True)
         about |= {"question": dict(question)} if question else {}
         about |= {"notes": strategy.notes}
-        result = finish(prepared, problem, trials, best(trials), about, strategy.asked, settings, track)
+        result = finish(prepared, problem, trials, best(trials), about, strategy.asked, settings, checks, track)
         result.info["trials"]["interrupted"] = study.stopping
         if out is not None and store is not None:
             store.export()
@@ -361,6 +378,39 @@ def run_search(
         if store is not None:
             store.close()
     return result
+
+
+def _search_once(
+    prepared: Prepared,
+    problem: Problem,
+    strategy: Strategy,
+    settings: Settings,
+    store: Any,
+    runner: Runner,
+    track: Track,
+    anew: bool = False,
+) -> tuple[Study, list[Trial]]:
+    """anew: with tightened limits; what was evaluated before counts where it keeps them."""
+    study = Study(problem, strategy, trial_limit(strategy, settings.trials), store)
+    study.resume()
+    if anew:
+        strategy.asked = 0
+        study.limit = max(study.limit, len(study.trials))
+    if len(study.trials) < study.limit:
+        with prepared.clock.stage("strategy"):
+            strategy.measure(prepared, track)
+    with prepared.clock.stage("search"):
+        return study, runner(study, Evaluator.of(prepared, problem, settings.ladder))
+
+
+def _checked(
+    prepared: Prepared, problem: Problem, limit: Limit, before: Sequence[Check], proposal: Proposal, track: Track
+) -> Check:
+    """The chosen plan's latency, against what was asked at first."""
+    asked = before[0].limit if before else limit
+    with prepared.clock.stage("checking"):
+        (found,) = (check(prepared, problem, asked, proposal) for _ in track([0], "measuring the latency", 1))
+    return found
 
 
 def _open_store(out: Path, problem: Problem, about: Mapping[str, Any], settings: Settings) -> Any:
@@ -410,6 +460,7 @@ def compress(
     track: Track = silent,
     examples: int | None = None,
     test_examples: int | None = None,
+    latency_on: str | None = None,
 ) -> Result:
     """A smaller copy of a model that meets a budget; the model itself is unchanged.
 
@@ -417,7 +468,8 @@ def compress(
     the first 2,048 examples are used. budget: {"params": 0.5}, {"macs": "30%", "bytes": "500KB"}, ...
     score: model -> fraction, higher is better. example_input: default the first calibration batch's first example.
     refine: refit the chosen plan's layers one after the other, against the dense model's outputs (minutes).
-    options: the strategy's own, such as {"sampler": "gp"}.
+    options: the strategy's own, such as {"sampler": "gp"}. latency_on: of a latency budget ({"latency": 0.6} or
+    "5ms"), as "cpu,batch=1,threads=1,runtime=eager".
     See `Task` for the rest. Raises RankoptError (a ValueError) that says what is wrong and what to do.
     """
     read_options(strategy, options or {})
@@ -434,6 +486,7 @@ def compress(
     task = Task(
         model, example_input, calibration, score, objective, test=test, examples=examples, test_examples=test_examples
     )
-    prepared = prepare(task, space, cache, track, budget=budget)
+    where = Conditions.parse(latency_on) if latency_on else None
+    prepared = prepare(task, space, cache, track, budget=budget, latency_on=where)
     settings = Settings(strategy, trials, seed, refine=refine, options=options or {})
     return run_search(prepared, prepared.problem(budget), settings, track=track)

@@ -47,6 +47,16 @@ def apply(
 
     Of modules that hold several maps, those with a map that is not dense are unfolded.
     """
+    return assemble(model, layers, candidates, lambda new, c: load_factors(new, factors[c.key or ""]))
+
+
+def assemble(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    candidates: Sequence[Candidate],
+    fill: Callable[[nn.Module, Candidate], Any],
+) -> nn.Module:
+    """As apply; fill(replacement, candidate) writes the factors."""
     pairs = zip(layers, candidates, strict=True)
     model = unfold(copy.deepcopy(model), [layer.name for layer, c in pairs if c.method != DENSE])
     for layer, candidate in zip(layers, candidates, strict=True):
@@ -54,8 +64,7 @@ def apply(
             continue
         family = DECOMPOSITIONS[candidate.method]
         new = family.build(model.get_submodule(layer.name), layer, candidate.rank, candidate.form)
-        assert candidate.key is not None
-        load_factors(new, factors[candidate.key])
+        fill(new, candidate)
         model = replace(model, layer, new)
     return take_ordinary_path(model)
 
@@ -160,7 +169,7 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
 
 
 def _cost(entry: Mapping[str, Any]) -> Cost:
-    return Cost(int(entry["params"]), int(entry["macs"]), int(entry["bytes"]))
+    return Cost(int(entry["params"]), int(entry["macs"]), int(entry["bytes"]), int(entry.get("latency", 0)))
 
 
 # --- rebuilding ------------------------------------------------------------------------------------

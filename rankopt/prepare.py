@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from rankopt.allocation import check_feasible
-from rankopt.budget import Limit, Problem, parse_budget
+from rankopt.budget import Limit, Problem, limits_latency, parse_budget
 from rankopt.calibration import find_output, moments, output_metrics
 from rankopt.candidates import VERSION, Cache, FactorStore, digest, fit_candidates, in_each_form
-from rankopt.core import Candidate, Cost, Layer, Proposal, Task, TaskError
+from rankopt.core import METRICS, Candidate, Cost, Layer, Proposal, Task, TaskError
 from rankopt.evaluate import Divergence, call
 from rankopt.frontier import dense_candidate, frontier
+from rankopt.hardware import Conditions
 from rankopt.inventory import (
     batch_size,
     count,
@@ -33,9 +34,10 @@ from rankopt.inventory import (
     to_device,
     unfolded,
 )
+from rankopt.latency import Latencies, measure_latencies
 from rankopt.plan import apply
 from rankopt.sensitivity import Curve, measure, with_losses
-from rankopt.space import SearchSpace, load_space
+from rankopt.space import SearchSpace, load_space, mark_dense
 
 log = logging.getLogger(__name__)
 
@@ -80,16 +82,23 @@ class Prepared:
     objective: Callable[[nn.Module], float]
     clock: Clock
     family_seconds: dict[str, float] = field(default_factory=dict)
+    latencies: Latencies | None = None  # where the budget limits latency
 
     @property
     def free(self) -> tuple[Layer, ...]:
         return tuple(layer for layer in self.layers if layer.reason is None)
 
     def problem(self, budget: Mapping[str, Any] | Sequence[str]) -> Problem:
-        """The numbers that strategies see under a budget. Raises BudgetError if it cannot be met."""
+        """The numbers that strategies see under a budget. Raises BudgetError if it cannot be met.
+
+        With a limit on latency no candidate is slower than its dense layer.
+        """
         limits = parse_budget(budget, self.dense)
         metrics = [limit.metric for limit in limits]
-        frontiers = tuple(frontier(layer, self.candidates[layer.name], metrics) for layer in self.free)
+        offers = {x.name: self.candidates[x.name] for x in self.free}
+        if "latency" in metrics:
+            offers = {x.name: [c for c in offers[x.name] if c.cost.latency <= x.cost.latency] for x in self.free}
+        frontiers = tuple(frontier(layer, offers[layer.name], metrics) for layer in self.free)
         problem = Problem(self.free, frontiers, self.dense, limits)
         check_feasible(problem)
         return problem
@@ -134,10 +143,12 @@ def prepare(
     track: Track = silent,
     workers: int | None = None,
     budget: Mapping[str, Any] | Sequence[str] | None = None,
+    latency_on: Conditions | None = None,
 ) -> Prepared:
     """Inventory, calibration, candidates and sensitivities, from the cache where it holds them.
 
-    budget: if given, one that cannot be met is refused before anything is measured or fitted.
+    budget: if given, one that cannot be met is refused before anything is calibrated or fitted. One on latency has
+    the candidates timed first. latency_on: under which conditions.
     """
     clock = Clock()
     space = load_space(space) if isinstance(space, str) else space
@@ -153,9 +164,17 @@ def prepare(
     if not free:
         reasons = "; ".join(f"{x.name or 'model'}: {x.reason}" for x in layers[:5]) or "it has no layer with a weight"
         raise TaskError(f"the model has no layer that can be factorised ({reasons})")
+    key = digest(VERSION, *_state(model, batches[0]), *_tensors(batches), [_identity(x) for x in free])
+    latencies = None
+    if limits_latency(budget):
+        with clock.stage("timing"):
+            where = latency_on or Conditions()
+            latencies = measure_latencies(task.model, model, free, space, task.example_input, where, kept, track)
+        layers = tuple(x if x.reason else latencies.with_layer(x) for x in layers)
+        free = [layer for layer in layers if layer.reason is None]
+        dense = dataclasses.replace(dense, latency=latencies.dense)
     if budget is not None:
-        _refuse_infeasible(free, space, parse_budget(budget, dense), dense)
-    key = digest(VERSION, *_state(model, batches[0]), *_tensors(batches), [dataclasses.astuple(x) for x in free])
+        _refuse_infeasible(free, space, parse_budget(budget, dense), dense, latencies)
     statistics = Statistics(model, free, batches, key, kept, track)
     with clock.stage("calibration"):
         if not kept.path(statistics.key, "safetensors").is_file():
@@ -167,20 +186,27 @@ def prepare(
         factors = FactorStore(kept)
         curves = _curves(task, objective, free, candidates, factors, key, kept, track)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
+        if latencies:
+            candidates = {x.name: latencies.with_candidates(x, candidates[x.name]) for x in free}
     return Prepared(
-        task, model, space, layers, dense, candidates, factors, statistics, objective, clock, family_seconds
+        task, model, space, layers, dense, candidates, factors, statistics, objective, clock, family_seconds, latencies
     )
 
 
-def _refuse_infeasible(free: Sequence[Layer], space: SearchSpace, limits: tuple[Limit, ...], dense: Cost) -> None:
-    """Costs are closed forms: whether a budget can be met is known before anything is fitted."""
-    menus = [
-        (
-            dense_candidate(x),
-            *(c for f in space.families for r in space.ranks(f, x) for c in in_each_form(x, f, r, 0.0)),
-        )
-        for x in free
-    ]
+def _identity(layer: Layer) -> tuple[Any, ...]:
+    """What a layer is for calibration: all but its latency, which machines differ in."""
+    found = dataclasses.asdict(layer) | {"cost": tuple(layer.cost[m] for m in METRICS)}
+    return tuple(found[f.name] for f in dataclasses.fields(layer))
+
+
+def _refuse_infeasible(
+    free: Sequence[Layer], space: SearchSpace, limits: tuple[Limit, ...], dense: Cost, latencies: Latencies | None
+) -> None:
+    """Costs are closed forms or timed already: whether a budget can be met is known before anything is fitted."""
+    menus = []
+    for x in free:
+        found = [c for f in space.families for r in space.ranks(f, x) for c in in_each_form(x, f, r, 0.0)]
+        menus.append((dense_candidate(x), *(latencies.with_candidates(x, found) if latencies else found)))
     check_feasible(Problem(tuple(free), tuple(menus), dense, limits))
 
 
@@ -191,21 +217,6 @@ def _check_copy(model: nn.Module) -> None:
         raise TaskError(
             f"the model cannot be copied ({type(error).__name__}: {error}): make copy.deepcopy work"
         ) from error
-
-
-def mark_dense(layers: Sequence[Layer], space: SearchSpace) -> tuple[Layer, ...]:
-    """Set the reason of layers that the space keeps dense or has nothing for."""
-    free = [layer for layer in layers if layer.reason is None]
-    marked = []
-    for layer in layers:
-        reason = layer.reason
-        if reason is None:
-            reason = space.dense_reason(layer, free)
-        if reason is None and not any(space.ranks(family, layer) for family in space.families):
-            depthwise = ", which has but its kernel: it is depthwise" if layer.groups == layer.shape[0] > 1 else ""
-            reason = f"no family of search space {space.name!r} makes it smaller{depthwise}"
-        marked.append(dataclasses.replace(layer, reason=reason))
-    return tuple(marked)
 
 
 def _state(model: nn.Module, batch: Any) -> list[Any]:

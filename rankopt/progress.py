@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from rankopt.budget import show
 from rankopt.core import Trial
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Watched:
         running = f"{len(study.pending)} running, " * bool(study.pending)
         other = "".join(f"{n} {what}, " for what in ("failed", "stopped") if (n := states.count(what)))
         found = "nothing yet" if self.best == float("inf") else f"{self.best:.5g}"
-        limits = ", ".join(f"{x.metric} ≤ {x.target:,}" for x in study.problem.limits)
+        limits = ", ".join(f"{x.metric} ≤ {show(x.metric, x.target)}" for x in study.problem.limits)
         return f"{len(states)} of {study.limit} trials, {running}{other}best {found}, {limits}{self._left()}"
 
     def _shown(self) -> Text:

@@ -100,7 +100,8 @@ class Study:
         """Take up what the store holds. Where every trial failed, they are made again: what was wrong may be mended."""
         if not self.store:
             return
-        self.trials, asked = self.store.trials()
+        found, asked = self.store.trials()
+        self.trials = [t for t in found if self.problem.fits(t.proposal)]  # limits on latency are tightened meanwhile
         if self.trials and all(t.state == "failed" for t in self.trials):
             self.store.restart()
             self.trials, asked = [], 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -29,6 +30,7 @@ class SearchSpace:
     smallest: float = 0.05
     largest: float = 0.9
     nearest: bool = False
+    multiple: int = 1
     steps: int = 500
     keep_dense: tuple[str, ...] = ()
     split_qkv: bool = True
@@ -40,8 +42,10 @@ class SearchSpace:
             DECOMPOSITIONS[family]
         if not self.families:
             raise RankoptError(f"search space {self.name!r} names no family: choose from {', '.join(DECOMPOSITIONS)}")
-        if not all(0 < f <= 1 for f in (*self.fractions, self.smallest, self.largest)) or self.points < 1:
-            raise RankoptError(f"search space {self.name!r}: fractions lie in (0, 1] and points is at least 1")
+        if not all(0 < f <= 1 for f in (*self.fractions, self.smallest, self.largest)):
+            raise RankoptError(f"search space {self.name!r}: fractions lie in (0, 1]")
+        if self.points < 1 or self.multiple < 1:
+            raise RankoptError(f"search space {self.name!r}: points and multiple are 1 or more")
         if self.steps < 0 or self.round_steps < 0 or self.rounds < 1:
             raise RankoptError(f"search space {self.name!r}: steps and round_steps are 0 or more, rounds is 1 or more")
 
@@ -55,7 +59,13 @@ class SearchSpace:
         """The ranks of a family to try on a layer; none if it has no place there or would not make it smaller."""
         decomposition = DECOMPOSITIONS[family]
         density = 1.0 if layer.kind == "Embedding" else decomposition.density  # factors of a table are large to keep
-        return decomposition.ranks(layer, self.grid(density), self.nearest)
+        ranks = decomposition.ranks(layer, self.grid(density), self.nearest)
+        rounded = {decomposition.valid(layer, tuple(self._rounded(r) for r in rank)) for rank in ranks}
+        return sorted(rounded, key=lambda r: decomposition.weights(layer, r)) if self.multiple > 1 else ranks
+
+    def _rounded(self, r: int) -> int:
+        """Down to a multiple of what hardware likes, but for what is smaller than that."""
+        return r if r < self.multiple else r - r % self.multiple
 
     def dense_reason(self, layer: Layer, free: Sequence[Layer]) -> str | None:
         """Why this space keeps a layer dense; None if it does not. free: all factorisable layers, in order."""
@@ -68,6 +78,21 @@ class SearchSpace:
             if hit:
                 return f"search space {self.name!r} keeps {pattern} dense"
         return None
+
+
+def mark_dense(layers: Sequence[Layer], space: SearchSpace) -> tuple[Layer, ...]:
+    """Set the reason of layers that the space keeps dense or has nothing for."""
+    free = [layer for layer in layers if layer.reason is None]
+    marked = []
+    for layer in layers:
+        reason = layer.reason
+        if reason is None:
+            reason = space.dense_reason(layer, free)
+        if reason is None and not any(space.ranks(family, layer) for family in space.families):
+            depthwise = ", which has but its kernel: it is depthwise" if layer.groups == layer.shape[0] > 1 else ""
+            reason = f"no family of search space {space.name!r} makes it smaller{depthwise}"
+        marked.append(dataclasses.replace(layer, reason=reason))
+    return tuple(marked)
 
 
 def folder() -> Path:

@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from rankopt.budget import Problem
 from rankopt.candidates import digest, write_beside
-from rankopt.core import Cost, Proposal, StudyError, Trial
+from rankopt.core import BUDGETS, Cost, Proposal, StudyError, Trial
 
 FILE, STUDY = "study.db", "rankopt"
 STATES = {"finished": TrialState.COMPLETE, "failed": TrialState.FAIL, "stopped": TrialState.PRUNED}
@@ -81,7 +81,7 @@ class Store:
     def frozen(self, trial: Trial, asked: int) -> FrozenTrial:
         """A trial as Optuna keeps it; its rungs are the intermediate values."""
         attributes = {
-            "cost": [trial.cost.params, trial.cost.macs, trial.cost.bytes],
+            "cost": [trial.cost[m] for m in BUDGETS],
             "score": trial.score,
             "predicted": trial.predicted,
             "seconds": trial.seconds,

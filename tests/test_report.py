@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 
-from rankopt.core import StudyError
+from rankopt.core import METRICS, StudyError
 from rankopt.job import Settings, run_search
 from rankopt.plan import read_result
 from rankopt.prepare import Prepared
 from rankopt.report.html import render, write_report
-from rankopt.report.pictures import METRICS
 from rankopt.report.text import summary
 from rankopt.store import read_trials
 

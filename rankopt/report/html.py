@@ -11,11 +11,22 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
+from rankopt.budget import show
 from rankopt.candidates import write_beside
 from rankopt.plan import read_result, sound
 from rankopt.report import pictures
 from rankopt.report.pictures import NAMES
-from rankopt.report.text import before_after, changes, honesty, method_text, percent, question, rank_text, speed
+from rankopt.report.text import (
+    before_after,
+    changes,
+    honesty,
+    latency,
+    method_text,
+    percent,
+    question,
+    rank_text,
+    speed,
+)
 
 FILE, TEMPLATE = "report.html", "report.html.j2"
 DECIMALS = 2
@@ -63,6 +74,7 @@ def render(info: dict[str, Any], trials: Sequence[dict[str, Any]], run: str) -> 
             verdict=verdict(info),
             rows=before_after(info),
             changes=changes(info),
+            latency=latency(info),
             slower=slower(info),
             question=question(info),
             honesty=honesty(info),
@@ -109,11 +121,11 @@ def _budget_row(metric: str, b: dict[str, Any]) -> dict[str, str]:
     absolute = b["requested"] == b["target"] or b["requested"] > 1
     return {
         "metric": NAMES[metric],
-        "requested": f"{b['requested']:,.0f}" if absolute else f"{percent(b['requested'], 1)} of dense",
-        "at most": f"{b['target']:,}",
-        "achieved": f"{b['achieved']:,}",
+        "requested": show(metric, round(b["requested"])) if absolute else f"{percent(b['requested'], 1)} of dense",
+        "at most": show(metric, b["target"]),
+        "achieved": show(metric, b["achieved"]),
         "used": percent(b["achieved"] / b["target"], DECIMALS),
-        "dense": f"{b['dense']:,}",
+        "dense": show(metric, b["dense"]),
     }
 
 

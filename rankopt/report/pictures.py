@@ -17,11 +17,11 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from rankopt.core import METRICS
+from rankopt.core import BUDGETS
 from rankopt.decompositions import DECOMPOSITIONS, DENSE
 from rankopt.report.text import percent, rank_text
 
-NAMES = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
+NAMES = {"params": "parameters", "macs": "MACs", "bytes": "bytes", "latency": "latency"}
 WIDTH = 4.2  # inches: on a phone 10 pt text stays about as large as the page's small print
 INK, FAINT, GRID, ACCENT, BAD = "#24292f", "#7d8690", "#e6e8eb", "#c2410c", "#b91c1c"
 POINT = "#3b6ea5"
@@ -99,13 +99,17 @@ def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
 # --- painters ----------------------------------------------------------------------------------------
 
 
+def _time(ns: float, _: int) -> str:
+    return EngFormatter("s", sep=" ")(ns / 1e9)
+
+
 def size(ax: Any, info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> None:
     """Score (without one: objective) against the budget's first metric."""
     metric, budget = next(iter(info["budget"].items()))
     dense, chosen = (info["score"][k]["validation"] for k in ("dense", "compressed"))
     key = "objective" if chosen is None else "score"
     chosen = info["objective"]["best"] if chosen is None else chosen
-    points = [(t["cost"][METRICS.index(metric)], t[key]) for t in finished(trials, key)]
+    points = [(t["cost"][BUDGETS.index(metric)], t[key]) for t in finished(trials, key)]
     ax.axvline(budget["target"], color=ACCENT, lw=1, ls="--")
     ax.text(budget["target"], 1.02, "budget", color=ACCENT, ha="center", transform=ax.get_xaxis_transform())
     if key == "score":
@@ -126,7 +130,7 @@ def size(ax: Any, info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> Non
     _name(ax, (budget["achieved"], chosen), label, "left", above=key != "score" or chosen > (dense or 0))
     ax.set(xlim=(0, 1.08 * budget["dense"]), xlabel=NAMES[metric], ylabel="validation score" if key == "score" else key)
     ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.xaxis.set_major_formatter(FuncFormatter(_time) if metric == "latency" else EngFormatter(sep=""))
 
 
 def progress(ax: Any, trials: Sequence[dict[str, Any]]) -> None:

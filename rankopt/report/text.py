@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from rankopt.budget import show
 from rankopt.core import RECONSTRUCTED, Cost, Layer
 
 WIDTH = 100
@@ -80,7 +81,8 @@ def summary(info: dict[str, Any]) -> str:
     notes = [f"{'WARNING ' * warns}{text}" for text, warns in honesty(info)]
     asked = [text] if (text := question(info)) else []
     front = [front_table(info)] if info.get("front") else []
-    return render(head, *asked, budget_line(info), *changes(info), *notes, *front, layer_table(info["layers"]))
+    before = [*asked, budget_line(info), *latency(info), *changes(info)]
+    return render(head, *before, *notes, *front, layer_table(info["layers"]))
 
 
 def front_table(info: dict[str, Any]) -> Table:
@@ -185,7 +187,8 @@ def changes(info: dict[str, Any]) -> list[str]:
 
 def budget_line(info: dict[str, Any]) -> str:
     parts = [
-        f"{metric}: {b['achieved']:,} of {b['target']:,} allowed ({b['achieved'] / b['target']:.2%} used)"
+        f"{metric}: {show(metric, b['achieved'])} of {show(metric, b['target'])} allowed "
+        f"({b['achieved'] / b['target']:.2%} used)"
         for metric, b in info["budget"].items()
     ]
     t, s = info["trials"], info["seconds"]
@@ -197,6 +200,35 @@ def budget_line(info: dict[str, Any]) -> str:
         f"{info['optimality_gap']:.2%}\n"
         f"seconds {', '.join(f'{k} {v:.1f}' for k, v in s.items())}"
     )
+
+
+def latency(info: dict[str, Any]) -> list[str]:
+    """What a latency budget came to: sentences on the promise, on layers left dense and on how costs were found."""
+    found = info.get("latency")
+    if not found:
+        return []
+    where = f"on {found['conditions']} ({found['machine']})"
+    if "met" in found:
+        ms = {k: show("latency", found[k]) for k in ("dense", "latency", "low", "high", "predicted")}
+        lines = [
+            f"latency measured on the rebuilt model: {ms['latency']} (95 %: {ms['low']} to {ms['high']}, "
+            f"{found['rounds']} passes in turn with the dense model's {ms['dense']}), predicted {ms['predicted']}; "
+            f"attempts: {found['attempts']}; {where}"
+        ]
+    else:
+        lines = [f"latency from a table measured {where}: it was not measured here"]
+    if n := len(found["none_faster"]):
+        lines.append(
+            f"{n} layer{'s' * (n != 1)} stayed dense: factorised they would be slower ({_few(found['none_faster'])})"
+        )
+    fit = f"a candidate costs {found['slope']:.2f} times its own time, fitted to {found['plans']} whole models"
+    gap = found["interpolation"]
+    between = "" if gap is None else f"; times between measured ranks: typically {gap:.1%} off"
+    return [*lines, f"{fit}, the worst {found['residual']:.1%} of the dense model off{between}"]
+
+
+def _few(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def layer_table(layers: Sequence[dict[str, Any]]) -> Table:

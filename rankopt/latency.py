@@ -1,0 +1,351 @@
+"""Latency as a cost: layers and candidates timed on a device, and corrected by whole models.
+
+Layer times do not simply add up. With t the sum of the free layers' times and T what a whole model takes, measured
+on the dense model and on a few plans (of random factors: times do not depend on the values of weights),
+
+    T = T_dense − β (t_dense − t),    β by least squares over the plans,
+
+and a candidate costs β times its own time. The residual of that line is kept beside it; the last word has a
+measurement of the rebuilt model: see promise.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rankopt.candidates import Cache, digest
+from rankopt.core import RECONSTRUCTED, Candidate, Layer, Rank, RankoptError, Task, TaskError
+from rankopt.decompositions import DECOMPOSITIONS, DENSE
+from rankopt.frontier import dense_candidate
+from rankopt.hardware import Conditions, Table, Timing, find_table, interleaved, machine, passes, read_table
+from rankopt.inventory import batch_size, inference, inventory, map_tensors, run, to_device, unfolded
+from rankopt.plan import assemble
+from rankopt.space import SearchSpace, mark_dense
+
+POINTS = {"eager": 400, "onnxruntime": 12, "compile": 3}  # ranks of a layer and family that are timed; seconds each
+CHUNK, CHUNK_WEIGHTS = 8, 2**26  # candidates timed side by side with the dense layer
+SHARES = (0.2, 0.4, 0.6, 0.8)  # plans for the correction: every layer near this share of its dense time
+REPEATS = 15  # of a whole model
+
+
+@dataclass
+class Latencies:
+    """Nanoseconds of every layer and candidate under some conditions, and how they add up."""
+
+    conditions: Conditions
+    machine: str
+    foreign: bool  # measured on another machine: nothing can be checked here
+    dense: int  # the whole model, measured
+    slope: float  # β
+    residual: float  # the worst of the line's, over the dense model's time
+    plans: int  # that the line was fitted to
+    gap: float | None  # median relative error of interpolating a measured time from its neighbours; None: all measured
+    entries: dict[str, dict[str, int]] = field(repr=False)  # layer -> candidate -> ns
+    curves: dict[tuple[str, str], tuple[list[int], list[float]]] = field(repr=False)  # layer, family -> macs, ns
+
+    def of_layer(self, layer: Layer) -> int:
+        """β times the dense layer's time."""
+        return round(self.slope * self.entries[layer.name][DENSE])
+
+    def of(self, layer: Layer, candidate: Candidate) -> int:
+        """β times a candidate's time; interpolated over MACs where its rank was not timed."""
+        if candidate.method == DENSE or candidate.form == RECONSTRUCTED:
+            return self.of_layer(layer)
+        name = key(candidate.method, candidate.rank)
+        if name in self.entries[layer.name]:
+            return round(self.slope * self.entries[layer.name][name])
+        macs, times = self.curves[layer.name, candidate.method]
+        return round(self.slope * float(np.interp(candidate.cost.macs, macs, times)))
+
+    def with_layer(self, layer: Layer) -> Layer:
+        """The layer with its latency among its costs."""
+        return dataclasses.replace(layer, cost=dataclasses.replace(layer.cost, latency=self.of_layer(layer)))
+
+    def with_candidates(self, layer: Layer, candidates: Iterable[Candidate]) -> list[Candidate]:
+        """The candidates with theirs; one that is slower than dense is there in its reconstructed form, too."""
+        found = []
+        for one in candidates:
+            found.append(dataclasses.replace(one, cost=dataclasses.replace(one.cost, latency=self.of(layer, one))))
+            family = DECOMPOSITIONS[one.method]
+            if found[-1].cost.latency > self.of_layer(layer) and RECONSTRUCTED in family.forms:
+                cost = family.cost(layer, one.rank, RECONSTRUCTED)
+                cost = dataclasses.replace(cost, latency=self.of_layer(layer))
+                found.append(dataclasses.replace(one, form=RECONSTRUCTED, cost=cost))
+        return found
+
+    def about(self) -> dict[str, Any]:
+        """For result.json."""
+        numbers = {"slope": self.slope, "residual": self.residual, "plans": self.plans, "interpolation": self.gap}
+        return {"conditions": str(self.conditions), "machine": self.machine, "foreign": self.foreign, **numbers}
+
+
+def key(method: str, rank: Rank) -> str:
+    """A candidate's name in a table."""
+    return f"{method} {'x'.join(map(str, rank))}"
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def measure_latencies(
+    whole: nn.Module,
+    model: nn.Module,
+    layers: Sequence[Layer],
+    space: SearchSpace,
+    example_input: Any,
+    conditions: Conditions,
+    cache: Cache,
+    track: Any,
+    out: Path | None = None,
+) -> Latencies:
+    """Times of all that a search space allows, from a table where it has them; what is measured is added to it.
+
+    whole: the user's model; model: with its composite modules unfolded; layers: its free ones. out: the table to
+    write, default: one of the cache for this machine and these conditions. Raises RankoptError for a table of
+    another machine that lacks something.
+    """
+    here = machine(conditions)
+    path = out or (find_table(conditions.table) if conditions.table else _default_path(cache, conditions, here))
+    table = read_table(path, conditions) if path.is_file() else Table(conditions.measured, here)
+    foreign = table.machine != here
+    inputs = layer_inputs(model, layers, expanded(example_input, conditions.batch))
+    signatures = {x.name: signature(model.get_submodule(x.name), inputs[x.name]) for x in layers}
+    offers = {x.name: timed_candidates(x, space, POINTS[conditions.runtime]) for x in layers}
+
+    todo = {signatures[x.name]: x for x in layers if _missing(table, signatures[x.name], offers[x.name])}
+    name = digest(repr(whole), sorted(signatures.values()), space.families)
+    if foreign and (todo or name not in table.models):
+        raise RankoptError(
+            f"{path} holds no times of this model's layers on {table.machine}: there, run "
+            f"rankopt hardware TASK --latency-on {_without_table(conditions)} --out {path.name}"
+        )
+    for text, layer in track(todo.items(), "timing layers", len(todo)):
+        missing = _missing(table, text, offers[layer.name])
+        found = time_layer(model.get_submodule(layer.name), layer, inputs[layer.name], missing, conditions)
+        known = table.layers.setdefault(text, {DENSE: found[DENSE]})
+        ratio = known[DENSE][0] / found[DENSE][0]  # what was timed before and now meet in the dense layer
+        known |= {k: [max(1, round(ns * ratio)), spread] for k, (ns, spread) in found.items() if k != DENSE}
+        table.save(path)
+
+    entries = {x.name: {k: int(ns) for k, (ns, _) in table.layers[signatures[x.name]].items()} for x in layers}
+    if name not in table.models:
+        table.models[name] = _time_plans(whole, layers, offers, entries, example_input, conditions, track)
+        table.save(path)
+    slope, residual = fit_line(table.models[name], sum(e[DENSE] for e in entries.values()))
+    curves, gap = _curves(layers, offers, entries, space)
+    dense = table.models[name]["dense"]
+    plans = len(table.models[name]["plans"])
+    return Latencies(conditions, table.machine, foreign, dense, slope, residual, plans, gap, entries, curves)
+
+
+def time_task(
+    task: Task,
+    space: SearchSpace,
+    conditions: Conditions,
+    cache: str | Path | None,
+    track: Any,
+    out: Path | None = None,
+) -> tuple[list[Layer], Latencies]:
+    """A task's free layers and their latencies, for a table: nothing is calibrated or fitted."""
+    model = unfolded(task.model, task.example_input, space.split_qkv)
+    layers = [x for x in mark_dense(inventory(model, task.example_input), space) if x.reason is None]
+    if not layers:
+        raise TaskError("the model has no layer that can be factorised: rankopt inspect says why")
+    found = measure_latencies(
+        task.model, model, layers, space, task.example_input, conditions, Cache(cache), track, out
+    )
+    return [found.with_layer(x) for x in layers], found
+
+
+def _default_path(cache: Cache, conditions: Conditions, here: str) -> Path:
+    return cache.path(f"hardware-{digest(conditions.measured, here)}", "json")
+
+
+def _without_table(conditions: Conditions) -> str:
+    return str(dataclasses.replace(conditions, table=""))
+
+
+def expanded(example_input: Any, batch: int) -> Any:
+    """The first example of an input, so many times."""
+    n = batch_size(example_input)
+    return map_tensors(
+        example_input,
+        lambda t: t[:1].expand(batch, *t.shape[1:]).contiguous() if t.ndim and len(t) == n else t,
+    )
+
+
+def layer_inputs(model: nn.Module, layers: Sequence[Layer], x: Any) -> dict[str, list[Tensor]]:
+    """Name -> the layer's inputs, one for each of its calls."""
+    found: dict[str, list[Tensor]] = {x.name: [] for x in layers}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].clone()))
+        for name, kept in found.items()
+    ]
+    try:
+        with inference(model):
+            run(model, to_device(x, model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def signature(module: nn.Module, inputs: Sequence[Tensor]) -> str:
+    """What the time of a layer depends on, in words; equal layers are timed once."""
+    return f"{module!r} on {', '.join('x'.join(map(str, x.shape)) for x in inputs)}"
+
+
+def timed_candidates(layer: Layer, space: SearchSpace, points: int) -> list[Candidate]:
+    """The candidates of a layer to time: of each family so many, evenly spread over their MACs."""
+    found = []
+    for family in space.families:
+        decomposition = DECOMPOSITIONS[family]
+        if decomposition.forms[0] == RECONSTRUCTED:  # runs as the dense layer does
+            continue
+        ranks = space.ranks(family, layer)
+        every = [Candidate(family, r, decomposition.cost(layer, r), error=0.0) for r in ranks]
+        every.sort(key=lambda c: c.cost.macs)
+        chosen = np.linspace(0, len(every) - 1, min(points, len(every))).round().astype(int)
+        found += [every[i] for i in dict.fromkeys(chosen.tolist())]
+    return found
+
+
+def _missing(table: Table, text: str, candidates: Sequence[Candidate]) -> list[Candidate]:
+    known = table.layers.get(text, {})
+    return [c for c in candidates if key(c.method, c.rank) not in known]
+
+
+class EachCall(nn.Module):
+    """A layer that is called several times in a forward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        return [self.module(x) for x in inputs]
+
+
+def time_layer(
+    module: nn.Module, layer: Layer, inputs: Sequence[Tensor], candidates: Sequence[Candidate], conditions: Conditions
+) -> dict[str, Timing]:
+    """Times of a layer ("dense") and of candidates with random factors.
+
+    Each is timed in turns with the dense layer and a few others, and counts as the ratio to the dense layer there.
+    """
+    found: dict[str, list[Timing]] = {}
+    for some in _chunks(layer, candidates):
+        modules = [module, *(random_factors(DECOMPOSITIONS[c.method].build(module, layer, c.rank)) for c in some)]
+        times = time_modules(modules, inputs, conditions)
+        for name, timing in zip([DENSE, *(key(c.method, c.rank) for c in some)], times, strict=True):
+            share = timing.ns / times[0].ns
+            found.setdefault(name, []).append(timing if name == DENSE else Timing(round(1e9 * share), timing.spread))
+    dense = round(median(t.ns for t in found[DENSE]))
+    spread = median(t.spread for t in found[DENSE])
+    return {
+        name: Timing(dense, spread) if name == DENSE else Timing(max(1, round(dense * ts[0].ns / 1e9)), ts[0].spread)
+        for name, ts in found.items()
+    }
+
+
+def time_modules(modules: Sequence[nn.Module], inputs: Sequence[Tensor], conditions: Conditions) -> list[Timing]:
+    """Times of modules on a layer's inputs, taken in turns."""
+    if len(inputs) > 1:
+        modules = [EachCall(m) for m in modules]
+    samples = interleaved(passes(modules, tuple(inputs), conditions), conditions)
+    return [Timing.of(s) for s in samples]
+
+
+def _chunks(layer: Layer, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    """A few at a time, so that no more than CHUNK_WEIGHTS are in memory; one empty chunk if there is none."""
+    size = max(1, min(CHUNK, CHUNK_WEIGHTS // max(layer.weights, 1)))
+    return [list(candidates[i : i + size]) for i in range(0, max(len(candidates), 1), size)]
+
+
+def random_factors(module: nn.Module) -> nn.Module:
+    """Fill a replacement in place so that signals keep their size: numbers that vanish would be slow."""
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.ndim > 1:
+                p.normal_(0, p[0].numel() ** -0.5)
+    return module.eval()
+
+
+# --- whole models --------------------------------------------------------------------------------
+
+
+def _time_plans(
+    whole: nn.Module,
+    layers: Sequence[Layer],
+    offers: dict[str, list[Candidate]],
+    entries: dict[str, dict[str, int]],
+    example_input: Any,
+    conditions: Conditions,
+    track: Any,
+) -> dict[str, Any]:
+    """{"dense": ns, "plans": [[sum of the layers' times, ns], ...]}."""
+    x = expanded(example_input, conditions.batch)
+    sums, ratios, times = [], [], []
+    plans = [_plan_near(share, layers, offers, entries) for share in SHARES]
+    for plan in track(plans, "timing whole models", len(plans)):
+        small = assemble(whole, layers, plan, lambda new, _: random_factors(new))
+        dense, one = (Timing.of(s) for s in interleaved(passes([whole, small], x, conditions), conditions, REPEATS))
+        sums.append(sum(_time(entries[layer.name], c) for layer, c in zip(layers, plan, strict=True)))
+        ratios.append(one.ns / dense.ns)
+        times.append(dense.ns)
+    dense_ns = round(median(times))
+    return {"dense": dense_ns, "plans": [[s, round(r * dense_ns)] for s, r in zip(sums, ratios, strict=True)]}
+
+
+def _plan_near(
+    share: float, layers: Sequence[Layer], offers: dict[str, list[Candidate]], entries: dict[str, dict[str, int]]
+) -> list[Candidate]:
+    """Of each layer the candidate whose time is nearest to a share of the dense layer's; families take turns."""
+    plan = []
+    for number, layer in enumerate(layers):
+        times, goal = entries[layer.name], share * entries[layer.name][DENSE]
+        families = sorted({c.method for c in offers[layer.name]})
+        wanted = families[number % len(families)] if families else DENSE
+        own = [c for c in offers[layer.name] if c.method == wanted] or [dense_candidate(layer)]
+        plan.append(min(own, key=lambda c: abs(_time(times, c) - goal)))
+    return plan
+
+
+def _time(times: dict[str, int], candidate: Candidate) -> int:
+    return times[DENSE if candidate.method == DENSE else key(candidate.method, candidate.rank)]
+
+
+def fit_line(model: dict[str, Any], dense_sum: int) -> tuple[float, float]:
+    """β, and the worst residual over the dense model's time."""
+    saved = np.array([[dense_sum - s, model["dense"] - ns] for s, ns in model["plans"]], float)
+    t, whole = saved[:, 0], saved[:, 1]
+    if not t.any():
+        return 1.0, 0.0
+    slope = max(float(t @ whole / (t @ t)), 0.1)  # a machine this noisy: no candidate would seem to save anything
+    return slope, float(np.abs(whole - slope * t).max() / model["dense"])
+
+
+def _curves(
+    layers: Sequence[Layer], offers: dict[str, list[Candidate]], entries: dict[str, dict[str, int]], space: SearchSpace
+) -> tuple[dict[tuple[str, str], tuple[list[int], list[float]]], float | None]:
+    """Times over MACs by layer and family, and how well a time is found from its neighbours (None: no need)."""
+    curves, errors, sparse = {}, [], False
+    for layer in layers:
+        for family in {c.method for c in offers[layer.name]}:
+            own = [c for c in offers[layer.name] if c.method == family]
+            macs, times = [c.cost.macs for c in own], [float(_time(entries[layer.name], c)) for c in own]
+            curves[layer.name, family] = macs, times
+            for i in range(1, len(own) - 1):
+                guess = np.interp(macs[i], [macs[i - 1], macs[i + 1]], [times[i - 1], times[i + 1]])
+                errors.append(abs(guess / times[i] - 1))
+            sparse |= len(own) < len(space.ranks(family, layer))
+    return curves, round(median(errors), 4) if sparse and errors else None

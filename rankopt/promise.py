@@ -1,0 +1,181 @@
+"""A latency budget is a promise: it is checked on the rebuilt model, and where it misses the search is tightened."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from rankopt.budget import Limit, Problem, show
+from rankopt.core import Candidate, Layer, Proposal
+from rankopt.decompositions import DENSE
+from rankopt.hardware import Conditions, Timing, interleaved, passes
+from rankopt.latency import Latencies, expanded, layer_inputs, signature, time_modules
+from rankopt.prepare import Prepared
+
+ATTEMPTS = 8
+BLOCK, FEWEST, SECONDS = 20, 40, 20.0  # measured until the interval is narrow, or for so long
+NARROW = 0.01  # width of the interval, over the median
+MARGIN = 0.005  # by how much more than it missed a limit is tightened
+NOISE = 0.02  # a layer within this of the dense one's time is as fast
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Latency of a compressed model beside the dense one, in nanoseconds; low and high: 95 % of the median.
+
+    Where the budget is a fraction, these are the ratio of the two, measured in turns, times the dense model's latency
+    as it was when the costs were measured.
+    """
+
+    dense: int
+    latency: int
+    low: int
+    high: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether a plan keeps a latency budget. layers: name -> (dense, compressed), where layers are factorised."""
+
+    limit: Limit
+    predicted: int
+    measured: Measured
+    layers: dict[str, tuple[Timing, Timing]]
+
+    @property
+    def slower(self) -> list[str]:
+        """Factorised layers that are slower than dense."""
+        return [n for n, (dense, small) in self.layers.items() if small.ns > (1 + NOISE) * dense.ns]
+
+    @property
+    def met(self) -> bool:
+        """The interval's upper end is within the limit, and no layer is slower than dense."""
+        return self.measured.high <= self.limit.target and not self.slower
+
+    def about(self) -> dict[str, Any]:
+        """For result.json."""
+        m = dataclasses.asdict(self.measured)
+        layers = {n: {"dense": d.ns, "latency": s.ns} for n, (d, s) in self.layers.items()}
+        return {"target": self.limit.target, "predicted": self.predicted, **m, "met": self.met, "layers": layers}
+
+
+def latency_limit(problem: Problem) -> Limit | None:
+    """The limit on latency, if there is one."""
+    return next((x for x in problem.limits if x.metric == "latency"), None)
+
+
+def checkable_limit(prepared: Prepared, problem: Problem) -> Limit | None:
+    """The limit on latency, if there is one and the device is here."""
+    here = prepared.latencies is not None and not prepared.latencies.foreign
+    return latency_limit(problem) if here else None
+
+
+def with_target(limits: Sequence[Limit], wanted: Limit) -> tuple[Limit, ...]:
+    """The limits, that of the same metric replaced."""
+    return tuple(wanted if x.metric == wanted.metric else x for x in limits)
+
+
+def check(prepared: Prepared, problem: Problem, limit: Limit, proposal: Proposal) -> Check:
+    """Rebuild a plan's model and measure it. limit: what was asked; problem's own may be tighter."""
+    latencies = prepared.latencies
+    assert latencies is not None
+    small = prepared.apply(problem, proposal)
+    measured = measure(prepared.task.model, small, prepared.task.example_input, latencies, limit)
+    candidates = problem.candidates(proposal)
+    layers = _time_layers(prepared, problem, candidates, small, latencies.conditions)
+    return Check(limit, problem.cost(proposal).latency, measured, layers)
+
+
+def measure(dense: nn.Module, small: nn.Module, example_input: Any, latencies: Latencies, limit: Limit) -> Measured:
+    """Both models in turns, until the median is known well enough."""
+    conditions = latencies.conditions
+    both = passes([dense, small], expanded(example_input, conditions.batch), conditions)
+    is_fraction = limit.requested <= 1
+    before: list[int] = []
+    values: list[float] = []
+    end = time.monotonic() + SECONDS
+    while True:
+        a, b = interleaved(both, conditions, BLOCK)
+        before += a
+        values += [latencies.dense * y / x for x, y in zip(a, b, strict=True)] if is_fraction else map(float, b)
+        low, high = interval(values)
+        middle = median(values)
+        if len(values) >= FEWEST and (high - low < NARROW * middle or time.monotonic() > end):
+            return Measured(round(median(before)), round(middle), round(low), math.ceil(high), len(values))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the median, whatever the distribution: order statistics n/2 ∓ 1.96 √n / 2."""
+    ordered, n = sorted(values), len(values)
+    k = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
+    return ordered[k], ordered[n - 1 - k]
+
+
+def _time_layers(
+    prepared: Prepared, problem: Problem, candidates: Sequence[Candidate], small: nn.Module, conditions: Conditions
+) -> dict[str, tuple[Timing, Timing]]:
+    """Each factorised layer beside the dense one; equal ones are timed once."""
+    todo = [(x, c) for x, c in zip(problem.layers, candidates, strict=True) if c.method != DENSE]
+    x = expanded(prepared.task.example_input, conditions.batch)
+    inputs = layer_inputs(prepared.model, [layer for layer, _ in todo], x)
+    found: dict[tuple[Any, ...], tuple[Timing, Timing]] = {}
+    layers = {}
+    for layer, c in todo:
+        dense = prepared.model.get_submodule(layer.name)
+        same = (signature(dense, inputs[layer.name]), c.method, c.rank, c.form)
+        if same not in found:
+            pair = [dense, small.get_submodule(layer.name)]
+            found[same] = tuple(time_modules(pair, inputs[layer.name], conditions))  # type: ignore[assignment]
+        layers[layer.name] = found[same]
+    return layers
+
+
+def tightened(problem: Problem, failed: Check, proposal: Proposal) -> Problem:
+    """The same frontiers with the costs that were seen, and a limit that makes up for the miss.
+
+    A layer that turned out slower than dense is given up. The plan that failed is outside the new limit.
+    """
+    frontiers = list(problem.frontiers)
+    for number, (layer, frontier, at) in enumerate(zip(problem.layers, frontiers, proposal, strict=True)):
+        if layer.name in failed.slower:
+            cost = dataclasses.replace(frontier[at].cost, latency=problem.dense.latency + 1)
+            changed = dataclasses.replace(frontier[at], cost=cost)
+            frontiers[number] = (*frontier[:at], changed, *frontier[at + 1 :])
+    target = latency_limit(problem).target  # type: ignore[union-attr]
+    if failed.measured.high > failed.limit.target:
+        over = failed.measured.high / failed.limit.target
+        target = min(math.floor(target / over * (1 - MARGIN)), failed.predicted - 1)
+    limits = with_target(problem.limits, dataclasses.replace(failed.limit, target=target))
+    return dataclasses.replace(problem, frontiers=tuple(frontiers), limits=limits)
+
+
+def about_latency(prepared: Prepared, problem: Problem, checks: Sequence[Check]) -> dict[str, Any]:
+    """The entry of result.json: conditions, what was measured, and which layers no candidate makes faster."""
+    latencies = prepared.latencies
+    if latencies is None or latency_limit(problem) is None:
+        return {}
+    slower = [x.name for x, f in zip(problem.layers, problem.frontiers, strict=True) if not _any_faster(x, f)]
+    found = {**latencies.about(), "none_faster": slower, "attempts": len(checks)}
+    return {"latency": found | (checks[-1].about() if checks else {})}
+
+
+def _any_faster(layer: Layer, frontier: Sequence[Candidate]) -> bool:
+    return any(c.cost.latency < layer.cost.latency for c in frontier)
+
+
+def missed(failed: Check) -> str:
+    """What to say when the search was tightened as often as it may be."""
+    m = failed.measured
+    return (
+        f"latency={show('latency', failed.limit.target)} was not kept after {ATTEMPTS} attempts: the last plan takes "
+        f"{show('latency', m.latency)} (95 %: {show('latency', m.low)} to {show('latency', m.high)}). "
+        "Is the machine busy? Try again on a calm one, or ask for more"
+    )

@@ -1,0 +1,33 @@
+"""What `rankopt hardware` prints: how fast layers are, and what may make them faster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from rankopt.budget import show
+from rankopt.core import Layer
+from rankopt.decompositions import DENSE
+from rankopt.latency import Latencies
+from rankopt.report.text import percent, render
+
+
+def table(layers: Sequence[Layer], found: Latencies) -> str:
+    """Per layer its time, the candidates timed, and those that are faster, with the fastest."""
+    rows = Table(title=f"on {found.conditions} ({found.machine})", title_justify="left")
+    for name in ("layer", "dense", "timed", "faster", "the fastest", "of dense"):
+        rows.add_column(name, justify="left" if name in ("layer", "the fastest") else "right", overflow="fold")
+    for layer in layers:
+        times = found.entries[layer.name]
+        others = {k: ns for k, ns in times.items() if k != DENSE}
+        faster = [k for k, ns in others.items() if ns < times[DENSE]]
+        best = min(others, key=lambda k: others[k], default=DENSE)
+        shown = best if faster else "none"
+        share = percent(times[best] / times[DENSE], 0) if faster else "–"
+        rows.add_row(layer.name, show("latency", times[DENSE]), str(len(others)), str(len(faster)), shown, share)
+    return render(
+        rows,
+        f"whole model {show('latency', found.dense)}; a layer's time counts {found.slope:.2f} times in it, fitted to "
+        f"{found.plans} plans, the worst {found.residual:.1%} of the dense model off",
+    )
