@@ -411,8 +411,25 @@ def apply(
             _print(
                 f"cost counted again: {cost.params:,} parameters, {cost.macs:,} MACs, {cost.bytes:,} bytes, as planned"
             )
+            if plan.latency_on:
+                _check_latency(found, model, plan)
             with sound(run):
                 _check_scores(found, model, read_result(run))
+
+
+def _check_latency(task: Any, model: Any, plan: Any) -> None:
+    from rankopt.budget import show
+    from rankopt.hardware import Conditions, machine
+    from rankopt.promise import in_turns, interval
+
+    conditions = Conditions.parse(plan.latency_on)
+    dense, small = in_turns(task.model, model, task.example_input, conditions)
+    low, high = interval([b / a for a, b in zip(dense, small, strict=True)])
+    _print(
+        f"latency measured again: {low:.1%} to {high:.1%} of dense (95 %), the plan says "
+        f"{plan.cost.latency / max(plan.dense.latency, 1):.1%}; {show('latency', sorted(small)[len(small) // 2])} on "
+        f"{conditions} ({machine(conditions)})"
+    )
 
 
 def _check_scores(task: Any, model: Any, info: dict[str, Any]) -> None:

@@ -172,11 +172,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision for every layer, and the whole model's cost under it."""
+    """A decision for every layer, and the whole model's cost under it.
+
+    latency_on: the conditions of a latency budget, as hardware.Conditions reads them.
+    """
 
     choices: tuple[Choice, ...]
     cost: Cost
     dense: Cost
+    latency_on: str = ""
 
 
 Proposal = tuple[int, ...]

@@ -41,7 +41,17 @@ from rankopt.hardware import Conditions
 from rankopt.inventory import count, inference, model_input, one_example, run, to_device
 from rankopt.plan import RESULT, save
 from rankopt.prepare import Prepared, Track, check_batches, prepare, silent
-from rankopt.promise import ATTEMPTS, Check, about_latency, check, checkable_limit, missed, tightened, with_target
+from rankopt.promise import (
+    ATTEMPTS,
+    Check,
+    about_latency,
+    check,
+    checkable_limit,
+    latency_limit,
+    missed,
+    tightened,
+    with_target,
+)
 from rankopt.refine import refine as refine_layers
 from rankopt.renormalise import renormalise
 from rankopt.search import Evaluate, Study, best, front, search
@@ -129,7 +139,9 @@ def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
                 candidate.form,
             )
         )
-    return Plan(tuple(choices), problem.cost(proposal), prepared.dense)
+    limited = prepared.latencies is not None and latency_limit(problem) is not None
+    where = str(prepared.latencies.conditions) if prepared.latencies and limited else ""
+    return Plan(tuple(choices), problem.cost(proposal), prepared.dense, where)
 
 
 def _why(candidates: Sequence[Candidate], at: int, limits: Sequence[Limit]) -> str:

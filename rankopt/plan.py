@@ -85,6 +85,7 @@ def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
         "version": VERSION,
         "cost": dataclasses.asdict(plan.cost),
         "dense": dataclasses.asdict(plan.dense),
+        "latency_on": plan.latency_on,
         "weights": {"sha256": _sha256(folder / WEIGHTS)},
         "layers": [dataclasses.asdict(c) for c in plan.choices],
     }
@@ -141,7 +142,7 @@ def read_plan(folder: str | Path) -> tuple[Plan, str]:
         raise PlanError(f"{path} has version {version!r}; this rankopt reads version 1 to {VERSION}")
     try:
         choices = tuple(_choice(_with_form(c) if version == 1 else c) for c in content["layers"])
-        plan = Plan(choices, _cost(content["cost"]), _cost(content["dense"]))
+        plan = Plan(choices, _cost(content["cost"]), _cost(content["dense"]), str(content.get("latency_on", "")))
         return plan, str(content["weights"]["sha256"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"{path} is damaged: {type(error).__name__}: {error}") from error

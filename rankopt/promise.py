@@ -96,20 +96,28 @@ def check(prepared: Prepared, problem: Problem, limit: Limit, proposal: Proposal
 
 def measure(dense: nn.Module, small: nn.Module, example_input: Any, latencies: Latencies, limit: Limit) -> Measured:
     """Both models in turns, until the median is known well enough."""
-    conditions = latencies.conditions
+    whole = latencies.dense if limit.requested <= 1 else None
+    before, after = in_turns(dense, small, example_input, latencies.conditions, whole is not None)
+    values = [whole * y / x for x, y in zip(before, after, strict=True)] if whole else list(map(float, after))
+    low, high = interval(values)
+    return Measured(round(median(before)), round(median(values)), round(low), math.ceil(high), len(values))
+
+
+def in_turns(
+    dense: nn.Module, small: nn.Module, example_input: Any, conditions: Conditions, ratios: bool = True
+) -> tuple[list[int], list[int]]:
+    """Nanoseconds of both models, until the median of the ratios (else of the small model's) is known well enough."""
     both = passes([dense, small], expanded(example_input, conditions.batch), conditions)
-    is_fraction = limit.requested <= 1
     before: list[int] = []
-    values: list[float] = []
+    after: list[int] = []
     end = time.monotonic() + SECONDS
     while True:
-        a, b = interleaved(both, conditions, BLOCK)
-        before += a
-        values += [latencies.dense * y / x for x, y in zip(a, b, strict=True)] if is_fraction else map(float, b)
+        for kept, new in zip((before, after), interleaved(both, conditions, BLOCK), strict=True):
+            kept += new
+        values = [y / x for x, y in zip(before, after, strict=True)] if ratios else list(map(float, after))
         low, high = interval(values)
-        middle = median(values)
-        if len(values) >= FEWEST and (high - low < NARROW * middle or time.monotonic() > end):
-            return Measured(round(median(before)), round(middle), round(low), math.ceil(high), len(values))
+        if len(values) >= FEWEST and (high - low < NARROW * median(values) or time.monotonic() > end):
+            return before, after
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
