@@ -61,7 +61,10 @@ def _limit(metric: str, value: Any, dense: Cost) -> Limit:
         raise BudgetError(f"unknown budget metric {metric!r}: choose from {', '.join(BUDGETS)}")
     number, is_fraction = _number(metric, value)
     if not dense[metric]:
-        raise BudgetError(f"the dense model's {metric} is not known: prepare with this budget, so that it is measured")
+        raise BudgetError(
+            f"budget {metric}={value}: the dense model's {metric} was not measured here; rankopt search, "
+            "rankopt.compress and prepare(budget=...) do"
+        )
     target = math.floor(number * dense[metric] + 1e-9) if is_fraction else math.floor(number)
     if number <= 0:
         raise BudgetError(f"budget {metric}={value} is not above 0: {HELP}")

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankopt.allocation import allocate, check_feasible, relative_gap
+from rankopt.allocation import allocate, relative_gap
 from rankopt.budget import Limit, Problem
 from rankopt.candidates import digest, write_beside
 from rankopt.core import (
-    BudgetError,
     Candidate,
     Choice,
     Layer,
@@ -42,14 +41,13 @@ from rankopt.inventory import count, inference, model_input, one_example, run, t
 from rankopt.plan import RESULT, save
 from rankopt.prepare import Prepared, Track, check_batches, prepare, silent
 from rankopt.promise import (
-    ATTEMPTS,
     Check,
+    Searched,
     about_latency,
     check,
     checkable_limit,
+    keep_promise,
     latency_limit,
-    missed,
-    tightened,
     with_target,
 )
 from rankopt.refine import refine as refine_layers
@@ -57,7 +55,6 @@ from rankopt.renormalise import renormalise
 from rankopt.search import Evaluate, Study, best, front, search
 from rankopt.space import SearchSpace
 from rankopt.strategies import make_strategy, read_options
-from rankopt.strategies.base import Strategy
 from rankopt.uncertainty import proxy, tie, wilson
 
 log = logging.getLogger(__name__)
@@ -176,23 +173,23 @@ def finish(
     about: Mapping[str, Any],
     asked: int,
     settings: Settings,
-    checks: Sequence[Check] = (),
+    kept: Check | None = None,
     track: Track = silent,
 ) -> Result:
     """Rebuild the chosen plan's model, count its cost again, score it (test data once) and put it all together.
 
-    checks: of the latency, the last one of this plan.
+    kept: the check of a latency budget; problem's own limit may have been moved since.
     """
     task, clock = prepared.task, prepared.clock
-    if checks:
-        problem = dataclasses.replace(problem, limits=with_target(problem.limits, checks[0].limit))
+    if kept:
+        problem = dataclasses.replace(problem, limits=with_target(problem.limits, kept.limit))
     plan = make_plan(prepared, problem, chosen.proposal)
     model = prepared.apply(problem, chosen.proposal)
     evaluator = Evaluator.of(prepared, problem, settings.ladder)
     if evaluator.lessons:  # again, as in the trial: trials keep no weights
         model = trained(model, *evaluator.lessons, evaluator.steps, track=track)
     model, changes = _polished(prepared, problem, chosen, model, settings, track)
-    latency = checks[-1].measured.latency if checks else plan.cost.latency
+    latency = kept.measured.latency if kept else plan.cost.latency
     achieved = dataclasses.replace(count(model, task.example_input), latency=latency)
     for limit in problem.limits:
         if achieved[limit.metric] > limit.target:
@@ -246,7 +243,7 @@ def finish(
         "front": front_rows(trials, settings.options.get("also")),
         "tie": tie(trials, chosen, task.examples),
         "milliseconds": time_forward([task.model, model], task.example_input),
-        **about_latency(prepared, problem, checks),
+        **about_latency(prepared, problem, kept),
         "layers": [_layer_row(c, layer) for c, layer in zip(plan.choices, prepared.layers, strict=True)],
     }
     return Result(model, plan, problem.limits, info)
@@ -362,27 +359,25 @@ def run_search(
     """
     if settings.refine and settings.ladder.steps:
         raise RankoptError("refining would undo the training of the plans: search without --refine or without train=")
-    strategy = make_strategy(settings.strategy, problem, settings.seed, settings.options)
     about: dict[str, Any] = {"task": prepared.task.name, "strategy": settings.strategy, "seed": settings.seed}
     about["options"] = {k: str(v) for k, v in sorted(settings.options.items())}
     store = None if out is None else _open_store(out, problem, about, settings)
+
+    def look(problem: Problem, anew: bool = True) -> Searched:
+        return _searched(prepared, problem, settings, store, runner, track, anew)
+
     try:
-        study, trials = _search_once(prepared, problem, strategy, settings, store, runner, track)
-        checks: list[Check] = []
-        while latency := checkable_limit(prepared, problem):
-            checks.append(_checked(prepared, problem, latency, checks, best(trials).proposal, track))
-            if checks[-1].met or study.stopping:
-                break
-            if len(checks) == ATTEMPTS:
-                raise BudgetError(missed(checks[-1]))
-            problem = tightened(problem, checks[-1], best(trials).proposal)
-            check_feasible(problem)
-            strategy = make_strategy(settings.strategy, problem, settings.seed, settings.options)
-            study, trials = _search_once(prepared, problem, strategy, settings, store, runner, track, anew=True)
+        found = look(problem, anew=False)
+        kept = None
+        if limit := checkable_limit(prepared, problem):
+            with prepared.clock.stage("checking"):
+                found, kept = keep_promise(found, partial(check, prepared, limit), look, track)
         about |= {"question": dict(question)} if question else {}
+        strategy = found.study.strategy
         about |= {"notes": strategy.notes}
-        result = finish(prepared, problem, trials, best(trials), about, strategy.asked, settings, checks, track)
-        result.info["trials"]["interrupted"] = study.stopping
+        where = (prepared, found.problem, found.trials, found.chosen)
+        result = finish(*where, about, strategy.asked, settings, kept, track)
+        result.info["trials"]["interrupted"] = found.study.stopping
         if out is not None and store is not None:
             store.export()
             result.save(out)
@@ -392,37 +387,22 @@ def run_search(
     return result
 
 
-def _search_once(
-    prepared: Prepared,
-    problem: Problem,
-    strategy: Strategy,
-    settings: Settings,
-    store: Any,
-    runner: Runner,
-    track: Track,
-    anew: bool = False,
-) -> tuple[Study, list[Trial]]:
-    """anew: with tightened limits; what was evaluated before counts where it keeps them."""
+def _searched(
+    prepared: Prepared, problem: Problem, settings: Settings, store: Any, runner: Runner, track: Track, anew: bool
+) -> Searched:
+    """anew: with limits that were moved; what was evaluated before counts, and one-shot strategies propose again."""
+    strategy = make_strategy(settings.strategy, problem, settings.seed, settings.options)
     study = Study(problem, strategy, trial_limit(strategy, settings.trials), store)
     study.resume()
     if anew:
         strategy.asked = 0
-        study.limit = max(study.limit, len(study.trials))
+        study.limit = max(study.limit, len(study.trials) + strategy.one_shot)
     if len(study.trials) < study.limit:
         with prepared.clock.stage("strategy"):
             strategy.measure(prepared, track)
     with prepared.clock.stage("search"):
-        return study, runner(study, Evaluator.of(prepared, problem, settings.ladder))
-
-
-def _checked(
-    prepared: Prepared, problem: Problem, limit: Limit, before: Sequence[Check], proposal: Proposal, track: Track
-) -> Check:
-    """The chosen plan's latency, against what was asked at first."""
-    asked = before[0].limit if before else limit
-    with prepared.clock.stage("checking"):
-        (found,) = (check(prepared, problem, asked, proposal) for _ in track([0], "measuring the latency", 1))
-    return found
+        trials = runner(study, Evaluator.of(prepared, problem, settings.ladder))
+    return Searched(problem, study, trials, best(trials))
 
 
 def _open_store(out: Path, problem: Problem, about: Mapping[str, Any], settings: Settings) -> Any:

@@ -35,6 +35,7 @@ POINTS = {"eager": 400, "onnxruntime": 12, "compile": 3}  # ranks of a layer and
 CHUNK, CHUNK_WEIGHTS = 8, 2**26  # candidates timed side by side with the dense layer
 SHARES = (0.2, 0.4, 0.6, 0.8)  # plans for the correction: every layer near this share of its dense time
 REPEATS = 15  # of a whole model
+LEAST = 0.5  # β, and the inverse of its largest: what is beyond is a busy machine's noise
 
 
 @dataclass
@@ -242,27 +243,30 @@ def time_layer(
 
     Each is timed in turns with the dense layer and a few others, and counts as the ratio to the dense layer there.
     """
-    found: dict[str, list[Timing]] = {}
+    of_dense: list[int] = []
+    shares: dict[str, tuple[float, float]] = {}
     for some in _chunks(layer, candidates):
         modules = [module, *(random_factors(DECOMPOSITIONS[c.method].build(module, layer, c.rank)) for c in some)]
-        times = time_modules(modules, inputs, conditions)
-        for name, timing in zip([DENSE, *(key(c.method, c.rank) for c in some)], times, strict=True):
-            share = timing.ns / times[0].ns
-            found.setdefault(name, []).append(timing if name == DENSE else Timing(round(1e9 * share), timing.spread))
-    dense = round(median(t.ns for t in found[DENSE]))
-    spread = median(t.spread for t in found[DENSE])
-    return {
-        name: Timing(dense, spread) if name == DENSE else Timing(max(1, round(dense * ts[0].ns / 1e9)), ts[0].spread)
-        for name, ts in found.items()
+        dense, *others = sample_modules(modules, inputs, conditions)
+        of_dense += dense
+        for c, samples in zip(some, others, strict=True):
+            shares[key(c.method, c.rank)] = ratio(samples, dense), Timing.of(samples).spread
+    whole = Timing.of(of_dense)
+    return {DENSE: whole} | {
+        k: Timing(max(1, round(whole.ns * share)), spread) for k, (share, spread) in shares.items()
     }
 
 
-def time_modules(modules: Sequence[nn.Module], inputs: Sequence[Tensor], conditions: Conditions) -> list[Timing]:
-    """Times of modules on a layer's inputs, taken in turns."""
+def sample_modules(modules: Sequence[nn.Module], inputs: Sequence[Tensor], conditions: Conditions) -> list[list[int]]:
+    """Nanoseconds of modules on a layer's inputs, taken in turns."""
     if len(inputs) > 1:
         modules = [EachCall(m) for m in modules]
-    samples = interleaved(passes(modules, tuple(inputs), conditions), conditions)
-    return [Timing.of(s) for s in samples]
+    return interleaved(passes(modules, tuple(inputs), conditions), conditions)
+
+
+def ratio(samples: Sequence[int], others: Sequence[int]) -> float:
+    """The median of what was measured in turns, one over the other."""
+    return median(a / b for a, b in zip(samples, others, strict=True))
 
 
 def _chunks(layer: Layer, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
@@ -298,10 +302,10 @@ def _time_plans(
     plans = [_plan_near(share, layers, offers, entries) for share in SHARES]
     for plan in track(plans, "timing whole models", len(plans)):
         small = assemble(whole, layers, plan, lambda new, _: random_factors(new))
-        dense, one = (Timing.of(s) for s in interleaved(passes([whole, small], x, conditions), conditions, REPEATS))
+        dense, one = interleaved(passes([whole, small], x, conditions), conditions, REPEATS)
         sums.append(sum(_time(entries[layer.name], c) for layer, c in zip(layers, plan, strict=True)))
-        ratios.append(one.ns / dense.ns)
-        times.append(dense.ns)
+        ratios.append(ratio(one, dense))
+        times.append(median(dense))
     dense_ns = round(median(times))
     return {"dense": dense_ns, "plans": [[s, round(r * dense_ns)] for s, r in zip(sums, ratios, strict=True)]}
 
@@ -330,7 +334,7 @@ def fit_line(model: dict[str, Any], dense_sum: int) -> tuple[float, float]:
     t, whole = saved[:, 0], saved[:, 1]
     if not t.any():
         return 1.0, 0.0
-    slope = max(float(t @ whole / (t @ t)), 0.1)  # a machine this noisy: no candidate would seem to save anything
+    slope = min(max(float(t @ whole / (t @ t)), LEAST), 1 / LEAST)
     return slope, float(np.abs(whole - slope * t).max() / model["dense"])
 
 

@@ -5,24 +5,27 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from rankopt.allocation import check_feasible
 from rankopt.budget import Limit, Problem, show
-from rankopt.core import Candidate, Layer, Proposal
+from rankopt.core import BudgetError, Candidate, Layer, Proposal, Trial
 from rankopt.decompositions import DENSE
 from rankopt.hardware import Conditions, Timing, interleaved, passes
-from rankopt.latency import Latencies, expanded, layer_inputs, signature, time_modules
+from rankopt.latency import Latencies, expanded, layer_inputs, ratio, sample_modules, signature
 from rankopt.prepare import Prepared
+from rankopt.search import Study
 
 ATTEMPTS = 8
 BLOCK, FEWEST, SECONDS = 20, 40, 20.0  # measured until the interval is narrow, or for so long
 NARROW = 0.01  # width of the interval, over the median
 MARGIN = 0.005  # by how much more than it missed a limit is tightened
+ROOM = 0.02  # of a budget that may be left
 NOISE = 0.02  # a layer within this of the dense one's time is as fast
 
 
@@ -49,6 +52,12 @@ class Check:
     predicted: int
     measured: Measured
     layers: dict[str, tuple[Timing, Timing]]
+    attempts: int = 0
+
+    @property
+    def room(self) -> float:
+        """What is left of the limit, as a share of it; negative where it is missed."""
+        return 1 - self.measured.high / self.limit.target
 
     @property
     def slower(self) -> list[str]:
@@ -58,13 +67,14 @@ class Check:
     @property
     def met(self) -> bool:
         """The interval's upper end is within the limit, and no layer is slower than dense."""
-        return self.measured.high <= self.limit.target and not self.slower
+        return self.room >= 0 and not self.slower
 
     def about(self) -> dict[str, Any]:
         """For result.json."""
         m = dataclasses.asdict(self.measured)
         layers = {n: {"dense": d.ns, "latency": s.ns} for n, (d, s) in self.layers.items()}
-        return {"target": self.limit.target, "predicted": self.predicted, **m, "met": self.met, "layers": layers}
+        outcome = {"met": self.met, "attempts": self.attempts}
+        return {"target": self.limit.target, "predicted": self.predicted, **m, **outcome, "layers": layers}
 
 
 def latency_limit(problem: Problem) -> Limit | None:
@@ -83,7 +93,7 @@ def with_target(limits: Sequence[Limit], wanted: Limit) -> tuple[Limit, ...]:
     return tuple(wanted if x.metric == wanted.metric else x for x in limits)
 
 
-def check(prepared: Prepared, problem: Problem, limit: Limit, proposal: Proposal) -> Check:
+def check(prepared: Prepared, limit: Limit, problem: Problem, proposal: Proposal) -> Check:
     """Rebuild a plan's model and measure it. limit: what was asked; problem's own may be tighter."""
     latencies = prepared.latencies
     assert latencies is not None
@@ -141,38 +151,87 @@ def _time_layers(
         same = (signature(dense, inputs[layer.name]), c.method, c.rank, c.form)
         if same not in found:
             pair = [dense, small.get_submodule(layer.name)]
-            found[same] = tuple(time_modules(pair, inputs[layer.name], conditions))  # type: ignore[assignment]
+            found[same] = _pair(*sample_modules(pair, inputs[layer.name], conditions))
         layers[layer.name] = found[same]
     return layers
 
 
-def tightened(problem: Problem, failed: Check, proposal: Proposal) -> Problem:
-    """The same frontiers with the costs that were seen, and a limit that makes up for the miss.
+class Searched(NamedTuple):
+    """A search that came to its end."""
 
-    A layer that turned out slower than dense is given up. The plan that failed is outside the new limit.
+    problem: Problem
+    study: Study
+    trials: list[Trial]
+    chosen: Trial
+
+
+def keep_promise(
+    found: Searched, check: Callable[[Problem, Proposal], Check], search: Callable[[Problem], Searched], track: Any
+) -> tuple[Searched, Check]:
+    """Check, and search again with the limit moved until it is kept; a one-shot plan that leaves room is bettered.
+
+    Raises BudgetError, after ATTEMPTS or where nothing faster is left, if it never is.
+    """
+    kept: tuple[Searched, Check] | None = None
+    for number in range(1, ATTEMPTS + 1):
+        if kept and found.chosen.proposal == kept[0].chosen.proposal:
+            break
+        (seen,) = (check(found.problem, found.chosen.proposal) for _ in track([0], "measuring the latency", 1))
+        seen = dataclasses.replace(seen, attempts=number)
+        if found.study.stopping:
+            return found, seen
+        if seen.met and (kept is None or found.chosen.objective < kept[0].chosen.objective):  # type: ignore[operator]
+            kept = found, seen
+        elif kept:
+            break  # nothing better: what was kept before stays
+        if seen.met and (seen.room < ROOM or not found.study.strategy.one_shot):
+            break
+        problem = moved(found.problem, seen, found.chosen.proposal)
+        try:
+            check_feasible(problem)
+        except BudgetError as error:
+            raise BudgetError(f"{missed(seen)}; tightened, {error}") from error
+        found = search(problem)
+    if kept is None:
+        raise BudgetError(missed(seen))
+    return kept[0], dataclasses.replace(kept[1], attempts=number)
+
+
+def _pair(dense: list[int], small: list[int]) -> tuple[Timing, Timing]:
+    whole = Timing.of(dense)
+    return whole, Timing(round(whole.ns * ratio(small, dense)), Timing.of(small).spread)
+
+
+def moved(problem: Problem, seen: Check, proposal: Proposal) -> Problem:
+    """The same frontiers with the costs that were seen, and a limit that makes up for a miss or for room left.
+
+    A layer that turned out slower than dense is given up. A plan that missed is outside the new limit.
     """
     frontiers = list(problem.frontiers)
     for number, (layer, frontier, at) in enumerate(zip(problem.layers, frontiers, proposal, strict=True)):
-        if layer.name in failed.slower:
+        if layer.name in seen.slower:
             cost = dataclasses.replace(frontier[at].cost, latency=problem.dense.latency + 1)
             changed = dataclasses.replace(frontier[at], cost=cost)
             frontiers[number] = (*frontier[:at], changed, *frontier[at + 1 :])
-    target = latency_limit(problem).target  # type: ignore[union-attr]
-    if failed.measured.high > failed.limit.target:
-        over = failed.measured.high / failed.limit.target
-        target = min(math.floor(target / over * (1 - MARGIN)), failed.predicted - 1)
-    limits = with_target(problem.limits, dataclasses.replace(failed.limit, target=target))
+    limit = latency_limit(problem)
+    assert limit is not None
+    target = limit.target
+    if seen.met or seen.room < 0:
+        target = min(math.floor(target / (1 - seen.room) * (1 - MARGIN)), problem.dense.latency)
+    if seen.room < 0:
+        target = min(target, seen.predicted - 1)
+    limits = with_target(problem.limits, dataclasses.replace(seen.limit, target=target))
     return dataclasses.replace(problem, frontiers=tuple(frontiers), limits=limits)
 
 
-def about_latency(prepared: Prepared, problem: Problem, checks: Sequence[Check]) -> dict[str, Any]:
+def about_latency(prepared: Prepared, problem: Problem, kept: Check | None) -> dict[str, Any]:
     """The entry of result.json: conditions, what was measured, and which layers no candidate makes faster."""
     latencies = prepared.latencies
     if latencies is None or latency_limit(problem) is None:
         return {}
     slower = [x.name for x, f in zip(problem.layers, problem.frontiers, strict=True) if not _any_faster(x, f)]
-    found = {**latencies.about(), "none_faster": slower, "attempts": len(checks)}
-    return {"latency": found | (checks[-1].about() if checks else {})}
+    found = {**latencies.about(), "none_faster": slower, "attempts": 0}
+    return {"latency": found | (kept.about() if kept else {})}
 
 
 def _any_faster(layer: Layer, frontier: Sequence[Candidate]) -> bool:
@@ -183,7 +242,7 @@ def missed(failed: Check) -> str:
     """What to say when the search was tightened as often as it may be."""
     m = failed.measured
     return (
-        f"latency={show('latency', failed.limit.target)} was not kept after {ATTEMPTS} attempts: the last plan takes "
+        f"latency={show('latency', failed.limit.target)} was not kept in {failed.attempts} attempts: the last takes "
         f"{show('latency', m.latency)} (95 %: {show('latency', m.low)} to {show('latency', m.high)}). "
         "Is the machine busy? Try again on a calm one, or ask for more"
     )

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from datetime import date
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from rankopt.core import BudgetError, Choice, Layer
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.hardware import Conditions, machine
 from rankopt.job import Result, Settings, run_search
-from rankopt.latency import expanded, layer_inputs, random_factors, time_modules
+from rankopt.latency import expanded, layer_inputs, random_factors, sample_modules
 from rankopt.prepare import Prepared, prepare
 from rankopt.progress import track
 from rankopt.space import load_space
@@ -114,8 +115,8 @@ def peers(prepared: Prepared, result: Result) -> list[dict[str, Any]]:
     for choice, layer in zip(chosen, layers, strict=True):
         dense = prepared.model.get_submodule(layer.name)
         ours = random_factors(DECOMPOSITIONS[choice.method].build(dense, layer, choice.rank))
-        times = time_modules([dense, ours, theirs(dense, layer, choice)], inputs[layer.name], conditions)
-        row = dict(zip(("dense", "ours", "tltorch"), (t.ns for t in times), strict=True))
+        times = sample_modules([dense, ours, theirs(dense, layer, choice)], inputs[layer.name], conditions)
+        row = dict(zip(("dense", "ours", "tltorch"), map(median, times), strict=True))
         rows.append({"layer": layer.name, "method": choice.method, "rank": choice.rank, **row})
     return rows
 

@@ -72,7 +72,7 @@ def for_macs(prepared: Prepared, macs: int) -> dict[str, Any]:
     problem = prepared.problem({"macs": macs})
     proposal = allocate(problem).proposal
     dense = prepared.dense.latency
-    found = check(prepared, problem, Limit("latency", 1.0, dense), proposal).measured
+    found = check(prepared, Limit("latency", 1.0, dense), problem, proposal).measured
     model = prepared.apply(problem, proposal)
     assert prepared.task.test is not None
     return {
