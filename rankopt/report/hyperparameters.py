@@ -253,10 +253,10 @@ def slice_of(ax: Any, found: Table, column: Hyperparameter) -> None:
 
 
 def _within(found: Table, objective: str) -> dict[int, tuple[float, str]]:
-    """Search -> where it is drawn, and its marker: the worst tenth stand on the edge, since they flatten the rest."""
+    """Search -> where it is drawn, and its marker: what is far below four fifths, on the edge."""
     sign = -1 if OBJECTIVES[objective] == "maximize" else 1
     values = sorted(sign * r[objective] for r in found.rows)
-    good = values[: math.ceil(0.9 * len(values))]
+    good = values[: math.ceil(0.8 * len(values))]
     edge = good[-1] + 0.15 * (good[-1] - good[0])
     beyond = "v" if sign < 0 else "^"
     return {
