@@ -1,4 +1,4 @@
-"""The command line: inspect, search, sweep, hardware, benchmark, report, apply."""
+"""The command line: inspect, search, sweep, hardware, benchmark, run, report, apply and more."""
 
 from __future__ import annotations
 
@@ -344,6 +344,34 @@ def benchmark(
         write(out, data)
         _print(text(data))
         _print(f"written: {', '.join(str(p) for p in sorted(out.glob('benchmark.*')))}")
+
+
+@app.command()
+def run(
+    study: Annotated[Path, typer.Argument(help="a study's .toml file: a search's settings, perhaps with ranges")],
+    out: Annotated[Path | None, typer.Option(help="the folder for results [the file's out, or runs/STUDY]")] = None,
+    budget_minutes: Annotated[float, typer.Option(help="start nothing after so many minutes; run again to go on")] = (
+        float("inf")
+    ),
+    cache: CacheFolder = None,
+) -> None:
+    """Do what a study's file says, or go on with it: one search, or many with hyperparameters searched for."""
+    with clear_errors("every finished search is kept: the same command goes on"):
+        from rankopt.hyperparameters import run_study
+        from rankopt.study import read_study
+        from rankopt.tasks import load_task
+
+        found = read_study(study)
+        folder = out or found.out
+        runner = _runner(found.workers, None, 0.0, (None, None), folder / "logs", False)
+        runner = runner if found.hyperparameters else Watched(runner, folder)
+
+        def told(line: str) -> None:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        task, seconds = load_task(found.task), 60 * budget_minutes
+        for line in run_study(found, task, folder, seconds, runner, cache, told, track):
+            _print(line)
 
 
 def _runner(

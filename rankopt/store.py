@@ -9,7 +9,7 @@ import os
 import sqlite3
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Store:
         }
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with readable(self.place):
-            self.close = weakref.finalize(self, os.close, _lock(folder))
+            self.close = weakref.finalize(self, os.close, lock(folder))
             self.study = self._open(about, resume)
 
     @property
@@ -60,7 +60,7 @@ class Store:
             write_beside(self.path, lambda part: create(f"sqlite:///{part}", STUDY, about))
         elif not resume:
             raise StudyError(f"{self.path} is there already: go on with --resume, or search into another folder")
-        study = _load(self.path)
+        study = load(self.path)
         for key, value in about.items():
             if study.user_attrs.get(key) != value:
                 raise StudyError(
@@ -203,7 +203,7 @@ def alive(pid: int) -> bool:
     return True
 
 
-def _lock(folder: Path) -> int:
+def lock(folder: Path) -> int:
     """Hold a folder against other processes until the descriptor is closed. Raises StudyError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -218,15 +218,15 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def create(url: str, name: str, about: dict[str, Any]) -> None:
+def create(url: str, name: str, about: dict[str, Any], directions: Sequence[Any] = ("minimize",)) -> None:
     storage = RDBStorage(url)
-    study = optuna.create_study(storage=storage, study_name=name, direction="minimize")
+    study = optuna.create_study(storage=storage, study_name=name, directions=list(directions))
     for key, value in about.items():
         study.set_user_attr(key, value)
     storage.engine.dispose()
 
 
-def _load(path: Path) -> optuna.Study:
+def load(path: Path) -> optuna.Study:
     """The study in a file, which is looked through first: SQLite notices damage when it comes upon it only."""
     if path.stat().st_size == 0:
         raise ValueError("it is empty")
@@ -245,7 +245,7 @@ def read_trials(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise StudyError(f"there is no {path}: name the folder that a search wrote")
     with readable(path):
-        return rows(told(_load(path)))
+        return rows(told(load(path)))
 
 
 def rows(trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:

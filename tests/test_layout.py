@@ -24,16 +24,17 @@ ORDER = [
     {"store_shared"},
     {"fidelity"},
     {"job", "tasks"},
-    {"rounds", "interpret"},
+    {"rounds", "interpret", "request"},
+    {"study"},
     {"ray_session"},
     {"ray_worker"},
-    {"search_ray", "sweep", "inverse", "benchmark"},
+    {"search_ray", "sweep", "inverse", "benchmark", "hyperparameters"},
     {"report", "progress"},
     {"cli"},
 ]
 DOORS = {
     "ray": {"search_ray.py", "ray_session.py", "ray_worker.py"},
-    "optuna": {"strategies/optuna.py", "store.py", "store_shared.py"},
+    "optuna": {"strategies/optuna.py", "store.py", "store_shared.py", "study.py", "hyperparameters.py"},
     "matplotlib": {"report/pictures.py"},
     "gymnasium": {"environment.py"},
 }

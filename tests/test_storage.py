@@ -163,8 +163,8 @@ def test_storages_that_cannot_be_used_say_so(digits, tmp_path, url, message):
 def test_two_processes_do_not_search_in_one_folder(digits, tmp_path):
     code = f"""
 import sys, time
-from rankopt.store import _lock
-_lock(__import__("pathlib").Path({str(tmp_path)!r}))
+from rankopt.store import lock
+lock(__import__("pathlib").Path({str(tmp_path)!r}))
 print("locked", flush=True)
 time.sleep(60)
 """

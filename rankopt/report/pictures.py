@@ -60,7 +60,9 @@ def colours(methods: Sequence[str]) -> dict[str, str]:
     return {DENSE: FAINT} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(known)}
 
 
-def draw(paint: Callable[..., None], *arguments: Any, height: float = 3.1, name: str | None = None) -> str:
+def draw(
+    paint: Callable[..., None], *arguments: Any, height: float = 3.1, width: float = WIDTH, name: str | None = None
+) -> str:
     """Run a painter on a fresh figure and return an <svg> element whose ids no other picture shares.
 
     name: needed where a page has several pictures of one painter.
@@ -68,7 +70,7 @@ def draw(paint: Callable[..., None], *arguments: Any, height: float = 3.1, name:
     file = io.StringIO()
     with style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a name in a script that matplotlib has no font for: the browser has one
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         paint(figure.add_subplot(), *arguments)
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

@@ -144,7 +144,7 @@ class Optuna(Strategy):
         """
         study = optuna.create_study(directions=["minimize"] * (1 + bool(self.also)))
         # QMC draws one sequence: its seed stays, its place in it is the number of the ask.
-        own = self.seed if self.sampler is samplers.QMCSampler else _derived(self.seed, number)
+        own = self.seed if self.sampler is samplers.QMCSampler else derived(self.seed, number)
         study.sampler = make_sampler(self.sampler, own)
         for plan in (*self.told, *self.pending):
             if plan in self.known:  # others were drawn by another strategy
@@ -190,7 +190,7 @@ def _quietly(ask: Any, space: dict[str, BaseDistribution]) -> optuna.Trial:
         return ask(space)
 
 
-def _derived(seed: int, number: int) -> int:
+def derived(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
@@ -210,8 +210,8 @@ def sampler_class(name: str) -> type[samplers.BaseSampler]:
     return getattr(samplers, full)
 
 
-def make_sampler(sampler: type[samplers.BaseSampler], seed: int) -> samplers.BaseSampler:
-    settings = dict(SETTINGS.get(sampler.__name__, {}))
+def make_sampler(sampler: type[samplers.BaseSampler], seed: int, **own: Any) -> samplers.BaseSampler:
+    settings = {**SETTINGS.get(sampler.__name__, {}), **own}
     if "seed" in inspect.signature(sampler.__init__).parameters:
         settings["seed"] = seed
     with warnings.catch_warnings():

@@ -1,0 +1,211 @@
+"""A study's TOML file: one search, or many with hyperparameters in ranges. See `read_study` for its keys."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from rankopt.core import METRICS, RankoptError
+from rankopt.fidelity import WHOLE, Ladder
+from rankopt.request import Request
+from rankopt.space import load_space
+from rankopt.strategies import parse_pairs, read_options
+
+OBJECTIVES = {"score": "maximize", "objective": "minimize"} | dict.fromkeys((*METRICS, "milliseconds"), "minimize")
+RANGE = {"low", "high", "log", "step"}
+TYPES: dict[str, Any] = {  # of the file's keys
+    "task": str,
+    "budget": (str, list, dict),
+    "strategy": str,
+    "options": dict,
+    "space": (str, dict),
+    "trials": int,
+    "seed": int,
+    "refine": bool,
+    "fidelities": str,
+    "workers": int,
+    "training": dict,
+    "out": str,
+    "searches": int,
+    "objectives": (str, list),
+    "hyperparameters": dict,
+}
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """What one may be. A choice stands in the study as text, since Optuna's stores keep no lists."""
+
+    name: str
+    distribution: BaseDistribution
+    choices: Mapping[str, Any] = field(default_factory=dict)  # text -> value; empty for ranges
+
+    def value(self, drawn: Any) -> Any:
+        return self.choices[drawn] if self.choices else drawn
+
+    def ends(self) -> list[Any]:
+        """The values to check: every choice, or both ends of the range."""
+        d = self.distribution
+        return list(self.choices.values()) if self.choices else [d.low, d.high]  # type: ignore[attr-defined]
+
+    def drawn(self, value: Any) -> Any:
+        """What stands for a value; None if it lies outside."""
+        if self.choices:
+            return choice_text(value) if choice_text(value) in self.choices else None
+        inside = isinstance(value, (int, float)) and self.distribution._contains(value)
+        return value if inside else None
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """What a study's TOML says. searches: how many, where there are hyperparameters; workers: of each search."""
+
+    path: Path
+    task: str
+    request: Request
+    out: Path
+    workers: int = 0
+    searches: int = 40
+    objectives: tuple[str, ...] = ()
+    hyperparameters: tuple[Hyperparameter, ...] = ()
+
+
+def choice_text(value: Any) -> str:
+    """ "svd_out cp" for a list, the plain value as text else."""
+    return " ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def read_study(path: Path) -> StudyFile:
+    """A study from its file. Raises RankoptError for unknown keys, and for values that cannot be.
+
+    task, budget, strategy, options, space, trials, seed, refine, fidelities, workers: as `rankopt search` has them
+    (budget also as a table, options always; space also as a table of settings, with the name of the space that they
+    change as `base`); training: a table of `Training`; out: the folder for results. With hyperparameters: how many
+    searches, and the objectives. Paths are relative to the file's folder.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RankoptError(f"study {path} cannot be read: {error}") from error
+    try:
+        return _study(path, content)
+    except RankoptError as error:
+        raise RankoptError(f"study {path}: {error}") from error
+
+
+def _study(path: Path, content: Mapping[str, Any]) -> StudyFile:
+    for key, value in content.items():
+        if key not in TYPES:
+            raise RankoptError(f"unknown key {key!r}; the keys are {', '.join(TYPES)}")
+        if not isinstance(value, TYPES[key]) or (isinstance(value, bool) and TYPES[key] is int):
+            raise RankoptError(f"{key} = {value!r} is not what it should be: see the README's section on studies")
+    missing = [key for key in ("task", "budget") if key not in content]
+    if missing:
+        raise RankoptError(f"{missing[0]} is missing")
+    request = _request(path, content)
+    hyperparameters = tuple(_hyperparameters(request, content.get("hyperparameters", {})))
+    folder = path.parent / content["out"] if "out" in content else Path("runs") / path.stem
+    if not hyperparameters and ("searches" in content or "objectives" in content):
+        raise RankoptError("searches and objectives go with a table [hyperparameters]")
+    if content.get("searches", 1) < 1 or content.get("workers", 0) < 0:
+        raise RankoptError("searches are 1 or more, workers 0 or more")
+    given = {k: content[k] for k in ("workers", "searches") if k in content}
+    task, objectives = _from(path, content["task"]), _objectives(content)
+    return StudyFile(path, task, request, folder, objectives=objectives, hyperparameters=hyperparameters, **given)
+
+
+def _request(path: Path, content: Mapping[str, Any]) -> Request:
+    strategy, budget = content.get("strategy", "knapsack"), content["budget"]
+    if not isinstance(budget, dict):
+        budget = parse_pairs(budget if isinstance(budget, list) else [budget])
+    plain = {k: content[k] for k in ("trials", "seed", "refine") if k in content}
+    ladder = Ladder.parse(content["fidelities"]) if "fidelities" in content else WHOLE
+    space = content.get("space", "default")
+    own = {k: v for k, v in space.items() if k != "base"} if isinstance(space, dict) else {}
+    base = load_space(_from(path, space.get("base", "default") if isinstance(space, dict) else space))
+    options = read_options(strategy, content.get("options", {}))
+    request = Request(budget, strategy, options, base, ladder=ladder, **plain)
+    settings = {f"space.{k}": v for k, v in own.items()}
+    settings |= {f"training.{k}": v for k, v in content.get("training", {}).items()}
+    _check_known("setting", settings, request)
+    request = request.changed(settings)
+    if request.space.rounds > 1:
+        raise RankoptError(f"search space {base.name!r} asks for {request.space.rounds} rounds: use rankopt search")
+    return request
+
+
+def _check_known(what: str, names: Iterable[str], request: Request) -> None:
+    known = request.known()
+    for name in names:
+        if name not in known:
+            table = [k for k in known if k.partition(".")[0] == name.partition(".")[0]]
+            raise RankoptError(f"unknown {what} {name!r}; known are {', '.join(table or known)}")
+
+
+def _from(path: Path, name: str) -> str:
+    """A task's or search space's name; a file's is taken from the study's folder on."""
+    file, colon, function = name.partition(":")
+    return str(path.parent / file) + colon + function if Path(file).suffix in (".py", ".toml") else name
+
+
+def _objectives(content: Mapping[str, Any]) -> tuple[str, ...]:
+    given = content.get("objectives", ())
+    objectives = (given,) if isinstance(given, str) else tuple(given)
+    for name in objectives:
+        if name not in OBJECTIVES:
+            raise RankoptError(f"unknown objective {name!r}: choose from {', '.join(OBJECTIVES)}")
+    if len(set(objectives)) < len(objectives):
+        raise RankoptError(f"objectives {', '.join(objectives)}: each but once")
+    return objectives
+
+
+def _hyperparameters(request: Request, table: Mapping[str, Any]) -> Iterator[Hyperparameter]:
+    known = request.known()
+    for name, given in _leaves(table):
+        _check_known("hyperparameter", [name], request)
+        found = _hyperparameter(name, given, known[name])
+        for value in found.ends():
+            request.changed({name: value})
+        yield found
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict) and not value.keys() & RANGE:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _hyperparameter(name: str, given: Any, usual: Any) -> Hyperparameter:
+    """usual: what it is without a range; that says whether it may lie between whole numbers."""
+    wrong = (
+        f"hyperparameter {name}: give choices as [a, b] or a range as {{low = 1, high = 9}}, with log = true or step"
+    )
+    if isinstance(given, list) and given:
+        choices = {choice_text(value): value for value in given}
+        return Hyperparameter(name, CategoricalDistribution(list(choices)), choices)
+    if not isinstance(given, dict) or not {"low", "high"} <= given.keys() <= RANGE:
+        raise RankoptError(wrong)
+    low, high, log, step = given["low"], given["high"], given.get("log", False), given.get("step")
+    numbers = [x for x in (low, high, step) if x is not None]
+    if any(not isinstance(x, (int, float)) or isinstance(x, bool) for x in numbers) or not isinstance(log, bool):
+        raise RankoptError(wrong)
+    # A budget may be a share or a number; what else is usually a fraction has no ranges of whole numbers.
+    between = any(isinstance(x, float) for x in numbers) or (
+        isinstance(usual, float) and not name.startswith("budget.")
+    )
+    try:
+        if between:
+            return Hyperparameter(name, FloatDistribution(float(low), float(high), log, step))
+        return Hyperparameter(name, IntDistribution(low, high, log, step or 1))
+    except ValueError as error:
+        raise RankoptError(f"hyperparameter {name}: {error}") from error

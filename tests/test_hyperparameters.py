@@ -1,0 +1,275 @@
+"""Studies in TOML: what a file may say, and searches whose settings are searched for."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from typer.testing import CliRunner
+
+from rankopt.cli import app
+from rankopt.core import RankoptError, StudyError
+from rankopt.hyperparameters import FILE, Searches
+from rankopt.job import Settings, run_search
+from rankopt.request import Training, fine_tuned, softened_divergence
+from rankopt.search import search
+from rankopt.study import read_study
+from rankopt.tasks import load_task
+
+ROOT = Path(__file__).parent.parent
+BASE = 'task = "digits"\nbudget = { params = 0.3 }\nspace = "quick.toml"\n'
+RANGES = """
+searches = 3
+objectives = ["score", "params", "milliseconds"]
+training = { steps = 4 }
+[hyperparameters]
+budget.params = { low = 0.2, high = 0.5, log = true }
+space.families = [["svd_out", "cp_merged"], ["svd_out"]]
+training.steps = { low = 0, high = 8, step = 4 }
+training.rate = { low = 0.0001, high = 0.001, log = true }
+training.distill = { low = 0, high = 1 }
+"""
+
+
+@pytest.fixture
+def write(tmp_path, quick_space):
+    """A study's file beside the quick search space."""
+
+    def made(text, name="study.toml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return made
+
+
+def invoke(*arguments, code=0):
+    outcome = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert outcome.exit_code == code, outcome.output + repr(outcome.exception)
+    return " ".join((outcome.stdout + outcome.stderr).split())
+
+
+def rows(folder):
+    """The searches of a study, without what differs from run to run."""
+    with (folder / "hyperparameters.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    timed = ("milliseconds", "seconds", "search")
+    return [{k: v for k, v in row.items() if k not in timed} for row in found]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task = 'digits'", "budget is missing"),
+        ("budgets = 1\n" + BASE, "unknown key 'budgets'; the keys are task, budget, strategy"),
+        (BASE + "trials = 'many'", "trials = 'many' is not what it should be"),
+        (BASE + "strategy = 'knapsak'", "unknown strategy 'knapsak'"),
+        (BASE + "options = { width = 1 }", "strategy 'knapsack' has no option 'width'"),
+        (BASE + "searches = 3", "go with a table [hyperparameters]"),
+        (
+            BASE + "training = { epochs = 3 }",
+            "unknown setting 'training.epochs'; known are training.steps, training.rate",
+        ),
+        (BASE + "training = { distill = 3 }", "distill is from 0 to 1"),
+        (BASE + "objectives = ['speed']\n[hyperparameters]\nspace.points = [2, 4]", "unknown objective 'speed'"),
+        (
+            BASE + "[hyperparameters]\nspace.pints = [2, 4]",
+            "unknown hyperparameter 'space.pints'; known are space.families",
+        ),
+        (BASE + "[hyperparameters]\nspace.points = [2, 0]", "points is at least 1"),
+        (BASE + "[hyperparameters]\nspace.points = 3", "give choices as [a, b] or a range"),
+        (BASE + "[hyperparameters]\nspace.points = { low = 3 }", "give choices as [a, b] or a range"),
+        (BASE + "[hyperparameters]\nspace.points = { low = 9, high = 3 }", "hyperparameter space.points"),
+        (BASE + "[hyperparameters]\nspace.families = [['svd_out'], ['cpp']]", "unknown decomposition 'cpp'"),
+        (BASE + "[hyperparameters]\ntraining.rate = { low = 0.0, high = 1.0 }", "rate and temperature above 0"),
+        (BASE + "[hyperparameters]\nspace.points = ['a']", "space.points=a"),
+        ("a = [", "cannot be read"),
+    ],
+)
+def test_clear_errors(write, text, message):
+    with pytest.raises(RankoptError) as caught:
+        read_study(write(text))
+    assert message in str(caught.value) and "study.toml" in str(caught.value)
+
+
+def test_the_example_of_the_readme_can_be_read(write):
+    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    found = read_study(write(example))
+    assert len(found.hyperparameters) == 4 and found.searches == 40 and found.request.training.steps == 100
+
+
+def test_what_a_file_says(write):
+    text = BASE.replace("{ params = 0.3 }", "['params=0.3', 'macs=50%']")
+    text += "strategy = 'optuna'\noptions = { width = 0.7 }\ntrials = 9\nseed = 3\nfidelities = '0.5'\n"
+    found = read_study(write(text + "[hyperparameters]\noptions.width = { low = 0, high = 2 }\nspace.points = [3, 5]"))
+    request = found.request
+    assert (request.budget, request.trials, request.seed) == ({"params": "0.3", "macs": "50%"}, 9, 3)
+    assert request.options == {"width": 0.7} and request.space.name == "quick" and request.ladder.shares == (0.5, 1.0)
+    width, points = found.hyperparameters
+    assert 0.5 in [width.distribution.high / 4] and width.distribution._contains(0.123), "a fraction, though 0 to 2"
+    changed = request.changed({"options.width": 1.5, "space.points": points.value("5")})
+    assert changed.options["width"] == 1.5 and changed.space.points == 5 and changed.budget == request.budget
+
+
+def test_one_search_is_that_of_the_command(write, digits, tmp_path):
+    path = write(BASE + "strategy = 'random'\ntrials = 3")
+    shown = invoke("run", path, "--out", tmp_path / "out")
+    assert "report.html" in shown
+    info = json.loads((tmp_path / "out" / "result.json").read_text())
+    expected = run_search(digits, digits.problem({"params": 0.3}), Settings("random", 3)).info
+    assert info["objective"] == expected["objective"] and info["trials"]["distinct"] == 3
+    stopped = invoke("run", path, "--out", tmp_path / "late", "--budget-minutes", 0, code=2)
+    assert "no evaluation finished" in stopped
+    assert "report.html" in invoke("run", path, "--out", tmp_path / "late")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, _cache):
+    """A study with five hyperparameters and three objectives, run in one go."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "quick.toml").write_text('families = ["svd_out", "cp_merged"]\npoints = 6\nsteps = 20\n')
+    (folder / "study.toml").write_text(BASE + RANGES)
+    shown = invoke("run", folder / "study.toml", "--out", folder / "out")
+    return folder, shown
+
+
+def test_searches(undisturbed):
+    folder, shown = undisturbed
+    out = folder / "out"
+    assert "search 3 of 3" in shown and "the best search, made again" in shown
+    found = rows(out)
+    assert len(found) == 3
+    first = {"budget.params": "0.3", "space.families": "svd_out cp_merged", "training.steps": "4"}
+    assert found[0].items() >= first.items(), "the file's own settings come first"
+    for row in found:
+        assert int(row["params"]) <= float(row["budget.params"]) * 38218
+    best = max(found, key=lambda r: (float(r["score"]), -int(r["params"])))
+    (kept,) = out.glob("search-*")
+    info = json.loads((kept / "result.json").read_text())
+    assert info["score"]["compressed"]["validation"] == pytest.approx(float(best["score"]))
+    assert info["cost"]["compressed"]["params"] == int(best["params"])
+    assert info["score"]["compressed"]["test"] is not None, "read for the chosen search alone"
+    page = (out / "hyperparameters.html").read_text()
+    assert all(name in page for name in ("Pareto front", "Parallel coordinates", "training.rate", "Importance"))
+    assert page.count("<svg") == 3 + 5 and "http://" not in page.replace("http://www.w3.org", "")
+    assert {p.stem for p in out.glob("*.png")} == {"importance", "parallel", "slices", "front"}
+
+
+def test_the_kept_model_is_the_trained_one(undisturbed):
+    """Rebuilt from its folder it scores what the study noted."""
+    import rankopt
+
+    folder, _ = undisturbed
+    (kept,) = (folder / "out").glob("search-*")
+    task = load_task("digits")
+    info = json.loads((kept / "result.json").read_text())
+    model = rankopt.load(task.model, kept).eval()
+    with torch.no_grad():
+        assert task.score(model) == pytest.approx(info["score"]["compressed"]["validation"])
+
+
+def test_a_killed_study_goes_on_as_if_it_had_not_been(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "rankopt.cli", "run", str(folder / "study.toml"), "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("search 1"):
+            break
+    time.sleep(0.5)  # in the middle of the second
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    invoke("run", folder / "study.toml", "--out", out)
+    assert rows(out) == rows(folder / "out")
+
+
+def test_the_time_limit_and_another_study(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    out = tmp_path / "out"
+    shown = invoke("run", folder / "study.toml", "--out", out, "--budget-minutes", 0)
+    assert "the time is over with 0 of 3 searches: the same command goes on" in shown
+    other = folder / "other.toml"
+    other.write_text((BASE + RANGES).replace("high = 0.5", "high = 0.6"))
+    assert "belongs to another study: its hyperparameters" in invoke("run", other, "--out", out, code=2)
+    (out / FILE).write_bytes(b"not a database")
+    assert "cannot be used" in invoke("run", folder / "study.toml", "--out", out, code=2)
+
+
+def test_failed_searches_are_counted_and_shown(write, tmp_path):
+    text = BASE.replace("0.3", "0.5") + "searches = 2\n[hyperparameters]\nbudget.params = [0.001, 0.5]"
+    invoke("run", write(text), "--out", tmp_path / "out")
+    found = [r["error"] for r in rows(tmp_path / "out")]
+    hopeless = write(BASE + "searches = 5\n[hyperparameters]\nbudget.params = [0.001, 0.002]", "hopeless.toml")
+    assert "every search failed" in invoke("run", hopeless, "--out", tmp_path / "none", code=2)
+    assert len(found) == 2 and all(not e or "least achievable" in e for e in found)
+
+
+def test_a_study_is_run_once_at_a_time(write, tmp_path):
+    study, task = read_study(write(BASE + RANGES)), load_task("digits")
+    with (
+        Searches(study, task, tmp_path / "out").open(),
+        pytest.raises(StudyError, match="another process is searching"),
+        Searches(study, task, tmp_path / "out").open(),
+    ):
+        pass
+
+
+def test_a_search_space_with_settings_of_its_own(write):
+    base = BASE.replace('"quick.toml"', '{ base = "quick.toml", steps = 7 }')
+    space = read_study(write(base)).request.space
+    assert (space.families, space.points, space.steps) == (("svd_out", "cp_merged"), 6, 7)
+    with pytest.raises(RankoptError, match=r"unknown setting 'space\.step'; known are space\.families"):
+        read_study(write(base.replace("steps", "step")))
+
+
+def test_a_score_is_needed_for_a_score(write, tmp_path):
+    study, task = read_study(write(BASE + RANGES)), dataclasses.replace(load_task("digits"), score=None)
+    with pytest.raises(RankoptError, match="the task gives no score"):
+        Searches(study, task, tmp_path)
+
+
+# --- fine-tuning -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.5, 1.0])
+def test_fine_tuning_brings_back_what_was_lost(digits, distill):
+    problem = digits.problem({"params": 0.15})
+    model = run_search(digits, problem, Settings("knapsack", options={"contenders": 1}), runner=search).model
+    task, batches = digits.task, digits.statistics.batches
+    before = digits.objective(model)
+    training = Training(steps=40, rate=3e-3, distill=distill)
+    after = fine_tuned(model, task, batches, training)
+    assert digits.objective(after) < 0.8 * before, "nearer to the dense model"
+    again = fine_tuned(model, task, batches, training)
+    assert all(torch.equal(a, b) for a, b in zip(after.parameters(), again.parameters(), strict=True))
+    unlabelled = dataclasses.replace(task, train=None)
+    assert digits.objective(fine_tuned(model, unlabelled, batches, training)) < 0.8 * before
+
+
+def test_softened_divergence_is_hintons():
+    """Its gradient tends to (z - z0) / n for high temperatures and logits of mean zero (Hinton 2015, eq. 4)."""
+    torch.manual_seed(0)
+    z, wanted = (x - x.mean(1, keepdim=True) for x in torch.randn(2, 5, 10, dtype=torch.float64))
+    z.requires_grad_()
+    softened_divergence(z, wanted, 1e4).backward()
+    torch.testing.assert_close(z.grad, (z - wanted).detach() / 10 / 5, rtol=1e-3, atol=1e-6)
+    expected = F.kl_div(z.log_softmax(1), wanted.softmax(1), reduction="batchmean")
+    torch.testing.assert_close(softened_divergence(z, wanted, 1.0), expected)
+
+
+def test_an_unreadable_folder_is_named(write, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    study, task = read_study(write(BASE + RANGES)), load_task("digits")
+    with pytest.raises(StudyError, match="not empty"), Searches(study, task, tmp_path / "out").open():
+        pass
