@@ -12,10 +12,10 @@ ORDER = [
     {"core", "attention"},
     {"kinds", "recurrent"},
     {"unfold"},
-    {"inventory", "registry", "uncertainty"},
-    {"calibration"},
+    {"inventory", "registry", "uncertainty", "energy"},
+    {"calibration", "dataflow"},
     {"decompositions"},
-    {"space", "frontier", "budget", "evaluate", "sensitivity", "training", "bonds"},
+    {"fuse", "space", "frontier", "budget", "evaluate", "sensitivity", "training", "bonds"},
     {"allocation", "channels"},
     {"candidates", "walk"},
     {"strategies", "environment"},
@@ -25,6 +25,7 @@ ORDER = [
     {"fidelity"},
     {"job", "tasks"},
     {"rounds", "interpret"},
+    {"export"},
     {"ray_session"},
     {"ray_worker"},
     {"search_ray", "sweep", "inverse", "benchmark"},
@@ -36,6 +37,8 @@ DOORS = {
     "optuna": {"strategies/optuna.py", "store.py", "store_shared.py"},
     "matplotlib": {"report/pictures.py"},
     "gymnasium": {"environment.py"},
+    "onnxruntime": {"export.py"},
+    "pynvml": {"energy.py"},
 }
 
 
