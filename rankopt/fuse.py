@@ -9,6 +9,7 @@ Merged        CP's k × 1 and 1 × k depthwise pair into one k × k;  two adjace
 from __future__ import annotations
 
 import copy
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ from rankopt.kinds import CONVOLUTIONS, TRANSPOSED
 REPLACEMENTS = (Factorised, Reconstructed, NetworkLinear, TensorTrainMatrixLinear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CLEARLY = 0.95  # of the factorised layer's time: a dense one above it is no gain
-LARGEST = 9  # positions of a depthwise kernel up to which two are merged: studies/results/fused.md
+LARGEST = 25  # positions of a depthwise kernel: 7 x 7 is slower merged in channels_last (studies/results/fused.md)
 
 
 def fuse(model: nn.Module, example_input: Any, *, channels_last: bool = False, measured: bool = False) -> nn.Module:
@@ -160,14 +161,17 @@ def fold_batch_norm(first: Any, second: Any, shapes: Shapes) -> nn.Module | None
     return None
 
 
-def merge_depthwise(first: Any, second: Any, _: Shapes) -> nn.Module | None:
-    """Two depthwise convolutions along different axes as one along both; None if they are not that."""
+def merge_depthwise(first: Any, second: Any, _: Shapes, largest: int = LARGEST) -> nn.Module | None:
+    """Two depthwise convolutions along different axes as one along both; None if they are not that, or one is larger.
+
+    largest: how many positions the kernel of the one may have.
+    """
     kinds = (*CONVOLUTIONS.values(), *TRANSPOSED.values())
     if type(first) is not type(second) or type(first) not in kinds or first.bias is not None:
         return None
     if any(c.groups != c.in_channels or c.groups != c.out_channels for c in (first, second)):
         return None
-    if not _separate(first, second) or (first.weight[0] * second.weight[0]).numel() > LARGEST:
+    if not _separate(first, second) or (first.weight[0] * second.weight[0]).numel() > largest:
         return None
 
     def both(name: str, neutral: int) -> Any:
@@ -247,16 +251,29 @@ JOINS: tuple[Callable[[Any, Any, Shapes], nn.Module | None], ...] = (fold_batch_
 # --- time ---------------------------------------------------------------------------------------------
 
 
-def medians(functions: Sequence[Callable[[], Any]], seconds: float = 1.0, least: int = 11) -> list[float]:
-    """Median seconds of each function, called in turn until the time is over, and at least so often."""
+def in_turn(
+    functions: Sequence[Callable[[], Any]],
+    seconds: float,
+    least: int = 11,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Seconds, by a clock, of every call of each function: in turn until the time is over, and at least so often.
+
+    What else the machine does then slows all of them alike. The first call of each is not among them.
+    """
     spent: list[list[float]] = [[] for _ in functions]
     end = time.perf_counter() + seconds
     with torch.inference_mode():
-        while time.perf_counter() < end or len(spent[0]) < least:
+        while time.perf_counter() < end or len(spent[0]) <= least:
             for function, times in zip(functions, spent, strict=True):
-                start = time.perf_counter()
+                start = clock()
                 function()
                 if torch.cuda.is_initialized():
                     torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
-    return [sorted(times[1:])[len(times[1:]) // 2] for times in spent]
+                times.append(clock() - start)
+    return [times[1:] for times in spent]
+
+
+def medians(functions: Sequence[Callable[[], Any]], seconds: float = 1.0) -> list[float]:
+    """Median seconds of each function, called in turn."""
+    return [statistics.median(times) for times in in_turn(functions, seconds)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import sys
 
@@ -328,7 +329,8 @@ CP = [name for family, name in PAIRS if family == "cp"]
 @pytest.mark.parametrize("name", CP)
 @pytest.mark.parametrize("limit", [9, 1000])
 def test_the_depthwise_pair_of_cp_is_merged(name, limit, monkeypatch):
-    monkeypatch.setattr(MODULE, "LARGEST", limit)
+    merge = functools.partial(merge_depthwise, largest=limit)
+    monkeypatch.setattr(MODULE, "JOINS", (merge,))
     case = make(name)
     module = build_forms("cp", case, (5,), steps=2)[0][0].eval()
     model = nn.Sequential(module)
