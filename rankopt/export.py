@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rankopt.candidates import write_beside
 from rankopt.core import RankoptError, Task
 from rankopt.fuse import fuse, medians
 from rankopt.inventory import batch_size, inference, map_tensors, one_example, run
+from rankopt.parity import Parity, compare
 from rankopt.prepare import collect_batches
 from rankopt.recurrent import Recurrent
 from rankopt.rounds import multiplied_out
@@ -32,15 +34,6 @@ EXAMPLES = 8  # are compared, and traced where the batch is dynamic
 
 Forward = Callable[[Any], Any]
 """An exported program: a model's input -> its outputs."""
-
-
-@dataclass(frozen=True)
-class Parity:
-    """The largest difference of outputs from the PyTorch model's, and the same over each output's largest value."""
-
-    absolute: float
-    relative: float
-    examples: int
 
 
 @dataclass(frozen=True)
@@ -77,28 +70,35 @@ def export_run(
     inputs = collect_batches(task.calibration, EXAMPLES if batch == "dynamic" else int(batch))[0]
     if to == "state_dict":
         return export_weights(task.model, small, path, inputs, multiply)
-    made = export(fuse(small, task.example_input) if fused else small, to, path, inputs, batch)
-    x = one_example(inputs) if batch == "dynamic" else first_examples(inputs, int(batch))
+    made = export(small, to, path, inputs, batch, fused)
+    x = first_examples(inputs, 1 if batch == "dynamic" else int(batch))
     spent = latencies([task.model, small], made.forward, x)
     runs = f"{'onnxruntime' if to == 'onnx' else to}{', fused' if fused else ''}"
     names = ("PyTorch, dense", "PyTorch, compressed", runs)
     return dataclasses.replace(made, milliseconds=dict(zip(names, spent, strict=True)), batch=batch_size(x))
 
 
-def export(model: nn.Module, to: str, path: str | Path, inputs: Any, batch: int | str = "dynamic") -> Exported:
+def export(
+    model: nn.Module, to: str, path: str | Path, inputs: Any, batch: int | str = "dynamic", fused: bool = False
+) -> Exported:
     """Write a model as "onnx" or "torch.export", load the file and compare it with the model on real inputs.
 
     inputs: a batch, as the model takes it: its first 8 examples are traced and compared. batch: of what size the
-    program takes inputs, or "dynamic": any, the first dimension of every tensor that has the batch's.
+    program takes inputs, or "dynamic": any, the first dimension of every tensor that has the batch's. fused: write
+    what `fuse` makes of the model.
     Raises RankoptError where the model cannot be traced or an output differs by more than 1e-4, relative to the
     output's largest value; no file is then left.
     """
     small = copy.deepcopy(model).eval().cpu().requires_grad_(requires_grad=False)
-    x = first_examples(map_tensors(inputs, lambda t: t.cpu()), EXAMPLES if batch == "dynamic" else int(batch))
+    dynamic = batch == "dynamic"
+    x = first_examples(inputs, EXAMPLES if dynamic else int(batch))
+    if not dynamic and batch_size(x) < int(batch):
+        raise RankoptError(f"a calibration batch holds {batch_size(x)} examples, too few to check batches of {batch}")
     write = {"onnx": _write_onnx, "torch.export": _write_program}[to]
-    with inference(small), _quiet():
-        program = _trace(small, x, batch == "dynamic")
-        cases = [x, one_example(x)] if batch == "dynamic" else [x]
+    written = fuse(small, x) if fused else small
+    with inference(small), inference(written), _quiet():
+        program = _trace(written, x, dynamic)
+        cases = [x, one_example(x)] if dynamic else [x]
         return _checked(Path(path), lambda p: write(program, p), LOADERS[to], lambda y: run(small, y), cases)
 
 
@@ -108,7 +108,6 @@ def export_weights(dense: nn.Module, small: nn.Module, path: str | Path, inputs:
     dense: the model before compression. Loaded again and compared as by `export`. Raises RankoptError likewise.
     """
     dense, small = (copy.deepcopy(m).eval().cpu() for m in (dense, small))
-    x = first_examples(map_tensors(inputs, lambda t: t.cpu()), EXAMPLES)
     written = multiplied_out(dense, small) if multiply else small
 
     def load(path: Path) -> Forward:
@@ -116,16 +115,15 @@ def export_weights(dense: nn.Module, small: nn.Module, path: str | Path, inputs:
         load_model(again, path)
         return lambda y: run(again.eval(), y)
 
+    x = first_examples(inputs, EXAMPLES)
     with inference(small), inference(dense):
         return _checked(Path(path), lambda p: save_model(written, str(p)), load, lambda y: run(small, y), [x])
 
 
 def first_examples(inputs: Any, n: int) -> Any:
-    """The first n examples of a batch, at most all for 8; raises RankoptError if a fixed size is not there."""
+    """The first n examples of a batch, or all if it has fewer, on the CPU; copies, as programs keep their examples."""
     size = batch_size(inputs)
-    if n != EXAMPLES and size < n:
-        raise RankoptError(f"a calibration batch holds {size} examples, too few to check batches of {n}")
-    return map_tensors(inputs, lambda t: t[:n] if t.ndim and len(t) == size else t)
+    return map_tensors(inputs, lambda t: (t[:n] if t.ndim and len(t) == size else t).cpu().clone())
 
 
 # --- writing and reading -----------------------------------------------------------------------------
@@ -153,29 +151,26 @@ def _trace(model: nn.Module, x: Any, dynamic: bool) -> torch.export.ExportedProg
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         hint = "; a fixed size may do: --batch 1" if dynamic else ""
-        reason = str(error).strip().split("\n")[0]
-        raise RankoptError(f"torch.export cannot trace the model ({type(error).__name__}: {reason}){hint}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise RankoptError(f"torch.export cannot trace the model ({reason}){hint}") from error
 
 
 def _given_packed_sequences(model: nn.Module, x: Any) -> str:
     """The first recurrent module that is called with a PackedSequence; empty if none is."""
     found: list[str] = []
-    kinds = (nn.RNNBase, Recurrent)
-    handles = [
-        m.register_forward_pre_hook(lambda m, args, name=name: found.append(name) if _is_packed(args[0]) else None)
-        for name, m in model.named_modules()
-        if isinstance(m, kinds)
-    ]
+
+    def look(name: str, given: Any) -> None:
+        if isinstance(given, PackedSequence):
+            found.append(name)
+
+    recurrent = {n: m for n, m in model.named_modules() if isinstance(m, (nn.RNNBase, Recurrent))}
+    handles = [m.register_forward_pre_hook(lambda _, args, n=n: look(n, args[0])) for n, m in recurrent.items()]
     try:
         run(model, x)
     finally:
         for handle in handles:
             handle.remove()
     return found[0] if found else ""
-
-
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, nn.utils.rnn.PackedSequence)
 
 
 def _write_program(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -192,8 +187,12 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     except OSError:
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise RankoptError(f"the traced model cannot become ONNX ({type(error).__name__}: {reason})") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise RankoptError(f"the traced model cannot become ONNX ({reason})") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _needs_onnx() -> None:
@@ -256,8 +255,14 @@ def _checked(
 
     def write_and_check(beside: Path) -> None:
         write(beside)
-        forward = load(beside)
-        parities = [compare(forward(x), model(x), batch_size(x)) for x in cases]
+        try:
+            forward = load(beside)
+            outputs = [forward(x) for x in cases]
+        except Exception as error:
+            raise RankoptError(
+                f"what was written does not run ({type(error).__name__}: {first_line(error)})"
+            ) from error
+        parities = [compare(out, model(x), batch_size(x)) for out, x in zip(outputs, cases, strict=True)]
         worst = max(parities, key=lambda p: p.relative)
         if not worst.relative <= TOLERANCE:
             raise RankoptError(
@@ -270,22 +275,6 @@ def _checked(
     write_beside(path, write_and_check)
     forward, parity = found[0]
     return Exported(path, parity, forward)
-
-
-def compare(outputs: Any, expected: Any, examples: int) -> Parity:
-    """The differences of all tensors of two outputs; infinite where their number, shapes or infinities differ."""
-    pairs = [[t for t in tree_leaves(out) if isinstance(t, Tensor)] for out in (outputs, expected)]
-    worst = Parity(0.0, 0.0, examples)
-    if len(pairs[0]) != len(pairs[1]) or any(a.shape != b.shape for a, b in zip(*pairs, strict=True)):
-        return Parity(torch.inf, torch.inf, examples)
-    for a, b in zip(*pairs, strict=True):
-        a, b = a.double().flatten(), b.double().flatten()
-        same = (a == b) | (a.isnan() & b.isnan())
-        absolute = (a - b)[~same].abs().nan_to_num(torch.inf, torch.inf).max().item() if not same.all() else 0.0
-        largest = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
-        relative = absolute / largest if largest else absolute and torch.inf
-        worst = Parity(max(worst.absolute, absolute), max(worst.relative, relative), examples)
-    return worst
 
 
 def latencies(models: Sequence[nn.Module], exported: Forward, x: Any, seconds: float = 2.0) -> list[float]:

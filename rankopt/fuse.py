@@ -58,10 +58,11 @@ def fuse(model: nn.Module, example_input: Any, *, channels_last: bool = False, m
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Put a module in another's place, under each of its names; returns the model (the new one, if it was all)."""
+    new = new.eval().requires_grad_(requires_grad=False)
     if old is model:
         return new
     for name in names_of(model)[old]:
-        model.set_submodule(name, new.eval().requires_grad_(requires_grad=False))
+        model.set_submodule(name, new)
     return model
 
 

@@ -15,8 +15,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import rankopt
 from rankopt import export as exports
 from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.export import compare, export, export_weights
+from rankopt.export import export, export_weights
 from rankopt.job import Settings, run_search
+from rankopt.parity import Parity, compare
 from rankopt.tasks.digits import DigitsNet
 from rankopt.unfold import take_ordinary_path
 from tests.cases import MODULES, ONE_EACH, PAIRS, build_forms, inputs, make
@@ -64,10 +65,10 @@ def leaves_with_the_same_outputs(pairs, to, path):
 WITH_CORES = [(family, "linear") for family in ("tt", "tr", "ht")]  # on a Linear no chain of Linears
 
 
-@pytest.mark.parametrize("to", ["onnx", "torch.export"])
-def test_every_family_leaves_with_the_same_outputs(to, tmp_path):
+def test_every_family_leaves_with_the_same_outputs(tmp_path):
+    """As ONNX; tests/test_registry.py has torch.export."""
     assert {family for family, _ in ONE_EACH} == set(DECOMPOSITIONS)
-    leaves_with_the_same_outputs([*ONE_EACH, *WITH_CORES], to, tmp_path / "all")
+    leaves_with_the_same_outputs([*ONE_EACH, *WITH_CORES], "onnx", tmp_path / "all.onnx")
 
 
 @pytest.mark.slow
@@ -123,8 +124,9 @@ def test_what_cannot_leave_says_why_and_leaves_no_file(tmp_path):
         export(Branches(), "torch.export", path, x)
     with pytest.raises(rankopt.RankoptError, match="give --batch 1"):
         export(nn.Linear(8, 2), "onnx", path, x[:1])
-    with pytest.raises(rankopt.RankoptError, match="holds 4 examples, too few"):
-        export(nn.Linear(8, 2), "onnx", path, x, 16)
+    for size in (8, 16):
+        with pytest.raises(rankopt.RankoptError, match="holds 4 examples, too few"):
+            export(nn.Linear(8, 2), "onnx", path, x, size)
     assert not list(tmp_path.iterdir())
 
 
@@ -134,12 +136,26 @@ def test_a_program_that_computes_something_else_is_refused(tmp_path, monkeypatch
     monkeypatch.setitem(exports.LOADERS, "torch.export", lambda p: lambda x: load(p)(x) * (1 + 1e-3))
     with pytest.raises(rankopt.RankoptError, match=r"differ .*\(0.001 of the largest, 0.0001 is allowed\)"):
         export(model, "torch.export", path, torch.randn(4, 8))
+    monkeypatch.setitem(exports.LOADERS, "torch.export", lambda p: lambda x: 1 / 0)
+    with pytest.raises(rankopt.RankoptError, match=r"what was written does not run .*division by zero"):
+        export(model, "torch.export", path, torch.randn(4, 8))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(rankopt.RankoptError, match=r"pip install 'rankopt\[export\]'"):
+        export(model, "onnx", path, torch.randn(4, 8))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_fused_program_is_compared_with_the_model_itself(tmp_path, monkeypatch):
+    model, x = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 3)), torch.randn(4, 8)
+    assert export(model, "torch.export", tmp_path / "a", x, fused=True).parity.relative <= 1e-4
+    monkeypatch.setattr(exports, "fuse", lambda model, x: nn.Linear(8, 3))
+    with pytest.raises(rankopt.RankoptError, match="was not written"):
+        export(model, "torch.export", tmp_path / "b", x, fused=True)
 
 
 def test_differences_are_of_each_output():
     a, b = torch.tensor([1.0, 100.0]), torch.tensor([1e-3, torch.inf])
-    assert compare([a, b], [a, b], 2) == exports.Parity(0.0, 0.0, 2)
+    assert compare([a, b], [a, b], 2) == Parity(0.0, 0.0, 2)
     found = compare([a + 1, b], [a, b], 2)
     assert (found.absolute, found.relative) == (1.0, 0.01)
     assert compare([a, b + 1e-3], [a, b], 2).relative == pytest.approx(1)
@@ -168,7 +184,7 @@ assert not any(name.startswith(("torch", "rankopt")) for name in sys.modules), "
 """
 
 
-@pytest.mark.parametrize("options", [(), ("--fuse",), ("--batch", "2")])
+@pytest.mark.parametrize("options", [(), ("--fuse", "--batch", "2")])
 def test_onnx_runs_without_torch(folder, digits, tmp_path, options):
     stdout, _ = run("export", folder, "--task", "digits", "--out", tmp_path / "small.onnx", *options)
     assert "largest difference" in stdout and "onnxruntime" in stdout and "compressed" in stdout
@@ -186,6 +202,8 @@ def test_programs_and_weights_of_a_run(folder, digits):
     run("export", folder, "--task", "digits", "--to", "torch.export", "--fuse")
     run("export", folder, "--task", "digits", "--to", "state_dict")
     run("export", folder, "--task", "digits", "--to", "state_dict", "--dense", "--out", folder / "dense.safetensors")
+    size = (folder / "export.pt2").stat().st_size
+    assert size < 4 * rankopt.count(small, x).params + 60_000, "weights and a graph, no calibration data"
     program = torch.export.load(folder / "export.pt2").module()
     dense = DigitsNet()
     dense.load_state_dict(load_file(folder / "dense.safetensors"))

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "rankopt"
 
 # Who may import whom at the top of a file: lower numbers know nothing of higher ones.
 ORDER = [
-    {"core", "attention"},
+    {"core", "attention", "parity"},
     {"kinds", "recurrent"},
     {"unfold"},
     {"inventory", "registry", "uncertainty", "energy"},
