@@ -32,7 +32,7 @@ class Dataflow(TorchDispatchMode):
         self._stack = [model]
         self._hooked = {m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks}
         handles = [m.register_forward_pre_hook(self._enter, prepend=True) for m in model.modules()]
-        handles += [m.register_forward_hook(self._leave, with_kwargs=True) for m in model.modules()]
+        handles += [m.register_forward_hook(self._leave, with_kwargs=True, always_call=True) for m in model.modules()]
         try:
             with inference(model), self:
                 self._use(run(model, x), None)

@@ -1,4 +1,9 @@
-"""Leaving rankopt and PyTorch: ONNX, torch.export and plain weights, each file checked against the model."""
+"""Leaving rankopt and PyTorch: ONNX, torch.export and plain weights, each file checked against the model.
+
+ONNX is made from torch.export's graph (dynamo=True), for small models of every family in 0.6 to 1.7 s. The exporter
+before it (dynamo=False) takes 0.01 to 0.08 s, but knows no aten::mT, which Linears made of cores and generated weights
+need, and fixes the batch in shared filters (tucker).
+"""
 
 from __future__ import annotations
 

@@ -387,6 +387,29 @@ def test_factors_that_cost_more_than_the_dense_layer_are_multiplied_out():
     assert kinds == ["Factorised", "Conv2d"]
 
 
+def test_a_layer_alone_is_built_once_too():
+    case = make("conv3x3")
+    for family in ("tt_conv", "cp_merged"):
+        module = build_forms(family, case, DECOMPOSITIONS[family].full_rank(case.layer), steps=0)[0][-1].eval()
+        fused = fuse(module, case.x)
+        assert type(fused) is nn.Conv2d and not fused.weight.requires_grad
+        same(module, fused, case.x)
+
+
+def catches(m, x):
+    try:
+        m.norm(x)  # of too few channels
+    except RuntimeError:
+        return m.norm(m.conv(x)) * 2
+
+
+def test_a_forward_that_catches_what_a_layer_raises():
+    model = settled(Reads(catches))
+    fused = fuse(model, IMAGES)
+    assert isinstance(fused.norm, nn.BatchNorm2d), "called twice"
+    same(model, fused, IMAGES)
+
+
 def test_measured_takes_the_faster_form(monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(64, 32)

@@ -38,6 +38,7 @@ DOORS = {
     "matplotlib": {"report/pictures.py"},
     "gymnasium": {"environment.py"},
     "onnxruntime": {"export.py"},
+    "onnxscript": {"export.py"},
     "pynvml": {"energy.py"},
 }
 
