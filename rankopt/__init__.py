@@ -16,6 +16,7 @@ from rankopt.core import (
     Trial,
 )
 from rankopt.decompositions import DECOMPOSITIONS
+from rankopt.fuse import fuse
 from rankopt.inventory import count, inventory, unfolded
 from rankopt.job import Result, compress
 from rankopt.plan import load, read_plan
@@ -44,6 +45,7 @@ __all__ = [
     "Trial",
     "compress",
     "count",
+    "fuse",
     "inventory",
     "load",
     "load_space",

@@ -132,7 +132,7 @@ class Attention(nn.Module):
 
     def _extended(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Keys or values (batch, length, features) with those that add_bias_kv and add_zero_attn append."""
-        more = [] if bias is None else [bias.expand(len(x), 1, -1)]
+        more = [] if bias is None else [bias.expand(x.shape[0], 1, -1)]
         if self.add_zero_attn:
             more.append(torch.zeros_like(x[:, :1]))
         return torch.cat([x, *more], 1) if more else x

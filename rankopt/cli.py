@@ -1,4 +1,4 @@
-"""The command line: inspect, search, sweep, hardware, benchmark, run, report, apply and more."""
+"""The command line: inspect, search, sweep, hardware, benchmark, run, report, apply, export and more."""
 
 from __future__ import annotations
 
@@ -469,6 +469,32 @@ def _check_scores(task: Any, model: Any, info: dict[str, Any]) -> None:
             before = info["score"]["compressed"][part]
             noted = "" if before is None else f" (the run noted {before:.2%})"
             _print(f"{part} score {value:.2%}{noted}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    task: Annotated[str, typer.Option(help="the task whose model is rebuilt; its file is run")],
+    to: Annotated[str, typer.Option(help="onnx, torch.export or state_dict (safetensors)")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="the file [export.onnx, .pt2 or .safetensors in RUN]")] = None,
+    fuse: Annotated[bool, typer.Option("--fuse", help="fold batch norms, merge and multiply out what pays")] = False,
+    batch: Annotated[str, typer.Option(help="of what size the program takes inputs, or dynamic: any")] = "dynamic",
+    dense: Annotated[
+        bool, typer.Option("--dense", help="state_dict: factors multiplied out, for the original architecture")
+    ] = False,
+) -> None:
+    """Write the compressed model for use elsewhere, compare its outputs on calibration inputs, and time it."""
+    with clear_errors("nothing was written"):
+        import rankopt.export as exports
+        from rankopt.plan import load
+        from rankopt.report.text import exported
+        from rankopt.tasks import load_task
+
+        size = exports.check_request(to, fuse, batch, dense)
+        found = load_task(task)
+        small = load(found.model, run)
+        made = exports.export_run(found, small, to, out or run / f"export{exports.SUFFIXES[to]}", fuse, size, dense)
+        _print(exported(made))
 
 
 def _print(text: str) -> None:

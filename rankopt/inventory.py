@@ -130,11 +130,11 @@ def unfolded(model: nn.Module, example_input: Any, split_qkv: bool = True) -> nn
     What must stay as it is (shared, parametrised, hooked, not called, ...) is left; the inventory says why.
     split_qkv: whether a Linear that computes queries, keys and values at once is split.
     """
-    found = {m: names for m, names in _names(model).items() if is_composite(m, names[0], split_qkv)}
+    found = {m: names for m, names in names_of(model).items() if is_composite(m, names[0], split_qkv)}
     if not found:
         return model
-    calls, owners = _record_calls(model, example_input), _weight_owners(model)
-    free = {names[0]: m for m, names in found.items() if _obstacle(m, calls[m], owners) is None}
+    calls, owners = _record_calls(model, example_input), weight_owners(model)
+    free = {names[0]: m for m, names in found.items() if obstacle(m, calls[m], owners) is None}
     return take_ordinary_path(unfold(copy.deepcopy(model), [p for name, m in free.items() for p in parts(m, name)]))
 
 
@@ -143,9 +143,9 @@ def inventory(model: nn.Module, example_input: Any) -> tuple[Layer, ...]:
 
     Raises TaskError for a model that does not run on the example, or with a NaN or infinite weight.
     """
-    names = _names(model)
+    names = names_of(model)
     calls = _record_calls(model, example_input)
-    owners = _weight_owners(model)
+    owners = weight_owners(model)
     layers = []
     for module, aliases in names.items():
         weight = _main_weight(module)
@@ -157,7 +157,8 @@ def inventory(model: nn.Module, example_input: Any) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Module -> every name that leads to it, in the model's order."""
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
@@ -173,7 +174,7 @@ def _main_weight(module: nn.Module) -> Tensor | None:
     return max(own, key=lambda p: p.numel(), default=None)
 
 
-def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+def weight_owners(model: nn.Module) -> dict[int, list[str]]:
     """Parameter id -> names under which distinct modules own it (more than one: tied)."""
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
@@ -245,7 +246,7 @@ def _reason(module: nn.Module, calls: list[Call], owners: dict[int, list[str]]) 
     if parametrize.is_parametrized(module):
         return PARAMETRISED
     if type(module) in COMPOSITES:
-        return _obstacle(module, calls, owners) or f"{type(module).__name__} holds several maps: unfold it first"
+        return obstacle(module, calls, owners) or f"{type(module).__name__} holds several maps: unfold it first"
     if type(module) not in KINDS:
         base = next((c.__name__ for c in (*KINDS, *COMPOSITES) if isinstance(module, c)), None)
         if base:
@@ -254,13 +255,13 @@ def _reason(module: nn.Module, calls: list[Call], owners: dict[int, list[str]]) 
     if any(c.maps == 0 for c in calls):
         return "called with more than its input, or with keywords, which the replacement does not take"
     table = _table_reason(module) if isinstance(module, nn.Embedding) else None
-    return table or _obstacle(module, calls, owners)
+    return table or obstacle(module, calls, owners)
 
 
 PARAMETRISED = "its weight is parametrised (weight_norm, spectral_norm, ...): remove the parametrisation first"
 
 
-def _obstacle(module: nn.Module, calls: list[Call], owners: dict[int, list[str]]) -> str | None:
+def obstacle(module: nn.Module, calls: list[Call], owners: dict[int, list[str]]) -> str | None:
     """What forbids to replace a module, whatever its kind; None if nothing does."""
     inside = list(module.modules())
     if any(parametrize.is_parametrized(m) for m in inside):

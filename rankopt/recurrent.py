@@ -106,7 +106,7 @@ class Recurrent(nn.Module):
             n = sizes[t]
             new_h, new_c = step(inputs[t], hidden(h[:n]), h[:n], c[:n])
             outputs[t] = new_h = new_h if project is None else project(new_h)
-            h, c = (new_h, new_c) if n == len(h) else (torch.cat([new_h, h[n:]]), torch.cat([new_c, c[n:]]))
+            h, c = (new_h, new_c) if n == h.shape[0] else (torch.cat([new_h, h[n:]]), torch.cat([new_c, c[n:]]))
         return torch.cat(outputs), (h, c)
 
 

@@ -9,22 +9,23 @@ PACKAGE = Path(__file__).parent.parent / "rankopt"
 
 # Who may import whom at the top of a file: lower numbers know nothing of higher ones.
 ORDER = [
-    {"core", "attention"},
+    {"core", "attention", "parity"},
     {"kinds", "recurrent"},
     {"unfold"},
-    {"inventory", "registry", "uncertainty"},
-    {"calibration"},
+    {"inventory", "registry", "uncertainty", "energy"},
+    {"calibration", "dataflow"},
     {"decompositions"},
-    {"space", "frontier", "budget", "evaluate", "sensitivity", "training", "bonds"},
+    {"fuse", "space", "frontier", "budget", "evaluate", "sensitivity", "training", "bonds"},
     {"allocation", "channels"},
     {"candidates", "walk"},
-    {"strategies", "environment"},
+    {"strategies", "environment", "hardware"},
     {"plan"},
+    {"latency"},
     {"prepare", "refine", "renormalise", "search", "store"},
-    {"store_shared"},
+    {"store_shared", "promise"},
     {"fidelity"},
     {"job", "tasks"},
-    {"rounds", "interpret", "request"},
+    {"rounds", "interpret", "request", "export"},
     {"study"},
     {"ray_session"},
     {"ray_worker"},
@@ -37,6 +38,9 @@ DOORS = {
     "optuna": {"strategies/optuna.py", "store.py", "store_shared.py", "study.py", "hyperparameters.py"},
     "matplotlib": {"report/pictures.py"},
     "gymnasium": {"environment.py"},
+    "onnxruntime": {"export.py", "hardware.py"},
+    "onnxscript": {"export.py"},
+    "pynvml": {"energy.py"},
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import rankopt
+from rankopt.export import export
 from tests.test_cli import run
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,17 @@ def test_the_five_lines_run(tmp_path, quick_space, monkeypatch):
     }
     exec(compile(source, "README.md", "exec"), names)
     assert rankopt.count(names["small"], torch.zeros(1, 24)).params <= 350
+
+
+def test_the_lines_without_torch_run(tmp_path, monkeypatch):
+    (source,) = (b for b in BLOCKS if "onnxruntime" in b)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(3600, 10))
+    export(model, "onnx", "runs/r20/export.onnx", torch.randn(2, 3, 32, 32))
+    names = {}
+    exec(compile(source, "README.md", "exec"), names)
+    torch.testing.assert_close(torch.tensor(names["y"]), model(torch.zeros(1, 3, 32, 32)).detach())
 
 
 def test_every_figure_of_the_results_table_is_in_the_study():

@@ -108,8 +108,7 @@ class TensorRing(Network):
     def weight(self, layer: Layer, factors: Factors) -> Tensor:
         if len(layer.shape) == 2:
             return self.linear_weight(factors).reshape(layer.shape)
-        first, second, third, last = (f.unflatten(0, (layer.groups, -1)).squeeze(-1) for f in factors)
-        second, third = second.squeeze(-1), third.squeeze(-2)
+        first, second, third, last = (f.reshape(layer.groups, -1, f.shape[1], f.shape[2] * f.shape[3]) for f in factors)
         first = first.squeeze(-1).unflatten(1, (-1, second.shape[2]))
         last = last.squeeze(-1).unflatten(2, (-1, third.shape[1]))
         columns = torch.einsum("gzpa,gqpb->gzqab", first, second)

@@ -209,7 +209,7 @@ class TensorTrainMatrixLinear(nn.Module):
 
 def chain(x: Tensor, cores: list[Tensor]) -> Tensor:
     """Contract x (n, I₁, I₂, ...) with the cores, first to last: (n J₁ J₂ ..., 1, 1)."""
-    rows, left = len(x), math.prod(x.shape[1:])
+    rows, left = x.shape[0], math.prod(x.shape[1:])
     for core in cores:
         before, j, i, after = core.shape
         left //= i

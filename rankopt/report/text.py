@@ -270,3 +270,17 @@ def inspection(layers: Sequence[Layer], dense: Cost, families: dict[str, list[st
         f"whole model: {dense.params:,} parameters, {dense.macs:,} MACs for one example, {dense.bytes:,} bytes; "
         f"{len(free)} of {len(layers)} layers ({share:.1%} of the parameters) may be factorised",
     )
+
+
+def exported(made: Any) -> str:
+    """What `rankopt export` did: the file, its parity with the model, its speed beside PyTorch's."""
+    p = made.parity
+    lines = [
+        f"written: {made.path}, {made.path.stat().st_size:,} bytes",
+        f"largest difference from PyTorch's outputs, {p.examples} calibration examples: {p.absolute:.2g} "
+        f"({p.relative:.2g} of the largest)",
+    ]
+    if made.milliseconds:
+        times = "; ".join(f"{name} {value:.2f} ms" for name, value in made.milliseconds.items())
+        lines.append(f"one forward pass here, one thread, batch {made.batch}: {times}")
+    return "\n".join(lines)
