@@ -16,9 +16,11 @@ from rankopt.core import (
     Trial,
 )
 from rankopt.decompositions import DECOMPOSITIONS
+from rankopt.finetune import finetune
 from rankopt.inventory import count, inventory, unfolded
 from rankopt.job import Result, compress
 from rankopt.plan import load, read_plan
+from rankopt.recipe import Recipe
 from rankopt.space import SearchSpace, load_space
 from rankopt.strategies import STRATEGIES
 
@@ -36,6 +38,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "RankoptError",
+    "Recipe",
     "Result",
     "SearchSpace",
     "StudyError",
@@ -44,6 +47,7 @@ __all__ = [
     "Trial",
     "compress",
     "count",
+    "finetune",
     "inventory",
     "load",
     "load_space",

@@ -1,4 +1,4 @@
-"""The command line: inspect, search, sweep, benchmark, report, apply."""
+"""The command line: inspect, search, sweep, benchmark, report, apply; train is in commands.py."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from rankopt import commands
 from rankopt.core import RankoptError
 from rankopt.progress import Watched, console, track
 
@@ -384,6 +385,9 @@ def _check_scores(task: Any, model: Any, info: dict[str, Any]) -> None:
             before = info["score"]["compressed"][part]
             noted = "" if before is None else f" (the run noted {before:.2%})"
             _print(f"{part} score {value:.2%}{noted}")
+
+
+app.command()(commands.train)
 
 
 def _print(text: str) -> None:
