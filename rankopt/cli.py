@@ -342,9 +342,11 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
         from rankopt.plan import read_result, sound
         from rankopt.report.html import write_report
         from rankopt.report.text import summary
+        from rankopt.report.training import lines
 
         with sound(run):
-            _print(summary(read_result(run)))
+            info = read_result(run)
+            _print("\n".join([summary(info), *lines(info)]))
         _print(f"report: {write_report(run)}")
 
 

@@ -128,7 +128,8 @@ class _Training:
         steps = max(1, round(recipe.epochs * epoch))
         optimizer = make_optimizer(recipe, (p for p in model.parameters() if p.requires_grad))
         loss = Lesson(recipe, task, self.teacher, model)
-        return Stage("training", batches, loss, optimizer, make_schedule(recipe, optimizer, steps), steps, epoch, True)
+        schedule, trains = make_schedule(recipe, optimizer, steps), not recipe.eval_mode
+        return Stage("training", batches, loss, optimizer, schedule, steps, epoch, trains)
 
     # --- running them ---
 
@@ -164,7 +165,7 @@ class _Training:
         state = self.state
         state.step = step + 1
         state.losses[-1].append(loss)
-        if state.average is not None and stage.training:
+        if state.average is not None and stage.epoch:
             state.average.update_parameters(state.model)
         ends = stage.epoch and (state.step % stage.epoch == 0 or state.step == stage.steps)
         if ends:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankopt.core import Layer, Plan, Rank, TaskError
 from rankopt.decompositions import DECOMPOSITIONS, DENSE
@@ -24,7 +24,7 @@ from rankopt.kinds import KINDS, describe
 from rankopt.plan import rebuild
 from rankopt.unfold import unfold
 
-ROUNDS = 40  # of bringing factors to a variance; one is enough where there is no activation
+ROUNDS, TOLERANCE = 40, 1e-4  # of bringing factors to a variance; one is enough where there is no activation
 
 
 def from_scratch(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
@@ -71,14 +71,11 @@ def untrained(model: nn.Module) -> nn.Module:
 
 
 def draw(family: Decomposition, layer: Layer, rank: Rank, variance: float) -> Factors:
-    """Normal factors of one variance whose weight has this mean square."""
+    """Normal factors of one variance whose weight has this mean square, from torch's global generator."""
     factors: Factors = tuple(torch.randn(shape) for shape in family.shapes(layer, rank))
-    power = float(len(factors))  # by which the weight grows with all factors together
-    scale = torch.ones(())
-
-    def size(scale: Tensor) -> Tensor:
-        return family.weight(layer, tuple(f * scale for f in factors)).square().mean().sqrt()
-
     for _ in range(ROUNDS):
-        scale = scale * (variance**0.5 / size(scale)) ** (1 / power)
-    return tuple(f * scale for f in factors)
+        ratio = (variance / family.weight(layer, factors).square().mean()).sqrt()
+        if (ratio - 1).abs() < TOLERANCE:
+            break
+        factors = tuple(f * ratio ** (1 / len(factors)) for f in factors)
+    return factors

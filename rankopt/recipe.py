@@ -49,7 +49,8 @@ class Recipe:
     this temperature. features: weight of the distance between outputs of factorised layers and the dense model's.
     ema: decay of the average of weights that is kept instead of the last ones; 0: none. clip: largest norm of the
     gradient (CP needs one); 0: none. precision: "bfloat16" runs models under torch.autocast.
-    best: keep the weights of the epoch with the best validation score, not the last.
+    eval_mode: run the model in eval mode, so that batch norms keep their statistics and nothing is dropped: gentler to
+    a model that is good already. best: keep the weights of the epoch with the best validation score, not the last.
     layerwise: so many steps before, in which each factorised layer ("layers") or the module that holds it ("blocks")
     is trained towards the dense model's output, on unlabelled calibration inputs.
     """
@@ -69,6 +70,7 @@ class Recipe:
     clip: float = 5.0
     precision: str = "float32"
     channels_last: bool = False
+    eval_mode: bool = False
     best: bool = False
     layerwise: int = 0
     layerwise_rate: float = 1e-3
