@@ -95,8 +95,9 @@ class _Training:
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.task, self.recipe, self.teacher, self.stop, self.note = task, recipe, teacher, stop, note
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
-        self.state = State(model, average if recipe.ema else None)
+        self.state = State(model)
+        if recipe.ema:
+            self.state.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
         self.stages = [self._layerwise] * (recipe.layerwise > 0) + [self._whole] * (recipe.epochs > 0)
         self.before = call("the score", task.score, model)
         self.path: Path | None = None

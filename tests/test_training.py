@@ -338,7 +338,7 @@ def folder(result, tmp_path_factory):
 def test_train_apply_and_report(folder, result, task, tmp_path):
     out = tmp_path / "trained"
     command = ("train", folder, "--task", "digits", "--out", out, "--epochs", 3, "--option", "distill=0.5")
-    stdout, _ = run(*command, "--layerwise", 20)
+    stdout, _ = run(*command, "--layerwise", 20, "--option", "channels_last=true")
     info = json.loads((out / "result.json").read_text())
     before, after = info["training"]["test_before"], info["score"]["compressed"]["test"]
     assert before == result.info["score"]["compressed"]["test"] < after and f"{after:.2%}"[:-1] in stdout
