@@ -76,6 +76,8 @@ def distance(maps: Maps, wanted: Maps) -> Tensor:
         error = torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
         spread = torch.stack([(b - b.mean()).square().sum() for _, b in pairs]).sum()
         parts.append(error / spread.clamp_min(1e-12))
+    if not parts:
+        raise TaskError("no factorised layer was reached by a batch, so no feature maps can be compared")
     return torch.stack(parts).mean()
 
 
