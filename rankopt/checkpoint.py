@@ -25,6 +25,7 @@ class State:
 
     model: nn.Module
     average: AveragedModel | None = None
+    before: float | None = None  # validation score of the model that was given
     stage: int = 0
     step: int = 0
     losses: list[list[float]] = field(default_factory=list)  # of each stage, of each step
@@ -48,6 +49,7 @@ def write(path: Path, state: State, optimizer: Any, schedule: Any, question: str
         tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
     about = {
         "question": question,
+        "before": state.before,
         "stage": state.stage,
         "step": state.step,
         "epochs": state.epochs,
@@ -88,7 +90,7 @@ def restore(state: State, about: dict[str, Any], tensors: dict[str, Tensor]) -> 
     for kind, module in state.modules().items():
         module.load_state_dict(under(kind, tensors))
     state.stage, state.step, state.epochs = about["stage"], about["step"], about["epochs"]
-    state.seconds = about["seconds"]
+    state.before, state.seconds = about["before"], about["seconds"]
     state.best = under("best", tensors) or None
     losses = under("losses", tensors)
     state.losses = [losses[str(i)].tolist() for i in range(len(losses))]

@@ -99,7 +99,6 @@ class _Training:
         if recipe.ema:
             self.state.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
         self.stages = [self._layerwise] * (recipe.layerwise > 0) + [self._whole] * (recipe.epochs > 0)
-        self.before = call("the score", task.score, model)
         self.path: Path | None = None
         self.kept: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
         self.start = self.written = time.monotonic()
@@ -136,6 +135,8 @@ class _Training:
 
     def run(self, track: Track) -> Trained:
         state, recipe = self.state, self.recipe
+        if self.kept is None:
+            state.before = call("the score", self.task.score, state.model)
         for index in range(state.stage, len(self.stages)):
             stage = self.stages[index]()
             if self.kept is not None:
@@ -208,7 +209,7 @@ class _Training:
         names = [s.__name__.strip("_") for s in self.stages]
         return {
             "recipe": dataclasses.asdict(self.recipe),
-            "before": self.before,
+            "before": state.before,
             "epochs": state.epochs,
             "losses": {name: thinned(x) for name, x in zip(names, state.losses, strict=True)},
             "seconds": round(self._seconds(), 3),
