@@ -16,10 +16,12 @@ from rankopt.core import (
     Trial,
 )
 from rankopt.decompositions import DECOMPOSITIONS
+from rankopt.finetune import finetune
 from rankopt.fuse import fuse
 from rankopt.inventory import count, inventory, unfolded
 from rankopt.job import Result, compress
 from rankopt.plan import load, read_plan
+from rankopt.recipe import Recipe
 from rankopt.space import SearchSpace, load_space
 from rankopt.strategies import STRATEGIES
 
@@ -37,6 +39,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "RankoptError",
+    "Recipe",
     "Result",
     "SearchSpace",
     "StudyError",
@@ -45,6 +48,7 @@ __all__ = [
     "Trial",
     "compress",
     "count",
+    "finetune",
     "fuse",
     "inventory",
     "load",

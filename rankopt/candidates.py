@@ -34,7 +34,9 @@ def digest(*parts: Any) -> str:
         if isinstance(part, Tensor):
             t = part.detach().cpu().contiguous()
             state.update(f"{t.dtype}{tuple(t.shape)}".encode())
-            state.update(t.view(torch.uint8).numpy().tobytes() if t.numel() and t.ndim else repr(t.tolist()).encode())
+            state.update(
+                t.flatten().view(torch.uint8).numpy().tobytes() if t.numel() and t.ndim else repr(t.tolist()).encode()
+            )
         elif isinstance(part, bytes):
             state.update(part)
         else:

@@ -1,4 +1,4 @@
-"""The command line: inspect, search, sweep, hardware, benchmark, run, report, apply, export and more."""
+"""The command line; train and run are in modules of their own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from rankopt import commands
 from rankopt.core import RankoptError
 from rankopt.progress import Watched, console, track
 
@@ -409,9 +410,11 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
         from rankopt.plan import read_result, sound
         from rankopt.report.html import write_report
         from rankopt.report.text import summary
+        from rankopt.report.training import lines
 
         with sound(run):
-            _print(summary(read_result(run)))
+            info = read_result(run)
+            _print("\n".join([summary(info), *lines(info)]))
         _print(f"report: {write_report(run)}")
 
 
@@ -495,6 +498,9 @@ def export(
         small = load(found.model, run)
         made = exports.export_run(found, small, to, out or run / f"export{exports.SUFFIXES[to]}", fuse, size, dense)
         _print(exported(made))
+
+
+app.command()(commands.train)
 
 
 def _print(text: str) -> None:

@@ -217,8 +217,9 @@ class Task:
     input (as a DataLoader gives), or a dict of keyword arguments.
     score: model -> float on validation data, a fraction, higher is better.
     objective: model -> float, minimised by searches; default: KL divergence to the dense model's
-    predictions on the calibration batches. train, loss: for training. test: as score, on test data,
-    read once at the end. examples, test_examples: how many examples score and test average over; scores then
+    predictions on the calibration batches. train: batches (input, target), an iterable with a length that is gone
+    through anew every epoch and may augment; loss: (output, target) -> scalar. test: as score, on test data, read
+    once at the end. examples, test_examples: how many examples score and test average over; scores then
     carry confidence intervals. Raises TaskError if they are not positive integers.
     """
 

@@ -8,11 +8,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from rankopt.budget import show
@@ -27,23 +35,32 @@ console = Console(stderr=True)
 
 def track(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
     """A progress bar on standard error; gone when done, one line where there is no terminal."""
-    if total == 0:
-        yield from items
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        for item in items:
-            yield item
-            progress.advance(task)
-        elapsed = progress.tasks[0].elapsed or 0
-    console.print(f"{what}: {total} in {elapsed:.1f} s", markup=False, highlight=False)
+    yield from Bar()(items, what, total)
+
+
+class Bar:
+    """The same, with a text that can be changed while it goes."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def __call__(self, items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+        if total == 0:
+            yield from items
+            return
+        self.text = what
+        columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+        columns += [TimeElapsedColumn(), TimeRemainingColumn()]
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(what, total=total)
+            for item in items:
+                yield item
+                progress.update(task, advance=1, description=self.text)
+            elapsed = progress.tasks[0].elapsed or 0
+        console.print(f"{self.text}: {total} in {elapsed:.1f} s", markup=False, highlight=False)
+
+    def note(self, text: str) -> None:
+        self.text = text
 
 
 class Watched:
@@ -124,8 +141,14 @@ def trial_line(trial: Trial) -> str:
     )
 
 
+class Stoppable(Protocol):
+    """What ends when `stopping` is set, after what runs."""
+
+    stopping: bool
+
+
 @contextmanager
-def gently(study: Study, say: Callable[[str], None]) -> Iterator[None]:
+def gently(study: Stoppable, say: Callable[[str], None]) -> Iterator[None]:
     """Ctrl-C once: what runs is finished, and nothing more is started. Twice: KeyboardInterrupt at once."""
 
     def stop(*_: Any) -> None:

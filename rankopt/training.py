@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,30 +22,34 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 def train(
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     loss: Loss,
     optimizer: torch.optim.Optimizer,
     *,
     steps: int,
+    start: int = 0,
     seed: int = 0,
     clip: float | None = None,
     training: bool = True,
-    after_step: Callable[[int], None] = lambda step: None,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    after_step: Callable[[int, float], None] = lambda step, loss: None,
     track: Callable[[Iterable[int], str, int], Iterable[int]] = lambda items, what, total: items,
 ) -> list[float]:
-    """Train in place for so many steps, over the batches in shuffled order; returns each step's loss.
+    """Train in place for steps [start, steps), over what `endless` makes of the batches; returns each step's loss.
 
     optimizer: over the parameters that are to move; only these take gradients. clip: largest norm of the
     gradient, all parameters together. training: the mode that the model is run in; False keeps batch norms'
-    statistics. after_step(step) is called with gradients still in place. Modes and requires_grad are restored.
+    statistics. schedule: of the optimizer's learning rate, stepped with it. after_step(step, loss) is called with
+    gradients still in place. Modes and requires_grad are restored. A training from `start` on goes on as the one
+    that it continues would have, if model, optimizer and schedule are as they were there.
     Raises TaskError at a loss that is not finite.
     """
     moving = [p for group in optimizer.param_groups for p in group["params"]]
     history: list[float] = []
-    order = shuffled(len(batches), seed)
     with _prepared(model, moving, training):
-        for step in track(range(steps), "training", steps):
-            value = loss(model, batches[next(order)])
+        lessons = endless(batches, seed, start)
+        for step in track(range(start, steps), "training", steps - start):
+            value = loss(model, next(lessons))
             if not torch.isfinite(value):
                 raise TaskError(f"the training loss is {value.item()} at step {step}: try a lower learning rate")
             optimizer.zero_grad(set_to_none=True)
@@ -51,14 +57,58 @@ def train(
             if clip is not None:
                 nn.utils.clip_grad_norm_(moving, clip)
             optimizer.step()
-            after_step(step)
+            if schedule is not None:
+                schedule.step()
             history.append(value.item())
+            after_step(step, history[-1])
         optimizer.zero_grad(set_to_none=True)
     return history
 
 
+def endless(batches: Iterable[Any], seed: int, start: int = 0) -> Iterator[Any]:
+    """Batches without end, epoch after epoch: a sequence's in another random order each time, others' as they come.
+
+    Torch's global generator is seeded anew before each batch: what an iterable (or a DataLoader's workers) and then
+    the model draw from it is the same for batch n, whatever was drawn before. The first `start` are left out; of an
+    iterable with a length whole epochs are, and the rest is drawn. Raises TaskError where there is no batch.
+    """
+    if isinstance(batches, Sequence):
+        for n, i in enumerate(islice(shuffled(len(batches), seed), start, None), start):
+            _reseed(seed, n)
+            yield batches[i]
+    length = epoch_length(batches)
+    n = start - start % length if length else 0
+    while True:
+        _reseed(seed, n)
+        iterator, first = iter(batches), n
+        while (batch := next(iterator, _END)) is not _END:
+            if n >= start:
+                yield batch
+            n += 1
+            _reseed(seed, n)
+        if n == first:
+            raise TaskError("train gives no batch: it must be an iterable that can be gone through again every epoch")
+
+
+def epoch_length(batches: Iterable[Any]) -> int | None:
+    """How many batches an epoch has; None if it does not say."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+_END = object()
+
+
+def _reseed(seed: int, n: int) -> None:
+    torch.manual_seed(int(np.random.SeedSequence((seed, n)).generate_state(1)[0]))  # it takes but 32 bits
+
+
 def shuffled(n: int, seed: int) -> Iterator[int]:
     """0..n-1 in a random order, again and again, each time in another."""
+    if n == 0:
+        raise TaskError("train is empty: give at least one batch")
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(n, generator=generator).tolist()
@@ -66,7 +116,7 @@ def shuffled(n: int, seed: int) -> Iterator[int]:
 
 @contextmanager
 def _prepared(model: nn.Module, moving: Sequence[Tensor], training: bool) -> Iterator[None]:
-    """The mode, gradients for what moves only, and a seed of dropout's own; all restored."""
+    """The mode, gradients for what moves only, and a random state of its own; all restored."""
     modes = {m: m.training for m in model.modules()}
     wanted = {p: p.requires_grad for p in (*model.parameters(), *moving)}
     for p in wanted:
@@ -76,7 +126,6 @@ def _prepared(model: nn.Module, moving: Sequence[Tensor], training: bool) -> Ite
     model.train(training)
     try:
         with torch.enable_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
             yield
     finally:
         for p, was in wanted.items():
@@ -90,8 +139,12 @@ CLIP = 5.0  # norm of the gradient: factors need it
 
 
 def lessons(task: Task, calibration: Iterable[Any]) -> tuple[list[Any], Loss]:
-    """The task's train and loss where it has both, else distillation from its model on the calibration batches."""
-    if task.train is not None and task.loss is not None:
+    """What a search trains on: a few batches, the same for every plan.
+
+    The task's train and loss, if train is a sequence of batches; else (a loader, a stream that augments) distillation
+    from its model on the calibration batches.
+    """
+    if isinstance(task.train, Sequence) and task.loss is not None:
         return list(task.train), supervised(task.loss)
     return with_targets(task.model, split(calibration, BATCH)), distillation
 
@@ -114,14 +167,22 @@ def with_targets(teacher: nn.Module, batches: Iterable[Any]) -> list[tuple[Any, 
 
 
 def distillation(model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-    """Mean KL divergence from the teacher's predictions, or relative squared error where there is but one output."""
+    """How far the model's predictions are from the teacher's, as `divergence` says."""
     x, wanted = batch
-    z = main_output(run(model, to_device(x, model)))
+    return divergence(main_output(run(model, to_device(x, model))), wanted)
+
+
+def divergence(z: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² KL(softmax(wanted / T) ‖ softmax(z / T)), a mean over examples (Hinton 2015, section 2.1; T² keeps gradients).
+
+    Where there is but one output, the squared error relative to the variance of what is wanted.
+    """
     axis = class_axis(z)
     if axis is None:
         return (z - wanted).square().sum() / (wanted - wanted.mean()).square().sum().clamp_min(1e-12)
-    log_p, log_p0 = F.log_softmax(z, axis), F.log_softmax(wanted, axis)
-    return F.kl_div(log_p, log_p0, reduction="sum", log_target=True) * z.shape[axis] / z.numel()
+    log_p, log_p0 = (F.log_softmax(logits / temperature, axis) for logits in (z, wanted))
+    total = F.kl_div(log_p, log_p0, reduction="sum", log_target=True)
+    return temperature**2 * total * z.shape[axis] / z.numel()
 
 
 def supervised(criterion: Callable[[Any, Any], Any]) -> Loss:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from rankopt.budget import show
 from rankopt.candidates import write_beside
 from rankopt.plan import read_result, sound
-from rankopt.report import pictures
+from rankopt.report import pictures, training
 from rankopt.report.pictures import NAMES
 from rankopt.report.text import (
     before_after,
@@ -75,6 +75,7 @@ def render(info: dict[str, Any], trials: Sequence[dict[str, Any]], run: str) -> 
             rows=before_after(info),
             changes=changes(info),
             latency=latency(info),
+            trained=training.lines(info),
             slower=slower(info),
             question=question(info),
             honesty=honesty(info),
@@ -139,6 +140,10 @@ def _pictures(info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> dict[st
         drawn["prediction"] = draw(pictures.prediction, trials)
     rows = info["layers"]
     drawn["layers"] = draw(pictures.layers, rows, height=pictures.layers_height(rows))
+    if t := info.get("training"):
+        drawn["losses"] = draw(training.losses, t)
+        if t["epochs"] and t["epochs"][0]["score"] is not None:
+            drawn["scores"] = draw(training.scores, t, info["score"]["dense"]["validation"])
     return {name: Markup(svg) for name, svg in drawn.items()}
 
 

@@ -70,14 +70,19 @@ def read_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises RankoptError for one that the strategy does not have, or that cannot be read.
     """
-    known, typed = strategy_options(name), {}
+    return in_kind(options, strategy_options(name), f"strategy {name!r}")
+
+
+def in_kind(options: Mapping[str, Any], known: Mapping[str, Any], whose: str) -> dict[str, Any]:
+    """Options, as text or values, in the type of their defaults. Raises RankoptError."""
+    typed = {}
     for key, value in options.items():
         if key not in known:
             valid = ", ".join(f"{k}={v}" for k, v in known.items()) or "none"
-            raise RankoptError(f"strategy {name!r} has no option {key!r}; its options: {valid}")
+            raise RankoptError(f"{whose} has no option {key!r}; its options: {valid}")
         kind = type(known[key])
         try:
             typed[key] = {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            raise RankoptError(f"strategy {name!r}: option {key}={value} is no {kind.__name__}") from None
+            raise RankoptError(f"{whose}: option {key}={value} is no {kind.__name__}") from None
     return typed

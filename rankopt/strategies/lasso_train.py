@@ -262,7 +262,7 @@ class Run:
         return sum(cost[x.metric] / x.target for x in self.problem.limits)
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, loss: float) -> None:
         """Absorb, the proximal step, dual ascent."""
         for layer in self.layers:
             if self.penalty == "nuclear" and step % 10 == 0:

@@ -6,7 +6,9 @@ in ../shared/data beside the checkout. The layout is described in DATA_HELP belo
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -47,15 +49,22 @@ def _mosaic(name: str) -> np.ndarray:
     return mosaic.reshape(100, 32, 100, 32, 3).transpose(0, 2, 1, 3, 4).reshape(10_000, 32, 32, 3)
 
 
-def images(split: str, start: int, stop: int) -> Tensor:
-    """Images [start, stop) of split "train" or "test", normalised, float32 (n, 3, 32, 32)."""
+def pixels(split: str, start: int, stop: int) -> np.ndarray:
+    """Images [start, stop) of split "train" or "test", uint8 (n, 32, 32, 3)."""
     if split == "test":
-        pixels = _mosaic("test")[start:stop]
-    else:
-        files = range(start // 10_000, (stop - 1) // 10_000 + 1)
-        pixels = np.concatenate([_mosaic(f"train_{i}") for i in files])
-        pixels = pixels[start - files[0] * 10_000 : stop - files[0] * 10_000]
-    scaled = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() / 255  # channels_last: faster on a CPU
+        return _mosaic("test")[start:stop]
+    files = range(start // 10_000, (stop - 1) // 10_000 + 1)
+    return np.concatenate([_mosaic(f"train_{i}") for i in files])[start - files[0] * 10_000 :][: stop - start]
+
+
+def images(split: str, start: int, stop: int) -> Tensor:
+    """The same normalised, float32 (n, 3, 32, 32)."""
+    return normalised(pixels(split, start, stop))
+
+
+def normalised(x: np.ndarray) -> Tensor:
+    """uint8 (n, 32, 32, 3) -> float32 (n, 3, 32, 32), what the weights were trained on."""
+    scaled = torch.from_numpy(x.copy()).permute(0, 3, 1, 2).float() / 255  # channels_last: faster on a CPU
     return (scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
@@ -65,7 +74,7 @@ def labels(split: str, start: int, stop: int) -> Tensor:
         return torch.from_numpy(file[split][start:stop].astype(np.int64))
 
 
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+def augment(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Pad 4, random crop 32, horizontal flip, as the weights were trained. x (n, 3, 32, 32)."""
     n = len(x)
     padded = F.pad(x, (4, 4, 4, 4))
@@ -76,6 +85,24 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     flip = torch.rand(n, generator=generator) < 0.5
     flipped = torch.where(flip.view(n, 1, 1, 1), cropped.flip(3), cropped)
     return flipped.contiguous(memory_format=torch.channels_last)
+
+
+class Augmented:
+    """Batches (images, labels) of training images [start, stop), each epoch in another order and augmented anew.
+
+    All that is random comes from torch's global generator. The images are read when first asked for.
+    """
+
+    def __init__(self, start: int, stop: int, size: int = 128) -> None:
+        self.start, self.stop, self.size = start, stop, size
+
+    def __len__(self) -> int:
+        return math.ceil((self.stop - self.start) / self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = pixels("train", self.start, self.stop), labels("train", self.start, self.stop)
+        for some in torch.randperm(len(y)).split(self.size):
+            yield augment(normalised(x[some.numpy()])), y[some]
 
 
 # --- model ---------------------------------------------------------------------------------------
@@ -151,6 +178,8 @@ def _task(n: int) -> rankopt.Task:
         calibration=calibration.split(BATCH),
         score=Accuracy("train", 45_000, 50_000),
         test=Accuracy("test", 0, 10_000),
+        train=Augmented(0, 45_000),  # the rest is for validation
+        loss=F.cross_entropy,
         examples=5_000,
         test_examples=10_000,
     )

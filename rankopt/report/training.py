@@ -1,0 +1,57 @@
+"""What a training did, as text and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rankopt.recipe import Recipe
+from rankopt.report.pictures import ACCENT, FAINT, INK, POINT, objective_axis
+from rankopt.report.text import percent
+
+
+def lines(info: Mapping[str, Any]) -> list[str]:
+    """The training of a result.json in sentences; none if there was none."""
+    t = info.get("training")
+    if not t:
+        return []
+    recipe, after = Recipe(**t["recipe"]), info["score"]["compressed"]
+    parts = []
+    if recipe.layerwise:
+        parts.append(f"{recipe.layerwise} steps towards the dense model's outputs, {recipe.units} apart")
+    if recipe.epochs:
+        parts.append(f"{recipe.epochs:g} epochs of {recipe.optimizer}, rate {recipe.rate:g} ({recipe.schedule})")
+    if t["teacher"]:
+        parts.append(f"teacher {t['teacher']}")
+    start = "from scratch" if t["from_scratch"] else f"from {t['run']}"
+    found = [f"trained {start}: {'; '.join(parts)}; {t['seconds']:.0f} s"]
+    for part, before in (("validation", t["before"]), ("test", t["test_before"])):
+        if after[part] is not None:
+            found.append(f"{part} score {'' if before is None else percent(before) + ' -> '}{percent(after[part])}")
+    if changed := {k: v for k, v in recipe.changed().items() if k not in ("epochs", "rate", "layerwise")}:
+        found.append(f"other settings: {', '.join(f'{k}={v}' for k, v in changed.items())}")
+    return found
+
+
+def losses(ax: Any, training: Mapping[str, Any]) -> None:
+    """The training loss of each stage over its steps."""
+    colours = {"layerwise": ACCENT, "whole": POINT}
+    for name, points in training["losses"].items():
+        steps, values = zip(*points, strict=True)
+        ax.plot(steps, values, color=colours[name], lw=1.5, label="layer by layer" if name == "layerwise" else "whole")
+    objective_axis(ax, "y", [v for points in training["losses"].values() for _, v in points])
+    ax.set(xlabel="step", ylabel="training loss")
+    ax.figure.legend(loc="outside upper left", ncols=2)
+
+
+def scores(ax: Any, training: Mapping[str, Any], dense: float | None) -> None:
+    """The validation score before training and after each epoch."""
+    before = [] if training["before"] is None else [(0.0, training["before"])]
+    rows = [*before, *((e["epoch"], e["score"]) for e in training["epochs"] if e["score"] is not None)]
+    ax.plot(*zip(*rows, strict=True), color=POINT, lw=1.5, marker="o", ms=4, label="compressed")
+    if dense is not None:
+        ax.axhline(dense, color=INK, lw=1, ls=":", label="dense")
+    ax.tick_params(colors=FAINT, labelcolor=INK)
+    ax.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.4g} %")
+    ax.set(xlabel="epoch", ylabel="validation score")
+    ax.figure.legend(loc="outside upper left", ncols=2)

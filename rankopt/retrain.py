@@ -1,0 +1,69 @@
+"""A run folder in, a folder of the same kind with the trained model out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rankopt import checkpoint
+from rankopt.core import Task, TaskError
+from rankopt.evaluate import call
+from rankopt.finetune import finetune
+from rankopt.initialise import from_scratch as untrained
+from rankopt.job import Result, open_folder, with_intervals
+from rankopt.plan import load, read_plan, read_result, sound
+from rankopt.prepare import Track, silent
+from rankopt.recipe import Recipe
+
+FROM_SCRATCH = Recipe(rate=0.1, distill=0.0, weight_decay=5e-4)
+"""What is usual where nothing is known yet."""
+
+
+def retrain(
+    run: Path,
+    task: Task,
+    recipe: Recipe,
+    out: Path,
+    *,
+    teacher: Task | None = None,
+    from_scratch: bool = False,
+    resume: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    track: Track = silent,
+    note: Callable[[str], None] = lambda text: None,
+) -> Result:
+    """Train the model of a run folder, read its test score once, and write plan, weights and result into `out`.
+
+    from_scratch: the plan's network, its factors drawn anew. teacher: a task whose model's predictions are learnt
+    instead of the dense model's. Raises StudyError if `out` holds something and is not resumed.
+    """
+    plan, _ = read_plan(run)
+    with sound(run):
+        info = {**read_result(run)}
+        dense = info["score"]["dense"]
+    if from_scratch and (task.train is None or task.loss is None):
+        raise TaskError("the task has no train and loss: give both, since nothing can be learnt from scratch without")
+    model: nn.Module = untrained(task.model, plan, recipe.seed) if from_scratch else load(task.model, run)
+    open_folder(out, resume, checkpoint.FILE)
+    learnt_from = None if teacher is None else teacher.model
+    trained = finetune(
+        model, task, recipe, teacher=learnt_from, folder=out, resume=resume, stop=stop, track=track, note=note
+    )
+    small = trained.model
+    score = {"validation": call("the score", task.score, small), "test": call("the test score", task.test, small)}
+    about: dict[str, Any] = {
+        "run": str(run),
+        "from_scratch": from_scratch,
+        "teacher": None if teacher is None else teacher.name,
+        "test_before": None if from_scratch else info["score"]["compressed"]["test"],
+    }
+    info |= with_intervals(task, {"dense": dense, "compressed": score})
+    # What the search said of the chosen plan beside others was of untrained models.
+    info |= {"training": {**trained.info, **about}, "tie": None}
+    result = Result(small, plan, (), info)
+    result.save(out)
+    (out / checkpoint.FILE).unlink(missing_ok=True)
+    return result
