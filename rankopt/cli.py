@@ -66,9 +66,11 @@ def inspect(
     With --bonds: what the bonds of a run's layers hold, or of each layer's most accurate candidate in the space.
     """
     with clear_errors():
+        from rankopt.frontier import dense_candidate
         from rankopt.inventory import count, inventory, unfolded
         from rankopt.prepare import mark_dense
         from rankopt.report.text import inspection
+        from rankopt.rounding import in_each_precision
         from rankopt.space import load_space
         from rankopt.tasks import load_task
 
@@ -81,7 +83,10 @@ def inspect(
         layers = mark_dense(
             inventory(unfolded(found.model, found.example_input, allowed.split_qkv), found.example_input), allowed
         )
-        families = {x.name: [f for f in allowed.families if allowed.ranks(f, x)] for x in layers if x.reason is None}
+        free = [x for x in layers if x.reason is None]
+        families = {x.name: [f for f in allowed.families if allowed.ranks(f, x)] for x in free}
+        for x in free:
+            families[x.name] += [c.precision for c in in_each_precision(x, dense_candidate(x), allowed.precisions)]
         Console(width=max(100, Console().width), markup=False, emoji=False).print(
             inspection(layers, count(found.model, found.example_input), families)
         )
@@ -355,6 +360,7 @@ def apply(
 ) -> None:
     """Rebuild a compressed model from plan.json and its weights."""
     with clear_errors():
+        from rankopt.core import DENSE, SAME
         from rankopt.inventory import count
         from rankopt.plan import load, read_plan, read_result, sound
         from rankopt.tasks import load_task
@@ -362,8 +368,10 @@ def apply(
         found = load_task(task)
         plan, _ = read_plan(run)
         model = load(found.model, run)
-        changed = sum(c.method != "dense" for c in plan.choices)
-        _print(f"rebuilt {run}: {changed} of {len(plan.choices)} layers factorised")
+        changed = sum(c.method != DENSE for c in plan.choices)
+        rounded = sum(c.precision != SAME for c in plan.choices)
+        also = f", {rounded} stored in fewer bits" if rounded else ""
+        _print(f"rebuilt {run}: {changed} of {len(plan.choices)} layers factorised{also}")
         if check:
             cost = count(model, found.example_input)
             if cost != plan.cost:

@@ -19,7 +19,7 @@ from rankopt.allocation import check_feasible
 from rankopt.budget import Limit, Problem, parse_budget
 from rankopt.calibration import find_output, moments, output_metrics
 from rankopt.candidates import VERSION, Cache, FactorStore, digest, fit_candidates, in_each_form
-from rankopt.core import Candidate, Cost, Layer, Proposal, Task, TaskError
+from rankopt.core import SAME, Candidate, Cost, Layer, Proposal, Task, TaskError
 from rankopt.evaluate import Divergence, call
 from rankopt.frontier import dense_candidate, frontier
 from rankopt.inventory import (
@@ -34,6 +34,7 @@ from rankopt.inventory import (
     unfolded,
 )
 from rankopt.plan import apply
+from rankopt.rounding import add_precisions, in_each_precision
 from rankopt.sensitivity import Curve, measure, with_losses
 from rankopt.space import SearchSpace, load_space
 
@@ -162,9 +163,11 @@ def prepare(
             statistics.load()
     with clock.stage("fitting"):
         candidates, family_seconds = fit_candidates(model, free, space, statistics, key, kept, track, workers)
+    factors = FactorStore(kept)
+    with clock.stage("rounding"):
+        candidates = add_precisions(model, free, candidates, space.precisions, factors, statistics, key, kept, track)
     with clock.stage("sensitivity"):
         objective = task.objective or Divergence(task.model, batches)
-        factors = FactorStore(kept)
         curves = _curves(task, objective, free, candidates, factors, key, kept, track)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
     return Prepared(
@@ -180,6 +183,10 @@ def _refuse_infeasible(free: Sequence[Layer], space: SearchSpace, limits: tuple[
             *(c for f in space.families for r in space.ranks(f, x) for c in in_each_form(x, f, r, 0.0)),
         )
         for x in free
+    ]
+    menus = [
+        (*menu, *(c for one in menu for c in in_each_precision(x, one, space.precisions)))
+        for x, menu in zip(free, menus, strict=True)
     ]
     check_feasible(Problem(tuple(free), tuple(menus), dense, limits))
 
@@ -201,7 +208,8 @@ def mark_dense(layers: Sequence[Layer], space: SearchSpace) -> tuple[Layer, ...]
         reason = layer.reason
         if reason is None:
             reason = space.dense_reason(layer, free)
-        if reason is None and not any(space.ranks(family, layer) for family in space.families):
+        rounds = in_each_precision(layer, dense_candidate(layer), space.precisions)
+        if reason is None and not rounds and not any(space.ranks(family, layer) for family in space.families):
             depthwise = ", which has but its kernel: it is depthwise" if layer.groups == layer.shape[0] > 1 else ""
             reason = f"no family of search space {space.name!r} makes it smaller{depthwise}"
         marked.append(dataclasses.replace(layer, reason=reason))
@@ -288,6 +296,8 @@ def _curves(
 ) -> dict[str, Curve]:
     """Sensitivities of all layers. Cached for the default objective; a task's own may change behind our back."""
     names = [layer.name for layer in layers]
+    # What is rounded lies between them: rounding adds to an error, and saves no parameters.
+    candidates = {n: [c for c in candidates[n] if c.precision == SAME] or candidates[n] for n in names}
     # A fit is one, in whatever forms.
     key = "sensitivity-" + digest(key, {n: [*dict.fromkeys((c.key, c.error) for c in candidates[n])] for n in names})
     if task.objective is None and (kept := cache.read_json(key)):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rankopt.core import Layer, Rank, RankoptError
+from rankopt.core import PRECISIONS, SAME, Layer, Rank, RankoptError
 from rankopt.decompositions import DECOMPOSITIONS
 
 DEFAULT = ("svd_out", "svd_in", "svd_spatial", "svd_grouped", "tucker2", "cp", "cp_merged", "tt", "tt_matrix")
@@ -29,6 +29,7 @@ class SearchSpace:
     smallest: float = 0.05
     largest: float = 0.9
     nearest: bool = False
+    precisions: tuple[str, ...] = (SAME,)
     steps: int = 500
     keep_dense: tuple[str, ...] = ()
     split_qkv: bool = True
@@ -42,6 +43,10 @@ class SearchSpace:
             raise RankoptError(f"search space {self.name!r} names no family: choose from {', '.join(DECOMPOSITIONS)}")
         if not all(0 < f <= 1 for f in (*self.fractions, self.smallest, self.largest)) or self.points < 1:
             raise RankoptError(f"search space {self.name!r}: fractions lie in (0, 1] and points is at least 1")
+        for precision in self.precisions:
+            if precision not in PRECISIONS:
+                known = ", ".join(PRECISIONS)
+                raise RankoptError(f"search space {self.name!r}: unknown precision {precision!r}; choose from {known}")
         if self.steps < 0 or self.round_steps < 0 or self.rounds < 1:
             raise RankoptError(f"search space {self.name!r}: steps and round_steps are 0 or more, rounds is 1 or more")
 
