@@ -67,9 +67,12 @@ def inspect(
     With --bonds: what the bonds of a run's layers hold, or of each layer's most accurate candidate in the space.
     """
     with clear_errors():
+        from rankopt.frontier import dense_candidate
         from rankopt.inventory import count, inventory, unfolded
+        from rankopt.prepare import mark_dense
         from rankopt.report.text import inspection
-        from rankopt.space import load_space, mark_dense
+        from rankopt.rounding import in_each_precision
+        from rankopt.space import load_space
         from rankopt.tasks import load_task
 
         if bonds:
@@ -81,7 +84,10 @@ def inspect(
         layers = mark_dense(
             inventory(unfolded(found.model, found.example_input, allowed.split_qkv), found.example_input), allowed
         )
-        families = {x.name: [f for f in allowed.families if allowed.ranks(f, x)] for x in layers if x.reason is None}
+        free = [x for x in layers if x.reason is None]
+        families = {x.name: [f for f in allowed.families if allowed.ranks(f, x)] for x in free}
+        for x in free:
+            families[x.name] += [c.precision for c in in_each_precision(x, dense_candidate(x), allowed.precisions)]
         Console(width=max(100, Console().width), markup=False, emoji=False).print(
             inspection(layers, count(found.model, found.example_input), families)
         )
@@ -300,7 +306,7 @@ def hardware(
     """Time a task's layers and all that they may become on this machine, for latency budgets here or elsewhere."""
     with clear_errors("what was timed is kept: the same command goes on"):
         from rankopt.hardware import Conditions
-        from rankopt.latency import time_task
+        from rankopt.prepare import time_task
         from rankopt.report.hardware import table
         from rankopt.space import load_space
         from rankopt.tasks import load_task
@@ -426,6 +432,7 @@ def apply(
 ) -> None:
     """Rebuild a compressed model from plan.json and its weights."""
     with clear_errors():
+        from rankopt.core import DENSE, SAME
         from rankopt.inventory import count
         from rankopt.plan import load, read_plan, read_result, sound
         from rankopt.tasks import load_task
@@ -433,8 +440,10 @@ def apply(
         found = load_task(task)
         plan, _ = read_plan(run)
         model = load(found.model, run)
-        changed = sum(c.method != "dense" for c in plan.choices)
-        _print(f"rebuilt {run}: {changed} of {len(plan.choices)} layers factorised")
+        changed = sum(c.method != DENSE for c in plan.choices)
+        rounded = sum(c.precision != SAME for c in plan.choices)
+        also = f", {rounded} stored in fewer bits" if rounded else ""
+        _print(f"rebuilt {run}: {changed} of {len(plan.choices)} layers factorised{also}")
         if check:
             cost = count(model, found.example_input)
             if cost != plan.cost:

@@ -19,6 +19,11 @@ INPUT_FIRST = ("ConvTranspose", "Embedding")
 """How kinds of layers begin whose weight is kept (in, out // groups, *kernel)."""
 FACTORISED, RECONSTRUCTED = "factorised", "reconstructed"
 """The forms of a layer: its input contracted with the factors, or with the weight that was built from them."""
+DENSE = "dense"
+"""The method of a layer that keeps its one weight."""
+SAME, INT8, BFLOAT16, FLOAT16 = "same", "int8", "bfloat16", "float16"
+PRECISIONS = (SAME, INT8, BFLOAT16, FLOAT16)
+"""What a layer's weights are stored in; "same": as the model has them. precision.py says how."""
 
 
 class RankoptError(ValueError):
@@ -150,8 +155,14 @@ class Candidate:
     cost: Cost
     error: float
     loss: float = 0.0  # predicted rise of the objective when this layer alone uses the candidate
-    key: str | None = None  # where the factors are kept; None for dense
+    key: str | None = None  # where the factors are kept, encoded if in another precision; None for dense
     form: str = FACTORISED  # or RECONSTRUCTED; "dense" for dense
+    precision: str = SAME
+
+    @property
+    def unchanged(self) -> bool:
+        """The layer as it is."""
+        return (self.method, self.precision) == (DENSE, SAME)
 
 
 @dataclass(frozen=True)
@@ -168,6 +179,12 @@ class Choice:
     error: float
     reason: str
     form: str = FACTORISED  # as of Candidate
+    precision: str = SAME
+
+    @property
+    def unchanged(self) -> bool:
+        """The layer as it is."""
+        return (self.method, self.precision) == (DENSE, SAME)
 
 
 @dataclass(frozen=True)

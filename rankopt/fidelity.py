@@ -18,6 +18,7 @@ from rankopt.candidates import FactorStore
 from rankopt.core import Proposal, RankoptError, TaskError, Trial
 from rankopt.evaluate import call
 from rankopt.plan import apply
+from rankopt.precision import widened
 from rankopt.prepare import Prepared, Track, silent
 from rankopt.training import CLIP, Loss, lessons, train
 from rankopt.uncertainty import correlation
@@ -140,10 +141,14 @@ def _number(objective: Callable[[nn.Module], float], model: nn.Module) -> float:
 def trained(
     model: nn.Module, data: list[Any], loss: Loss, steps: int, seed: int = 0, track: Track = silent
 ) -> nn.Module:
-    """A copy after so many steps of Adam, batch norms' statistics kept. The same seed gives the same model."""
+    """A copy after so many steps of Adam, batch norms' statistics kept. The same seed gives the same model.
+
+    Weights of a lower precision are trained in their layer's, and rounded again at the end.
+    """
     changed = copy.deepcopy(model)
-    optimizer = torch.optim.Adam(changed.parameters(), RATE)
-    train(changed, data, loss, optimizer, steps=steps, seed=seed, clip=CLIP, training=False, track=track)
+    with widened(changed):
+        optimizer = torch.optim.Adam(changed.parameters(), RATE)
+        train(changed, data, loss, optimizer, steps=steps, seed=seed, clip=CLIP, training=False, track=track)
     return changed
 
 

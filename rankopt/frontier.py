@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rankopt.core import Candidate, Layer
-from rankopt.decompositions import DENSE
+from rankopt.core import DENSE, SAME, Candidate, Layer
+
+OF_PRECISION = ("bytes",)
+"""The metrics that what weights are stored in changes."""
 
 
 def dense_candidate(layer: Layer) -> Candidate:
@@ -17,10 +19,12 @@ def frontier(layer: Layer, candidates: Iterable[Candidate], metrics: Sequence[st
     """The Pareto set over the budget's metrics and the error, by falling error: dense comes last.
 
     Of the two forms of a fit it holds the one that costs less in these metrics, factorised if they cost the same.
+    Without a metric that counts precision, weights are stored as they are.
     """
+    counts = not set(metrics).isdisjoint(OF_PRECISION)
     ordered = sorted(
-        [dense_candidate(layer), *candidates],
-        key=lambda c: (c.error, *(c.cost[m] for m in metrics), c.method, c.rank, c.form),
+        [dense_candidate(layer), *(c for c in candidates if counts or c.precision == SAME)],
+        key=lambda c: (c.error, *(c.cost[m] for m in metrics), c.method, c.rank, c.form, c.precision),
     )
     kept: list[Candidate] = []
     for candidate in ordered:  # nothing later has a smaller error, so only costs are left to compare

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankopt.bonds import Spectrum, spectra
 from rankopt.channels import Channel, Watch, as_images, channel_shares, find_channels, first_channels
-from rankopt.core import Layer, Rank, Task
+from rankopt.core import SAME, Layer, Rank, Task
 from rankopt.decompositions import DENSE
 from rankopt.inventory import inventory
 from rankopt.plan import apply, load, read_plan
@@ -54,9 +54,10 @@ def bonds_of_space(
 ) -> list[LayerBonds]:
     """Each layer as the most accurate candidate that a search space has for it."""
     prepared = prepare(task, space, cache, track)
-    chosen = [min(prepared.candidates[x.name], key=lambda c: c.error) for x in prepared.free]
-    small = apply(task.model, prepared.free, chosen, prepared.factors)
-    replaced = {x.name: (c.method, c.rank) for x, c in zip(prepared.free, chosen, strict=True)}
+    menus = {x: [c for c in prepared.candidates[x.name] if c.precision == SAME] for x in prepared.free}
+    chosen = {x: min(menu, key=lambda c: c.error) for x, menu in menus.items() if menu}
+    small = apply(task.model, [*chosen], [*chosen.values()], prepared.factors)
+    replaced = {x.name: (c.method, c.rank) for x, c in chosen.items()}
     batches = collect_batches(prepared.statistics.batches, EXAMPLES)
     return inspect_bonds(prepared.model, small, prepared.layers, replaced, prepared.statistics, batches)
 

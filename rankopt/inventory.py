@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rankopt.core import Call, Cost, Layer, TaskError
 from rankopt.kinds import KINDS, describe, pair
+from rankopt.precision import Stored
 from rankopt.unfold import COMPOSITES, is_composite, parts, take_ordinary_path, unfold
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -247,6 +248,8 @@ def _reason(module: nn.Module, calls: list[Call], owners: dict[int, list[str]]) 
         return PARAMETRISED
     if type(module) in COMPOSITES:
         return obstacle(module, calls, owners) or f"{type(module).__name__} holds several maps: unfold it first"
+    if isinstance(module, Stored):
+        return f"its weight is stored in {module.precision} already"
     if type(module) not in KINDS:
         base = next((c.__name__ for c in (*KINDS, *COMPOSITES) if isinstance(module, c)), None)
         if base:

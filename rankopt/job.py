@@ -21,6 +21,7 @@ from rankopt.allocation import allocate, relative_gap
 from rankopt.budget import Limit, Problem
 from rankopt.candidates import digest, write_beside
 from rankopt.core import (
+    SAME,
     Candidate,
     Choice,
     Layer,
@@ -33,7 +34,6 @@ from rankopt.core import (
     TaskError,
     Trial,
 )
-from rankopt.decompositions import DENSE
 from rankopt.evaluate import call
 from rankopt.fidelity import WHOLE, Evaluator, Ladder, climbed, trained
 from rankopt.frontier import dense_candidate
@@ -84,12 +84,12 @@ class Settings:
     storage: str | None = None
 
 
-PlanKey = tuple[tuple[str, Rank, str], ...]
+PlanKey = tuple[tuple[str, Rank, str, str], ...]
 
 
 def plan_key(problem: Problem, proposal: Proposal) -> PlanKey:
     """What a proposal builds, whatever the frontiers it is given in: equal plans have equal keys."""
-    return tuple((c.method, c.rank, c.form) for c in problem.candidates(proposal))
+    return tuple((c.method, c.rank, c.form, c.precision) for c in problem.candidates(proposal))
 
 
 @dataclass
@@ -135,6 +135,7 @@ def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
                 candidate.error,
                 reason,
                 candidate.form,
+                candidate.precision,
             )
         )
     limited = prepared.latencies is not None and latency_limit(problem) is not None
@@ -150,20 +151,24 @@ def _why(candidates: Sequence[Candidate], at: int, limits: Sequence[Limit]) -> s
     def share(candidate: Candidate) -> float:
         return candidate.cost[metric] / max(dense.cost[metric], 1)
 
-    if at == 0 and chosen.method == DENSE:
+    if at == 0 and chosen.unchanged:
         return "dense: no candidate is cheaper than the layer itself"
-    if chosen.method == DENSE:
+    if chosen.unchanged:
         below = candidates[at - 1]
         return (
-            f"dense: the mildest candidate ({below.method}) would save {1 - share(below):.0%} "
+            f"dense: the mildest candidate ({_kind(below)}) would save {1 - share(below):.0%} "
             f"and raise the objective by {below.loss:.2g}"
         )
-    families = sorted({c.method for c in candidates} - {DENSE})
+    families = sorted({_kind(c) for c in candidates if not c.unchanged})
     text = (
         f"keeps {share(chosen):.0%} of its {metric} for a predicted rise of {chosen.loss:.2g}; "
         f"best of {len(candidates)} on its frontier ({', '.join(families)})"
     )
     return text if at == 0 else f"{text}; the next cheaper would cost {candidates[at - 1].loss:.2g}"
+
+
+def _kind(candidate: Candidate) -> str:
+    return candidate.method if candidate.precision == SAME else f"{candidate.method} {candidate.precision}"
 
 
 def finish(
@@ -417,7 +422,7 @@ def _open_store(out: Path, problem: Problem, about: Mapping[str, Any], settings:
 
 
 def fingerprint(problem: Problem) -> str:
-    return digest([[(c.method, c.rank, c.form) for c in f] for f in problem.frontiers])
+    return digest([[(c.method, c.rank, c.form, c.precision) for c in f] for f in problem.frontiers])
 
 
 def open_folder(out: Path, resume: bool, kept: str = "study.db") -> None:

@@ -11,6 +11,7 @@ measurement of the rebuilt model: see promise.py.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,13 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.candidates import Cache, digest
-from rankopt.core import RECONSTRUCTED, Candidate, Layer, Rank, RankoptError, Task, TaskError
+from rankopt.core import RECONSTRUCTED, SAME, Candidate, Layer, RankoptError
 from rankopt.decompositions import DECOMPOSITIONS, DENSE
 from rankopt.frontier import dense_candidate
 from rankopt.hardware import Conditions, Table, Timing, find_table, interleaved, machine, passes, read_table
-from rankopt.inventory import batch_size, inference, inventory, map_tensors, run, to_device, unfolded
+from rankopt.inventory import batch_size, inference, map_tensors, run, to_device
 from rankopt.plan import assemble
-from rankopt.space import SearchSpace, mark_dense
+from rankopt.precision import store
+from rankopt.rounding import in_each_precision
+from rankopt.space import SearchSpace
 
 POINTS = {"eager": 400, "onnxruntime": 12, "compile": 3}  # ranks of a layer and family that are timed; seconds each
 CHUNK, CHUNK_WEIGHTS = 8, 2**26  # candidates timed side by side with the dense layer
@@ -51,7 +54,9 @@ class Latencies:
     plans: int  # that the line was fitted to
     gap: float | None  # median relative error of interpolating a measured time from its neighbours; None: all measured
     entries: dict[str, dict[str, int]] = field(repr=False)  # layer -> candidate -> ns
-    curves: dict[tuple[str, str], tuple[list[int], list[float]]] = field(repr=False)  # layer, family -> macs, ns
+    curves: dict[tuple[str, str, str], tuple[list[int], list[float]]] = field(
+        repr=False
+    )  # layer, family, precision -> macs, ns
 
     def of_layer(self, layer: Layer) -> int:
         """β times the dense layer's time."""
@@ -59,12 +64,12 @@ class Latencies:
 
     def of(self, layer: Layer, candidate: Candidate) -> int:
         """β times a candidate's time; interpolated over MACs where its rank was not timed."""
-        if candidate.method == DENSE or candidate.form == RECONSTRUCTED:
+        if candidate.unchanged or candidate.form == RECONSTRUCTED:
             return self.of_layer(layer)
-        name = key(candidate.method, candidate.rank)
+        name = key(candidate)
         if name in self.entries[layer.name]:
             return round(self.slope * self.entries[layer.name][name])
-        macs, times = self.curves[layer.name, candidate.method]
+        macs, times = self.curves[layer.name, candidate.method, candidate.precision]
         return round(self.slope * float(np.interp(candidate.cost.macs, macs, times)))
 
     def with_layer(self, layer: Layer) -> Layer:
@@ -72,13 +77,18 @@ class Latencies:
         return dataclasses.replace(layer, cost=dataclasses.replace(layer.cost, latency=self.of_layer(layer)))
 
     def with_candidates(self, layer: Layer, candidates: Iterable[Candidate]) -> list[Candidate]:
-        """The candidates with theirs; one that is slower than dense is there in its reconstructed form, too."""
+        """The candidates with theirs; one that is slower than dense is there in its reconstructed form, too.
+
+        Without those that build a weight of rounded factors: these are not timed.
+        """
         found = []
         for one in candidates:
+            if one.form == RECONSTRUCTED and one.precision != SAME:
+                continue
             found.append(dataclasses.replace(one, cost=dataclasses.replace(one.cost, latency=self.of(layer, one))))
-            family = DECOMPOSITIONS[one.method]
-            if found[-1].cost.latency > self.of_layer(layer) and RECONSTRUCTED in family.forms:
-                cost = family.cost(layer, one.rank, RECONSTRUCTED)
+            slower = found[-1].cost.latency > self.of_layer(layer)
+            if slower and one.precision == SAME and RECONSTRUCTED in DECOMPOSITIONS[one.method].forms:
+                cost = DECOMPOSITIONS[one.method].cost(layer, one.rank, RECONSTRUCTED)
                 cost = dataclasses.replace(cost, latency=self.of_layer(layer))
                 found.append(dataclasses.replace(one, form=RECONSTRUCTED, cost=cost))
         return found
@@ -89,9 +99,12 @@ class Latencies:
         return {"conditions": str(self.conditions), "machine": self.machine, "foreign": self.foreign, **numbers}
 
 
-def key(method: str, rank: Rank) -> str:
+def key(candidate: Candidate) -> str:
     """A candidate's name in a table."""
-    return f"{method} {'x'.join(map(str, rank))}"
+    if candidate.unchanged:
+        return DENSE
+    words = [candidate.method, "x".join(map(str, candidate.rank)), candidate.precision * (candidate.precision != SAME)]
+    return " ".join(word for word in words if word)
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -148,25 +161,6 @@ def measure_latencies(
     return Latencies(conditions, table.machine, foreign, dense, slope, residual, plans, gap, entries, curves)
 
 
-def time_task(
-    task: Task,
-    space: SearchSpace,
-    conditions: Conditions,
-    cache: str | Path | None,
-    track: Any,
-    out: Path | None = None,
-) -> tuple[list[Layer], Latencies]:
-    """A task's free layers and their latencies, for a table: nothing is calibrated or fitted."""
-    model = unfolded(task.model, task.example_input, space.split_qkv)
-    layers = [x for x in mark_dense(inventory(model, task.example_input), space) if x.reason is None]
-    if not layers:
-        raise TaskError("the model has no layer that can be factorised: rankopt inspect says why")
-    found = measure_latencies(
-        task.model, model, layers, space, task.example_input, conditions, Cache(cache), track, out
-    )
-    return [found.with_layer(x) for x in layers], found
-
-
 def _default_path(cache: Cache, conditions: Conditions, here: str) -> Path:
     return cache.path(f"hardware-{digest(conditions.measured, here)}", "json")
 
@@ -207,7 +201,7 @@ def signature(module: nn.Module, inputs: Sequence[Tensor]) -> str:
 
 def timed_candidates(layer: Layer, space: SearchSpace, points: int) -> list[Candidate]:
     """The candidates of a layer to time: of each family so many, evenly spread over their MACs."""
-    found = []
+    found = in_each_precision(layer, dense_candidate(layer), space.precisions)
     for family in space.families:
         decomposition = DECOMPOSITIONS[family]
         if decomposition.forms[0] == RECONSTRUCTED:  # runs as the dense layer does
@@ -216,13 +210,14 @@ def timed_candidates(layer: Layer, space: SearchSpace, points: int) -> list[Cand
         every = [Candidate(family, r, decomposition.cost(layer, r), error=0.0) for r in ranks]
         every.sort(key=lambda c: c.cost.macs)
         chosen = np.linspace(0, len(every) - 1, min(points, len(every))).round().astype(int)
-        found += [every[i] for i in dict.fromkeys(chosen.tolist())]
+        some = [every[i] for i in dict.fromkeys(chosen.tolist())]
+        found += some + [c for one in some for c in in_each_precision(layer, one, space.precisions)]
     return found
 
 
 def _missing(table: Table, text: str, candidates: Sequence[Candidate]) -> list[Candidate]:
     known = table.layers.get(text, {})
-    return [c for c in candidates if key(c.method, c.rank) not in known]
+    return [c for c in candidates if key(c) not in known]
 
 
 class EachCall(nn.Module):
@@ -246,11 +241,11 @@ def time_layer(
     of_dense: list[int] = []
     shares: dict[str, tuple[float, float]] = {}
     for some in _chunks(layer, candidates):
-        modules = [module, *(random_factors(DECOMPOSITIONS[c.method].build(module, layer, c.rank)) for c in some)]
+        modules = [module, *(random_replacement(module, layer, c) for c in some)]
         dense, *others = sample_modules(modules, inputs, conditions)
         of_dense += dense
         for c, samples in zip(some, others, strict=True):
-            shares[key(c.method, c.rank)] = ratio(samples, dense), Timing.of(samples).spread
+            shares[key(c)] = ratio(samples, dense), Timing.of(samples).spread
     whole = Timing.of(of_dense)
     return {DENSE: whole} | {
         k: Timing(max(1, round(whole.ns * share)), spread) for k, (share, spread) in shares.items()
@@ -273,6 +268,14 @@ def _chunks(layer: Layer, candidates: Sequence[Candidate]) -> list[list[Candidat
     """A few at a time, so that no more than CHUNK_WEIGHTS are in memory; one empty chunk if there is none."""
     size = max(1, min(CHUNK, CHUNK_WEIGHTS // max(layer.weights, 1)))
     return [list(candidates[i : i + size]) for i in range(0, max(len(candidates), 1), size)]
+
+
+def random_replacement(module: nn.Module, layer: Layer, candidate: Candidate) -> nn.Module:
+    """A layer as a candidate has it, its factors drawn."""
+    new = copy.deepcopy(module)
+    if candidate.method != DENSE:
+        new = random_factors(DECOMPOSITIONS[candidate.method].build(module, layer, candidate.rank))
+    return store(new, candidate.precision)
 
 
 def random_factors(module: nn.Module) -> nn.Module:
@@ -317,15 +320,15 @@ def _plan_near(
     plan = []
     for number, layer in enumerate(layers):
         times, goal = entries[layer.name], share * entries[layer.name][DENSE]
-        families = sorted({c.method for c in offers[layer.name]})
+        families = sorted({c.method for c in offers[layer.name] if c.method != DENSE})
         wanted = families[number % len(families)] if families else DENSE
-        own = [c for c in offers[layer.name] if c.method == wanted] or [dense_candidate(layer)]
+        own = [c for c in offers[layer.name] if c.method == wanted and c.precision == SAME] or [dense_candidate(layer)]
         plan.append(min(own, key=lambda c: abs(_time(times, c) - goal)))
     return plan
 
 
 def _time(times: dict[str, int], candidate: Candidate) -> int:
-    return times[DENSE if candidate.method == DENSE else key(candidate.method, candidate.rank)]
+    return times[key(candidate)]
 
 
 def fit_line(model: dict[str, Any], dense_sum: int) -> tuple[float, float]:
@@ -340,16 +343,16 @@ def fit_line(model: dict[str, Any], dense_sum: int) -> tuple[float, float]:
 
 def _curves(
     layers: Sequence[Layer], offers: dict[str, list[Candidate]], entries: dict[str, dict[str, int]], space: SearchSpace
-) -> tuple[dict[tuple[str, str], tuple[list[int], list[float]]], float | None]:
+) -> tuple[dict[tuple[str, str, str], tuple[list[int], list[float]]], float | None]:
     """Times over MACs by layer and family, and how well a time is found from its neighbours (None: no need)."""
     curves, errors, sparse = {}, [], False
     for layer in layers:
-        for family in {c.method for c in offers[layer.name]}:
-            own = [c for c in offers[layer.name] if c.method == family]
+        for family, precision in {(c.method, c.precision) for c in offers[layer.name]}:
+            own = [c for c in offers[layer.name] if (c.method, c.precision) == (family, precision)]
             macs, times = [c.cost.macs for c in own], [float(_time(entries[layer.name], c)) for c in own]
-            curves[layer.name, family] = macs, times
+            curves[layer.name, family, precision] = macs, times
             for i in range(1, len(own) - 1):
                 guess = np.interp(macs[i], [macs[i - 1], macs[i + 1]], [times[i - 1], times[i + 1]])
                 errors.append(abs(guess / times[i] - 1))
-            sparse |= len(own) < len(space.ranks(family, layer))
+            sparse |= family != DENSE and len(own) < len(space.ranks(family, layer))
     return curves, round(median(errors), 4) if sparse and errors else None

@@ -16,13 +16,26 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from rankopt.candidates import FactorStore, write_beside
-from rankopt.core import Candidate, Choice, Cost, Layer, Plan, PlanError, RankoptError, StudyError
-from rankopt.decompositions import DECOMPOSITIONS, DENSE
+from rankopt.core import (
+    DENSE,
+    PRECISIONS,
+    SAME,
+    Candidate,
+    Choice,
+    Cost,
+    Layer,
+    Plan,
+    PlanError,
+    RankoptError,
+    StudyError,
+)
+from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import load_factors
 from rankopt.kinds import KINDS, describe
+from rankopt.precision import store
 from rankopt.unfold import parts, take_ordinary_path, unfold
 
-FORMAT, VERSION = "rankopt-plan", 2
+FORMAT, VERSION = "rankopt-plan", 3
 READ = {"task", "strategy", "seed", "seconds", "trials", "budget", "cost", "score", "milliseconds", "layers"}
 LARGEST = 2**24  # bytes of a JSON file that is read: 10,000 layers take 5 MB
 PLAN, WEIGHTS, RESULT = "plan.json", "model.safetensors", "result.json"
@@ -45,9 +58,17 @@ def apply(
 ) -> nn.Module:
     """A copy of the model with each layer in its candidate's form. The input model is unchanged.
 
-    Of modules that hold several maps, those with a map that is not dense are unfolded.
+    Of modules that hold several maps, those with a map that changes are unfolded.
     """
-    return assemble(model, layers, candidates, lambda new, c: load_factors(new, factors[c.key or ""]))
+
+    def fill(new: nn.Module, candidate: Candidate) -> None:
+        stored = factors[candidate.key] if candidate.key is not None else ()
+        if candidate.precision == SAME:
+            load_factors(new, stored)
+        else:
+            store(new, candidate.precision, stored)
+
+    return assemble(model, layers, candidates, fill)
 
 
 def assemble(
@@ -58,12 +79,13 @@ def assemble(
 ) -> nn.Module:
     """As apply; fill(replacement, candidate) writes the factors."""
     pairs = zip(layers, candidates, strict=True)
-    model = unfold(copy.deepcopy(model), [layer.name for layer, c in pairs if c.method != DENSE])
+    model = unfold(copy.deepcopy(model), [layer.name for layer, c in pairs if not c.unchanged])
     for layer, candidate in zip(layers, candidates, strict=True):
-        if candidate.method == DENSE:
+        if candidate.unchanged:
             continue
-        family = DECOMPOSITIONS[candidate.method]
-        new = family.build(model.get_submodule(layer.name), layer, candidate.rank, candidate.form)
+        new = model.get_submodule(layer.name)
+        if candidate.method != DENSE:
+            new = DECOMPOSITIONS[candidate.method].build(new, layer, candidate.rank, candidate.form)
         fill(new, candidate)
         model = replace(model, layer, new)
     return take_ordinary_path(model)
@@ -138,7 +160,7 @@ def read_plan(folder: str | Path) -> tuple[Plan, str]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PlanError(f"{path} is not a rankopt plan")
     version = content.get("version")
-    if version not in (1, VERSION):
+    if version not in range(1, VERSION + 1):
         raise PlanError(f"{path} has version {version!r}; this rankopt reads version 1 to {VERSION}")
     try:
         choices = tuple(_choice(_with_form(c) if version == 1 else c) for c in content["layers"])
@@ -159,6 +181,8 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
     numbers = (*choice.shape, *choice.rank, choice.params, choice.macs)
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
         raise ValueError(f"layer {choice.name!r}: shapes, ranks and costs must be whole numbers")
+    if choice.precision not in PRECISIONS:
+        raise ValueError(f"layer {choice.name!r}: unknown precision {choice.precision!r}")
     if not all(isinstance(s, str) for s in (choice.name, choice.kind, choice.method, choice.reason)):
         raise ValueError(f"layer {choice.name!r}: names, methods and reasons must be text")
     if choice.method != DENSE and choice.method not in DECOMPOSITIONS:
@@ -178,16 +202,16 @@ def _cost(entry: Mapping[str, Any]) -> Cost:
 
 def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
     """The model, in place, in the plan's form, its factors still empty. Raises PlanError for another model's plan."""
-    model = unfold(model, [c.name for c in plan.choices if c.method != DENSE])
+    model = unfold(model, [c.name for c in plan.choices if not c.unchanged])
     modules = dict(model.named_modules(remove_duplicate=False))
     folded = {part for name, module in modules.items() for part in parts(module, name)}
     for choice in plan.choices:
         module = modules.get(choice.name)
-        if module is None and choice.name in folded and choice.method == DENSE:
+        if module is None and choice.name in folded and choice.unchanged:
             continue
         if module is None:
             raise PlanError(f"the plan is for another model: this one has no layer {choice.name!r}")
-        if choice.method == DENSE:
+        if choice.unchanged:
             continue
         kind = type(module).__name__
         layer = describe(module, choice.name) if type(module) in KINDS else Layer(choice.name, kind, ())
@@ -196,6 +220,9 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
                 f"the plan is for another model: layer {choice.name!r} is {kind} with weight {layer.own_shape}, "
                 f"the plan has {choice.kind} {choice.shape}"
             )
+        if choice.method == DENSE:
+            store(module, choice.precision)
+            continue
         aliases = tuple(n for n, m in modules.items() if m is module and n != choice.name)
         layer = dataclasses.replace(layer, aliases=aliases)
         family = DECOMPOSITIONS[choice.method]
@@ -204,7 +231,8 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
             raise PlanError(
                 f"layer {choice.name!r}: {choice.method} cannot have rank {choice.rank} (full rank: {full})"
             )
-        model = replace(model, layer, family.build(module, layer, choice.rank, choice.form))
+        new = family.build(module, layer, choice.rank, choice.form)
+        model = replace(model, layer, store(new, choice.precision))
     return take_ordinary_path(model)
 
 

@@ -19,7 +19,7 @@ from rankopt.allocation import check_feasible
 from rankopt.budget import Limit, Problem, limits_latency, parse_budget
 from rankopt.calibration import find_output, moments, output_metrics
 from rankopt.candidates import VERSION, Cache, FactorStore, digest, fit_candidates, in_each_form
-from rankopt.core import METRICS, Candidate, Cost, Layer, Proposal, Task, TaskError
+from rankopt.core import METRICS, SAME, Candidate, Cost, Layer, Proposal, Task, TaskError
 from rankopt.evaluate import Divergence, call
 from rankopt.frontier import dense_candidate, frontier
 from rankopt.hardware import Conditions
@@ -36,8 +36,9 @@ from rankopt.inventory import (
 )
 from rankopt.latency import Latencies, measure_latencies
 from rankopt.plan import apply
+from rankopt.rounding import add_precisions, in_each_precision
 from rankopt.sensitivity import Curve, measure, with_losses
-from rankopt.space import SearchSpace, load_space, mark_dense
+from rankopt.space import SearchSpace, load_space
 
 log = logging.getLogger(__name__)
 
@@ -181,9 +182,11 @@ def prepare(
             statistics.load()
     with clock.stage("fitting"):
         candidates, family_seconds = fit_candidates(model, free, space, statistics, key, kept, track, workers)
+    factors = FactorStore(kept)
+    with clock.stage("rounding"):
+        candidates = add_precisions(model, free, candidates, space.precisions, factors, statistics, key, kept, track)
     with clock.stage("sensitivity"):
         objective = task.objective or Divergence(task.model, batches)
-        factors = FactorStore(kept)
         curves = _curves(task, objective, free, candidates, factors, key, kept, track)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
         if latencies:
@@ -206,6 +209,7 @@ def _refuse_infeasible(
     menus = []
     for x in free:
         found = [c for f in space.families for r in space.ranks(f, x) for c in in_each_form(x, f, r, 0.0)]
+        found += [c for one in (dense_candidate(x), *found) for c in in_each_precision(x, one, space.precisions)]
         menus.append((dense_candidate(x), *(latencies.with_candidates(x, found) if latencies else found)))
     check_feasible(Problem(tuple(free), tuple(menus), dense, limits))
 
@@ -217,6 +221,41 @@ def _check_copy(model: nn.Module) -> None:
         raise TaskError(
             f"the model cannot be copied ({type(error).__name__}: {error}): make copy.deepcopy work"
         ) from error
+
+
+def mark_dense(layers: Sequence[Layer], space: SearchSpace) -> tuple[Layer, ...]:
+    """Set the reason of layers that the space keeps dense or has nothing for."""
+    free = [layer for layer in layers if layer.reason is None]
+    marked = []
+    for layer in layers:
+        reason = layer.reason
+        if reason is None:
+            reason = space.dense_reason(layer, free)
+        rounds = in_each_precision(layer, dense_candidate(layer), space.precisions)
+        if reason is None and not rounds and not any(space.ranks(family, layer) for family in space.families):
+            depthwise = ", which has but its kernel: it is depthwise" if layer.groups == layer.shape[0] > 1 else ""
+            reason = f"no family of search space {space.name!r} makes it smaller{depthwise}"
+        marked.append(dataclasses.replace(layer, reason=reason))
+    return tuple(marked)
+
+
+def time_task(
+    task: Task,
+    space: SearchSpace,
+    conditions: Conditions,
+    cache: str | Path | None,
+    track: Any,
+    out: Path | None = None,
+) -> tuple[list[Layer], Latencies]:
+    """A task's free layers and their latencies, for a table: nothing is calibrated or fitted."""
+    model = unfolded(task.model, task.example_input, space.split_qkv)
+    layers = [x for x in mark_dense(inventory(model, task.example_input), space) if x.reason is None]
+    if not layers:
+        raise TaskError("the model has no layer that can be factorised: rankopt inspect says why")
+    found = measure_latencies(
+        task.model, model, layers, space, task.example_input, conditions, Cache(cache), track, out
+    )
+    return [found.with_layer(x) for x in layers], found
 
 
 def _state(model: nn.Module, batch: Any) -> list[Any]:
@@ -299,6 +338,8 @@ def _curves(
 ) -> dict[str, Curve]:
     """Sensitivities of all layers. Cached for the default objective; a task's own may change behind our back."""
     names = [layer.name for layer in layers]
+    # What is rounded lies between them: rounding adds to an error, and saves no parameters.
+    candidates = {n: [c for c in candidates[n] if c.precision == SAME] or candidates[n] for n in names}
     # A fit is one, in whatever forms.
     key = "sensitivity-" + digest(key, {n: [*dict.fromkeys((c.key, c.error) for c in candidates[n])] for n in names})
     if task.objective is None and (kept := cache.read_json(key)):

@@ -15,7 +15,6 @@ from torch import nn
 from rankopt.allocation import check_feasible
 from rankopt.budget import Limit, Problem, show
 from rankopt.core import BudgetError, Candidate, Layer, Proposal, Trial
-from rankopt.decompositions import DENSE
 from rankopt.hardware import Conditions, Timing, interleaved, passes
 from rankopt.latency import Latencies, expanded, layer_inputs, ratio, sample_modules, signature
 from rankopt.prepare import Prepared
@@ -141,14 +140,14 @@ def _time_layers(
     prepared: Prepared, problem: Problem, candidates: Sequence[Candidate], small: nn.Module, conditions: Conditions
 ) -> dict[str, tuple[Timing, Timing]]:
     """Each factorised layer beside the dense one; equal ones are timed once."""
-    todo = [(x, c) for x, c in zip(problem.layers, candidates, strict=True) if c.method != DENSE]
+    todo = [(x, c) for x, c in zip(problem.layers, candidates, strict=True) if not c.unchanged]
     x = expanded(prepared.task.example_input, conditions.batch)
     inputs = layer_inputs(prepared.model, [layer for layer, _ in todo], x)
     found: dict[tuple[Any, ...], tuple[Timing, Timing]] = {}
     layers = {}
     for layer, c in todo:
         dense = prepared.model.get_submodule(layer.name)
-        same = (signature(dense, inputs[layer.name]), c.method, c.rank, c.form)
+        same = (signature(dense, inputs[layer.name]), c.method, c.rank, c.form, c.precision)
         if same not in found:
             pair = [dense, small.get_submodule(layer.name)]
             found[same] = _pair(*sample_modules(pair, inputs[layer.name], conditions))

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.calibration import columns, outer
-from rankopt.core import Candidate, Layer
-from rankopt.decompositions import DECOMPOSITIONS, DENSE
+from rankopt.core import DENSE, SAME, Candidate, Layer
+from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import load_factors
 from rankopt.inventory import inference, run, to_device
 from rankopt.kinds import in_own_shape, matricise
+from rankopt.precision import store
+from rankopt.rounding import rounded
 
 SHRINK = 1e-3  # towards the layer's own weight, relative to the mean diagonal of E[x̂ x̂ᵀ]
 
@@ -40,14 +42,22 @@ def refine(
     steps: int,
     track: Any,
 ) -> None:
-    """Refit every factorised layer of `small` in place, in the model's order. metrics: name -> (S, H)."""
+    """Refit every factorised layer of `small` in place, in the model's order. metrics: name -> (S, H).
+
+    What is stored in fewer bits is refitted, then rounded; a dense layer is left as it is, rounded or not.
+    """
     # An Embedding reads indices, which are the same in either model: its fit is what refitting would give.
     todo = [(x, c) for x, c in zip(layers, candidates, strict=True) if c.method != DENSE and x.kind != "Embedding"]
     for layer, candidate in track(todo, "refining layer after layer", len(todo)):
         weight, moment = _seen_weight(dense, small, layer, batches)
         family = DECOMPOSITIONS[candidate.method]
-        (fit,) = family.fit(layer, weight, [candidate.rank], moment, metrics[layer.name][1], steps)
-        load_factors(small.get_submodule(layer.name), fit.factors)
+        statistics = moment, metrics[layer.name][1]
+        (fit,) = family.fit(layer, weight, [candidate.rank], *statistics, steps)
+        module = small.get_submodule(layer.name)
+        if candidate.precision == SAME:
+            load_factors(module, fit.factors)
+        else:
+            store(module, candidate.precision, rounded(layer, candidate, weight, fit.factors, *statistics)[0])
 
 
 def _seen_weight(dense: nn.Module, small: nn.Module, layer: Layer, batches: Sequence[Any]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rankopt.core import Layer, Rank, RankoptError
+from rankopt.core import PRECISIONS, SAME, Layer, Rank, RankoptError
 from rankopt.decompositions import DECOMPOSITIONS
 
 DEFAULT = ("svd_out", "svd_in", "svd_spatial", "svd_grouped", "tucker2", "cp", "cp_merged", "tt", "tt_matrix")
@@ -31,6 +30,7 @@ class SearchSpace:
     largest: float = 0.9
     nearest: bool = False
     multiple: int = 1
+    precisions: tuple[str, ...] = (SAME,)
     steps: int = 500
     keep_dense: tuple[str, ...] = ()
     split_qkv: bool = True
@@ -46,6 +46,10 @@ class SearchSpace:
             raise RankoptError(f"search space {self.name!r}: fractions lie in (0, 1]")
         if self.points < 1 or self.multiple < 1:
             raise RankoptError(f"search space {self.name!r}: points and multiple are 1 or more")
+        for precision in self.precisions:
+            if precision not in PRECISIONS:
+                known = ", ".join(PRECISIONS)
+                raise RankoptError(f"search space {self.name!r}: unknown precision {precision!r}; choose from {known}")
         if self.steps < 0 or self.round_steps < 0 or self.rounds < 1:
             raise RankoptError(f"search space {self.name!r}: steps and round_steps are 0 or more, rounds is 1 or more")
 
@@ -78,21 +82,6 @@ class SearchSpace:
             if hit:
                 return f"search space {self.name!r} keeps {pattern} dense"
         return None
-
-
-def mark_dense(layers: Sequence[Layer], space: SearchSpace) -> tuple[Layer, ...]:
-    """Set the reason of layers that the space keeps dense or has nothing for."""
-    free = [layer for layer in layers if layer.reason is None]
-    marked = []
-    for layer in layers:
-        reason = layer.reason
-        if reason is None:
-            reason = space.dense_reason(layer, free)
-        if reason is None and not any(space.ranks(family, layer) for family in space.families):
-            depthwise = ", which has but its kernel: it is depthwise" if layer.groups == layer.shape[0] > 1 else ""
-            reason = f"no family of search space {space.name!r} makes it smaller{depthwise}"
-        marked.append(dataclasses.replace(layer, reason=reason))
-    return tuple(marked)
 
 
 def folder() -> Path:

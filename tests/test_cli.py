@@ -82,7 +82,7 @@ def test_inspect_shows_every_layer_within_100_columns():
         (["digits", "--budget", "params=0.3", "--strategy", "magic"], "unknown strategy 'magic': choose from knapsack"),
         (
             ["digits", "--budget", "params=0.3", "--space", "magic"],
-            "unknown search space 'magic': choose from all, cifar, default",
+            "unknown search space 'magic': choose from all, bits, cifar",
         ),
         (["digits", "--budget", "params=0.3", "--trials", "0", "--strategy", "random"], "give 1 or more"),
     ],

@@ -20,9 +20,10 @@ from rankopt.calibration import frequencies
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.job import Settings, run_search
 from rankopt.kinds import describe, in_own_shape, matricise
+from rankopt.prepare import mark_dense, prepare, silent
 from rankopt.report.html import write_report
 from rankopt.report.text import inspection, render
-from rankopt.space import SearchSpace, mark_dense, prepare, silent
+from rankopt.space import SearchSpace
 from rankopt.strategies import STRATEGIES, make_strategy
 from rankopt.tasks.digits import TRAIN, VALIDATION, data
 from tests.cases import MODULES, make

@@ -69,18 +69,19 @@ def test_save_and_load(result, digits, tmp_path):
     assert read_plan(tmp_path)[0] == result.plan
     assert (tmp_path / "plan.json").stat().st_mode & 0o044, "others may read it"
     text = (tmp_path / "plan.json").read_text()
-    assert '"version": 2' in text and "cp_merged" in text and '"form": "factorised"' in text
+    assert '"version": 3' in text and "cp_merged" in text and '"form": "factorised"' in text
 
 
-def test_plans_of_version_1_are_read_in_the_one_form_that_they_had(result, digits, tmp_path):
+def test_plans_of_earlier_versions_are_read_in_the_one_form_and_precision_that_they_had(result, digits, tmp_path):
     result.save(tmp_path)
     plan = json.loads((tmp_path / "plan.json").read_text())
-    plan["version"] = 1
-    for layer in plan["layers"]:
-        del layer["form"]
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
-    assert read_plan(tmp_path)[0] == result.plan
-    rankopt.load(digits.task.model, tmp_path)
+    for version, unknown in ((2, "precision"), (1, "form")):
+        plan["version"] = version
+        for layer in plan["layers"]:
+            del layer[unknown]
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        assert read_plan(tmp_path)[0] == result.plan
+        rankopt.load(digits.task.model, tmp_path)
     plan["layers"][1] |= {"method": "ttn", "rank": [2]}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     assert read_plan(tmp_path)[0].choices[1].form == "reconstructed"
@@ -169,7 +170,7 @@ def damage(folder, name, change):
     [
         ("plan.json", lambda b: b[: len(b) // 2], "damaged"),
         ("plan.json", lambda b: b"[]", "not a rankopt plan"),
-        ("plan.json", lambda b: b.replace(b'"version": 2', b'"version": 99'), "version 99"),
+        ("plan.json", lambda b: b.replace(b'"version": 3', b'"version": 99'), "version 99"),
         ("plan.json", lambda b: b.replace(b'"cp_merged"', b'"os.system"'), "unknown method"),
         ("plan.json", lambda b: b.replace(b'"method"', b'"module"'), "damaged"),
         ("plan.json", lambda b: b.replace(b'"factorised"', b'"magic"'), "has no form 'magic'"),

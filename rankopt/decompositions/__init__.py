@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rankopt.core import DENSE as DENSE  # the method of a layer that stays one weight: allowed, so not in the registry
 from rankopt.decompositions.augmented_ttn import AugmentedTreeNetwork
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.btt import BlockTerm
@@ -21,9 +22,6 @@ from rankopt.decompositions.ttn import TreeNetwork
 from rankopt.decompositions.tucker import Tucker
 from rankopt.decompositions.tucker2 import Tucker2
 from rankopt.registry import Registry
-
-DENSE = "dense"
-"""The method of a layer that stays as it is; always allowed, so not in the registry."""
 
 DECOMPOSITIONS: Registry[Decomposition] = Registry(
     "decomposition",

@@ -51,19 +51,22 @@ class Reconstructed(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight in the shape of the original's."""
-        cores = self.factors
-        wanted = torch.is_grad_enabled() and any(c.requires_grad for c in cores)
-        if self.training or wanted or torch.compiler.is_compiling() or any(c.is_inference() for c in cores):
-            return in_own_shape(self.layer, self.family.weight(self.layer, cores))
-        return self._keep(cores)
+        stored = [*self.cores.parameters(), *self.cores.buffers()]  # the cores, or what they are widened from
+        wanted = torch.is_grad_enabled() and any(c.requires_grad for c in stored)
+        if self.training or wanted or torch.compiler.is_compiling() or any(c.is_inference() for c in stored):
+            return self._build()
+        return self._keep(stored)
 
-    def _keep(self, cores: Factors) -> Tensor:
+    def _build(self) -> Tensor:
+        return in_own_shape(self.layer, self.family.weight(self.layer, self.factors))
+
+    def _keep(self, stored: Sequence[Tensor]) -> Tensor:
         """The weight as built before; built anew if a core is another or was written to since."""
-        state = [(c.data_ptr(), c._version) for c in cores]
+        state = [(c.data_ptr(), c._version) for c in stored]
         if self._kept is None or self._kept[0] != state:
             with torch.inference_mode(mode=False), torch.no_grad():
-                pins = [c.detach() for c in cores]  # keep the memory, so that no other core can be at its address
-                self._kept = state, pins, in_own_shape(self.layer, self.family.weight(self.layer, cores))
+                pins = [c.detach() for c in stored]  # keep the memory, so that no other core can be at its address
+                self._kept = state, pins, self._build()
         return self._kept[2]
 
     def train(self, mode: bool = True) -> Reconstructed:

@@ -192,14 +192,15 @@ class TensorTrainMatrixLinear(nn.Module):
         return self.family.weight(self.layer, tuple(self.cores))
 
     def forward(self, x: Tensor) -> Tensor:
-        (t, c), (j, i) = self.layer.shape, channel_modes(list(self.cores))
+        cores = list(self.cores)
+        (t, c), (j, i) = self.layer.shape, channel_modes(cores)
         n = math.prod(x.shape[:-1])
         y = nn.functional.pad(x, (0, math.prod(i) - c)).reshape(n, *i)
         if self.from_the_end:
-            reversed_cores = [core.permute(3, 1, 2, 0) for core in reversed(self.cores)]
+            reversed_cores = [core.permute(3, 1, 2, 0) for core in reversed(cores)]
             y = chain(y.permute(0, 3, 2, 1), reversed_cores).reshape(n, *j[::-1]).permute(0, 3, 2, 1)
         else:
-            y = chain(y, list(self.cores))
+            y = chain(y, cores)
         y = y.reshape(n, math.prod(j))[:, :t].reshape(*x.shape[:-1], t)
         return y if self.bias is None else y + self.bias
 

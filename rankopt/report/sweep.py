@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from rankopt.candidates import write_beside
-from rankopt.core import METRICS
+from rankopt.core import METRICS, SAME, Choice
 from rankopt.report import pictures
 from rankopt.report.text import percent, render, with_interval
 from rankopt.sweep import Point, Sweep
@@ -33,17 +33,20 @@ def _write_csv(path: Path, found: Sweep) -> None:
 
 
 def _row(point: Point) -> dict[str, Any]:
-    """A budget's row; empty where it was not measured or cannot be met. plan: layer:method:rank ..., in order."""
+    """A budget's row; empty where it was not measured or cannot be met. plan: layer:method:rank:precision, in order."""
     row: dict[str, Any] = {k: getattr(point, k) for k in ("budget", "kind", *MEASURED)}
     row |= {"target": point.limit.target, "reason": point.reason}
     if point.plan:
         row |= {m: point.plan.cost[m] for m in METRICS}
-        row["plan"] = " ".join(
-            f"{c.name}:{c.method}" + (":" + "x".join(map(str, c.rank)) if c.rank else "") for c in point.plan.choices
-        )
+        row["plan"] = " ".join(map(_choice, point.plan.choices))
     if point.interval:
         row["score_low"], row["score_high"] = point.interval
     return row
+
+
+def _choice(c: Choice) -> str:
+    rank = ["x".join(map(str, c.rank))] if c.rank else []
+    return ":".join([c.name, c.method, *rank, *([c.precision] if c.precision != SAME else [])])
 
 
 def table(found: Sweep) -> str:

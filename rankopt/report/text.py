@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from rankopt.budget import show
-from rankopt.core import RECONSTRUCTED, Cost, Layer
+from rankopt.core import RECONSTRUCTED, SAME, Cost, Layer
 
 WIDTH = 100
 
@@ -33,8 +33,9 @@ def rank_text(rank: Sequence[int]) -> str:
 
 
 def method_text(row: Mapping[str, Any]) -> str:
-    """A layer's method, and its form where that is not the usual one."""
-    return row["method"] + (", reconstructed" if row.get("form") == RECONSTRUCTED else "")  # earlier runs name no form
+    """A layer's method, and its form and precision where these are not the usual ones."""
+    form, precision = row.get("form"), row.get("precision", SAME)  # earlier runs name none
+    return ", ".join([row["method"], *[RECONSTRUCTED] * (form == RECONSTRUCTED), *[precision] * (precision != SAME)])
 
 
 def before_after(info: dict[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -36,7 +36,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from rankopt.allocation import allocate, fill, project
-from rankopt.core import Candidate, Cost, Layer, Proposal, Rank, RankoptError
+from rankopt.core import SAME, Candidate, Cost, Layer, Proposal, Rank, RankoptError
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.fitting import balanced
 from rankopt.frontier import frontier
@@ -237,7 +237,7 @@ class LassoTrain(Strategy):
                 f"strategy 'lasso-train', penalty {self.penalty!r}: layer {layer.name!r} has no candidate of "
                 f"{', '.join(families)}: add one to the search space, or keep the layer dense"
             )
-        own = [c for c in candidates if c.method == family]
+        own = [c for c in candidates if c.method == family and c.precision == SAME]
         return tuple(c for c in frontier(layer, own, [x.metric for x in self.problem.limits]) if c.method == family)
 
 
