@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rankopt.core import BUDGETS, BudgetError, Candidate, Cost, Layer, Proposal
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+BYTES = ("bytes", "memory", "disk")
 TIMES = {"NS": 1, "US": 10**3, "MS": 10**6, "S": 10**9}  # in nanoseconds
 HELP = "give a fraction of dense (0.5, 50%) or an absolute number (150000, 2M, 500KB; latency: 5ms, 800us)"
 
@@ -49,11 +50,11 @@ def parse_budget(budget: Mapping[str, Any] | Sequence[str], dense: Cost) -> tupl
     return tuple(_limit(metric, value, dense) for metric, value in budget.items())
 
 
-def limits_latency(budget: Any) -> bool:
-    """Whether a budget, as parse_budget reads it, names latency."""
+def limited(budget: Any) -> set[str]:
+    """What a budget, as parse_budget reads it, names."""
     if isinstance(budget, str) or not isinstance(budget, (Mapping, Sequence)):
-        return False
-    return any(str(item).partition("=")[0].strip() == "latency" for item in budget)
+        return set()
+    return {str(item).partition("=")[0].strip() for item in budget}
 
 
 def _limit(metric: str, value: Any, dense: Cost) -> Limit:
@@ -97,7 +98,7 @@ def _number(metric: str, value: Any) -> tuple[float, bool]:
             raise wrong
         return number * TIMES[unit], False
     if unit:
-        if unit.endswith("B") and metric != "bytes":
+        if unit.endswith("B") and metric not in BYTES:
             raise BudgetError(f"budget {metric}={text}: {unit} counts bytes, {metric} takes K, M or G")
         return number * UNITS[unit.removesuffix("B")], False
     is_integer = re.fullmatch(r"[+-]?\d+", match[1]) is not None

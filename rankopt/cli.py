@@ -238,10 +238,10 @@ def _report(out: Path, html: bool) -> None:
 
 
 def _conditions(latency_on: str | None, budget: Any) -> Any:
-    from rankopt.budget import limits_latency
+    from rankopt.budget import limited
     from rankopt.hardware import Conditions
 
-    if latency_on and not limits_latency(budget):
+    if latency_on and "latency" not in limited(budget):
         raise RankoptError("--latency-on goes with --budget latency=...")
     return Conditions.parse(latency_on) if latency_on else None
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Rank = tuple[int, ...]
 METRICS = ("params", "macs", "bytes")
 """What is counted."""
-BUDGETS = (*METRICS, "latency")
+BUDGETS = (*METRICS, "latency", "memory", "disk")
 """What a budget may limit."""
 INPUT_FIRST = ("ConvTranspose", "Embedding")
 """How kinds of layers begin whose weight is kept (in, out // groups, *kernel)."""
@@ -52,13 +52,17 @@ class Cost:
 
     params: elements of unique parameters. macs: multiply-accumulates for one example.
     bytes: parameters (for a whole model: and buffers) as stored. latency: nanoseconds of a forward pass under the
-    conditions of a latency budget, 0 where there is none; measured, so not compared.
+    conditions of a latency budget. memory: bytes of weights and activations that live at once, at most; of a layer
+    those of its weights. disk: bytes of model.safetensors. The last three are 0 where no budget names them, and not
+    compared.
     """
 
     params: int
     macs: int
     bytes: int
     latency: int = field(default=0, compare=False)
+    memory: int = field(default=0, compare=False)
+    disk: int = field(default=0, compare=False)
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(self[m] + other[m] for m in BUDGETS))

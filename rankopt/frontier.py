@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from rankopt.core import DENSE, SAME, Candidate, Layer
 
-OF_PRECISION = ("bytes",)
+OF_PRECISION = ("bytes", "latency", "memory", "disk")
 """The metrics that what weights are stored in changes."""
 
 

@@ -36,6 +36,7 @@ from rankopt.core import (
 )
 from rankopt.evaluate import call
 from rankopt.fidelity import WHOLE, Evaluator, Ladder, climbed, trained
+from rankopt.footprint import measured
 from rankopt.frontier import dense_candidate
 from rankopt.hardware import Conditions
 from rankopt.inventory import count, inference, model_input, one_example, run, to_device
@@ -197,6 +198,8 @@ def finish(
     model, changes = _polished(prepared, problem, chosen, model, settings, track)
     latency = kept.measured.latency if kept else plan.cost.latency
     achieved = dataclasses.replace(count(model, task.example_input), latency=latency)
+    if prepared.dense.memory:
+        achieved = dataclasses.replace(achieved, **measured(model, task.example_input))
     for limit in problem.limits:
         if achieved[limit.metric] > limit.target:
             raise RankoptError(

@@ -34,10 +34,11 @@ from rankopt.precision import store
 from rankopt.rounding import in_each_precision
 from rankopt.space import SearchSpace
 
-POINTS = {"eager": 400, "onnxruntime": 12, "compile": 3}  # ranks of a layer and family that are timed; seconds each
+POINTS = {"eager": 400, "onnxruntime": 8, "compile": 3}  # ranks of a layer and family that are timed; seconds each
 CHUNK, CHUNK_WEIGHTS = 8, 2**26  # candidates timed side by side with the dense layer
 SHARES = (0.2, 0.4, 0.6, 0.8)  # plans for the correction: every layer near this share of its dense time
 REPEATS = 15  # of a whole model
+NEAREST = 5
 LEAST = 0.5  # β, and the inverse of its largest: what is beyond is a busy machine's noise
 
 
@@ -316,14 +317,13 @@ def _time_plans(
 def _plan_near(
     share: float, layers: Sequence[Layer], offers: dict[str, list[Candidate]], entries: dict[str, dict[str, int]]
 ) -> list[Candidate]:
-    """Of each layer the candidate whose time is nearest to a share of the dense layer's; families take turns."""
+    """Of each layer one of the NEAREST candidates to a share of the dense layer's time, in turn."""
     plan = []
     for number, layer in enumerate(layers):
         times, goal = entries[layer.name], share * entries[layer.name][DENSE]
-        families = sorted({c.method for c in offers[layer.name] if c.method != DENSE})
-        wanted = families[number % len(families)] if families else DENSE
-        own = [c for c in offers[layer.name] if c.method == wanted and c.precision == SAME] or [dense_candidate(layer)]
-        plan.append(min(own, key=lambda c: abs(_time(times, c) - goal)))
+        own = [c for c in offers[layer.name] if c.precision == SAME] or [dense_candidate(layer)]
+        nearest = sorted(own, key=lambda c: abs(_time(times, c) - goal))[:NEAREST]
+        plan.append(nearest[number % len(nearest)])
     return plan
 
 

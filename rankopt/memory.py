@@ -39,14 +39,14 @@ def peak_memory(model: nn.Module, example_input: Any) -> int:
     (torch.distributed._tools.mem_tracker finds the same, but fails on weights that take no gradient.)
     """
     x = map_tensors(to_device(one_example(example_input), model), lambda t: t.clone())  # with a storage of its own
-    live = _Live()
+    live = Live()
     map_tensors((x, *model.parameters(), *model.buffers()), live.see)
     with live, inference(model):  # in this order: what .eval() builds stays while the model runs
         run(model, x)
     return live.peak
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Adds up the storages that operations return, while they live."""
 
     def __init__(self) -> None:

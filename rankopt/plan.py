@@ -17,7 +17,9 @@ from torch import nn
 
 from rankopt.candidates import FactorStore, write_beside
 from rankopt.core import (
+    BUDGETS,
     DENSE,
+    METRICS,
     PRECISIONS,
     SAME,
     Candidate,
@@ -194,7 +196,8 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
 
 
 def _cost(entry: Mapping[str, Any]) -> Cost:
-    return Cost(int(entry["params"]), int(entry["macs"]), int(entry["bytes"]), int(entry.get("latency", 0)))
+    later = {m: int(entry.get(m, 0)) for m in BUDGETS if m not in METRICS}
+    return Cost(int(entry["params"]), int(entry["macs"]), int(entry["bytes"]), **later)
 
 
 # --- rebuilding ------------------------------------------------------------------------------------

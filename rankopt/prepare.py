@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from rankopt.allocation import check_feasible
-from rankopt.budget import Limit, Problem, limits_latency, parse_budget
+from rankopt.budget import Limit, Problem, limited, parse_budget
 from rankopt.calibration import find_output, moments, output_metrics
 from rankopt.candidates import VERSION, Cache, FactorStore, digest, fit_candidates, in_each_form
 from rankopt.core import METRICS, SAME, Candidate, Cost, Layer, Proposal, Task, TaskError
 from rankopt.evaluate import Divergence, call
+from rankopt.footprint import Footprint, measured
 from rankopt.frontier import dense_candidate, frontier
 from rankopt.hardware import Conditions
 from rankopt.inventory import (
@@ -167,15 +168,21 @@ def prepare(
         raise TaskError(f"the model has no layer that can be factorised ({reasons})")
     key = digest(VERSION, *_state(model, batches[0]), *_tensors(batches), [_identity(x) for x in free])
     latencies = None
-    if limits_latency(budget):
+    if "latency" in limited(budget):
         with clock.stage("timing"):
             where = latency_on or Conditions()
             latencies = measure_latencies(task.model, model, free, space, task.example_input, where, kept, track)
         layers = tuple(x if x.reason else latencies.with_layer(x) for x in layers)
         free = [layer for layer in layers if layer.reason is None]
         dense = dataclasses.replace(dense, latency=latencies.dense)
+    footprint = None
+    if limited(budget) & {"memory", "disk"}:
+        dense = dataclasses.replace(dense, **measured(task.model, task.example_input))
+        footprint = Footprint.of(task.model, model, free, task.example_input, dense)
+        layers = tuple(x if x.reason else footprint.with_layer(x) for x in layers)
+        free = [layer for layer in layers if layer.reason is None]
     if budget is not None:
-        _refuse_infeasible(free, space, parse_budget(budget, dense), dense, latencies)
+        _refuse_infeasible(free, space, parse_budget(budget, dense), dense, latencies, footprint)
     statistics = Statistics(model, free, batches, key, kept, track)
     with clock.stage("calibration"):
         if not kept.path(statistics.key, "safetensors").is_file():
@@ -191,6 +198,8 @@ def prepare(
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
         if latencies:
             candidates = {x.name: latencies.with_candidates(x, candidates[x.name]) for x in free}
+        if footprint:
+            candidates = {x.name: footprint.with_candidates(x, candidates[x.name]) for x in free}
     return Prepared(
         task, model, space, layers, dense, candidates, factors, statistics, objective, clock, family_seconds, latencies
     )
@@ -203,14 +212,21 @@ def _identity(layer: Layer) -> tuple[Any, ...]:
 
 
 def _refuse_infeasible(
-    free: Sequence[Layer], space: SearchSpace, limits: tuple[Limit, ...], dense: Cost, latencies: Latencies | None
+    free: Sequence[Layer],
+    space: SearchSpace,
+    limits: tuple[Limit, ...],
+    dense: Cost,
+    latencies: Latencies | None,
+    footprint: Footprint | None,
 ) -> None:
-    """Costs are closed forms or timed already: whether a budget can be met is known before anything is fitted."""
+    """Costs are closed forms or measured already: whether a budget can be met is known before anything is fitted."""
     menus = []
     for x in free:
         found = [c for f in space.families for r in space.ranks(f, x) for c in in_each_form(x, f, r, 0.0)]
         found += [c for one in (dense_candidate(x), *found) for c in in_each_precision(x, one, space.precisions)]
-        menus.append((dense_candidate(x), *(latencies.with_candidates(x, found) if latencies else found)))
+        found = latencies.with_candidates(x, found) if latencies else found
+        found = footprint.with_candidates(x, found) if footprint else found
+        menus.append((dense_candidate(x), *found))
     check_feasible(Problem(tuple(free), tuple(menus), dense, limits))
 
 

@@ -18,9 +18,11 @@ import rankopt
 from rankopt import job, promise
 from rankopt.budget import Limit, parse_budget
 from rankopt.core import RECONSTRUCTED, BudgetError, Cost, RankoptError, Task
+from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.hardware import Conditions, Timing, interleaved, machine, passes, read_table
 from rankopt.job import Settings, run_search
-from rankopt.latency import expanded, fit_line
+from rankopt.kinds import describe
+from rankopt.latency import expanded, fit_line, random_factors
 from rankopt.prepare import prepare
 from rankopt.promise import Check, Measured, interval, moved
 from rankopt.space import SearchSpace
@@ -146,6 +148,16 @@ def test_a_pass_in_a_runtime_computes_what_the_module_does(runtime):
     found = one()
     found = torch.from_numpy(found[0]) if runtime == "onnxruntime" else found
     torch.testing.assert_close(found, module(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["svd_grouped", "tt"])
+def test_onnxruntime_times_families_that_one_exporter_does_not_know(family):
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    layer = describe(conv, "")
+    rank = DECOMPOSITIONS[family].ranks(layer, [0.5])[0]
+    module, x = random_factors(DECOMPOSITIONS[family].build(conv, layer, rank)), torch.randn(1, 8, 6, 6)
+    (one,) = passes([module], x, Conditions(runtime="onnxruntime"))
+    torch.testing.assert_close(torch.from_numpy(one()[0]), module(x), atol=1e-5, rtol=1e-4)
 
 
 def test_inputs_are_expanded_to_the_batch():

@@ -21,7 +21,14 @@ from rankopt.core import BUDGETS
 from rankopt.decompositions import DECOMPOSITIONS, DENSE
 from rankopt.report.text import percent, rank_text
 
-NAMES = {"params": "parameters", "macs": "MACs", "bytes": "bytes", "latency": "latency"}
+NAMES = {
+    "params": "parameters",
+    "macs": "MACs",
+    "bytes": "bytes",
+    "latency": "latency",
+    "memory": "memory",
+    "disk": "file size",
+}
 WIDTH = 4.2  # inches: on a phone 10 pt text stays about as large as the page's small print
 INK, FAINT, GRID, ACCENT, BAD = "#24292f", "#7d8690", "#e6e8eb", "#c2410c", "#b91c1c"
 POINT = "#3b6ea5"
