@@ -72,7 +72,7 @@ def test_exactly_the_candidates_that_would_raise_the_peak_are_not_offered(prepar
 def test_the_budget_is_kept_and_told(prepared, metric, tmp_path):
     task = prepared.task
     result = rankopt.compress(
-        task.model, task.calibration, {metric: 0.6}, example_input=task.example_input, space=SPACE
+        task.model, task.calibration, {metric: 0.8}, example_input=task.example_input, space=SPACE
     )
     count = {"memory": peak_memory(result.model, task.example_input), "disk": file_size(result.model)}
     told = result.info["budget"][metric]
