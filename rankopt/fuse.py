@@ -28,6 +28,7 @@ from rankopt.decompositions.reconstructed import Reconstructed
 from rankopt.decompositions.tt_matrix import TensorTrainMatrixLinear
 from rankopt.inventory import count, inference, names_of, one_example, run, to_device
 from rankopt.kinds import CONVOLUTIONS, TRANSPOSED
+from rankopt.precision import Stored
 
 REPLACEMENTS = (Factorised, Reconstructed, NetworkLinear, TensorTrainMatrixLinear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -86,6 +87,8 @@ def _built_once(model: nn.Module, flow: Dataflow, measured: bool) -> nn.Module:
     for module, calls in flow.calls.items():
         if not isinstance(module, REPLACEMENTS) or module not in flow.free or calls[0] is None:
             continue
+        if any(isinstance(part, Stored) for part in module.modules()):
+            continue  # its weights are kept small on purpose
         x, dense = calls[0][0], dense_twin(module)
         if isinstance(module, Reconstructed) or _better(module, dense, x, measured):
             model = _put(model, module, dense)

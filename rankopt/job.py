@@ -34,6 +34,7 @@ from rankopt.core import (
     TaskError,
     Trial,
 )
+from rankopt.energy import per_inference
 from rankopt.evaluate import call
 from rankopt.fidelity import WHOLE, Evaluator, Ladder, climbed, trained
 from rankopt.footprint import measured
@@ -252,6 +253,7 @@ def finish(
         "front": front_rows(trials, settings.options.get("also")),
         "tie": tie(trials, chosen, task.examples),
         "milliseconds": time_forward([task.model, model], task.example_input),
+        "energy": measure_energy([task.model, model], task.example_input),
         **about_latency(prepared, problem, kept),
         "layers": [_layer_row(c, layer) for c, layer in zip(plan.choices, prepared.layers, strict=True)],
     }
@@ -337,6 +339,20 @@ def time_forward(models: Sequence[nn.Module], example_input: Any, seconds: float
         torch.set_num_threads(threads)
     dense, compressed = (sorted(t[1:])[len(t[1:]) // 2] for t in times)
     return {"dense": dense, "compressed": compressed, "repeats": len(times[0]), "threads": 1}
+
+
+def measure_energy(models: Sequence[nn.Module], example_input: Any) -> dict[str, Any]:
+    """Joules and grams of CO₂ of one example, dense and compressed; None where the machine does not tell."""
+    x = to_device(one_example(example_input), models[0])
+    device = next(models[0].parameters()).device
+    gpu = device.index or 0 if device.type == "cuda" else None
+    found = []
+    for model in models:
+        with inference(model, fused=True):
+            found.append(per_inference(partial(run, model, x), seconds=1.0, gpu=gpu))
+    dense, small = found
+    grams = {"dense_grams": dense.grams, "compressed_grams": small.grams}
+    return {"dense": dense.joules, "compressed": small.joules, **grams, "source": small.source}
 
 
 def trial_limit(strategy: Any, trials: int | None) -> int:

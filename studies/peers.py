@@ -116,11 +116,12 @@ def measure(cells: dict[str, Any], end: float) -> None:
 
 
 def add_measured(cells: dict[str, Any], path: Path) -> None:
-    """The other tools' figures near the budgets, where the file is beside the checkout."""
+    """The other tools' figures without training near the budgets, where there is the file."""
     if not path.is_file():
         return
     for row in json.loads(path.read_text())["rows"]:
-        if row.get("model") != "resnet20" or not row.get("acc") or row.get("after") or row["peer"] == "tltorch":
+        trained = row["peer"] == "finetune" or row.get("after")
+        if row.get("model") != "resnet20" or not row.get("acc") or trained or row["peer"] == "tltorch":
             continue
         for fraction in BUDGETS:
             if abs(row["params"] / 100 - fraction) <= NEAR:

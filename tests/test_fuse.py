@@ -19,6 +19,9 @@ from rankopt import count, fuse
 from rankopt.dataflow import Dataflow
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.fuse import dense_twin, merge_depthwise
+from rankopt.kinds import describe
+from rankopt.latency import random_factors
+from rankopt.precision import Stored, store
 from tests.cases import FORMED, MODULES, PAIRS, build_forms, inputs, make
 from tests.test_registry import compressed
 from tests.test_unfold import Everything
@@ -433,3 +436,16 @@ def test_followers():
     assert follower["3.conv1"] is model[3].bn1 and follower["3.bn1"] is None, "a function of torch comes next"
     assert follower["3.down.0"] is model[3].down[1]
     assert follower["2"] is None, "both branches of a block use it"
+
+
+def test_rounded_weights_stay_rounded():
+    """A layer of more MACs than dense is built once, but not where that would widen what is kept in int8."""
+    conv = nn.Conv2d(8, 8, 3, padding=1).eval()
+    family, layer = DECOMPOSITIONS["svd_out"], describe(conv, "")
+    small = random_factors(family.build(conv, layer, (8,)))
+    x = torch.randn(1, 8, 6, 6)
+    assert type(fuse(nn.Sequential(small), x)[0]) is nn.Conv2d
+    store(small, "int8")
+    kept = fuse(nn.Sequential(small), x)
+    assert any(isinstance(m, Stored) for m in kept.modules())
+    torch.testing.assert_close(kept(x), small(x))

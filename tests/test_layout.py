@@ -20,7 +20,7 @@ ORDER = [
     {"candidates", "walk", "distill"},
     {"checkpoint"},
     {"strategies", "environment", "hardware", "rounding"},
-    {"plan"},
+    {"plan", "footprint"},
     {"latency"},
     {"prepare", "refine", "renormalise", "search", "store"},
     {"store_shared", "promise"},

@@ -19,6 +19,7 @@ from rankopt.report.pictures import NAMES
 from rankopt.report.text import (
     before_after,
     changes,
+    energy,
     honesty,
     latency,
     method_text,
@@ -74,7 +75,7 @@ def render(info: dict[str, Any], trials: Sequence[dict[str, Any]], run: str) -> 
             verdict=verdict(info),
             rows=before_after(info),
             changes=changes(info),
-            latency=latency(info),
+            latency=[*latency(info), *energy(info)],
             trained=training.lines(info),
             slower=slower(info),
             question=question(info),

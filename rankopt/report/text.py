@@ -82,7 +82,7 @@ def summary(info: dict[str, Any]) -> str:
     notes = [f"{'WARNING ' * warns}{text}" for text, warns in honesty(info)]
     asked = [text] if (text := question(info)) else []
     front = [front_table(info)] if info.get("front") else []
-    before = [*asked, budget_line(info), *latency(info), *changes(info)]
+    before = [*asked, budget_line(info), *latency(info), *energy(info), *changes(info)]
     return render(head, *before, *notes, *front, layer_table(info["layers"]))
 
 
@@ -226,6 +226,19 @@ def latency(info: dict[str, Any]) -> list[str]:
     gap = found["interpolation"]
     between = "" if gap is None else f"; times between measured ranks: typically {gap:.1%} off"
     return [*lines, f"{fit}, the worst {found['residual']:.1%} of the dense model off{between}"]
+
+
+def energy(info: dict[str, Any]) -> list[str]:
+    """Joules and grams of CO₂ per inference, or why there are none."""
+    found = info.get("energy")
+    if not found:
+        return []
+    if found["dense"] is None:
+        return [str(found["source"])]
+    return [
+        f"energy of one inference: {found['compressed']:.3g} J, {found['compressed_grams']:.2g} g CO₂ (dense "
+        f"{found['dense']:.3g} J, {found['dense_grams']:.2g} g); {found['source']}"
+    ]
 
 
 def _few(names: Sequence[str], most: int = 6) -> str:
