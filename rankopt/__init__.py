@@ -19,9 +19,10 @@ from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.finetune import finetune
 from rankopt.fuse import fuse
 from rankopt.inventory import count, inventory, unfolded
-from rankopt.job import Result, compress
+from rankopt.job import compress
 from rankopt.plan import load, read_plan
 from rankopt.recipe import Recipe
+from rankopt.result import Result
 from rankopt.space import SearchSpace, load_space
 from rankopt.strategies import STRATEGIES
 

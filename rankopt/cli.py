@@ -167,8 +167,9 @@ def search(
     """Search for the best plan within a budget and write the run folder."""
     with clear_errors():
         from rankopt.fidelity import WHOLE, Ladder
-        from rankopt.job import Settings, open_folder, run_search
+        from rankopt.job import open_folder, run_search
         from rankopt.prepare import prepare
+        from rankopt.settings import Settings
         from rankopt.space import load_space
         from rankopt.strategies import parse_pairs, read_options
         from rankopt.tasks import load_task

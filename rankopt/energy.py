@@ -6,14 +6,17 @@ Both count all that the GPU, or the CPU's package, draws: idle power and what el
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rankopt.core import RankoptError
+from rankopt.inventory import inference, one_example, run, to_device
 
 RAPL = Path("/sys/class/powercap")
 GRAMS_PER_KWH = 481.0
@@ -71,6 +74,20 @@ def per_inference(
             done += 1
     joules = (now - start) / done
     return Energy(joules, joules / 3.6e6 * grams_per_kwh, source, done)
+
+
+def of_models(models: Sequence[nn.Module], example_input: Any) -> dict[str, Any]:
+    """Joules and grams of CO₂ of one example, dense and compressed; None where the machine does not tell."""
+    x = to_device(one_example(example_input), models[0])
+    device = next(models[0].parameters()).device
+    gpu = device.index or 0 if device.type == "cuda" else None
+    found = []
+    for model in models:
+        with inference(model, fused=True):
+            found.append(per_inference(partial(run, model, x), seconds=1.0, gpu=gpu))
+    dense, small = found
+    grams = {"dense_grams": dense.grams, "compressed_grams": small.grams}
+    return {"dense": dense.joules, "compressed": small.joules, **grams, "source": small.source}
 
 
 def _wait(gpu: int | None) -> None:

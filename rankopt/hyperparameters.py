@@ -26,10 +26,11 @@ from scipy.stats import rankdata
 
 from rankopt.candidates import write_beside
 from rankopt.core import METRICS, RankoptError, StudyError, Task, Trial
-from rankopt.job import Result, Runner, open_folder
+from rankopt.job import Runner, open_folder
 from rankopt.plan import RESULT
 from rankopt.prepare import Prepared, Track, prepare, silent
 from rankopt.request import Request, run_request
+from rankopt.result import Result
 from rankopt.search import ALL_FAILED, Evaluate, Study
 from rankopt.store import STUDY, create, load, lock, readable
 from rankopt.strategies.optuna import derived, make_sampler

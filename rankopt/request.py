@@ -18,8 +18,10 @@ from rankopt.core import METRICS, RankoptError, Task
 from rankopt.evaluate import call
 from rankopt.fidelity import RATE, WHOLE, Ladder
 from rankopt.inventory import inference, run, to_device
-from rankopt.job import Result, Runner, Settings, run_search, with_intervals
+from rankopt.job import Runner, run_search
 from rankopt.prepare import Prepared, Track, silent
+from rankopt.result import Result, with_intervals
+from rankopt.settings import Settings
 from rankopt.space import SearchSpace
 from rankopt.strategies import read_options, strategy_options
 from rankopt.training import BATCH, CLIP, split, train

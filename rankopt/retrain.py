@@ -13,10 +13,11 @@ from rankopt.core import Task, TaskError
 from rankopt.evaluate import call
 from rankopt.finetune import finetune
 from rankopt.initialise import from_scratch as untrained
-from rankopt.job import Result, open_folder, with_intervals
+from rankopt.job import open_folder
 from rankopt.plan import load, read_plan, read_result, sound
 from rankopt.prepare import Track, silent
 from rankopt.recipe import Recipe
+from rankopt.result import Result, with_intervals
 
 FROM_SCRATCH = Recipe(rate=0.1, distill=0.0, weight_decay=5e-4)
 """What is usual where nothing is known yet."""

@@ -22,10 +22,12 @@ from rankopt.core import Cost, Task
 from rankopt.evaluate import Divergence, call
 from rankopt.fidelity import trained
 from rankopt.inventory import count
-from rankopt.job import Result, Runner, Settings, run_search, with_intervals
+from rankopt.job import Runner, run_search
 from rankopt.plan import RESULT, load, read_result
 from rankopt.prepare import CALIBRATION_EXAMPLES, Track, collect_batches, prepare, silent
+from rankopt.result import Result, with_intervals
 from rankopt.search import search
+from rankopt.settings import Settings
 from rankopt.space import SearchSpace
 from rankopt.training import lessons
 

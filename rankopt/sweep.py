@@ -13,8 +13,8 @@ from rankopt.core import BudgetError, Cost, Plan, Proposal, RankoptError, Task
 from rankopt.evaluate import call
 from rankopt.fidelity import Evaluator
 from rankopt.inventory import count
-from rankopt.job import make_plan
 from rankopt.prepare import Clock, Prepared, Track, silent
+from rankopt.result import make_plan
 from rankopt.uncertainty import Interval, wilson
 
 DEPTH, BEND = 2, 0.1  # knees: of the front, and of its two halves; what bends less than 10 % is straight

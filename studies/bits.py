@@ -28,8 +28,9 @@ from rankopt.candidates import write_beside
 from rankopt.core import DENSE, SAME, BudgetError, Candidate
 from rankopt.evaluate import call
 from rankopt.inventory import count
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.prepare import Prepared, prepare
+from rankopt.settings import Settings
 from rankopt.tasks import load_task
 
 HERE = Path(__file__).parent

@@ -31,9 +31,10 @@ from rankopt.candidates import FactorStore, write_beside
 from rankopt.core import Candidate
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.inventory import count
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.plan import apply
 from rankopt.prepare import Prepared, prepare
+from rankopt.settings import Settings
 from rankopt.space import SearchSpace, load_space
 
 HERE = Path(__file__).parent

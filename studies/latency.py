@@ -33,10 +33,12 @@ from rankopt.candidates import write_beside
 from rankopt.core import BudgetError, Choice, Layer
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.hardware import Conditions, machine
-from rankopt.job import Result, Settings, run_search
+from rankopt.job import run_search
 from rankopt.latency import expanded, layer_inputs, random_factors, sample_modules
 from rankopt.prepare import Prepared, prepare
 from rankopt.progress import track
+from rankopt.result import Result
+from rankopt.settings import Settings
 from rankopt.space import load_space
 from rankopt.tasks import load_task
 

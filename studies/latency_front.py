@@ -26,10 +26,11 @@ from rankopt.budget import Limit
 from rankopt.candidates import write_beside
 from rankopt.core import BudgetError
 from rankopt.hardware import Conditions, machine
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.prepare import Prepared, prepare
 from rankopt.progress import track
 from rankopt.promise import check
+from rankopt.settings import Settings
 from rankopt.tasks import load_task
 
 HERE = Path(__file__).parent

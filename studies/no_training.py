@@ -23,8 +23,9 @@ import torch
 from rich.console import Console
 from rich.progress import track as bar
 
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.prepare import prepare
+from rankopt.settings import Settings
 from rankopt.tasks import load_task
 
 HERE = Path(__file__).parent

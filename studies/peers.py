@@ -31,9 +31,10 @@ from rankopt.candidates import write_beside
 from rankopt.core import Task
 from rankopt.evaluate import call
 from rankopt.inventory import count
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.prepare import prepare
 from rankopt.report import pictures
+from rankopt.settings import Settings
 from rankopt.tasks import load_task
 
 HERE = Path(__file__).parent

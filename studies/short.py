@@ -26,12 +26,13 @@ from typing import Any
 import torch
 
 from rankopt.core import Task
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.plan import RESULT
 from rankopt.prepare import Prepared, prepare
 from rankopt.progress import Bar, console, track
 from rankopt.recipe import Recipe
 from rankopt.retrain import retrain
+from rankopt.settings import Settings
 from rankopt.tasks import load_task
 
 HERE = Path(__file__).parent

@@ -21,8 +21,9 @@ from rankopt.core import Layer
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import Bond
 from rankopt.interpret import LayerBonds, bonds_of_run, bonds_of_space
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.report.bonds import page, table
+from rankopt.settings import Settings
 from rankopt.space import SearchSpace
 from tests.cases import PAIRS, build, make
 from tests.test_cli import run

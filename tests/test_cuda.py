@@ -12,8 +12,9 @@ import rankopt
 from rankopt.calibration import moments, output_metrics
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.inventory import inventory
-from rankopt.job import Evaluator, Settings, run_search
+from rankopt.job import Evaluator, run_search
 from rankopt.prepare import prepare
+from rankopt.settings import Settings
 from rankopt.tasks import load_task
 from tests.cases import ONE_EACH
 from tests.conftest import QUICK

@@ -16,8 +16,9 @@ import rankopt
 from rankopt import export as exports
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.export import export, export_weights
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.parity import Parity, compare
+from rankopt.settings import Settings
 from rankopt.tasks.digits import DigitsNet
 from rankopt.unfold import take_ordinary_path
 from tests.cases import MODULES, ONE_EACH, PAIRS, build_forms, inputs, make

@@ -14,9 +14,10 @@ from torch import nn
 from rankopt.core import RankoptError, StudyError, TaskError
 from rankopt.evaluate import Divergence
 from rankopt.fidelity import WHOLE, Evaluator, Ladder
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.report.html import write_report
 from rankopt.search import ETA, Study, best, search
+from rankopt.settings import Settings
 from rankopt.store import Store, read_trials
 from rankopt.strategies import make_strategy
 from tests.test_cli import run as command

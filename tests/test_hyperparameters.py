@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 from rankopt.cli import app
 from rankopt.core import RankoptError, StudyError
 from rankopt.hyperparameters import FILE, Searches
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.request import Training, fine_tuned, softened_divergence
 from rankopt.search import search
+from rankopt.settings import Settings
 from rankopt.study import read_study
 from rankopt.tasks import load_task
 

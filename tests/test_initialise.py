@@ -14,8 +14,9 @@ from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import load_factors
 from rankopt.initialise import draw, from_scratch, untrained
 from rankopt.inventory import inventory
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.kinds import describe
+from rankopt.settings import Settings
 from tests.cases import MODULES, PAIRS, make
 from tests.test_cli import run
 

@@ -18,11 +18,12 @@ import rankopt
 from rankopt import inventory
 from rankopt.calibration import frequencies
 from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.kinds import describe, in_own_shape, matricise
 from rankopt.prepare import mark_dense, prepare, silent
 from rankopt.report.html import write_report
 from rankopt.report.text import inspection, render
+from rankopt.settings import Settings
 from rankopt.space import SearchSpace
 from rankopt.strategies import STRATEGIES, make_strategy
 from rankopt.tasks.digits import TRAIN, VALIDATION, data

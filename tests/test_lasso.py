@@ -17,9 +17,10 @@ from rankopt.core import Candidate, Cost, RankoptError
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.decompositions.base import load_factors
 from rankopt.decompositions.fitting import full_target
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.kinds import matricise
 from rankopt.prepare import silent
+from rankopt.settings import Settings
 from rankopt.strategies import make_strategy
 from rankopt.strategies.lasso import GRID, lasso, rank_one, refitted, regression
 from rankopt.strategies.lasso_train import FAMILIES, Gated, LassoTrain, hoyer_weights, soft_threshold

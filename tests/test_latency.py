@@ -20,11 +20,12 @@ from rankopt.budget import Limit, parse_budget
 from rankopt.core import RECONSTRUCTED, BudgetError, Cost, RankoptError, Task
 from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.hardware import Conditions, Timing, interleaved, machine, passes, read_table
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.kinds import describe
 from rankopt.latency import expanded, fit_line, random_factors
 from rankopt.prepare import prepare
 from rankopt.promise import Check, Measured, interval, moved
+from rankopt.settings import Settings
 from rankopt.space import SearchSpace
 from tests.test_cli import run as command
 

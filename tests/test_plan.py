@@ -12,8 +12,9 @@ from torch import nn
 
 import rankopt
 from rankopt import candidates
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.plan import read_plan
+from rankopt.settings import Settings
 from rankopt.space import SearchSpace
 from rankopt.tasks.digits import DigitsNet
 from rankopt.tasks.digits import digits as digits_task

@@ -22,12 +22,13 @@ from rankopt.decompositions.fitting import full_target
 from rankopt.fidelity import trained
 from rankopt.frontier import dense_candidate, frontier
 from rankopt.inventory import inventory
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.kinds import matricise
 from rankopt.plan import apply, read_plan, save
 from rankopt.precision import Stored, decode, encode, scales, store, widened
 from rankopt.prepare import prepare
 from rankopt.rounding import in_each_precision, rounded
+from rankopt.settings import Settings
 from rankopt.space import SearchSpace, load_space
 from rankopt.tasks.digits import DigitsNet
 from rankopt.training import distillation, with_targets

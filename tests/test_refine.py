@@ -7,8 +7,9 @@ from torch import nn
 
 from rankopt import count
 from rankopt.inventory import inventory
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.refine import _seen_weight
+from rankopt.settings import Settings
 
 
 def test_a_layer_that_sees_what_it_always_saw_keeps_its_weight():

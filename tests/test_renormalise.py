@@ -7,8 +7,9 @@ import copy
 import torch
 from torch import nn
 
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.renormalise import POWER, renormalise
+from rankopt.settings import Settings
 
 
 def test_an_affine_change_before_a_batch_norm_is_half_undone():

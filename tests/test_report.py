@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from rankopt.core import METRICS, StudyError
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.plan import read_result
 from rankopt.prepare import Prepared
 from rankopt.report.html import render, write_report
 from rankopt.report.text import summary
+from rankopt.settings import Settings
 from rankopt.store import read_trials
 
 EVIL = "<script>alert('x')</script><img src=http://example.com/x.png>$\\frac{"

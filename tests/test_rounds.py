@@ -10,9 +10,9 @@ import torch
 
 from rankopt.core import BudgetError, RankoptError
 from rankopt.inventory import count
-from rankopt.job import Settings
 from rankopt.plan import load
 from rankopt.rounds import multiplied_out, run_rounds
+from rankopt.settings import Settings
 from rankopt.space import SearchSpace
 from rankopt.tasks import load_task
 from tests.conftest import QUICK

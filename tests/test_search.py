@@ -16,9 +16,10 @@ import pytest
 from rich.console import Console
 
 from rankopt import StudyError
-from rankopt.job import Evaluator, Settings, run_search
+from rankopt.job import Evaluator, run_search
 from rankopt.progress import Watched
 from rankopt.search import Study, best, search
+from rankopt.settings import Settings
 from rankopt.store import Store, read_trials
 from rankopt.strategies import make_strategy
 
@@ -103,7 +104,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from tests.conftest import QUICK
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
+from rankopt.settings import Settings
 from rankopt.prepare import prepare
 from rankopt.tasks import load_task
 from rankopt.search import search

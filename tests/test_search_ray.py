@@ -14,12 +14,13 @@ import torch
 
 from rankopt.core import RankoptError, StudyError
 from rankopt.fidelity import WHOLE, Evaluator, Ladder
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.plan import apply
 from rankopt.prepare import prepare
 from rankopt.ray_worker import Limits
 from rankopt.search import Study, best, search
 from rankopt.search_ray import RaySearch
+from rankopt.settings import Settings
 from rankopt.space import SearchSpace
 from rankopt.store import read_trials
 from rankopt.strategies import make_strategy

@@ -18,8 +18,9 @@ import pytest
 from optuna.trial import TrialState
 
 from rankopt.core import StudyError
-from rankopt.job import Evaluator, Settings, run_search
+from rankopt.job import Evaluator, run_search
 from rankopt.search import Study, attempt, proposals, search
+from rankopt.settings import Settings
 from rankopt.store import Store, read_trials
 from rankopt.store_shared import SharedStore
 from rankopt.strategies import make_strategy

@@ -13,8 +13,9 @@ from rankopt.allocation import project
 from rankopt.budget import Limit, Problem
 from rankopt.core import Candidate, Cost, Layer, RankoptError, Trial
 from rankopt.frontier import frontier
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.search import Study, search
+from rankopt.settings import Settings
 from rankopt.strategies import STRATEGIES, make_strategy, strategy_class
 
 SEARCHERS = [name for name in STRATEGIES if not strategy_class(name).one_shot]

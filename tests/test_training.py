@@ -19,8 +19,9 @@ from torch import nn
 import rankopt
 from rankopt import Recipe, checkpoint
 from rankopt.distill import Lesson, blocks, distance, factorised, recorded
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.recipe import make_optimizer, make_schedule
+from rankopt.settings import Settings
 from rankopt.training import divergence, endless
 from tests.test_cli import run
 

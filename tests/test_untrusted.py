@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 import rankopt
 from rankopt.candidates import Cache, FactorStore
 from rankopt.core import RankoptError, StudyError
-from rankopt.job import Settings, run_search
+from rankopt.job import run_search
 from rankopt.plan import LARGEST, read_result, sound
 from rankopt.report.html import write_report
 from rankopt.report.text import summary
+from rankopt.settings import Settings
 from rankopt.store import Store, read_trials
 from rankopt.tasks.digits import DigitsNet
 
