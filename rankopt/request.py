@@ -123,7 +123,7 @@ def _fine_tuned(result: Result, prepared: Prepared, request: Request, track: Tra
     score["compressed"]["test"] = call("the test score", task.test, model)
     objective = {**info["objective"], "best": call("the objective", prepared.objective, model)}
     info = {**info, **with_intervals(task, score), "objective": objective}
-    return dataclasses.replace(result, model=model, info=info | {"training": dataclasses.asdict(request.training)})
+    return dataclasses.replace(result, model=model, info=info | {"fine_tuning": dataclasses.asdict(request.training)})
 
 
 def fine_tuned(
