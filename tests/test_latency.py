@@ -22,7 +22,7 @@ from rankopt.decompositions import DECOMPOSITIONS
 from rankopt.hardware import Conditions, Timing, interleaved, machine, passes, read_table
 from rankopt.job import run_search
 from rankopt.kinds import describe
-from rankopt.latency import expanded, fit_line, random_factors
+from rankopt.latency import expanded, fit_line, key, random_factors
 from rankopt.prepare import prepare
 from rankopt.promise import Check, Measured, interval, moved
 from rankopt.settings import Settings
@@ -194,6 +194,21 @@ def test_a_layer_that_would_be_slower_is_reconstructed_where_parameters_count(pr
     twins = [c for c in found if c.form == RECONSTRUCTED]
     assert len(found) == 2 * len(twins) > 0
     assert all(c.cost.latency == layer.cost.latency and c.cost.macs == layer.cost.macs for c in twins)
+
+
+def test_rounded_candidates_have_times_of_their_own(_cache):
+    """int8 takes bytes and widening takes time: both count, and dense int8 is not taken for dense."""
+    bits = dataclasses.replace(SPACE, families=("svd_out",), precisions=("same", "int8"))
+    found = prepare(make_task(), bits, workers=1, budget={"latency": 0.95, "bytes": 0.9})
+    rounded = [(x, c) for x in found.free for c in found.candidates[x.name] if c.precision == "int8"]
+    assert {c.method for _, c in rounded} == {"dense", "svd_out"}
+    for layer, c in rounded:
+        times = found.latencies.entries[layer.name]
+        assert c.cost.latency == round(found.latencies.slope * times[key(c)]) and key(c).endswith("int8")
+    problem = found.problem({"latency": 0.95, "bytes": 0.9})
+    assert all(
+        c.cost.latency <= x.cost.latency for x, f in zip(problem.layers, problem.frontiers, strict=True) for c in f
+    )
 
 
 def test_what_was_timed_is_not_timed_again(prepared, _cache):
