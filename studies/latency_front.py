@@ -127,7 +127,7 @@ def picture(rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(5 * len(runtimes), 4), layout="constrained")
     for axes, runtime in zip(figure.subplots(1, len(runtimes), squeeze=False, sharey=True)[0], runtimes, strict=True):
         own = [r for r in rows if r["runtime"] == runtime and "macs_plan" in r]
-        for key, style, label in (("macs_plan", "s--", "plans for MACs"), ("plan", "o-", "plans for latency")):
+        for key, style, label in (("macs_plan", "s", "plans for MACs"), ("plan", "o-", "plans for latency")):
             points = sorted((r[key]["latency"][0], 100 * r[key]["top1"]) for r in own)
             axes.plot(*zip(*points, strict=True), style, label=label)
         axes.axvline(1, color="gray", ls=":", lw=1)
