@@ -99,7 +99,7 @@ def allocate(
     plan = _fill(table, _repair(table, plan))
     upper, bound = _loss(table, plan) if _fits(table, plan) else math.inf, least
     for goal in sorted({tolerance, max(tolerance, TOLERANCE)}, reverse=True):  # a good plan first: a smaller core after
-        if not upper - bound <= goal * abs(upper):
+        if upper == math.inf or upper - bound > goal * abs(upper):
             core = _core(table, prices, upper - least)
             plan, upper, proven = _solve_core(core, plan, upper, goal)
             bound = max(bound, min(proven, upper))

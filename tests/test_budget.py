@@ -165,3 +165,26 @@ def test_least_achievable_is_named():
     tight = Problem(problem.layers, problem.frontiers, problem.dense, (Limit("params", 0.5, 15),))
     with pytest.raises(BudgetError, match=r"least achievable in this search space is 18 \(60.00 % of dense\)"):
         check_feasible(tight)
+
+
+def test_the_only_plan_that_fits_is_found_where_repairing_ends_beside_it():
+    """Two limits that pull apart: giving up what is cheapest to lose passes the one plan by."""
+
+    def layer(number, params, macs):
+        return Layer(f"layer{number}", "Linear", (4, 5), cost=Cost(params, macs, 0))
+
+    def candidate(params, macs, error=1.0):
+        return Candidate("svd_out" if error else "dense", (1,) * bool(error), Cost(params, macs, 0), error, error)
+
+    problem = Problem(
+        (layer(0, 38, 20), layer(1, 28, 20), layer(2, 20, 73), layer(3, 20, 20)),
+        (
+            (candidate(1, 54), candidate(38, 20, 0.0)),
+            (candidate(70, 1), candidate(28, 20, 0.0)),
+            (candidate(6, 22), candidate(1, 23), candidate(20, 73, 0.0)),
+            (candidate(20, 20, 0.0),),
+        ),
+        Cost(113, 140, 7),
+        (Limit("params", 0.5, 98), Limit("macs", 0.5, 122)),
+    )
+    assert everything(problem) and project(problem, (0, 0, 0, 0)) == (1, 1, 1, 0)

@@ -87,7 +87,7 @@ def rows(folder):
             BASE + "[hyperparameters]\nspace.pints = [2, 4]",
             "unknown hyperparameter 'space.pints'; known are space.families",
         ),
-        (BASE + "[hyperparameters]\nspace.points = [2, 0]", "points is at least 1"),
+        (BASE + "[hyperparameters]\nspace.points = [2, 0]", "points and multiple are 1 or more"),
         (BASE + "[hyperparameters]\nspace.points = 3", "give choices as [a, b] or a range"),
         (BASE + "[hyperparameters]\nspace.points = { low = 3 }", "give choices as [a, b] or a range"),
         (BASE + "[hyperparameters]\nspace.points = { low = 9, high = 3 }", "hyperparameter space.points"),

@@ -58,7 +58,7 @@ def make_task():
 @pytest.fixture(autouse=True)
 def _brief(monkeypatch):
     """On a busy machine a measurement does not wait for a narrow interval."""
-    monkeypatch.setattr(promise, "SECONDS", 1.0)
+    monkeypatch.setattr(promise, "SECONDS", 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,9 @@ def test_what_was_timed_is_not_timed_again(prepared, _cache):
 
     again = prepare(make_task(), SPACE, workers=1, budget={"latency": 0.9}, track=track, latency_on=Conditions())
     assert ("timing layers", 0) in asked and ("timing whole models", 4) not in asked
-    assert again.latencies.entries == prepared.latencies.entries and again.dense == prepared.dense
+    for name, times in prepared.latencies.entries.items():  # other tests may have added theirs
+        assert again.latencies.entries[name].items() >= times.items()
+    assert again.dense == prepared.dense
 
 
 def test_fits_do_not_depend_on_the_machine(prepared):

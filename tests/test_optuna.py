@@ -229,7 +229,7 @@ def two_metrics(seed=0):
     return Problem(tuple(layers), tuple(frontiers), dense, limits), truth
 
 
-@pytest.mark.parametrize("sampler", ["gp", "tpe", "nsgaii", "nsgaiii"])
+@pytest.mark.parametrize("sampler", [pytest.param("gp", marks=pytest.mark.slow), "tpe", "nsgaii", "nsgaiii"])
 def test_a_second_objective_gives_a_front(sampler):
     problem, truth = two_metrics()
     trials = search(

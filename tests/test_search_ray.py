@@ -136,7 +136,7 @@ class Writing:
         return objective, 1000.0 * os.getpid() + before
 
 
-@pytest.mark.parametrize("strategy", ["random", "optuna"])
+@pytest.mark.parametrize("strategy", [pytest.param("random", marks=pytest.mark.slow), "optuna"])
 def test_one_worker_gives_the_same_trials_as_this_process(digits, cluster, strategy):
     here, there = run(digits, strategy), run(digits, strategy, runner=RaySearch(1))
     assert [t.proposal for t in there] == [t.proposal for t in here]
