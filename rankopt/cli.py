@@ -15,7 +15,7 @@ from rich.console import Console
 
 from rankopt import commands
 from rankopt.core import RankoptError
-from rankopt.progress import Watched, console, track
+from rankopt.progress import Bar, Patience, Watched, console, track
 
 app = typer.Typer(
     help="Choose a tensor decomposition and its rank for every layer of a PyTorch model, under one budget.",
@@ -356,15 +356,18 @@ def benchmark(
 
 @app.command()
 def run(
-    study: Annotated[Path, typer.Argument(help="a study's .toml file: a search's settings, perhaps with ranges")],
+    study: Annotated[
+        Path, typer.Argument(help="a study's .toml file: a search's settings, perhaps with cases or ranges")
+    ],
     out: Annotated[Path | None, typer.Option(help="the folder for results [the file's out, or runs/STUDY]")] = None,
     budget_minutes: Annotated[float, typer.Option(help="start nothing after so many minutes; run again to go on")] = (
         float("inf")
     ),
     cache: CacheFolder = None,
 ) -> None:
-    """Do what a study's file says, or go on with it: one search, or many with hyperparameters searched for."""
+    """Do what a study's file says, or go on with it: one search, a list of cases, or hyperparameters searched for."""
     with clear_errors("every finished search is kept: the same command goes on"):
+        from rankopt.cases import run_cases
         from rankopt.hyperparameters import run_study
         from rankopt.study import read_study
         from rankopt.tasks import load_task
@@ -377,8 +380,9 @@ def run(
         def told(line: str) -> None:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-        task, seconds = load_task(found.task), 60 * budget_minutes
-        for line in run_study(found, task, folder, seconds, runner, cache, told, track):
+        where = (folder, runner, cache, Patience(budget_minutes), Bar())
+        lines = run_cases(found, *where) if found.cases else run_study(found, load_task(found.task), *where, told)
+        for line in lines:
             _print(line)
 
 

@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rankopt.progress import Bar, console, gently
-
-
-class Patience:
-    """Whether a training is to stop: Ctrl-C, or its minutes are over."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self.stopping = False
-        self.end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
-
-    def __call__(self) -> bool:
-        return self.stopping or time.monotonic() >= self.end
+from rankopt.progress import Bar, Patience, console, gently
 
 
 def train(

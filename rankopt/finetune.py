@@ -74,7 +74,10 @@ def finetune(
     checkpoint is written and KeyboardInterrupt raised. Raises TaskError, StudyError for a checkpoint of another
     training.
     """
-    training = _Training(copy.deepcopy(model), task, recipe or Recipe(), teacher or task.model, stop, note)
+    recipe = recipe or Recipe()
+    if not recipe.trains:
+        raise TaskError("there is nothing to train: give epochs, or layerwise steps, or both")
+    training = _Training(copy.deepcopy(model), task, recipe, teacher or task.model, stop, note)
     if folder is not None:
         training.keep(Path(folder), resume)
     return training.run(track)

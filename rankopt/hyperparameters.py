@@ -27,9 +27,10 @@ from scipy.stats import rankdata
 from rankopt.candidates import write_beside
 from rankopt.core import METRICS, RankoptError, StudyError, Task, Trial
 from rankopt.job import Runner, open_folder
-from rankopt.plan import RESULT
-from rankopt.prepare import Prepared, Track, prepare, silent
-from rankopt.request import Request, run_request
+from rankopt.plan import RESULT, read_result
+from rankopt.prepare import Prepared, Track, prepare
+from rankopt.progress import Bar, Patience
+from rankopt.request import Request, run_in_folder, run_request
 from rankopt.result import Result
 from rankopt.search import ALL_FAILED, Evaluate, Study
 from rankopt.store import STUDY, create, load, lock, readable
@@ -159,7 +160,7 @@ class Searches:
                 request = self.request(asked.params)
                 if prepared is None or prepared.space != request.space:
                     prepared = prepare(untested, request.space, cache, track, budget=request.budget)
-                result = run_request(request, prepared, None, False, runner, silent)
+                result = run_request(request, prepared, runner)
                 found = {**measured(result), "seconds": round(time.monotonic() - start, 3)}
                 self._tell(asked, found, report)
             except RankoptError as error:
@@ -182,16 +183,13 @@ class Searches:
         if not self.finished() and len(self.done()) >= min(ALL_FAILED, self.file.searches):
             raise StudyError(f"every search failed; the last said: {error}")
 
-    def keep_best(self, runner: Runner, cache: Path | None, track: Track) -> Path:
+    def keep_best(self, runner: Runner, cache: Path | None, patience: Patience, bar: Bar) -> Path | None:
         """Make the best search's plan and model again, with the test score, in a run folder of its own."""
         trial = self.best()
-        folder = self.out / f"search-{trial.number}"
-        if not (folder / RESULT).is_file():
-            request = self.request(trial.params)
-            prepared = prepare(self.task, request.space, cache, track, budget=request.budget)
-            open_folder(folder, resume=folder.exists() and any(folder.rglob("study.db")))
-            run_request(request, prepared, folder, folder.exists(), runner, track)
-        return folder
+        folder, request = self.out / f"search-{trial.number}", self.request(trial.params)
+        if not request.training.trains and (folder / RESULT).is_file():
+            return folder
+        return run_in_folder(request, self.task, folder, runner, cache, patience, bar)
 
 
 def measured(result: Result) -> dict[str, Any]:
@@ -236,42 +234,44 @@ def run_study(
     file: StudyFile,
     task: Task,
     out: Path,
-    seconds: float,
     runner: Runner,
     cache: Path | None,
+    patience: Patience,
+    bar: Bar,
     report: Report,
-    track: Track,
 ) -> Iterator[str]:
-    """Do what a study's file says, or go on with it, until it is done or the seconds are over; yields what to show.
+    """Do what a study's file without cases says, or go on with it, until it is done or patience is over.
 
-    report: is told of every search of a study with hyperparameters when it ends.
+    Yields what to show. report: is told of every search of a study with hyperparameters when it ends.
     """
-    deadline = time.monotonic() + seconds
     if not file.hyperparameters:
-        yield from _run_one(file, task, out, Until(runner, deadline), cache, track)
+        yield from _run_one(file, task, out, Until(runner, patience.end), cache, patience, bar)
         return
     from rankopt.report.html import write_report
     from rankopt.report.hyperparameters import write
 
     with Searches(file, task, out).open() as searches:
-        complete = searches.run(deadline, runner, cache, report, track)
+        complete = searches.run(patience.end, runner, cache, report, bar)
         if searches.finished():
             yield f"written: {', '.join(map(str, write(searches)))}"
         if not complete:
             yield f"the time is over with {len(searches.done())} of {file.searches} searches: the same command goes on"
             return
-        folder = searches.keep_best(runner, cache, track)
-        yield f"the best search, made again: {write_report(folder)}"
+        if folder := searches.keep_best(runner, cache, patience, bar):
+            yield f"the best search, made again: {write_report(folder)}"
+        else:
+            yield "the best search was not made again: the same command goes on"
 
 
-def _run_one(file: StudyFile, task: Task, out: Path, runner: Runner, cache: Path | None, track: Track) -> Iterator[str]:
+def _run_one(
+    file: StudyFile, task: Task, out: Path, runner: Runner, cache: Path | None, patience: Patience, bar: Bar
+) -> Iterator[str]:
     from rankopt.report.html import write_report
+    from rankopt.report.text import summary
 
-    resume = out.is_dir() and any(out.rglob("study.db"))
-    open_folder(out, resume)
-    prepared = prepare(task, file.request.space, cache, track, budget=file.request.budget)
-    result = run_request(file.request, prepared, out, resume, runner, track)
-    yield result.summary()
-    yield f"report: {write_report(out)}"
-    if result.info["trials"]["interrupted"]:
-        yield "not all trials were made: the same command goes on"
+    folder = run_in_folder(file.request, task, out, runner, cache, patience, bar)
+    if shown := folder or (out if (out / RESULT).is_file() else None):
+        yield summary(read_result(shown))
+        yield f"report: {write_report(shown)}"
+    if folder is None:
+        yield "not all was done: the same command goes on"

@@ -196,8 +196,8 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
 
 
 def _cost(entry: Mapping[str, Any]) -> Cost:
-    later = {m: int(entry.get(m, 0)) for m in BUDGETS if m not in METRICS}
-    return Cost(int(entry["params"]), int(entry["macs"]), int(entry["bytes"]), **later)
+    counted = {m: int(entry[m]) for m in METRICS}
+    return Cost(**counted, **{m: int(entry.get(m, 0)) for m in BUDGETS if m not in METRICS})
 
 
 # --- rebuilding ------------------------------------------------------------------------------------

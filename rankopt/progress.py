@@ -147,6 +147,17 @@ class Stoppable(Protocol):
     stopping: bool
 
 
+class Patience:
+    """Whether to stop: Ctrl-C (within `gently`), or the minutes are over."""
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self.stopping = False
+        self.end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+
+    def __call__(self) -> bool:
+        return self.stopping or time.monotonic() >= self.end
+
+
 @contextmanager
 def gently(study: Stoppable, say: Callable[[str], None]) -> Iterator[None]:
     """Ctrl-C once: what runs is finished, and nothing more is started. Twice: KeyboardInterrupt at once."""

@@ -42,8 +42,8 @@ RANGES = {  # inclusive
 class Recipe:
     """Settings of a training. The defaults are for a plan that came out of a search, not for one from scratch.
 
-    epochs: over the task's train, may be a fraction; 0: only the layerwise stage. optimizer: "sgd" (Nesterov, with
-    this momentum) or "adamw". rate: the largest learning rate. weight_decay: of weights; biases and norms have none.
+    epochs: over the task's train, may be a fraction; 0: only the layerwise stage, if any. optimizer: "sgd" (Nesterov,
+    with this momentum) or "adamw". rate: the largest learning rate. weight_decay: of weights, not of biases and norms.
     schedule: "cosine" or "constant" after a linear warm-up over this share of the steps, or "one-cycle", which rises
     for that share. smoothing: of labels. distill: weight of the teacher's logits beside the labels' (1 - distill), at
     this temperature. features: weight of the distance between outputs of factorised layers and the dense model's.
@@ -85,8 +85,14 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
                 raise RankoptError(f"{name} is {value!r}: give a number from {low:g} to {high:g}")
-        if not self.epochs and not self.layerwise:
-            raise RankoptError("there is nothing to train: give epochs, or layerwise steps, or both")
+        for name in ("channels_last", "eval_mode", "best"):
+            if not isinstance(getattr(self, name), bool):
+                raise RankoptError(f"{name} is {getattr(self, name)!r}: give true or false")
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.epochs or self.layerwise)
 
     def changed(self) -> dict[str, Any]:
         """What is not as by default."""

@@ -1,51 +1,31 @@
-"""One search with everything that it takes, fine-tuning included: what hyperparameters change."""
+"""One search with everything that it takes, training included: what hyperparameters and cases change."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from rankopt.calibration import class_axis, main_output
-from rankopt.core import METRICS, RankoptError, Task
+from rankopt.core import METRICS, RankoptError, StudyError, Task
 from rankopt.evaluate import call
-from rankopt.fidelity import RATE, WHOLE, Ladder
-from rankopt.inventory import inference, run, to_device
-from rankopt.job import Runner, run_search
-from rankopt.prepare import Prepared, Track, silent
-from rankopt.result import Result, with_intervals
+from rankopt.fidelity import WHOLE, Ladder
+from rankopt.finetune import finetune
+from rankopt.job import Runner, open_folder, run_search
+from rankopt.plan import RESULT, read_result
+from rankopt.prepare import Prepared, prepare
+from rankopt.progress import Bar, Patience, console, gently
+from rankopt.recipe import Recipe
+from rankopt.result import Result
+from rankopt.retrain import retrain, with_training
 from rankopt.settings import Settings
 from rankopt.space import SearchSpace
 from rankopt.strategies import read_options, strategy_options
-from rankopt.training import BATCH, CLIP, split, train
 
-
-@dataclass(frozen=True)
-class Training:
-    """Fine-tuning of the plan that a search chose, by Adam; batch norms' statistics are kept.
-
-    steps: 0 is none. rate: the learning rate. distill: the share of the loss that is distillation from the dense
-    model at this temperature (Hinton 2015); the rest is the task's loss on its labels.
-    """
-
-    steps: int = 0
-    rate: float = RATE
-    distill: float = 0.0
-    temperature: float = 2.0
-
-    def __post_init__(self) -> None:
-        if self.steps < 0 or not self.rate > 0 or not 0 <= self.distill <= 1 or not self.temperature > 0:
-            raise RankoptError(
-                f"training {dataclasses.asdict(self)}: steps are 0 or more, rate and temperature above 0, "
-                "distill is from 0 to 1"
-            )
+NO_TRAINING = Recipe(epochs=0)
+TABLES = ("budget", "options", "space", "training")  # of settings that hyperparameters and cases may change
+TRAINED = "trained"  # the folder of the trained model, in a run folder
 
 
 @dataclass(frozen=True)
@@ -60,7 +40,7 @@ class Request:
     seed: int = 0
     refine: bool = False
     ladder: Ladder = WHOLE
-    training: Training = Training()
+    training: Recipe = NO_TRAINING
 
     def known(self) -> dict[str, Any]:
         """The names that hyperparameters may have, with what they are without one."""
@@ -69,13 +49,13 @@ class Request:
             "budget": {m: self.budget.get(m, 1.0) for m in METRICS},
             "options": {**strategy_options(self.strategy), **self.options},
             "space": {k: v for k, v in space.items() if k not in ("name", "description")},
-            "training": dataclasses.asdict(self.training),
+            "training": {k: v for k, v in dataclasses.asdict(self.training).items() if k != "seed"},
         }
         return {f"{table}.{k}": v for table, values in tables.items() for k, v in values.items()}
 
     def changed(self, values: Mapping[str, Any]) -> Request:
         """With hyperparameters set. Raises RankoptError for a value that cannot be."""
-        parts: dict[str, dict[str, Any]] = {"budget": {}, "options": {}, "space": {}, "training": {}}
+        parts: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
         for name, value in values.items():
             table, _, key = name.partition(".")
             parts[table][key] = tuple(value) if isinstance(value, list) else value
@@ -90,75 +70,53 @@ class Request:
         except TypeError as error:
             raise RankoptError(f"{', '.join(f'{k}={v}' for k, v in values.items())}: {error}") from error
 
+    @property
+    def settings(self) -> Settings:
+        """Those of its search."""
+        return Settings(self.strategy, self.trials, self.seed, False, self.refine, self.options, self.ladder)
 
-def run_request(
-    request: Request, prepared: Prepared, out: Path | None, resume: bool, runner: Runner, track: Track
-) -> Result:
-    """Search, fine-tune what was found if asked for, and, with a run folder, keep the result there."""
-    problem = prepared.problem(request.budget)
-    settings = Settings(
-        request.strategy,
-        request.trials,
-        request.seed,
-        resume,
-        request.refine,
-        request.options,
-        request.ladder,
-    )
-    result = run_search(prepared, problem, settings, out, runner, track)
-    if request.training.steps and not result.info["trials"]["interrupted"]:
-        result = _fine_tuned(result, prepared, request, track)
-        if out is not None:
-            result.save(out)
+    @property
+    def recipe(self) -> Recipe:
+        """That of its training."""
+        return dataclasses.replace(self.training, seed=self.seed)
+
+
+def run_request(request: Request, prepared: Prepared, runner: Runner) -> Result:
+    """Search, then train what was found; nothing is kept on disk."""
+    result = run_search(prepared, prepared.problem(request.budget), request.settings, runner=runner)
+    if not request.training.trains or result.info["trials"]["interrupted"]:
+        return result
+    result = with_training(result, finetune(result.model, prepared.task, request.recipe), prepared.task)
+    result.info["objective"] |= {"best": call("the objective", prepared.objective, result.model)}
     return result
 
 
-def _fine_tuned(result: Result, prepared: Prepared, request: Request, track: Track) -> Result:
-    """The result with its model trained, and measured again."""
-    task, info = prepared.task, result.info
-    model = fine_tuned(
-        result.model, task, prepared.statistics.batches, request.training, seed=request.seed, track=track
-    )
-    score = {**info["score"], "compressed": {"validation": call("the score", task.score, model)}}
-    score["compressed"]["test"] = call("the test score", task.test, model)
-    objective = {**info["objective"], "best": call("the objective", prepared.objective, model)}
-    info = {**info, **with_intervals(task, score), "objective": objective}
-    return dataclasses.replace(result, model=model, info=info | {"fine_tuning": dataclasses.asdict(request.training)})
+def run_in_folder(
+    request: Request, task: Task, out: Path, runner: Runner, cache: Path | None, patience: Patience, bar: Bar
+) -> Path | None:
+    """Search in a run folder, or go on with it, then train what was found in the folder `trained` in it.
 
-
-def fine_tuned(
-    model: nn.Module, task: Task, calibration: Sequence[Any], training: Training, seed: int = 0, track: Track = silent
-) -> nn.Module:
-    """A trained copy of a compressed model: on the task's train and loss, and its own model's outputs.
-
-    Without train and loss, on the dense model's outputs alone, for the calibration batches. The one place where
-    the settings of a `Training` act. Raises TaskError where the loss is not finite.
+    Returns the folder that holds the result; None if it was stopped before there was one: the same call goes on, and
+    repeats nothing that is finished. The runner is what stops a search.
     """
-    labelled = task.train is not None and task.loss is not None
-    share = training.distill if labelled else 1.0
-    batches: Sequence[Any] = list(task.train or ()) if labelled else [(x, None) for x in split(calibration, BATCH)]
-    with inference(task.model):
-        taught = [(x, y, main_output(run(task.model, to_device(x, task.model)))) for x, y in batches]
-
-    def loss(m: nn.Module, batch: Any) -> Tensor:
-        x, y, wanted = batch
-        z = run(m, to_device(x, m))
-        soft = softened_divergence(main_output(z), wanted, training.temperature) if share else torch.zeros(())
-        hard = task.loss(z, to_device(y, m)) if share < 1 and task.loss else torch.zeros(())
-        return share * soft + (1 - share) * hard
-
-    changed = copy.deepcopy(model)
-    optimizer = torch.optim.Adam(changed.parameters(), training.rate)
-    train(changed, taught, loss, optimizer, steps=training.steps, seed=seed, clip=CLIP, training=False, track=track)
-    return changed
-
-
-def softened_divergence(z: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """T² KL(softmax(wanted / T), softmax(z / T)), the mean over predictions (Hinton 2015, eq. 2); of outputs that are
-    no classes the relative squared error."""
-    axis = class_axis(z)
-    if axis is None:
-        return (z - wanted).square().sum() / (wanted - wanted.mean()).square().sum().clamp_min(1e-12)
-    log_p, log_p0 = (F.log_softmax(logits / temperature, axis) for logits in (z, wanted))
-    divergence = F.kl_div(log_p, log_p0, reduction="sum", log_target=True)
-    return temperature**2 * divergence * z.shape[axis] / z.numel()
+    trained = out / TRAINED
+    if not trained.is_dir():
+        resume = out.is_dir() and any(out.rglob("study.db"))
+        open_folder(out, resume)
+        prepared = prepare(task, request.space, cache, bar, budget=request.budget)
+        settings = dataclasses.replace(request.settings, resume=resume)
+        result = run_search(prepared, prepared.problem(request.budget), settings, out, runner, bar)
+        if result.info["trials"]["interrupted"]:
+            return None
+    if not request.training.trains:
+        return out
+    if (trained / RESULT).is_file():
+        if read_result(trained)["training"]["recipe"] != dataclasses.asdict(request.recipe):
+            raise StudyError(f"{trained} was trained with other settings: remove it, or give another --out")
+        return trained
+    try:
+        with gently(patience, lambda text: console.print(text, markup=False)):
+            retrain(out, task, request.recipe, trained, resume=True, stop=patience, track=bar, note=bar.note)
+    except KeyboardInterrupt:
+        return None
+    return trained

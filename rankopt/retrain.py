@@ -1,8 +1,9 @@
-"""A run folder in, a folder of the same kind with the trained model out."""
+"""Training what a search found: a run folder in, a folder of the same kind with the trained model out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from rankopt import checkpoint
 from rankopt.core import Task, TaskError
 from rankopt.evaluate import call
-from rankopt.finetune import finetune
+from rankopt.finetune import Trained, finetune
 from rankopt.initialise import from_scratch as untrained
 from rankopt.job import open_folder
 from rankopt.plan import load, read_plan, read_result, sound
@@ -44,7 +45,7 @@ def retrain(
     plan, _ = read_plan(run)
     with sound(run):
         info = {**read_result(run)}
-        dense = info["score"]["dense"]
+        _ = info["score"]["dense"], info["score"]["compressed"]["test"]  # read below, after the training
     if from_scratch and (task.train is None or task.loss is None):
         raise TaskError("the task has no train and loss: give both, since nothing can be learnt from scratch without")
     model: nn.Module = untrained(task.model, plan, recipe.seed) if from_scratch else load(task.model, run)
@@ -53,18 +54,22 @@ def retrain(
     trained = finetune(
         model, task, recipe, teacher=learnt_from, folder=out, resume=resume, stop=stop, track=track, note=note
     )
-    small = trained.model
-    score = {"validation": call("the score", task.score, small), "test": call("the test score", task.test, small)}
-    about: dict[str, Any] = {
-        "run": str(run),
-        "from_scratch": from_scratch,
-        "teacher": None if teacher is None else teacher.name,
-        "test_before": None if from_scratch else info["score"]["compressed"]["test"],
-    }
-    info |= with_intervals(task, {"dense": dense, "compressed": score})
-    # What the search said of the chosen plan beside others was of untrained models.
-    info |= {"training": {**trained.info, **about}, "tie": None}
-    result = Result(small, plan, (), info)
+    about = {"run": str(run), "from_scratch": from_scratch, "teacher": None if teacher is None else teacher.name}
+    result = with_training(Result(model, plan, (), info), trained, task, about)
     result.save(out)
     (out / checkpoint.FILE).unlink(missing_ok=True)
     return result
+
+
+IN_MEMORY = {"run": "the search", "from_scratch": False, "teacher": None}
+
+
+def with_training(before: Result, trained: Trained, task: Task, about: Mapping[str, Any] = IN_MEMORY) -> Result:
+    """The result with its model trained and scored anew: test data once. about: where the training began."""
+    info, model = before.info, trained.model
+    untrained = None if about["from_scratch"] else info["score"]["compressed"]["test"]
+    score = {"validation": call("the score", task.score, model), "test": call("the test score", task.test, model)}
+    info |= with_intervals(task, {"dense": info["score"]["dense"], "compressed": score})
+    # What the search said of the chosen plan beside others was of untrained models.
+    info |= {"training": {**trained.info, **about, "test_before": untrained}, "tie": None}
+    return dataclasses.replace(before, model=model, info=info)

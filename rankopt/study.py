@@ -1,18 +1,21 @@
-"""A study's TOML file: one search, or many with hyperparameters in ranges. See `read_study` for its keys."""
+"""A study's TOML file: one search, a list of cases, or hyperparameters in ranges. See `read_study` for its keys."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from rankopt.core import METRICS, RankoptError
 from rankopt.fidelity import WHOLE, Ladder
-from rankopt.request import Request
+from rankopt.recipe import Recipe
+from rankopt.request import TABLES, Request
 from rankopt.space import load_space
 from rankopt.strategies import parse_pairs, read_options
 
@@ -34,7 +37,9 @@ TYPES: dict[str, Any] = {  # of the file's keys
     "searches": int,
     "objectives": (str, list),
     "hyperparameters": dict,
+    "cases": list,
 }
+NAME = r"[\w.,%+-]*[\w%]"  # of a case, which names a folder
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,14 @@ class Hyperparameter:
         return value if inside else None
 
 
+class Case(NamedTuple):
+    """One of a study's searches."""
+
+    name: str
+    task: str
+    request: Request
+
+
 @dataclass(frozen=True)
 class StudyFile:
     """What a study's TOML says. searches: how many, where there are hyperparameters; workers: of each search."""
@@ -73,6 +86,7 @@ class StudyFile:
     searches: int = 40
     objectives: tuple[str, ...] = ()
     hyperparameters: tuple[Hyperparameter, ...] = ()
+    cases: tuple[Case, ...] = ()
 
 
 def choice_text(value: Any) -> str:
@@ -88,8 +102,9 @@ def read_study(path: Path) -> StudyFile:
 
     task, budget, strategy, options, space, trials, seed, refine, fidelities, workers: as `rankopt search` has them
     (budget also as a table, options always; space also as a table of settings, with the name of the space that they
-    change as `base`); training: a table of `Training`; out: the folder for results. With hyperparameters: how many
-    searches, and the objectives. Paths are relative to the file's folder.
+    change as `base`); training: a table of `Recipe`; out: the folder for results. With hyperparameters: how many
+    searches, and the objectives. cases: a list of tables with a name and what is other than above: task, seed, budget,
+    options, space, training. Paths are relative to the file's folder.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -107,9 +122,12 @@ def _study(path: Path, content: Mapping[str, Any]) -> StudyFile:
             raise RankoptError(f"unknown key {key!r}; the keys are {', '.join(TYPES)}")
         if not isinstance(value, TYPES[key]) or (isinstance(value, bool) and TYPES[key] is int):
             raise RankoptError(f"{key} = {value!r} is not what it should be: see the README's section on studies")
-    missing = [key for key in ("task", "budget") if key not in content]
+    cases = content.get("cases", [])
+    missing = [k for k in ("task", "budget") if k not in content and not (cases and all(k in c for c in cases))]
     if missing:
         raise RankoptError(f"{missing[0]} is missing")
+    if cases and "hyperparameters" in content:
+        raise RankoptError("cases and [hyperparameters] do not go together: make two studies of it")
     request = _request(path, content)
     hyperparameters = tuple(_hyperparameters(request, content.get("hyperparameters", {})))
     folder = path.parent / content["out"] if "out" in content else Path("runs") / path.stem
@@ -118,12 +136,17 @@ def _study(path: Path, content: Mapping[str, Any]) -> StudyFile:
     if content.get("searches", 1) < 1 or content.get("workers", 0) < 0:
         raise RankoptError("searches are 1 or more, workers 0 or more")
     given = {k: content[k] for k in ("workers", "searches") if k in content}
-    task, objectives = _from(path, content["task"]), _objectives(content)
-    return StudyFile(path, task, request, folder, objectives=objectives, hyperparameters=hyperparameters, **given)
+    task, objectives = _from(path, content.get("task", "")), _objectives(content)
+    listed = tuple(_cases(path, task, request, cases))
+    if len({case.name for case in listed}) < len(listed):
+        raise RankoptError("two cases have one name")
+    return StudyFile(
+        path, task, request, folder, objectives=objectives, hyperparameters=hyperparameters, cases=listed, **given
+    )
 
 
 def _request(path: Path, content: Mapping[str, Any]) -> Request:
-    strategy, budget = content.get("strategy", "knapsack"), content["budget"]
+    strategy, budget = content.get("strategy", "knapsack"), content.get("budget", {})
     if not isinstance(budget, dict):
         budget = parse_pairs(budget if isinstance(budget, list) else [budget])
     plain = {k: content[k] for k in ("trials", "seed", "refine") if k in content}
@@ -133,6 +156,8 @@ def _request(path: Path, content: Mapping[str, Any]) -> Request:
     base = load_space(_from(path, space.get("base", "default") if isinstance(space, dict) else space))
     options = read_options(strategy, content.get("options", {}))
     request = Request(budget, strategy, options, base, ladder=ladder, **plain)
+    if any("training" in table for table in (content, content.get("hyperparameters", {}), *content.get("cases", []))):
+        request = dataclasses.replace(request, training=Recipe())
     settings = {f"space.{k}": v for k, v in own.items()}
     settings |= {f"training.{k}": v for k, v in content.get("training", {}).items()}
     _check_known("setting", settings, request)
@@ -154,6 +179,23 @@ def _from(path: Path, name: str) -> str:
     """A task's or search space's name; a file's is taken from the study's folder on."""
     file, colon, function = name.partition(":")
     return str(path.parent / file) + colon + function if Path(file).suffix in (".py", ".toml") else name
+
+
+def _cases(path: Path, task: str, request: Request, tables: Sequence[Any]) -> Iterator[Case]:
+    for table in tables:
+        name = table.get("name") if isinstance(table, dict) else None
+        if not isinstance(name, str) or not re.fullmatch(NAME, name):
+            raise RankoptError(f"a case is a table with a name of letters, digits and . , % + - only, not {name!r}")
+        for key, value in table.items():
+            if key not in ("name", "task", "seed", *TABLES) or (key in TABLES and not isinstance(value, dict)):
+                raise RankoptError(
+                    f"case {name}: {key} = {value!r}; a case has task, seed and tables {', '.join(TABLES)}"
+                )
+        own = request if "budget" not in table else dataclasses.replace(request, budget={})
+        settings = dict(_leaves({k: v for k, v in table.items() if k in TABLES}))
+        _check_known("setting", settings, own)
+        changed = dataclasses.replace(own.changed(settings), seed=table.get("seed", request.seed))
+        yield Case(name, _from(path, table["task"]) if "task" in table else task, changed)
 
 
 def _objectives(content: Mapping[str, Any]) -> tuple[str, ...]:

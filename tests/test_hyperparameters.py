@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,28 +16,28 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from rankopt.cli import app
 from rankopt.core import RankoptError, StudyError
 from rankopt.hyperparameters import FILE, Searches
 from rankopt.job import run_search
-from rankopt.request import Training, fine_tuned, softened_divergence
-from rankopt.search import search
 from rankopt.settings import Settings
 from rankopt.study import read_study
 from rankopt.tasks import load_task
+from rankopt.training import divergence
 
 ROOT = Path(__file__).parent.parent
 BASE = 'task = "digits"\nbudget = { params = 0.3 }\nspace = "quick.toml"\n'
 RANGES = """
 searches = 3
 objectives = ["score", "params", "milliseconds"]
-training = { steps = 4 }
+training = { epochs = 0.2, optimizer = "adamw", rate = 0.0005, eval_mode = true }
 [hyperparameters]
 budget.params = { low = 0.2, high = 0.5, log = true }
 space.families = [["svd_out", "cp_merged"], ["svd_out"]]
-training.steps = { low = 0, high = 8, step = 4 }
+training.epochs = { low = 0, high = 0.4, step = 0.2 }
 training.rate = { low = 0.0001, high = 0.001, log = true }
 training.distill = { low = 0, high = 1 }
 """
@@ -60,6 +61,12 @@ def invoke(*arguments, code=0):
     return " ".join((outcome.stdout + outcome.stderr).split())
 
 
+def result_folders(out):
+    """Where the results of a study's kept searches are: of those that were trained, in a folder of their own."""
+    folders = list(out.glob("search-*"))
+    return [f / "trained" if (f / "trained").is_dir() else f for f in folders]
+
+
 def rows(folder):
     """The searches of a study, without what differs from run to run."""
     with (folder / "hyperparameters.csv").open(newline="") as file:
@@ -78,10 +85,10 @@ def rows(folder):
         (BASE + "options = { width = 1 }", "strategy 'knapsack' has no option 'width'"),
         (BASE + "searches = 3", "go with a table [hyperparameters]"),
         (
-            BASE + "training = { epochs = 3 }",
-            "unknown setting 'training.epochs'; known are training.steps, training.rate",
+            BASE + "training = { steps = 3 }",
+            "unknown setting 'training.steps'; known are training.epochs, training.optimizer",
         ),
-        (BASE + "training = { distill = 3 }", "distill is from 0 to 1"),
+        (BASE + "training = { distill = 3 }", "distill is 3: give a number from 0 to 1"),
         (BASE + "objectives = ['speed']\n[hyperparameters]\nspace.points = [2, 4]", "unknown objective 'speed'"),
         (
             BASE + "[hyperparameters]\nspace.pints = [2, 4]",
@@ -92,7 +99,10 @@ def rows(folder):
         (BASE + "[hyperparameters]\nspace.points = { low = 3 }", "give choices as [a, b] or a range"),
         (BASE + "[hyperparameters]\nspace.points = { low = 9, high = 3 }", "hyperparameter space.points"),
         (BASE + "[hyperparameters]\nspace.families = [['svd_out'], ['cpp']]", "unknown decomposition 'cpp'"),
-        (BASE + "[hyperparameters]\ntraining.rate = { low = 0.0, high = 1.0 }", "rate and temperature above 0"),
+        (
+            BASE + "[hyperparameters]\ntraining.rate = { low = 0.0, high = 1.0 }",
+            "rate is 0.0: give a number from 1e-12",
+        ),
         (BASE + "[hyperparameters]\nspace.points = ['a']", "space.points=a"),
         ("a = [", "cannot be read"),
     ],
@@ -106,7 +116,7 @@ def test_clear_errors(write, text, message):
 def test_the_example_of_the_readme_can_be_read(write):
     (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     found = read_study(write(example))
-    assert len(found.hyperparameters) == 4 and found.searches == 40 and found.request.training.steps == 100
+    assert len(found.hyperparameters) == 4 and found.searches == 40 and found.request.training.epochs == 5
 
 
 def test_what_a_file_says(write):
@@ -150,12 +160,12 @@ def test_searches(undisturbed):
     assert "search 3 of 3" in shown and "the best search, made again" in shown
     found = rows(out)
     assert len(found) == 3
-    first = {"budget.params": "0.3", "space.families": "svd_out cp_merged", "training.steps": "4"}
+    first = {"budget.params": "0.3", "space.families": "svd_out cp_merged", "training.epochs": "0.2"}
     assert found[0].items() >= first.items(), "the file's own settings come first"
     for row in found:
         assert int(row["params"]) <= float(row["budget.params"]) * 38218
     best = max(found, key=lambda r: (float(r["score"]), -int(r["params"])))
-    (kept,) = out.glob("search-*")
+    (kept,) = result_folders(out)
     info = json.loads((kept / "result.json").read_text())
     assert info["score"]["compressed"]["validation"] == pytest.approx(float(best["score"]))
     assert info["cost"]["compressed"]["params"] == int(best["params"])
@@ -171,7 +181,7 @@ def test_the_kept_model_is_the_trained_one(undisturbed):
     import rankopt
 
     folder, _ = undisturbed
-    (kept,) = (folder / "out").glob("search-*")
+    (kept,) = result_folders(folder / "out")
     task = load_task("digits")
     info = json.loads((kept / "result.json").read_text())
     model = rankopt.load(task.model, kept).eval()
@@ -239,22 +249,88 @@ def test_a_score_is_needed_for_a_score(write, tmp_path):
         Searches(study, task, tmp_path)
 
 
-# --- fine-tuning -------------------------------------------------------------------------------------------
+# --- cases ---------------------------------------------------------------------------------------------------
+
+CASES = (
+    BASE.replace("budget = { params = 0.3 }\n", "")
+    + """
+training = { epochs = 0.5, optimizer = "adamw", rate = 0.001 }
+[[cases]]
+name = "30%"
+budget.params = 0.3
+[[cases]]
+name = "half-macs"
+budget.macs = 0.5
+training.epochs = 0
+seed = 3
+"""
+)
 
 
-@pytest.mark.parametrize("distill", [0.0, 0.5, 1.0])
-def test_fine_tuning_brings_back_what_was_lost(digits, distill):
-    problem = digits.problem({"params": 0.15})
-    model = run_search(digits, problem, Settings("knapsack", options={"contenders": 1}), runner=search).model
-    task, batches = digits.task, digits.statistics.batches
-    before = digits.objective(model)
-    training = Training(steps=40, rate=3e-3, distill=distill)
-    after = fine_tuned(model, task, batches, training)
-    assert digits.objective(after) < 0.8 * before, "nearer to the dense model"
-    again = fine_tuned(model, task, batches, training)
-    assert all(torch.equal(a, b) for a, b in zip(after.parameters(), again.parameters(), strict=True))
-    unlabelled = dataclasses.replace(task, train=None)
-    assert digits.objective(fine_tuned(model, unlabelled, batches, training)) < 0.8 * before
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (CASES + "[[cases]]\nname = 'a'", "budget is missing"),
+        (CASES + "[[cases]]\nbudget.params = 0.5", "a case is a table with a name"),
+        (CASES + "[[cases]]\nname = '../a'\nbudget.params = 0.5", "a case is a table with a name"),
+        (CASES + "[[cases]]\nname = '30%'\nbudget.params = 0.5", "two cases have one name"),
+        (CASES + "[[cases]]\nname = 'a'\nbudget.params = 0.5\nsteps = 3", "case a: steps = 3"),
+        (CASES + "[[cases]]\nname = 'a'\nbudget.param = 0.5", "unknown setting 'budget.param'"),
+        (CASES + "[[cases]]\nname = 'a'\nbudget.params = 0.5\ntraining.eval_mode = 1", "give true or false"),
+        (CASES + "[hyperparameters]\nspace.points = [2, 4]", "do not go together"),
+    ],
+)
+def test_clear_errors_about_cases(write, text, message):
+    with pytest.raises(RankoptError) as caught:
+        read_study(write(text))
+    assert message in str(caught.value)
+
+
+def test_cases(write, tmp_path):
+    """What is in the table is what is in the folders; a case that is finished is not repeated, others go on."""
+    path, out = write(CASES), tmp_path / "out"
+    assert "0 of 2 cases are done" in invoke("run", path, "--out", out, "--budget-minutes", 0)
+    shown = invoke("run", path, "--out", out)
+    assert "half-macs" in shown and "of 2 cases" not in shown
+    first, second = json.loads((out / "cases.json").read_text())["cases"]
+    info = json.loads((out / "30%" / "trained" / "result.json").read_text())
+    assert (
+        first["score"] == info["score"]["compressed"]["test"]
+        and first["interval"] == info["intervals"]["compressed"]["test"]
+    )
+    assert first["untrained"] == json.loads((out / "30%" / "result.json").read_text())["score"]["compressed"]["test"]
+    assert first["params"] <= 0.3 and second["macs"] <= 0.5 and second["untrained"] == second["score"]
+    assert info["training"]["recipe"]["epochs"] == 0.5 and second["settings"]["seed"] == 3
+    assert not (out / "half-macs" / "trained").exists()
+    assert (out / "cases.md").read_text().count("\n| ") == 3
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
+    shutil.rmtree(out / "half-macs")
+    invoke("run", path, "--out", out)
+    after = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
+    assert before.keys() == after.keys() and [p.parent.name for p in before if before[p] != after[p]] == ["half-macs"]
+    other = write(CASES.replace("rate = 0.001", "rate = 0.002"), "other.toml")
+    assert "was trained with other settings" in invoke("run", other, "--out", out, code=2)
+
+
+def test_a_case_whose_training_was_stopped_goes_on(write, tmp_path):
+    """The weights are those of an undisturbed run."""
+    text = CASES.replace("epochs = 0.5", "epochs = 3").split('[[cases]]\nname = "half')[0]
+    path, out = write(text), tmp_path / "out"
+    command = [sys.executable, "-m", "rankopt.cli", "run", str(path), "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "30%" / "trained").is_dir() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    search = (out / "30%" / "result.json").stat().st_mtime_ns
+    invoke("run", path, "--out", out)
+    assert (out / "30%" / "result.json").stat().st_mtime_ns == search, "not searched again"
+    invoke("run", path, "--out", tmp_path / "undisturbed")
+    a, b = (load_file(where / "30%" / "trained" / "model.safetensors") for where in (out, tmp_path / "undisturbed"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- training ------------------------------------------------------------------------------------------------
 
 
 def test_softened_divergence_is_hintons():
@@ -262,10 +338,10 @@ def test_softened_divergence_is_hintons():
     torch.manual_seed(0)
     z, wanted = (x - x.mean(1, keepdim=True) for x in torch.randn(2, 5, 10, dtype=torch.float64))
     z.requires_grad_()
-    softened_divergence(z, wanted, 1e4).backward()
+    divergence(z, wanted, 1e4).backward()
     torch.testing.assert_close(z.grad, (z - wanted).detach() / 10 / 5, rtol=1e-3, atol=1e-6)
     expected = F.kl_div(z.log_softmax(1), wanted.softmax(1), reduction="batchmean")
-    torch.testing.assert_close(softened_divergence(z, wanted, 1.0), expected)
+    torch.testing.assert_close(divergence(z, wanted, 1.0), expected)
 
 
 def test_an_unreadable_folder_is_named(write, tmp_path):

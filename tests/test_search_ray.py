@@ -145,6 +145,7 @@ def test_one_worker_gives_the_same_trials_as_this_process(digits, cluster, strat
     assert [(t.number, t.cost, t.state) for t in there] == [(t.number, t.cost, t.state) for t in here]
 
 
+@pytest.mark.slow
 def test_two_workers_search_as_well(digits, cluster):
     trials = run(digits, "optuna", 8, RaySearch(2))
     problem = digits.problem(BUDGET)
@@ -192,6 +193,7 @@ def eat():
     assert [torch.zeros(1 << 24) for _ in range(40)]
 
 
+@pytest.mark.slow  # tests/faults kills at random moments, too
 def test_a_worker_killed_from_outside_changes_nothing(digits, cluster, tmp_path):
     calm = run(digits)
     trials = run(digits, runner=RaySearch(1), around=lambda e: Treacherous(e, kill, once=tmp_path / "killed"))
@@ -353,6 +355,7 @@ def test_ctrl_c_once_finishes_what_runs_and_reports(task_file):
     assert (task_file.parent / "out" / "plan.json").is_file()
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_stops_at_once_and_keeps_the_trials(task_file):
     code, rest = interrupted(task_file, 2)
     assert code == 130 and "--resume" in rest and len(rest.splitlines()) < 20

@@ -286,7 +286,7 @@ def test_checkpoints_of_others_and_damaged_ones_are_refused(result, task, tmp_pa
     [
         ({"rate": -1.0}, "rate is -1.0: give a number"),
         ({"optimizer": "adam"}, "choose from sgd, adamw"),
-        ({"epochs": 0}, "nothing to train"),
+        ({"best": 1}, "best is 1: give true or false"),
         ({"momentum": float("nan")}, "momentum is nan"),
         ({"clip": True}, "clip is True"),
     ],
@@ -300,6 +300,8 @@ def test_bad_tasks(result, task):
     def attempt(model=result.model, recipe=None, **changes):
         rankopt.finetune(model, dataclasses.replace(task, **changes), recipe or Recipe(epochs=1))
 
+    with pytest.raises(rankopt.TaskError, match="nothing to train"):
+        attempt(recipe=Recipe(epochs=0))
     with pytest.raises(rankopt.TaskError, match="train is empty"):
         attempt(train=[])
     with pytest.raises(rankopt.TaskError, match="how many batches an epoch has"):

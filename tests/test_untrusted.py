@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -83,6 +83,21 @@ def with_a_change(run, name, data):
 def test_any_change_of_a_plan_loads_or_is_refused(run, data):
     with with_a_change(run, "plan.json", data):
         assert isinstance(rankopt.load(DigitsNet, run), torch.nn.Module)
+
+
+def test_each_entry_of_a_plan_may_be_anything(run):
+    """Those that fuzzing seldom picks, whole."""
+    good = (run / "plan.json").read_text()
+    content = json.loads(good)
+    content["layers"] = content["layers"][:2]
+    try:
+        for path in places(content):
+            for new in (None, 3, "x", [], {}):
+                (run / "plan.json").write_text(json.dumps(changed(content, path, new)))
+                with suppress(RankoptError):
+                    rankopt.load(DigitsNet, run)
+    finally:
+        (run / "plan.json").write_text(good)
 
 
 @settings(FUZZ, max_examples=15)  # each draws all pictures

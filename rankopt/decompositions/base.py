@@ -82,18 +82,21 @@ class Target(NamedTuple):
     moment: of an Embedding, whose input is one-hot, only its diagonal (1, n).
     outer: where the weight is seen as (g, t2, t1 * n), because t1 of its T = t1 * t2 belong to what is searched,
     the metric of t1, (g, t1, t1); the input moment is then outer ⊗ S.
+    plain: S is the identity, and products with it are left out.
     """
 
     weight: Tensor
     moment: Tensor
     metric: Tensor
     outer: Tensor | None = None
+    plain: bool = False
 
     def times_moment(self, rows: Tensor) -> Tensor:
         """rows (g, m, n or t1 * n) times the input moment."""
         if self.moment.ndim == 2:
             return rows * self.moment.unsqueeze(1)
-        product = rows.reshape(len(rows), -1, self.moment.shape[-1]) @ self.moment
+        product = rows.reshape(len(rows), -1, self.moment.shape[-1])
+        product = product if self.plain else product @ self.moment
         if self.outer is not None:
             product = self.outer.unsqueeze(1) @ product.view(*rows.shape[:2], self.outer.shape[-1], -1)
         return product.view(rows.shape)

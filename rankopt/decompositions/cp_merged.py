@@ -19,15 +19,15 @@ def rank_one_rows(layer: Layer, target: Target, rank: int) -> tuple[Tensor, Tens
     The rows of W along its strongest output directions, as C x (kh * kw) matrices, fall into rank-one
     terms; the R terms that carry most are taken. If there are fewer, unit vectors fill up.
     """
-    w, moment = target.weight, target.moment
+    w = target.weight
     g, area = len(w), layer.patch // layer.in_channels
-    directions = torch.linalg.eigh(w @ moment @ w.mT)[1]
+    directions = torch.linalg.eigh(target.times_moment(w) @ w.mT)[1]
     rows = (directions.mT @ w).unflatten(-1, (layer.in_channels, area))
     u, s, vh = torch.linalg.svd(rows, full_matrices=False)
     channels = (u * s.sqrt().unsqueeze(-2)).transpose(-1, -2).flatten(1, 2)
     spatial = (vh * s.sqrt().unsqueeze(-1)).flatten(1, 2)
     parts = map(khatri_rao, channels.split(layer.patch, 1), spatial.split(layer.patch, 1))  # all at once is too large
-    energy = torch.cat([((terms @ moment) * terms).sum(-1) for terms in parts], 1)
+    energy = torch.cat([(target.times_moment(terms) * terms).sum(-1) for terms in parts], 1)
     order = energy.argsort(-1, descending=True)[:, :rank]
     picked = [torch.gather(v, 1, order.unsqueeze(-1).expand(-1, -1, v.shape[-1])) for v in (channels, spatial)]
     short = rank - order.shape[-1]

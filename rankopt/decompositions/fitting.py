@@ -94,7 +94,8 @@ class OutputSolved(Decomposition):
 
         flat = torch.cat([p.reshape(-1) for p in theta])
         rows = self.rows(layer, theta)
-        steps = min(steps, int(MAX_FLOPS / (2 * rows.numel() * target.moment.shape[-1])))
+        width = target.weight.shape[-2] if target.plain else target.moment.shape[-1]
+        steps = min(steps, int(MAX_FLOPS / (2 * rows.numel() * width)))
         start, output, _ = solver(rows)
         if steps > 0 and solver.scale > 0 and start > 1e-12:
             options = {"maxiter": steps, "maxfun": 2 * steps, "maxcor": 20, "ftol": 1e-8, "gtol": 0.0}
@@ -157,7 +158,7 @@ def prepare(layer: Layer, weight: Tensor, moment: Tensor | None, metric: Tensor 
         return target, target.metric
     half, undo = roots(target.metric)
     identity = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device).expand_as(half)
-    return Target(half @ target.weight, target.moment, identity), undo
+    return target._replace(weight=half @ target.weight, metric=identity), undo
 
 
 def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +183,8 @@ def full_target(layer: Layer, weight: Tensor, moment: Tensor | None, metric: Ten
     if layer.kind == "Embedding":
         diagonal = w.new_ones(1, layer.patch) if moment is None else moment.to(w)
         return Target(w, diagonal, or_identity(metric, layer.out_channels))
-    return Target(w, or_identity(moment, layer.patch), or_identity(metric, layer.out_channels))
+    plain = moment is None
+    return Target(w, or_identity(moment, layer.patch), or_identity(metric, layer.out_channels), plain=plain)
 
 
 def declare(
@@ -245,3 +247,27 @@ def leading_rows(matrix: Tensor, rank: int) -> Tensor:
         extra = torch.eye(rank, matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         rows = torch.cat([rows, extra[: rank - rows.shape[-2]].expand(len(rows), -1, -1)], -2)
     return torch.nn.functional.normalize(rows, dim=-1)
+
+
+def hooi(weight: Tensor, bases: Parameters, output_rank: int, sweeps: int = 20) -> Parameters:
+    """Higher-order orthogonal iteration (De Lathauwer 2000): each mode's best directions for given other ones, in turn.
+
+    weight (g, T, modes...), bases (g, rank, mode) each. Only without data: else the best ones have no closed form.
+    """
+    best = list(bases)
+    for _ in range(sweeps):
+        inside = _projected(weight, best)
+        output = leading_rows(inside.flatten(2).mT, output_rank)
+        seen = torch.einsum("gt...,grt->gr...", weight, output)
+        for i in range(len(best)):
+            others = _projected(seen, [None if j == i else b for j, b in enumerate(best)])
+            best[i] = leading_rows(others.movedim(i + 2, -1).flatten(1, -2), best[i].shape[1])
+    return tuple(best)
+
+
+def _projected(weight: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
+    """The weight (g, T, modes...) in these bases of its modes."""
+    for i, basis in enumerate(bases):
+        if basis is not None:
+            weight = torch.einsum("g...m,grm->g...r", weight.movedim(i + 2, -1), basis).movedim(-1, i + 2)
+    return weight

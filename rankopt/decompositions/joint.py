@@ -67,7 +67,7 @@ class Joint(Decomposition):
             flat = torch.as_tensor(x, device=target.weight.device).requires_grad_()
             weight = self.weight(layer, unpack(flat)).reshape(target.weight.shape)
             difference = target.weight - weight.detach()
-            felt = target.metric @ difference @ target.moment
+            felt = target.times_moment(target.metric @ difference)
             (gradient,) = torch.autograd.grad(weight, flat, felt.mul_(-2 / scale))
             return -0.5 * (felt * difference).sum().item(), gradient.cpu().numpy()
 

@@ -96,7 +96,7 @@ class Network(OutputSolved):
         half, undo = roots(torch.einsum("ajak->jk", h)[None] / t1)
         turned = whole.weight.view(t1, t2, -1).transpose(0, 1).reshape(1, t2, -1)
         identity = torch.eye(t2, dtype=half.dtype, device=half.device)[None]
-        return Target(half @ turned, whole.moment, identity, outer), undo
+        return whole._replace(weight=half @ turned, metric=identity, outer=outer), undo
 
 
 class NetworkLinear(nn.Module):

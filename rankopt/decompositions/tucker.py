@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rankopt.core import Layer, Rank
 from rankopt.decompositions.base import Aspect, Factors, Stage, Target
-from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced_bond, leading_rows
+from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced_bond, hooi, leading_rows
 from rankopt.decompositions.tucker2 import low_rank
 
 
@@ -58,7 +58,9 @@ class Tucker(OutputSolved):
         )
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
-        return mode_bases(target.weight.unflatten(-1, (layer.in_channels, *layer.kernel)), rank[:3])
+        weight = target.weight.unflatten(-1, (layer.in_channels, *layer.kernel))
+        bases = mode_bases(weight, rank[:3])
+        return hooi(weight, bases, rank[3]) if target.plain else bases
 
     def rows(self, layer: Layer, theta: Parameters) -> Tensor:
         return kronecker(theta)

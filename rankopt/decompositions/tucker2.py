@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankopt.core import Layer, Rank
 from rankopt.decompositions.base import Factors, Stage, Target
-from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced
+from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced, hooi
 from rankopt.decompositions.svd_in import input_rows, input_start, split_input
 
 
@@ -40,7 +40,10 @@ class Tucker2(OutputSolved):
         )
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
-        return (input_start(layer, target, rank[0]),)
+        channels = input_start(layer, target, rank[0])
+        if target.plain:
+            (channels,) = hooi(target.weight.unflatten(-1, (layer.in_channels, -1)), (channels,), rank[1])
+        return (channels,)
 
     def rows(self, layer: Layer, theta: Parameters) -> Tensor:
         return input_rows(layer, theta[0])

@@ -1,0 +1,135 @@
+"""`rankopt run` of a study with cases: each searched and trained in a folder of its own, one table of them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from rankopt.candidates import write_beside
+from rankopt.core import Task
+from rankopt.job import Runner
+from rankopt.plan import RESULT, read_result
+from rankopt.progress import Bar, Patience
+from rankopt.report.text import percent, render, with_interval
+from rankopt.request import TRAINED, run_in_folder
+from rankopt.study import Case, StudyFile
+from rankopt.tasks import load_task
+
+JSON, MARKDOWN = "cases.json", "cases.md"
+HEAD = ("case", "parameters", "MACs", "dense", "untrained", "result, 95 % interval", "change", "seconds")
+
+Row = dict[str, Any]
+
+
+def run_cases(
+    study: StudyFile, out: Path, runner: Runner, cache_folder: Path | None, patience: Patience, bar: Bar
+) -> Iterator[str]:
+    """Do the cases in their order, or go on with them; yields what to show. One that is finished is not repeated.
+
+    patience: asked before every case and after every step of a training.
+    """
+    task = cache(load_task)
+    rows = _known(out)
+    for case in study.cases:
+        folder = out / case.name
+        if case.name in rows and rows[case.name]["settings"] == _settings(case) and _finished(case, folder):
+            continue
+        if patience():
+            break
+        yield f"{case.name}:"
+        found = run_in_folder(case.request, task(case.task), folder, runner, cache_folder, patience, bar)
+        if found is None:
+            break
+        rows[case.name] = _row(case, task(case.task), folder, found)
+        _write(study, out, rows)
+    shown = [rows[case.name] for case in study.cases if case.name in rows]
+    if shown:
+        yield _table(shown)
+        yield f"written: {out / MARKDOWN}"
+    if len(shown) < len(study.cases):
+        yield f"{len(shown)} of {len(study.cases)} cases are done: the same command goes on"
+
+
+def _known(out: Path) -> dict[str, Row]:
+    path = out / JSON
+    return {row["case"]: row for row in json.loads(path.read_text())["cases"]} if path.is_file() else {}
+
+
+def _finished(case: Case, folder: Path) -> bool:
+    return (folder / TRAINED / RESULT if case.request.training.trains else folder / RESULT).is_file()
+
+
+def _settings(case: Case) -> dict[str, Any]:
+    """What the case asks for, as JSON gives it back."""
+    return json.loads(json.dumps({"task": case.task, **dataclasses.asdict(case.request)}, default=str))
+
+
+def _row(case: Case, task: Task, folder: Path, found: Path) -> Row:
+    """A finished case: shares of the dense model's costs, scores (test ones if there are) and where it was made."""
+    info, search = read_result(found), read_result(folder)
+    part = "test" if task.test else "validation"
+    cost = info["cost"]
+    return {
+        "case": case.name,
+        "part": part,
+        "params": cost["compressed"]["params"] / cost["dense"]["params"],
+        "macs": cost["compressed"]["macs"] / cost["dense"]["macs"],
+        "dense": info["score"]["dense"][part],
+        "untrained": search["score"]["compressed"][part],
+        "score": info["score"]["compressed"][part],
+        "interval": info["intervals"]["compressed"][part],
+        "seconds": sum(search["seconds"].values()) + (info["training"]["seconds"] if found != folder else 0),
+        "date": date.today().isoformat(),
+        "machine": f"{torch.get_num_threads()} thread(s), {platform.machine()}, torch {torch.__version__}",
+        "settings": _settings(case),
+    }
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    change = None if None in (row["score"], row["dense"]) else 100 * (row["score"] - row["dense"])
+    return [
+        row["case"],
+        percent(row["params"]),
+        percent(row["macs"]),
+        percent(row["dense"]),
+        percent(row["untrained"]),
+        with_interval(row["score"], row["interval"]),
+        "–" if change is None else f"{change:+.2f}",
+        f"{row['seconds']:,.0f}",
+    ]
+
+
+def _table(rows: Sequence[Row]) -> str:
+    drawn = Table()
+    for column in HEAD:
+        drawn.add_column(column, justify="left" if column == HEAD[0] else "right")
+    for row in rows:
+        drawn.add_row(*_cells(row))
+    return render(drawn)
+
+
+def _write(study: StudyFile, out: Path, rows: Mapping[str, Row]) -> None:
+    """cases.json and cases.md."""
+    own = [rows[case.name] for case in study.cases if case.name in rows]
+    content = {"study": study.path.name, "cases": own}
+    write_beside(out / JSON, lambda p: p.write_text(json.dumps(content, indent=1)))
+    lines = [
+        f"# {study.path.stem}: {len(own)} of {len(study.cases)} cases",
+        "",
+        f"Made by `rankopt run {study.path.name}`; settings and seeds are there. Scores are on {own[0]['part']} data,",
+        "read once a case and once before its training. Seconds: search and training; fits may come from the cache.",
+        "",
+        f"| {' | '.join(HEAD)} | date, machine |",
+        "|---" * (len(HEAD) + 1) + "|",
+    ]
+    lines += [f"| {' | '.join(_cells(row))} | {row['date']}, {row['machine']} |" for row in own]
+    write_beside(out / MARKDOWN, lambda p: p.write_text("\n".join([*lines, ""])))
