@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 
 from rankopt.candidates import write_beside
-from rankopt.core import Task
+from rankopt.core import StudyError, Task
 from rankopt.job import Runner
 from rankopt.plan import RESULT, read_result
 from rankopt.progress import Bar, Patience
@@ -41,7 +41,7 @@ def run_cases(
     rows = _known(out)
     for case in study.cases:
         folder = out / case.name
-        if case.name in rows and rows[case.name]["settings"] == _settings(case) and _finished(case, folder):
+        if rows.get(case.name, {}).get("settings") == _settings(case) and _finished(case, folder):
             continue
         if patience():
             break
@@ -61,7 +61,10 @@ def run_cases(
 
 def _known(out: Path) -> dict[str, Row]:
     path = out / JSON
-    return {row["case"]: row for row in json.loads(path.read_text())["cases"]} if path.is_file() else {}
+    try:
+        return {row["case"]: row for row in json.loads(path.read_text())["cases"]} if path.is_file() else {}
+    except (ValueError, LookupError, TypeError) as error:
+        raise StudyError(f"{path} is damaged: remove it, the folders beside it hold what it says") from error
 
 
 def _finished(case: Case, folder: Path) -> bool:

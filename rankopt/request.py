@@ -12,6 +12,7 @@ from rankopt.core import METRICS, RankoptError, StudyError, Task
 from rankopt.evaluate import call
 from rankopt.fidelity import WHOLE, Ladder
 from rankopt.finetune import finetune
+from rankopt.initialise import from_scratch as untrained
 from rankopt.job import Runner, open_folder, run_search
 from rankopt.plan import RESULT, read_result
 from rankopt.prepare import Prepared, prepare
@@ -22,15 +23,19 @@ from rankopt.retrain import retrain, with_training
 from rankopt.settings import Settings
 from rankopt.space import SearchSpace
 from rankopt.strategies import read_options, strategy_options
+from rankopt.tasks import load_task
 
 NO_TRAINING = Recipe(epochs=0)
-TABLES = ("budget", "options", "space", "training")  # of settings that hyperparameters and cases may change
+TABLES = ("budget", "options", "space", "training")  # of settings that hyperparameters may change
 TRAINED = "trained"  # the folder of the trained model, in a run folder
 
 
 @dataclass(frozen=True)
 class Request:
-    """One search, with everything that it takes but the task. Fields as in `Settings` and the command line."""
+    """One search, with everything that it takes but the task. Fields as in `Settings` and the command line.
+
+    from_scratch: the plan is trained on an untrained network. teacher: the name of a task whose model is learnt from.
+    """
 
     budget: Mapping[str, Any]
     strategy: str = "knapsack"
@@ -41,6 +46,12 @@ class Request:
     refine: bool = False
     ladder: Ladder = WHOLE
     training: Recipe = NO_TRAINING
+    from_scratch: bool = False
+    teacher: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.from_scratch or self.teacher) and not self.training.epochs:
+            raise RankoptError("from_scratch and teacher need a training: give epochs")
 
     def known(self) -> dict[str, Any]:
         """The names that hyperparameters may have, with what they are without one."""
@@ -86,7 +97,11 @@ def run_request(request: Request, prepared: Prepared, runner: Runner) -> Result:
     result = run_search(prepared, prepared.problem(request.budget), request.settings, runner=runner)
     if not request.training.trains or result.info["trials"]["interrupted"]:
         return result
-    result = with_training(result, finetune(result.model, prepared.task, request.recipe), prepared.task)
+    model = untrained(prepared.task.model, result.plan, request.seed) if request.from_scratch else result.model
+    teacher = load_task(request.teacher).model if request.teacher else None
+    about = {"run": "the search", "from_scratch": request.from_scratch, "teacher": request.teacher or None}
+    trained = finetune(model, prepared.task, request.recipe, teacher=teacher)
+    result = with_training(result, trained, prepared.task, about)
     result.info["objective"] |= {"best": call("the objective", prepared.objective, result.model)}
     return result
 
@@ -116,7 +131,18 @@ def run_in_folder(
         return trained
     try:
         with gently(patience, lambda text: console.print(text, markup=False)):
-            retrain(out, task, request.recipe, trained, resume=True, stop=patience, track=bar, note=bar.note)
+            retrain(
+                out,
+                task,
+                request.recipe,
+                trained,
+                teacher=load_task(request.teacher) if request.teacher else None,
+                from_scratch=request.from_scratch,
+                resume=True,
+                stop=patience,
+                track=bar,
+                note=bar.note,
+            )
     except KeyboardInterrupt:
         return None
     return trained

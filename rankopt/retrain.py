@@ -61,11 +61,8 @@ def retrain(
     return result
 
 
-IN_MEMORY = {"run": "the search", "from_scratch": False, "teacher": None}
-
-
-def with_training(before: Result, trained: Trained, task: Task, about: Mapping[str, Any] = IN_MEMORY) -> Result:
-    """The result with its model trained and scored anew: test data once. about: where the training began."""
+def with_training(before: Result, trained: Trained, task: Task, about: Mapping[str, Any]) -> Result:
+    """The result with its model trained and scored anew, test data once. about: run, from_scratch and teacher."""
     info, model = before.info, trained.model
     untrained = None if about["from_scratch"] else info["score"]["compressed"]["test"]
     score = {"validation": call("the score", task.score, model), "test": call("the test score", task.test, model)}

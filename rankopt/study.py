@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from rankopt.core import METRICS, RankoptError
+from rankopt.budget import limited
+from rankopt.core import BUDGETS, METRICS, RankoptError
 from rankopt.fidelity import WHOLE, Ladder
 from rankopt.recipe import Recipe
-from rankopt.request import TABLES, Request
+from rankopt.request import NO_TRAINING, Request
 from rankopt.space import load_space
 from rankopt.strategies import parse_pairs, read_options
 
@@ -33,12 +33,15 @@ TYPES: dict[str, Any] = {  # of the file's keys
     "fidelities": str,
     "workers": int,
     "training": dict,
+    "from_scratch": bool,
+    "teacher": str,
     "out": str,
     "searches": int,
     "objectives": (str, list),
     "hyperparameters": dict,
     "cases": list,
 }
+OF_ALL = ("cases", "hyperparameters", "searches", "objectives", "out", "workers")  # what a case has no own of
 NAME = r"[\w.,%+-]*[\w%]"  # of a case, which names a folder
 
 
@@ -102,9 +105,10 @@ def read_study(path: Path) -> StudyFile:
 
     task, budget, strategy, options, space, trials, seed, refine, fidelities, workers: as `rankopt search` has them
     (budget also as a table, options always; space also as a table of settings, with the name of the space that they
-    change as `base`); training: a table of `Recipe`; out: the folder for results. With hyperparameters: how many
-    searches, and the objectives. cases: a list of tables with a name and what is other than above: task, seed, budget,
-    options, space, training. Paths are relative to the file's folder.
+    change as `base`); training: a table of `Recipe`; from_scratch: of the plan on an untrained network; teacher: a task
+    whose model's predictions are learnt instead of the dense model's; out: the folder for results. With
+    hyperparameters: how many searches, and the objectives. cases: a list of tables with a name and what is other than
+    above. Paths are relative to the file's folder.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -117,47 +121,42 @@ def read_study(path: Path) -> StudyFile:
 
 
 def _study(path: Path, content: Mapping[str, Any]) -> StudyFile:
-    for key, value in content.items():
-        if key not in TYPES:
-            raise RankoptError(f"unknown key {key!r}; the keys are {', '.join(TYPES)}")
-        if not isinstance(value, TYPES[key]) or (isinstance(value, bool) and TYPES[key] is int):
-            raise RankoptError(f"{key} = {value!r} is not what it should be: see the README's section on studies")
-    cases = content.get("cases", [])
-    missing = [k for k in ("task", "budget") if k not in content and not (cases and all(k in c for c in cases))]
-    if missing:
-        raise RankoptError(f"{missing[0]} is missing")
-    if cases and "hyperparameters" in content:
-        raise RankoptError("cases and [hyperparameters] do not go together: make two studies of it")
-    request = _request(path, content)
-    hyperparameters = tuple(_hyperparameters(request, content.get("hyperparameters", {})))
+    _check_keys(content, TYPES)
     folder = path.parent / content["out"] if "out" in content else Path("runs") / path.stem
-    if not hyperparameters and ("searches" in content or "objectives" in content):
+    if "hyperparameters" not in content and ("searches" in content or "objectives" in content):
         raise RankoptError("searches and objectives go with a table [hyperparameters]")
     if content.get("searches", 1) < 1 or content.get("workers", 0) < 0:
         raise RankoptError("searches are 1 or more, workers 0 or more")
     given = {k: content[k] for k in ("workers", "searches") if k in content}
-    task, objectives = _from(path, content.get("task", "")), _objectives(content)
-    listed = tuple(_cases(path, task, request, cases))
-    if len({case.name for case in listed}) < len(listed):
-        raise RankoptError("two cases have one name")
+    if cases := tuple(_cases(path, content)):
+        if "hyperparameters" in content:
+            raise RankoptError("cases and [hyperparameters] do not go together: make two studies of it")
+        if len({case.name for case in cases}) < len(cases):
+            raise RankoptError("two cases have one name")
+        return StudyFile(path, cases[0].task, cases[0].request, folder, cases=cases, **given)
+    task, request = _from(path, _needed(content, "task")), _request(path, content)
+    hyperparameters = tuple(_hyperparameters(request, content.get("hyperparameters", {})))
     return StudyFile(
-        path, task, request, folder, objectives=objectives, hyperparameters=hyperparameters, cases=listed, **given
+        path, task, request, folder, objectives=_objectives(content), hyperparameters=hyperparameters, **given
     )
 
 
 def _request(path: Path, content: Mapping[str, Any]) -> Request:
-    strategy, budget = content.get("strategy", "knapsack"), content.get("budget", {})
+    strategy, budget = content.get("strategy", "knapsack"), _needed(content, "budget")
     if not isinstance(budget, dict):
         budget = parse_pairs(budget if isinstance(budget, list) else [budget])
-    plain = {k: content[k] for k in ("trials", "seed", "refine") if k in content}
+    if unknown := limited(budget) - set(BUDGETS):
+        raise RankoptError(f"unknown budget metric {min(unknown)!r}: choose from {', '.join(BUDGETS)}")
+    plain = {k: content[k] for k in ("trials", "seed", "refine", "from_scratch") if k in content}
+    plain |= {"teacher": _from(path, content["teacher"])} if "teacher" in content else {}
     ladder = Ladder.parse(content["fidelities"]) if "fidelities" in content else WHOLE
     space = content.get("space", "default")
     own = {k: v for k, v in space.items() if k != "base"} if isinstance(space, dict) else {}
     base = load_space(_from(path, space.get("base", "default") if isinstance(space, dict) else space))
     options = read_options(strategy, content.get("options", {}))
-    request = Request(budget, strategy, options, base, ladder=ladder, **plain)
-    if any("training" in table for table in (content, content.get("hyperparameters", {}), *content.get("cases", []))):
-        request = dataclasses.replace(request, training=Recipe())
+    trains = "training" in content or "training" in content.get("hyperparameters", {})
+    training = Recipe() if trains else NO_TRAINING
+    request = Request(budget, strategy, options, base, ladder=ladder, training=training, **plain)
     settings = {f"space.{k}": v for k, v in own.items()}
     settings |= {f"training.{k}": v for k, v in content.get("training", {}).items()}
     _check_known("setting", settings, request)
@@ -181,21 +180,37 @@ def _from(path: Path, name: str) -> str:
     return str(path.parent / file) + colon + function if Path(file).suffix in (".py", ".toml") else name
 
 
-def _cases(path: Path, task: str, request: Request, tables: Sequence[Any]) -> Iterator[Case]:
-    for table in tables:
+def _cases(path: Path, content: Mapping[str, Any]) -> Iterator[Case]:
+    """Each case is the file with its own keys; of options and training only what it names is other."""
+    common = {k: v for k, v in content.items() if k not in OF_ALL}
+    for table in content.get("cases", []):
         name = table.get("name") if isinstance(table, dict) else None
         if not isinstance(name, str) or not re.fullmatch(NAME, name):
             raise RankoptError(f"a case is a table with a name of letters, digits and . , % + - only, not {name!r}")
-        for key, value in table.items():
-            if key not in ("name", "task", "seed", *TABLES) or (key in TABLES and not isinstance(value, dict)):
-                raise RankoptError(
-                    f"case {name}: {key} = {value!r}; a case has task, seed and tables {', '.join(TABLES)}"
-                )
-        own = request if "budget" not in table else dataclasses.replace(request, budget={})
-        settings = dict(_leaves({k: v for k, v in table.items() if k in TABLES}))
-        _check_known("setting", settings, own)
-        changed = dataclasses.replace(own.changed(settings), seed=table.get("seed", request.seed))
-        yield Case(name, _from(path, table["task"]) if "task" in table else task, changed)
+        own = {k: v for k, v in table.items() if k != "name"}
+        try:
+            _check_keys(own, [k for k in TYPES if k not in OF_ALL])
+            merged = {**common, **own}
+            for key in ("options", "training"):
+                if key in common and key in own:
+                    merged[key] = {**common[key], **own[key]}
+            yield Case(name, _from(path, _needed(merged, "task")), _request(path, merged))
+        except RankoptError as error:
+            raise RankoptError(f"case {name}: {error}") from error
+
+
+def _needed(content: Mapping[str, Any], key: str) -> Any:
+    if key not in content:
+        raise RankoptError(f"{key} is missing")
+    return content[key]
+
+
+def _check_keys(content: Mapping[str, Any], known: Iterable[str]) -> None:
+    for key, value in content.items():
+        if key not in known:
+            raise RankoptError(f"unknown key {key!r}; the keys are {', '.join(known)}")
+        if not isinstance(value, TYPES[key]) or (isinstance(value, bool) and TYPES[key] is int):
+            raise RankoptError(f"{key} = {value!r} is not what it should be: see the README's section on studies")
 
 
 def _objectives(content: Mapping[str, Any]) -> tuple[str, ...]:

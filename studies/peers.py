@@ -167,7 +167,9 @@ def table(cells: dict[str, Any]) -> str:
 
 
 def paint(figure: Any, cells: dict[str, Any]) -> None:
-    """A bar per tool, one panel per budget; dark what was run live."""
+    """A bar per tool, one panel per budget, all bars as high."""
+    most = max(len(ranked(cells, f)) for f in BUDGETS)
+    figure.suptitle("blue: run beside rankopt; grey: measured earlier on the same weights and images", fontsize=9)
     for ax, fraction in zip(figure.subplots(1, len(BUDGETS), sharex=True), BUDGETS, strict=True):
         rows = ranked(cells, fraction)[::-1]
         live = [c["source"].startswith("live") for c in rows]
@@ -177,7 +179,11 @@ def paint(figure: Any, cells: dict[str, Any]) -> None:
         ]
         ax.barh([c["tool"] for c in rows], [100 * c["top1"] for c in rows], color=colours, height=0.7)
         for y, c in enumerate(rows):
-            ax.annotate(f"{100 * c['top1']:.1f}", (100 * c["top1"], y), (3, 0), textcoords="offset points", va="center")
+            inside = c["top1"] > 0.8
+            where = {"xytext": (-4 if inside else 3, 0), "ha": "right" if inside else "left", "va": "center"}
+            text, colour = f"{100 * c['top1']:.1f}", "white" if inside else pictures.INK
+            ax.annotate(text, (100 * c["top1"], y), textcoords="offset points", color=colour, **where)
+        ax.set_ylim(len(rows) - 0.5 - most, len(rows) - 0.5)
         ax.axvline(91.73, color=pictures.INK, lw=1, ls=":")
         ax.set_title(f"{fraction:.0%} of the parameters", loc="left", fontsize=10)
         ax.set(xlim=(0, 108), xlabel="top-1, % (dotted: dense)")

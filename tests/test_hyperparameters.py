@@ -263,6 +263,11 @@ name = "half-macs"
 budget.macs = 0.5
 training.epochs = 0
 seed = 3
+[[cases]]
+name = "scratch"
+budget.params = 0.5
+from_scratch = true
+teacher = "digits"
 """
 )
 
@@ -274,9 +279,16 @@ seed = 3
         (CASES + "[[cases]]\nbudget.params = 0.5", "a case is a table with a name"),
         (CASES + "[[cases]]\nname = '../a'\nbudget.params = 0.5", "a case is a table with a name"),
         (CASES + "[[cases]]\nname = '30%'\nbudget.params = 0.5", "two cases have one name"),
-        (CASES + "[[cases]]\nname = 'a'\nbudget.params = 0.5\nsteps = 3", "case a: steps = 3"),
-        (CASES + "[[cases]]\nname = 'a'\nbudget.param = 0.5", "unknown setting 'budget.param'"),
+        (
+            CASES + "[[cases]]\nname = 'a'\nbudget.params = 0.5\nsteps = 3",
+            "case a: unknown key 'steps'; the keys are task, budget, strategy",
+        ),
+        (CASES + "[[cases]]\nname = 'a'\nbudget.param = 0.5", "unknown budget metric 'param'"),
         (CASES + "[[cases]]\nname = 'a'\nbudget.params = 0.5\ntraining.eval_mode = 1", "give true or false"),
+        (
+            CASES + "[[cases]]\nname = 'a'\nfrom_scratch = true\nbudget.params = 1\ntraining.epochs = 0",
+            "need a training",
+        ),
         (CASES + "[hyperparameters]\nspace.points = [2, 4]", "do not go together"),
     ],
 )
@@ -289,10 +301,10 @@ def test_clear_errors_about_cases(write, text, message):
 def test_cases(write, tmp_path):
     """What is in the table is what is in the folders; a case that is finished is not repeated, others go on."""
     path, out = write(CASES), tmp_path / "out"
-    assert "0 of 2 cases are done" in invoke("run", path, "--out", out, "--budget-minutes", 0)
+    assert "0 of 3 cases are done" in invoke("run", path, "--out", out, "--budget-minutes", 0)
     shown = invoke("run", path, "--out", out)
-    assert "half-macs" in shown and "of 2 cases" not in shown
-    first, second = json.loads((out / "cases.json").read_text())["cases"]
+    assert "half-macs" in shown and "of 3 cases" not in shown
+    first, second, third = json.loads((out / "cases.json").read_text())["cases"]
     info = json.loads((out / "30%" / "trained" / "result.json").read_text())
     assert (
         first["score"] == info["score"]["compressed"]["test"]
@@ -301,14 +313,19 @@ def test_cases(write, tmp_path):
     assert first["untrained"] == json.loads((out / "30%" / "result.json").read_text())["score"]["compressed"]["test"]
     assert first["params"] <= 0.3 and second["macs"] <= 0.5 and second["untrained"] == second["score"]
     assert info["training"]["recipe"]["epochs"] == 0.5 and second["settings"]["seed"] == 3
+    drawn = json.loads((out / "scratch" / "trained" / "result.json").read_text())["training"]
+    assert drawn["from_scratch"] and drawn["teacher"] == "digits" and third["score"] < third["untrained"]
     assert not (out / "half-macs" / "trained").exists()
-    assert (out / "cases.md").read_text().count("\n| ") == 3
+    assert (out / "cases.md").read_text().count("\n| ") == 4
     before = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
     shutil.rmtree(out / "half-macs")
     invoke("run", path, "--out", out)
     after = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
     assert before.keys() == after.keys() and [p.parent.name for p in before if before[p] != after[p]] == ["half-macs"]
     other = write(CASES.replace("rate = 0.001", "rate = 0.002"), "other.toml")
+    (out / "cases.json").write_text("{}")
+    assert "cases.json is damaged: remove it" in invoke("run", path, "--out", out, code=2)
+    (out / "cases.json").unlink()
     assert "was trained with other settings" in invoke("run", other, "--out", out, code=2)
 
 

@@ -168,7 +168,7 @@ class Accuracy:
 def _task(n: int, trained_on: int = 45_000, batch: int = 128) -> rankopt.Task:
     model = CifarResNet(n)
     model.load_state_dict(load_file(data_folder() / "weights" / f"resnet{6 * n + 2}_cifar10.safetensors"))
-    model.eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     # The weights saw every training image, so validation accuracy is 99.9 % and hardly ranks plans:
     # searches minimise the KL divergence to the dense model on augmented images (the default objective).
     calibration = augment(images("train", 0, CALIBRATION_IMAGES), torch.Generator().manual_seed(0))
