@@ -19,13 +19,14 @@ from rankopt.core import StudyError, Task
 from rankopt.job import Runner
 from rankopt.plan import RESULT, read_result
 from rankopt.progress import Bar, Patience
+from rankopt.report.html import write_report
 from rankopt.report.text import percent, render, with_interval
 from rankopt.request import TRAINED, run_in_folder
 from rankopt.study import Case, StudyFile
 from rankopt.tasks import load_task
 
 JSON, MARKDOWN = "cases.json", "cases.md"
-HEAD = ("case", "parameters", "MACs", "dense", "untrained", "result, 95 % interval", "change", "seconds")
+HEAD = ("case", "params", "MACs", "dense", "untrained", "result (95 %)", "points", "seconds")
 
 Row = dict[str, Any]
 
@@ -50,6 +51,7 @@ def run_cases(
         if found is None:
             break
         rows[case.name] = _row(case, task(case.task), folder, found)
+        write_report(found)
         _write(study, out, rows)
     shown = [rows[case.name] for case in study.cases if case.name in rows]
     if shown:
@@ -101,8 +103,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     change = None if None in (row["score"], row["dense"]) else 100 * (row["score"] - row["dense"])
     return [
         row["case"],
-        percent(row["params"]),
-        percent(row["macs"]),
+        percent(row["params"], 1),
+        percent(row["macs"], 1),
         percent(row["dense"]),
         percent(row["untrained"]),
         with_interval(row["score"], row["interval"]),
@@ -114,7 +116,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 def _table(rows: Sequence[Row]) -> str:
     drawn = Table()
     for column in HEAD:
-        drawn.add_column(column, justify="left" if column == HEAD[0] else "right")
+        first = column == HEAD[0]
+        drawn.add_column(column, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for row in rows:
         drawn.add_row(*_cells(row))
     return render(drawn)
@@ -129,7 +132,8 @@ def _write(study: StudyFile, out: Path, rows: Mapping[str, Row]) -> None:
         f"# {study.path.stem}: {len(own)} of {len(study.cases)} cases",
         "",
         f"Made by `rankopt run {study.path.name}`; settings and seeds are there. Scores are on {own[0]['part']} data,",
-        "read once a case and once before its training. Seconds: search and training; fits may come from the cache.",
+        "read once a case and once before its training; points: above dense. Seconds: search and training; fits may come",
+        "from the cache.",
         "",
         f"| {' | '.join(HEAD)} | date, machine |",
         "|---" * (len(HEAD) + 1) + "|",
