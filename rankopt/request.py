@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rankopt.candidates import write_beside
 from rankopt.core import METRICS, RankoptError, StudyError, Task
 from rankopt.evaluate import call
 from rankopt.fidelity import WHOLE, Ladder
 from rankopt.finetune import finetune
 from rankopt.initialise import from_scratch as untrained
 from rankopt.job import Runner, open_folder, run_search
-from rankopt.plan import RESULT, read_result
+from rankopt.plan import RESULT
 from rankopt.prepare import Prepared, prepare
 from rankopt.progress import Bar, Patience, console, gently
 from rankopt.recipe import Recipe
@@ -28,6 +30,7 @@ from rankopt.tasks import load_task
 NO_TRAINING = Recipe(epochs=0)
 TABLES = ("budget", "options", "space", "training")  # of settings that hyperparameters may change
 TRAINED = "trained"  # the folder of the trained model, in a run folder
+REQUEST = "request.json"  # what was asked, beside it
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def run_in_folder(
     Returns the folder that holds the result; None if it was stopped before there was one: the same call goes on, and
     repeats nothing that is finished. The runner is what stops a search.
     """
-    trained = out / TRAINED
+    trained, settings_file = out / TRAINED, out / REQUEST
+    about = json.dumps({"task": task.name, **dataclasses.asdict(request)}, default=str, indent=1)
     if not trained.is_dir():
         resume = out.is_dir() and any(out.rglob("study.db"))
         open_folder(out, resume)
@@ -123,11 +127,12 @@ def run_in_folder(
         result = run_search(prepared, prepared.problem(request.budget), settings, out, runner, bar)
         if result.info["trials"]["interrupted"]:
             return None
-    if not request.training.trains:
-        return out
+        if not request.training.trains:
+            return out
+        write_beside(settings_file, lambda p: p.write_text(about))
+    elif not settings_file.is_file() or settings_file.read_text() != about:
+        raise StudyError(f"{out} holds a training with other settings: remove it, or give another --out")
     if (trained / RESULT).is_file():
-        if read_result(trained)["training"]["recipe"] != dataclasses.asdict(request.recipe):
-            raise StudyError(f"{trained} was trained with other settings: remove it, or give another --out")
         return trained
     try:
         with gently(patience, lambda text: console.print(text, markup=False)):

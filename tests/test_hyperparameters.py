@@ -322,11 +322,12 @@ def test_cases(write, tmp_path):
     invoke("run", path, "--out", out)
     after = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
     assert before.keys() == after.keys() and [p.parent.name for p in before if before[p] != after[p]] == ["half-macs"]
-    other = write(CASES.replace("rate = 0.001", "rate = 0.002"), "other.toml")
     (out / "cases.json").write_text("{}")
     assert "cases.json is damaged: remove it" in invoke("run", path, "--out", out, code=2)
     (out / "cases.json").unlink()
-    assert "was trained with other settings" in invoke("run", other, "--out", out, code=2)
+    for text in (("rate = 0.001", "rate = 0.002"), ("budget.params = 0.3", "budget.params = 0.29")):
+        other = write(CASES.replace(*text), "other.toml")
+        assert "holds a training with other settings" in invoke("run", other, "--out", out, code=2)
 
 
 def test_a_case_whose_training_was_stopped_goes_on(write, tmp_path):
