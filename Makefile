@@ -11,7 +11,7 @@ help:
 	@echo "make install   the set-up alone: .venv with the rankopt command"
 	@echo "make demo      compress a small CNN on real digits and write runs/demo/report.html"
 	@echo "make test      install what tests need and run them"
-	@echo "make slow      the tests that take minutes"
+	@echo "make slow      the tests that take minutes, and those that draw examples with others"
 	@echo "make lint      ruff and mypy"
 
 $(VENV)/bin/python:
@@ -41,6 +41,7 @@ slow: $(STAMP_DEV)
 	@tests/install_browser.sh
 	@tests/install_models.sh $(BIN)/python
 	$(BIN)/python -m pytest -m slow
+	HYPOTHESIS_PROFILE=default $(BIN)/python -m pytest tests/test_untrusted.py tests/test_allocation.py tests/test_budget.py
 
 lint: $(STAMP_DEV)
 	$(BIN)/ruff check .

@@ -143,6 +143,9 @@ def read_result(folder: str | Path) -> dict[str, Any]:
     return info
 
 
+DAMAGE = ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError
+
+
 @contextmanager
 def sound(folder: str | Path) -> Iterator[None]:
     """Around what reads a result's entries: where one is not what it should be, a StudyError."""
@@ -150,7 +153,7 @@ def sound(folder: str | Path) -> Iterator[None]:
         yield
     except RankoptError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         path = Path(folder) / RESULT
         raise StudyError(f"{path} is damaged ({type(error).__name__}: {error}): make it anew with --resume") from error
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from rankopt.prepare import Prepared, prepare
 from rankopt.space import SearchSpace
 from rankopt.tasks import load_task
+
+# The same examples every time; HYPOTHESIS_PROFILE=default draws others (make slow does).
+settings.register_profile("fixed", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 QUICK = SearchSpace(name="quick", families=("svd_out", "cp_merged"), points=6, steps=20)
 

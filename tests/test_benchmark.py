@@ -63,6 +63,7 @@ def test_every_strategy_has_as_many_evaluations_and_stays_within_the_budgets(dig
         assert cell["seconds"]["evaluation"] == pytest.approx(evaluation, abs=1e-3) and evaluation > 0
 
 
+@pytest.mark.slow
 def test_a_plan_is_measured_once_and_the_best_ones_tested_once(digits, counted, tmp_path):
     names = [n.replace("knapsack", "knapsack:contenders=1") for n in NAMES]  # else it measures plans of its own
     found = benchmark(counted, BUDGETS, names, trials=4, seeds=2, out=tmp_path)
@@ -119,6 +120,7 @@ def test_the_tables_the_csv_and_the_picture(data, tmp_path):
     assert all(f"| {name} |" in page for name in NAMES) and "![best objective so far](benchmark.png)" in page
 
 
+@pytest.mark.slow
 def test_a_stopped_benchmark_goes_on_where_it_was(digits, data, tmp_path):
     seen = []
 

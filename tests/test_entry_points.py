@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
 HERE = Path(__file__).parent
 
 
@@ -26,6 +28,7 @@ def run(*command, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_separate_package_is_found_and_passes_the_suites(tmp_path):
     source, target, results = tmp_path / "source", tmp_path / "installed", tmp_path / "results.xml"
     shutil.copytree(HERE / "toy_package", source)

@@ -66,6 +66,7 @@ def obey_permissions():
         assert ctypes.CDLL(None).prctl(24, 1, 0, 0, 0) == 0
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written(tmp_path, quick_space):
     """A finished run whose folder is read-only: going on is refused in one line, and nothing is changed."""
     run = tmp_path / "run"

@@ -189,6 +189,7 @@ def test_the_kept_model_is_the_trained_one(undisturbed):
         assert task.score(model) == pytest.approx(info["score"]["compressed"]["validation"])
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_as_if_it_had_not_been(undisturbed, tmp_path):
     folder, _ = undisturbed
     out = tmp_path / "out"

@@ -213,6 +213,7 @@ def test_limits_of_time_and_memory_end_a_trial_and_not_the_search(digits, cluste
     assert [t.state for t in trials].count("failed") == 1 and "memory" in trials[2].error
 
 
+@pytest.mark.slow
 def test_fidelities_stop_the_same_trials_as_in_this_process(digits, cluster):
     ladder = Ladder.parse("0.1,0.4")
     here, there = (run(digits, "random", 9, runner, ladder=ladder) for runner in (search, RaySearch(1)))
@@ -347,6 +348,7 @@ def interrupted(task_file, times):
         return process.wait(60), rest
 
 
+@pytest.mark.slow
 def test_ctrl_c_once_finishes_what_runs_and_reports(task_file):
     code, rest = interrupted(task_file, 1)
     assert code == 130 and "--resume" in rest and len(rest.splitlines()) < 20
