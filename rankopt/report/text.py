@@ -211,9 +211,13 @@ def latency(info: dict[str, Any]) -> list[str]:
     where = f"on {found['conditions']} ({found['machine']})"
     if "met" in found:
         ms = {k: show("latency", found[k]) for k in ("dense", "latency", "low", "high", "predicted")}
+        # Of a fraction, times are shares of the dense model's in the table, whatever the processor's clock is now.
+        fraction = info["budget"]["latency"]["requested"] <= 1
+        whole = info["cost"]["dense"]["latency"] if fraction else found["dense"]
         lines = [
-            f"latency measured on the rebuilt model: {ms['latency']} (95 %: {ms['low']} to {ms['high']}, "
-            f"{found['rounds']} passes in turn with the dense model's {ms['dense']}), predicted {ms['predicted']}; "
+            f"latency measured on the rebuilt model: {ms['latency']} (95 %: {ms['low']} to {ms['high']}), "
+            f"{percent(found['latency'] / whole, 1)} of the dense model's {show('latency', whole)}; {found['rounds']} "
+            f"passes in turn with the dense model, which took {ms['dense']} there; predicted {ms['predicted']}; "
             f"attempts: {found['attempts']}; {where}"
         ]
     else:
