@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -57,9 +57,14 @@ def limited(budget: Any) -> set[str]:
     return {str(item).partition("=")[0].strip() for item in budget}
 
 
+def check_metrics(metrics: Iterable[str]) -> None:
+    """Raises BudgetError if one is nothing that a budget may limit."""
+    if unknown := set(metrics) - set(BUDGETS):
+        raise BudgetError(f"unknown budget metric {min(unknown)!r}: choose from {', '.join(BUDGETS)}")
+
+
 def _limit(metric: str, value: Any, dense: Cost) -> Limit:
-    if metric not in BUDGETS:
-        raise BudgetError(f"unknown budget metric {metric!r}: choose from {', '.join(BUDGETS)}")
+    check_metrics([metric])
     number, is_fraction = _number(metric, value)
     if not dense[metric]:
         raise BudgetError(

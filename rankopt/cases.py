@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +41,7 @@ def run_cases(
     rows = _known(out)
     for case in study.cases:
         folder = out / case.name
-        if rows.get(case.name, {}).get("settings") == _settings(case) and _finished(case, folder):
+        if rows.get(case.name, {}).get("settings") == case.request.described(case.task) and _finished(case, folder):
             continue
         if patience():
             break
@@ -73,11 +72,6 @@ def _finished(case: Case, folder: Path) -> bool:
     return (folder / TRAINED / RESULT if case.request.training.trains else folder / RESULT).is_file()
 
 
-def _settings(case: Case) -> dict[str, Any]:
-    """What the case asks for, as JSON gives it back."""
-    return json.loads(json.dumps({"task": case.task, **dataclasses.asdict(case.request)}, default=str))
-
-
 def _row(case: Case, task: Task, folder: Path, found: Path) -> Row:
     """A finished case: shares of the dense model's costs, scores (test ones if there are) and where it was made."""
     info, search = read_result(found), read_result(folder)
@@ -95,7 +89,7 @@ def _row(case: Case, task: Task, folder: Path, found: Path) -> Row:
         "seconds": sum(search["seconds"].values()) + (info["training"]["seconds"] if found != folder else 0),
         "date": date.today().isoformat(),
         "machine": f"{torch.get_num_threads()} thread(s), {platform.machine()}, torch {torch.__version__}",
-        "settings": _settings(case),
+        "settings": case.request.described(case.task),
     }
 
 

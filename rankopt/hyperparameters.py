@@ -83,12 +83,11 @@ class Searches:
 
     def about(self) -> dict[str, Any]:
         """What a study that goes on must agree on: all but how many searches."""
-        request = dataclasses.asdict(self.file.request)
         ranges = {
             name: json.loads(optuna.distributions.distribution_to_json(d)) for name, d in self.distributions.items()
         }
-        content = {**request, "task": self.task.name, "objectives": self.objectives, "hyperparameters": ranges}
-        return json.loads(json.dumps(content, default=str))
+        asked = self.file.request.described(self.task.name)
+        return {**asked, "objectives": list(self.objectives), "hyperparameters": ranges}
 
     def _check(self) -> None:
         for key, value in self.about().items():

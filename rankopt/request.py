@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -84,6 +85,10 @@ class Request:
         except TypeError as error:
             raise RankoptError(f"{', '.join(f'{k}={v}' for k, v in values.items())}: {error}") from error
 
+    def described(self, task: str | None) -> dict[str, Any]:
+        """What it asks for of a task, as JSON gives it back."""
+        return json.loads(json.dumps({"task": task, **dataclasses.asdict(self)}, default=str))
+
     @property
     def settings(self) -> Settings:
         """Those of its search."""
@@ -101,12 +106,18 @@ def run_request(request: Request, prepared: Prepared, runner: Runner) -> Result:
     if not request.training.trains or result.info["trials"]["interrupted"]:
         return result
     model = untrained(prepared.task.model, result.plan, request.seed) if request.from_scratch else result.model
-    teacher = load_task(request.teacher).model if request.teacher else None
+    teacher = _teacher(request.teacher)
     about = {"run": "the search", "from_scratch": request.from_scratch, "teacher": request.teacher or None}
-    trained = finetune(model, prepared.task, request.recipe, teacher=teacher)
+    trained = finetune(model, prepared.task, request.recipe, teacher=None if teacher is None else teacher.model)
     result = with_training(result, trained, prepared.task, about)
     result.info["objective"] |= {"best": call("the objective", prepared.objective, result.model)}
     return result
+
+
+@functools.cache
+def _teacher(name: str) -> Task | None:
+    """Loaded once: each search of a study learns from the same."""
+    return load_task(name) if name else None
 
 
 def run_in_folder(
@@ -118,7 +129,7 @@ def run_in_folder(
     repeats nothing that is finished. The runner is what stops a search.
     """
     trained, settings_file = out / TRAINED, out / REQUEST
-    about = json.dumps({"task": task.name, **dataclasses.asdict(request)}, default=str, indent=1)
+    about = json.dumps(request.described(task.name), indent=1)
     if not trained.is_dir():
         resume = out.is_dir() and any(out.rglob("study.db"))
         open_folder(out, resume)
@@ -141,7 +152,7 @@ def run_in_folder(
                 task,
                 request.recipe,
                 trained,
-                teacher=load_task(request.teacher) if request.teacher else None,
+                teacher=_teacher(request.teacher),
                 from_scratch=request.from_scratch,
                 resume=True,
                 stop=patience,

@@ -64,9 +64,9 @@ def retrain(
 def with_training(before: Result, trained: Trained, task: Task, about: Mapping[str, Any]) -> Result:
     """The result with its model trained and scored anew, test data once. about: run, from_scratch and teacher."""
     info, model = before.info, trained.model
-    untrained = None if about["from_scratch"] else info["score"]["compressed"]["test"]
+    test_before = None if about["from_scratch"] else info["score"]["compressed"]["test"]
     score = {"validation": call("the score", task.score, model), "test": call("the test score", task.test, model)}
     info |= with_intervals(task, {"dense": info["score"]["dense"], "compressed": score})
     # What the search said of the chosen plan beside others was of untrained models.
-    info |= {"training": {**trained.info, **about, "test_before": untrained}, "tie": None}
+    info |= {"training": {**trained.info, **about, "test_before": test_before}, "tie": None}
     return dataclasses.replace(before, model=model, info=info)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from rankopt.budget import limited
-from rankopt.core import BUDGETS, METRICS, RankoptError
+from rankopt.budget import check_metrics
+from rankopt.core import METRICS, RankoptError
 from rankopt.fidelity import WHOLE, Ladder
 from rankopt.recipe import Recipe
 from rankopt.request import NO_TRAINING, Request
@@ -145,8 +145,7 @@ def _request(path: Path, content: Mapping[str, Any]) -> Request:
     strategy, budget = content.get("strategy", "knapsack"), _needed(content, "budget")
     if not isinstance(budget, dict):
         budget = parse_pairs(budget if isinstance(budget, list) else [budget])
-    if unknown := limited(budget) - set(BUDGETS):
-        raise RankoptError(f"unknown budget metric {min(unknown)!r}: choose from {', '.join(BUDGETS)}")
+    check_metrics(budget)
     plain = {k: content[k] for k in ("trials", "seed", "refine", "from_scratch") if k in content}
     plain |= {"teacher": _from(path, content["teacher"])} if "teacher" in content else {}
     ladder = Ladder.parse(content["fidelities"]) if "fidelities" in content else WHOLE

@@ -25,9 +25,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv(
-            "OMP_NUM_THREADS", "1"
-        )  # of processes that tests start: sums of other threads differ in the last bit
+        # Of processes that tests start: sums of several threads differ in the last bit.
+        patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
 

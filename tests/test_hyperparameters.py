@@ -41,6 +41,25 @@ training.epochs = { low = 0, high = 0.4, step = 0.2 }
 training.rate = { low = 0.0001, high = 0.001, log = true }
 training.distill = { low = 0, high = 1 }
 """
+CASES = (
+    BASE.replace("budget = { params = 0.3 }\n", "")
+    + """
+training = { epochs = 0.5, optimizer = "adamw", rate = 0.001 }
+[[cases]]
+name = "30%"
+budget.params = 0.3
+[[cases]]
+name = "half-macs"
+budget.macs = 0.5
+training.epochs = 0
+seed = 3
+[[cases]]
+name = "scratch"
+budget.params = 0.5
+from_scratch = true
+teacher = "digits"
+"""
+)
 
 
 @pytest.fixture
@@ -105,6 +124,21 @@ def rows(folder):
         ),
         (BASE + "[hyperparameters]\nspace.points = ['a']", "space.points=a"),
         ("a = [", "cannot be read"),
+        (CASES + "[[cases]]\nname = 'a'", "budget is missing"),
+        (CASES + "[[cases]]\nbudget.params = 0.5", "a case is a table with a name"),
+        (CASES + "[[cases]]\nname = '../a'\nbudget.params = 0.5", "a case is a table with a name"),
+        (CASES + "[[cases]]\nname = '30%'\nbudget.params = 0.5", "two cases have one name"),
+        (
+            CASES + "[[cases]]\nname = 'a'\nbudget.params = 0.5\nsteps = 3",
+            "case a: unknown key 'steps'; the keys are task, budget, strategy",
+        ),
+        (CASES + "[[cases]]\nname = 'a'\nbudget.param = 0.5", "unknown budget metric 'param'"),
+        (CASES + "[[cases]]\nname = 'a'\nbudget.params = 0.5\ntraining.eval_mode = 1", "give true or false"),
+        (
+            CASES + "[[cases]]\nname = 'a'\nfrom_scratch = true\nbudget.params = 1\ntraining.epochs = 0",
+            "need a training",
+        ),
+        (CASES + "[hyperparameters]\nspace.points = [2, 4]", "do not go together"),
     ],
 )
 def test_clear_errors(write, text, message):
@@ -251,52 +285,6 @@ def test_a_score_is_needed_for_a_score(write, tmp_path):
 
 
 # --- cases ---------------------------------------------------------------------------------------------------
-
-CASES = (
-    BASE.replace("budget = { params = 0.3 }\n", "")
-    + """
-training = { epochs = 0.5, optimizer = "adamw", rate = 0.001 }
-[[cases]]
-name = "30%"
-budget.params = 0.3
-[[cases]]
-name = "half-macs"
-budget.macs = 0.5
-training.epochs = 0
-seed = 3
-[[cases]]
-name = "scratch"
-budget.params = 0.5
-from_scratch = true
-teacher = "digits"
-"""
-)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (CASES + "[[cases]]\nname = 'a'", "budget is missing"),
-        (CASES + "[[cases]]\nbudget.params = 0.5", "a case is a table with a name"),
-        (CASES + "[[cases]]\nname = '../a'\nbudget.params = 0.5", "a case is a table with a name"),
-        (CASES + "[[cases]]\nname = '30%'\nbudget.params = 0.5", "two cases have one name"),
-        (
-            CASES + "[[cases]]\nname = 'a'\nbudget.params = 0.5\nsteps = 3",
-            "case a: unknown key 'steps'; the keys are task, budget, strategy",
-        ),
-        (CASES + "[[cases]]\nname = 'a'\nbudget.param = 0.5", "unknown budget metric 'param'"),
-        (CASES + "[[cases]]\nname = 'a'\nbudget.params = 0.5\ntraining.eval_mode = 1", "give true or false"),
-        (
-            CASES + "[[cases]]\nname = 'a'\nfrom_scratch = true\nbudget.params = 1\ntraining.epochs = 0",
-            "need a training",
-        ),
-        (CASES + "[hyperparameters]\nspace.points = [2, 4]", "do not go together"),
-    ],
-)
-def test_clear_errors_about_cases(write, text, message):
-    with pytest.raises(RankoptError) as caught:
-        read_study(write(text))
-    assert message in str(caught.value)
 
 
 def test_cases(write, tmp_path):
