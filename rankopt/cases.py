@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from rankopt.candidates import write_beside
-from rankopt.core import StudyError, Task
+from rankopt.core import RankoptError, StudyError, Task
 from rankopt.job import Runner
 from rankopt.plan import RESULT, read_result
 from rankopt.progress import Bar, Patience
@@ -31,16 +31,28 @@ Row = dict[str, Any]
 
 
 def run_cases(
-    study: StudyFile, out: Path, runner: Runner, cache_folder: Path | None, patience: Patience, bar: Bar
+    study: StudyFile,
+    out: Path,
+    runner: Runner,
+    cache_folder: Path | None,
+    patience: Patience,
+    bar: Bar,
+    only: Sequence[str] = (),
 ) -> Iterator[str]:
     """Do the cases in their order, or go on with them; yields what to show. One that is finished is not repeated.
 
-    patience: asked before every case and after every step of a training.
+    patience: asked before every case and after every step of a training. only: the names of those to do, if not all:
+    so several processes may share a study's folder. Raises RankoptError for a name that no case has.
     """
+    names = [case.name for case in study.cases]
+    if unknown := [name for name in only if name not in names]:
+        raise RankoptError(f"unknown case {unknown[0]!r}; the cases are {', '.join(names)}")
     task = cache(load_task)
     rows = _known(out)
     for case in study.cases:
         folder = out / case.name
+        if only and case.name not in only:
+            continue
         if rows.get(case.name, {}).get("settings") == case.request.described(case.task) and _finished(case, folder):
             continue
         if patience():
@@ -49,8 +61,9 @@ def run_cases(
         found = run_in_folder(case.request, task(case.task), folder, runner, cache_folder, patience, bar)
         if found is None:
             break
-        rows[case.name] = _row(case, task(case.task), folder, found)
+        row = _row(case, task(case.task), folder, found)
         write_report(found)
+        rows = _known(out) | {case.name: row}  # others may have written theirs
         _write(study, out, rows)
     shown = [rows[case.name] for case in study.cases if case.name in rows]
     if shown:

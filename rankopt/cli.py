@@ -363,6 +363,9 @@ def run(
     budget_minutes: Annotated[float, typer.Option(help="start nothing after so many minutes; run again to go on")] = (
         float("inf")
     ),
+    case: Annotated[
+        list[str] | None, typer.Option(help="this case only, repeatable: so several processes share a study [all]")
+    ] = None,
     cache: CacheFolder = None,
 ) -> None:
     """Do what a study's file says, or go on with it: one search, a list of cases, or hyperparameters searched for."""
@@ -380,8 +383,14 @@ def run(
         def told(line: str) -> None:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+        if case and not found.cases:
+            raise RankoptError(f"--case: {study} has no [[cases]]")
         where = (folder, runner, cache, Patience(budget_minutes), Bar())
-        lines = run_cases(found, *where) if found.cases else run_study(found, load_task(found.task), *where, told)
+        lines = (
+            run_cases(found, *where, case or ())
+            if found.cases
+            else run_study(found, load_task(found.task), *where, told)
+        )
         for line in lines:
             _print(line)
 

@@ -291,6 +291,11 @@ def test_cases(write, tmp_path):
     """What is in the table is what is in the folders; a case that is finished is not repeated, others go on."""
     path, out = write(CASES), tmp_path / "out"
     assert "0 of 3 cases are done" in invoke("run", path, "--out", out, "--budget-minutes", 0)
+    shown = invoke("run", path, "--out", out, "--case", "scratch")
+    assert "1 of 3 cases" in shown and not (out / "half-macs").exists()
+    assert "unknown case 'half'; the cases are 30%, half-macs, scratch" in invoke(
+        "run", path, "--out", out, "--case", "half", code=2
+    )
     shown = invoke("run", path, "--out", out)
     assert "half-macs" in shown and "of 3 cases" not in shown
     first, second, third = json.loads((out / "cases.json").read_text())["cases"]
