@@ -99,7 +99,7 @@ def run_search(
         about |= {"notes": strategy.notes}
         where = (prepared, found.problem, found.trials, found.chosen)
         result = finish(*where, about, strategy.asked, settings, kept, track)
-        result.info["trials"]["interrupted"] = found.study.stopping
+        result.info["trials"] |= {"outside": found.study.outside, "interrupted": found.study.stopping}
         if out is not None and store is not None:
             store.export()
             result.save(out)

@@ -203,7 +203,7 @@ def finish(
         },
         "cost": {"dense": dataclasses.asdict(prepared.dense), "compressed": dataclasses.asdict(achieved)},
         "optimality_gap": relative_gap(problem.loss(chosen.proposal), bound),
-        "objective": {"best": chosen.objective, "predicted": chosen.predicted},
+        "objective": {"best": chosen.objective, "predicted": chosen.predicted, "trial": chosen.number},
         "fidelities": climbed(settings.ladder, trials),
         **changes,
         **with_intervals(task, score),

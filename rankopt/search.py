@@ -94,6 +94,7 @@ class Study:
     reached: dict[Proposal, tuple[float, ...]] = field(default_factory=dict)  # -> its objective at each rung so far
     retried: set[Proposal] = field(default_factory=set)
     stopping: bool = False  # set it, and nothing more is started
+    outside: int = 0  # trials that the store holds, but that a limit on latency, moved since, leaves out
     awaited: set[Proposal] = field(default_factory=set)  # what other processes evaluated at the last look
 
     def resume(self) -> None:
@@ -101,7 +102,8 @@ class Study:
         if not self.store:
             return
         found, asked = self.store.trials()
-        self.trials = [t for t in found if self.problem.fits(t.proposal)]  # limits on latency are tightened meanwhile
+        self.trials = [t for t in found if self.problem.fits(t.proposal)]
+        self.outside = len(found) - len(self.trials)
         if self.trials and all(t.state == "failed" for t in self.trials):
             self.store.restart()
             self.trials, asked = [], 0
@@ -137,7 +139,7 @@ class Study:
     def _catch_up(self) -> None:
         for trial in self.store.news() if self.store else ():
             self.reached[trial.proposal] = trial.rungs
-            self.trials.append(dataclasses.replace(trial, number=len(self.trials)))
+            self.trials.append(dataclasses.replace(trial, number=self.outside + len(self.trials)))
             self.strategy.tell(self.trials[-1])
 
     def promote(self, proposal: Proposal, rungs: tuple[float, ...]) -> bool:
@@ -161,7 +163,7 @@ class Study:
     def finish(self, proposal: Proposal, outcome: Outcome) -> Trial:
         """Record an evaluation, given up where it is unfinished: store first, then tell."""
         trial = Trial(
-            number=len(self.trials),
+            number=self.outside + len(self.trials),
             proposal=proposal,
             state="failed" if outcome.error else "finished" if outcome.finished else "stopped",
             cost=self.problem.cost(proposal),

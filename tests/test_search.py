@@ -186,7 +186,7 @@ def test_a_one_shot_search_that_failed_is_made_again(digits, tmp_path):
         run_search(digits, problem, Settings("uniform"), tmp_path, broken)
     result = run_search(digits, problem, Settings("uniform", resume=True), tmp_path)
     assert result.info["trials"] | {"asked": 1} == {
-        "asked": 1, "finished": 1, "failed": 0, "stopped": 0, "distinct": 1, "interrupted": False,
+        "asked": 1, "finished": 1, "failed": 0, "stopped": 0, "distinct": 1, "outside": 0, "interrupted": False,
     }  # fmt: skip
     assert [t["state"] for t in read_trials(tmp_path)] == ["finished"]
     states = [t.state.name for t in Store(tmp_path, problem, {}, resume=True).study.trials]

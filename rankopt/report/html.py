@@ -20,6 +20,7 @@ from rankopt.report.text import (
     before_after,
     changes,
     energy,
+    evaluated,
     honesty,
     latency,
     method_text,
@@ -84,6 +85,7 @@ def render(info: dict[str, Any], trials: Sequence[dict[str, Any]], run: str) -> 
             budget=[_budget_row(metric, b) for metric, b in info["budget"].items()],
             pictures=_pictures(info, trials),
             colour=pictures.colours([x["method"] for x in info["layers"]]),
+            evaluated=evaluated(info),
             failed=[t for t in trials if t["state"] == "failed"],
             apply=f"rankopt apply {shlex.quote(run)} --task {shlex.quote(info['task'] or 'FILE.py:function')} --check",
             load=f"model = rankopt.load(model, {run!r})",
@@ -136,9 +138,9 @@ def _pictures(info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> dict[st
     draw, done = pictures.draw, pictures.finished(trials, "objective")
     drawn = {"size": draw(pictures.size, info, trials)}
     if len(done) > 1:
-        drawn["progress"] = draw(pictures.progress, trials)
+        drawn["progress"] = draw(pictures.progress, info, trials)
     if len(pictures.finished(done, "predicted")) > 1:
-        drawn["prediction"] = draw(pictures.prediction, trials)
+        drawn["prediction"] = draw(pictures.prediction, info, trials)
     rows = info["layers"]
     drawn["layers"] = draw(pictures.layers, rows, height=pictures.layers_height(rows))
     if t := info.get("training"):

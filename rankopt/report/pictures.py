@@ -100,9 +100,10 @@ def finished(trials: Sequence[dict[str, Any]], *keys: str) -> list[dict[str, Any
     return [t for t in trials if all(t[k] is not None and math.isfinite(t[k]) for k in keys)]
 
 
-def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The trial that a search chooses."""
-    return min(trials, key=lambda t: (t["objective"], t["number"]))
+def chosen_trial(info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The trial that the search chose: the best one, unless that missed a latency budget when it was measured."""
+    number = info["objective"].get("trial")
+    return min(trials, key=lambda t: (t["number"] != number, t["objective"], t["number"]))
 
 
 # --- painters ----------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def size(ax: Any, info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> Non
     ax.xaxis.set_major_formatter(FuncFormatter(_time) if metric == "latency" else EngFormatter(sep=""))
 
 
-def progress(ax: Any, trials: Sequence[dict[str, Any]]) -> None:
+def progress(ax: Any, info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> None:
     """Objective over trial number, with the best so far and what failed."""
     done = finished(trials, "objective")
     values = [t["objective"] for t in done]
@@ -157,7 +158,8 @@ def progress(ax: Any, trials: Sequence[dict[str, Any]]) -> None:
         ax.scatter(
             failed, [0.97] * len(failed), marker="x", color=BAD, transform=ax.get_xaxis_transform(), label="failed"
         )
-    _star(ax, best(done)["number"], best(done)["objective"], "chosen")
+    chosen = chosen_trial(info, done)
+    _star(ax, chosen["number"], chosen["objective"], "chosen")
     objective_axis(ax, "y", values)
     ax.margins(y=0.1)
     ax.set(xlabel="trial", ylabel="objective (less is better)")
@@ -165,14 +167,15 @@ def progress(ax: Any, trials: Sequence[dict[str, Any]]) -> None:
     _legend(ax, 4)
 
 
-def prediction(ax: Any, trials: Sequence[dict[str, Any]]) -> None:
+def prediction(ax: Any, info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> None:
     """What the layers' losses added up to, and what the rebuilt model's objective was."""
     done = finished(trials, "objective", "predicted")
     x, y = [t["predicted"] for t in done], [t["objective"] for t in done]
     ends = [min(x + y), max(x + y)]
     ax.plot(ends, ends, color=FAINT, lw=1, ls="--", label="as predicted")
     ax.scatter(x, y, s=32, color=POINT, alpha=0.6, lw=0, label="trial")
-    _star(ax, best(done)["predicted"], best(done)["objective"], "chosen")
+    chosen = chosen_trial(info, done)
+    _star(ax, chosen["predicted"], chosen["objective"], "chosen")
     objective_axis(ax, "x", x + y)
     objective_axis(ax, "y", x + y)
     ax.set(xlabel="predicted rise of the objective", ylabel="measured objective")

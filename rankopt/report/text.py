@@ -197,10 +197,15 @@ def budget_line(info: dict[str, Any]) -> str:
     stopped += ", interrupted" if t.get("interrupted") else ""
     return (
         f"budget  {'; '.join(parts)}\n"
-        f"search  {t['distinct']} plans, {t['failed']} failed{stopped}; optimality gap of the predicted loss "
+        f"search  {evaluated(info)} plans, {t['failed']} failed{stopped}; optimality gap of the predicted loss "
         f"{info['optimality_gap']:.2%}\n"
         f"seconds {', '.join(f'{k} {v:.1f}' for k, v in s.items())}"
     )
+
+
+def evaluated(info: dict[str, Any]) -> int:
+    """How many plans, those included that missed a latency budget when it was measured."""
+    return info["trials"]["distinct"] + info["trials"].get("outside", 0)
 
 
 def latency(info: dict[str, Any]) -> list[str]:
