@@ -8,26 +8,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.table import Table
 
 from rankopt.candidates import write_beside
 from rankopt.core import RankoptError, StudyError, Task
 from rankopt.job import Runner
 from rankopt.plan import RESULT, read_result
 from rankopt.progress import Bar, Patience
+from rankopt.report import cases as report
+from rankopt.report.cases import Row
 from rankopt.report.html import write_report
-from rankopt.report.text import percent, render, with_interval
 from rankopt.request import TRAINED, run_in_folder
 from rankopt.study import Case, StudyFile
 from rankopt.tasks import load_task
 
-JSON, MARKDOWN = "cases.json", "cases.md"
-HEAD = ("case", "params", "MACs", "dense", "untrained", "result (95 %)", "points", "seconds")
-
-Row = dict[str, Any]
+JSON = "cases.json"
 
 
 def run_cases(
@@ -67,8 +63,8 @@ def run_cases(
         _write(study, out, rows)
     shown = [rows[case.name] for case in study.cases if case.name in rows]
     if shown:
-        yield _table(shown)
-        yield f"written: {out / MARKDOWN}"
+        yield report.table(shown)
+        yield f"written: {out / report.MARKDOWN}"
     if len(shown) < len(study.cases):
         yield f"{len(shown)} of {len(study.cases)} cases are done: the same command goes on"
 
@@ -106,44 +102,9 @@ def _row(case: Case, task: Task, folder: Path, found: Path) -> Row:
     }
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    change = None if None in (row["score"], row["dense"]) else 100 * (row["score"] - row["dense"])
-    return [
-        row["case"],
-        percent(row["params"], 1),
-        percent(row["macs"], 1),
-        percent(row["dense"]),
-        percent(row["untrained"]),
-        with_interval(row["score"], row["interval"]),
-        "–" if change is None else f"{change:+.2f}",
-        f"{row['seconds']:,.0f}",
-    ]
-
-
-def _table(rows: Sequence[Row]) -> str:
-    drawn = Table()
-    for column in HEAD:
-        first = column == HEAD[0]
-        drawn.add_column(column, justify="left" if first else "right", no_wrap=not first, overflow="fold")
-    for row in rows:
-        drawn.add_row(*_cells(row))
-    return render(drawn)
-
-
 def _write(study: StudyFile, out: Path, rows: Mapping[str, Row]) -> None:
-    """cases.json and cases.md."""
+    """cases.json, and what is drawn from it."""
     own = [rows[case.name] for case in study.cases if case.name in rows]
     content = {"study": study.path.name, "cases": own}
     write_beside(out / JSON, lambda p: p.write_text(json.dumps(content, indent=1)))
-    lines = [
-        f"# {study.path.stem}: {len(own)} of {len(study.cases)} cases",
-        "",
-        f"Made by `rankopt run {study.path.name}`; settings and seeds are there. Scores are on {own[0]['part']} data,",
-        "read once a case and once before its training; points: above dense. Seconds: search and training; fits may",
-        "come from the cache.",
-        "",
-        f"| {' | '.join(HEAD)} | date, machine |",
-        "|---" * (len(HEAD) + 1) + "|",
-    ]
-    lines += [f"| {' | '.join(_cells(row))} | {row['date']}, {row['machine']} |" for row in own]
-    write_beside(out / MARKDOWN, lambda p: p.write_text("\n".join([*lines, ""])))
+    report.write(out, study.path, own, len(study.cases))

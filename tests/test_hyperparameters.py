@@ -311,6 +311,7 @@ def test_cases(write, tmp_path):
     assert drawn["from_scratch"] and drawn["teacher"] == "digits" and third["score"] < third["untrained"]
     assert not (out / "half-macs" / "trained").exists()
     assert (out / "cases.md").read_text().count("\n| ") == 4
+    assert (out / "cases.png").read_bytes().startswith(b"\x89PNG")
     before = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
     shutil.rmtree(out / "half-macs")
     invoke("run", path, "--out", out)
