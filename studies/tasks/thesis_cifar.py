@@ -1,4 +1,4 @@
-"""Tasks of studies/thesis_accuracy.toml: the thesis's networks on CIFAR-10, untrained or trained by that study."""
+"""Tasks of studies/thesis_*.toml: the thesis's networks on CIFAR-10, untrained or trained by these studies."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import nn
 
 import rankopt
 
-FOLDER = "runs/thesis_accuracy"
+RUNS = "runs"
 
 
-def _task(name: str, trained: bool) -> rankopt.Task:
+def _task(name: str, study: str | None = None) -> rankopt.Task:
+    """study: the one that trained it, where its runs are (RANKOPT_RUNS, else runs)."""
     model: nn.Module = thesis_models.build(name)
-    if trained:
-        folder = Path(os.environ.get("RANKOPT_THESIS", FOLDER)) / f"{name}-dense" / "trained"
+    if study:
+        folder = Path(os.environ.get("RANKOPT_RUNS", RUNS)) / study / f"{name}-dense" / "trained"
         if not (folder / "plan.json").is_file():
-            raise FileNotFoundError(f"{folder} is missing: its case comes first in thesis_accuracy.toml")
+            raise FileNotFoundError(f"{folder} is missing: its case comes first in studies/{study}.toml")
         model = rankopt.load(model, folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     calibration = cifar10.augment(cifar10.images("train", 0, 2_000), torch.Generator().manual_seed(0))
@@ -40,19 +41,24 @@ def _task(name: str, trained: bool) -> rankopt.Task:
 
 def resnet18() -> rankopt.Task:
     """Untrained; 11,173,962 parameters."""
-    return _task("ResNet-18", trained=False)
+    return _task("ResNet-18")
 
 
 def resnet18_trained() -> rankopt.Task:
     """As the case ResNet-18-dense trained it."""
-    return _task("ResNet-18", trained=True)
+    return _task("ResNet-18", "thesis_accuracy")
 
 
 def vgg11() -> rankopt.Task:
     """Untrained; 9,231,114 parameters."""
-    return _task("VGG-11", trained=False)
+    return _task("VGG-11")
 
 
 def vgg11_trained() -> rankopt.Task:
     """As the case VGG-11-dense trained it."""
-    return _task("VGG-11", trained=True)
+    return _task("VGG-11", "thesis_accuracy")
+
+
+def vgg11_brief() -> rankopt.Task:
+    """As the case VGG-11-dense of thesis_vgg11.toml trained it."""
+    return _task("VGG-11", "thesis_vgg11")
