@@ -21,6 +21,7 @@ from rankopt import Recipe, checkpoint
 from rankopt.distill import Lesson, blocks, distance, factorised, recorded
 from rankopt.job import run_search
 from rankopt.recipe import make_optimizer, make_schedule
+from rankopt.report.training import lines
 from rankopt.settings import Settings
 from rankopt.training import divergence, endless
 from tests.test_cli import run
@@ -353,6 +354,13 @@ def test_train_apply_and_report(folder, result, task, tmp_path):
     small = rankopt.load(task.model, out)
     assert task.test(small.eval()) == pytest.approx(after)
     assert "is not empty" in run(*command, code=2)[1]
+
+
+def test_a_training_that_does_harm_is_told():
+    scores = {"compressed": {"validation": 0.5, "test": 0.6}}
+    about = {"recipe": {}, "teacher": None, "from_scratch": False, "run": "r", "seconds": 1.0}
+    told = lines({"score": scores, "training": {**about, "before": 0.6, "test_before": 0.6}})
+    assert [": less than before; try a lower rate" in x for x in told] == [False, True, False]
 
 
 def test_bad_commands(folder, tmp_path):

@@ -28,6 +28,10 @@ def lines(info: Mapping[str, Any]) -> list[str]:
     for part, before in (("validation", t["before"]), ("test", t["test_before"])):
         if after[part] is not None:
             found.append(f"{part} score {'' if before is None else percent(before) + ' -> '}{percent(after[part])}")
+            if before is not None and after[part] < before:
+                found[-1] += (
+                    ": less than before; try a lower rate, or eval_mode=true, which keeps batch norms as they are"
+                )
     if changed := {k: v for k, v in recipe.changed().items() if k not in ("epochs", "rate", "layerwise")}:
         found.append(f"other settings: {', '.join(f'{k}={v}' for k, v in changed.items())}")
     return found
