@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from rankopt.decompositions.tt_matrix import TensorTrainMatrixLinear
 from rankopt.inventory import count, inference, names_of, one_example, run, to_device
 from rankopt.kinds import CONVOLUTIONS, TRANSPOSED
 from rankopt.precision import Stored
+from rankopt.timing import in_turn
 
 REPLACEMENTS = (Factorised, Reconstructed, NetworkLinear, TensorTrainMatrixLinear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -255,29 +255,7 @@ JOINS: tuple[Callable[[Any, Any, Shapes], nn.Module | None], ...] = (fold_batch_
 # --- time ---------------------------------------------------------------------------------------------
 
 
-def in_turn(
-    functions: Sequence[Callable[[], Any]],
-    seconds: float,
-    least: int = 11,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[list[float]]:
-    """Seconds, by a clock, of every call of each function: in turn until the time is over, and at least so often.
-
-    What else the machine does then slows all of them alike. The first call of each is not among them.
-    """
-    spent: list[list[float]] = [[] for _ in functions]
-    end = time.perf_counter() + seconds
-    with torch.inference_mode():
-        while time.perf_counter() < end or len(spent[0]) <= least:
-            for function, times in zip(functions, spent, strict=True):
-                start = clock()
-                function()
-                if torch.cuda.is_initialized():
-                    torch.cuda.synchronize()
-                times.append(clock() - start)
-    return [times[1:] for times in spent]
-
-
 def medians(functions: Sequence[Callable[[], Any]], seconds: float = 1.0) -> list[float]:
     """Median seconds of each function, called in turn."""
-    return [statistics.median(times) for times in in_turn(functions, seconds)]
+    with torch.inference_mode():
+        return [statistics.median(times) / 1e9 for times in in_turn(functions, 11, seconds)]

@@ -9,10 +9,9 @@ import json
 import logging
 import platform
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from rankopt.candidates import write_beside
 from rankopt.core import RankoptError
 from rankopt.inventory import inference, map_tensors, run
 from rankopt.space import folder
+from rankopt.timing import in_turn
 
 FORMAT, VERSION = "rankopt-hardware", 1
 RUNTIMES = ("eager", "compile", "onnxruntime")
@@ -207,28 +207,9 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def interleaved(passes: Sequence[Timed], conditions: Conditions, rounds: int = ROUNDS) -> list[list[int]]:
-    """Nanoseconds of each pass in each of so many rounds, after a warm-up.
-
-    A round runs every pass once: what slows the machine for a while slows all of them alike.
-    """
-    wait = torch.cuda.synchronize if torch.device(conditions.device).type == "cuda" else _nothing
-    samples: list[list[int]] = [[] for _ in passes]
-    with ExitStack() as stack:
-        stack.enter_context(conditions_hold(conditions))
-        stack.enter_context(torch.inference_mode())
-        for number in range(WARM_UP + rounds):
-            for one, kept in zip(passes, samples, strict=True):
-                wait()
-                start = time.perf_counter_ns()
-                one()
-                wait()
-                if number >= WARM_UP:
-                    kept.append(time.perf_counter_ns() - start)
-    return samples
-
-
-def _nothing() -> None:
-    """A CPU has done its work when the call returns."""
+    """Nanoseconds of each pass in each of so many rounds, after a warm-up."""
+    with conditions_hold(conditions), torch.inference_mode():
+        return in_turn(passes, rounds, warm_up=WARM_UP)
 
 
 def passes(modules: Sequence[nn.Module], x: Any, conditions: Conditions) -> list[Timed]:

@@ -6,9 +6,10 @@ import copy
 import dataclasses
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from rankopt.refine import refine as refine_layers
 from rankopt.renormalise import renormalise
 from rankopt.search import front
 from rankopt.settings import Settings
+from rankopt.timing import in_turn
 from rankopt.uncertainty import proxy, tie, wilson
 
 log = logging.getLogger(__name__)
@@ -279,21 +281,14 @@ def _polished(
 def time_forward(models: Sequence[nn.Module], example_input: Any, seconds: float = 1.0) -> dict[str, Any]:
     """Median milliseconds of a forward pass of one example, dense and compressed interleaved, on one thread."""
     x = to_device(one_example(example_input), models[0])
-    times: list[list[float]] = [[] for _ in models]
-    cuda = next(models[0].parameters()).is_cuda
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more threads make small operations slower where others use the cores too
-    end = time.perf_counter() + seconds
     try:
-        while time.perf_counter() < end or len(times[0]) < 11:
-            for model, spent in zip(models, times, strict=True):
-                with inference(model, fused=True):
-                    start = time.perf_counter()
-                    run(model, x)
-                    if cuda:
-                        torch.cuda.synchronize()
-                    spent.append(1e3 * (time.perf_counter() - start))
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(inference(model, fused=True))
+            times = in_turn([partial(run, model, x) for model in models], 10, seconds)
     finally:
         torch.set_num_threads(threads)
-    dense, compressed = (sorted(t[1:])[len(t[1:]) // 2] for t in times)
+    dense, compressed = (sorted(t)[len(t) // 2] / 1e6 for t in times)
     return {"dense": dense, "compressed": compressed, "repeats": len(times[0]), "threads": 1}

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt import DECOMPOSITIONS, count, fuse, inventory
-from rankopt.fuse import dense_twin, in_turn, merge_depthwise
+from rankopt.fuse import dense_twin, merge_depthwise
+from rankopt.timing import in_turn
 
 RESULTS = Path(__file__).parent / "results"
 STAGES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels and size of ResNet's at 224 x 224
@@ -92,13 +93,13 @@ def row(name: str, variants: dict[str, tuple[nn.Module, Tensor]], seconds: float
     """Milliseconds of each variant, and its time over the first one's with quartiles."""
     calls: list[Callable[[], Any]] = [lambda m=m, x=x: m(x) for m, x in variants.values()]
     with torch.no_grad():
-        spent = in_turn(calls, seconds, clock=time.thread_time)
+        spent = in_turn(calls, 11, seconds, clock=time.thread_time_ns)
     found: dict[str, Any] = {"name": name, "rounds": len(spent[0]), "variants": {}}
     for (label, (model, x)), times in zip(variants.items(), spent, strict=True):
         ratios = [a / b for a, b in zip(times, spent[0], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         macs = None if "compile" in label else count(model, x).macs
-        times_ms = 1e3 * statistics.median(times)
+        times_ms = statistics.median(times) / 1e6
         found["variants"][label] = {"ms": times_ms, "ratio": middle, "low": low, "high": high, "macs": macs}
     print(name, {k: (round(v["ms"], 3), round(v["ratio"], 3)) for k, v in found["variants"].items()}, flush=True)
     return found

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "rankopt"
 
 # Who may import whom at the top of a file: lower numbers know nothing of higher ones.
 ORDER = [
-    {"core", "attention", "parity"},
+    {"core", "attention", "parity", "timing"},
     {"kinds", "recurrent"},
     {"unfold", "precision"},
     {"inventory", "registry", "uncertainty"},
