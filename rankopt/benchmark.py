@@ -77,7 +77,8 @@ def benchmark(
     settings = book.data["settings"]
     problems = {b: prepared.problem(b.split(",")) for b in settings["budgets"]}
     for budget, problem in problems.items():
-        if settings["candidates"].setdefault(budget, fingerprint(problem)) != fingerprint(problem):
+        offered = fingerprint(prepared, problem)
+        if settings["candidates"].setdefault(budget, offered) != offered:
             raise StudyError(
                 f"the candidates of {budget} are not those of the benchmark in {out}: choose another --out"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from rankopt.candidates import write_beside
 from rankopt.core import RankoptError, StudyError, Task
-from rankopt.job import Runner
+from rankopt.job import Runner, Until
 from rankopt.plan import RESULT, read_result
 from rankopt.progress import Bar, Patience
 from rankopt.report import cases as report
@@ -23,7 +24,7 @@ from rankopt.request import TRAINED, run_in_folder
 from rankopt.study import Case, StudyFile
 from rankopt.tasks import load_task
 
-JSON = "cases.json"
+JSON, LOCK = "cases.json", ".cases.lock"
 
 
 def run_cases(
@@ -54,19 +55,32 @@ def run_cases(
         if patience():
             break
         yield f"{case.name}:"
-        found = run_in_folder(case.request, task(case.task), folder, runner, cache_folder, patience, bar)
+        until = Until(runner, patience.end)
+        found = run_in_folder(case.request, task(case.task), folder, until, cache_folder, patience, bar)
         if found is None:
             break
         row = _row(case, task(case.task), folder, found)
         write_report(found)
-        rows = _known(out) | {case.name: row}  # others may have written theirs
-        _write(study, out, rows)
+        with _alone(out):
+            rows = _known(out) | {case.name: row}  # others may have written theirs
+            _write(study, out, rows)
     shown = [rows[case.name] for case in study.cases if case.name in rows]
     if shown:
         yield report.table(shown)
         yield f"written: {out / report.MARKDOWN}"
     if len(shown) < len(study.cases):
         yield f"{len(shown)} of {len(study.cases)} cases are done: the same command goes on"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process writes the table meanwhile, where the file system knows locks."""
+    with (folder / LOCK).open("w") as file:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _known(out: Path) -> dict[str, Row]:

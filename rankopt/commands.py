@@ -34,6 +34,7 @@ def train(
     from rankopt.cli import clear_errors
 
     with clear_errors("the training is kept: go on with --resume"):
+        from rankopt.core import RankoptError
         from rankopt.recipe import Recipe
         from rankopt.report.html import write_report
         from rankopt.report.training import lines
@@ -45,6 +46,8 @@ def train(
         given = in_kind(parse_pairs(option or []), dataclasses.asdict(base), "the recipe")
         given |= {k: v for k, v in {"epochs": epochs, "rate": rate, "layerwise": layerwise}.items() if v is not None}
         recipe = dataclasses.replace(base, **given, seed=seed)
+        if teacher is not None and not recipe.distill:
+            raise RankoptError("--teacher is not listened to with distill=0: give --option distill=0.5, say")
         found, other = load_task(task), None if teacher is None else load_task(teacher)
         out, bar, patience = out or run / "trained", Bar(), Patience(minutes)
         with gently(patience, lambda text: console.print(text, markup=False)):

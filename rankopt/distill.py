@@ -47,13 +47,17 @@ def with_same_names(dense: nn.Module, names: Sequence[str]) -> nn.Module:
 
 @contextmanager
 def recorded(model: nn.Module, names: Sequence[str], apart: bool = False) -> Iterator[dict[str, list[Tensor]]]:
-    """Fills the outputs of the modules of these names. apart: no gradient passes through their inputs."""
+    """Fills the outputs of the modules of these names. apart: no gradient passes through their inputs.
+
+    What goes on through the model is a copy, which it may change in place.
+    """
     found: dict[str, list[Tensor]] = defaultdict(list)
 
-    def note(name: str, out: Any) -> None:
+    def note(name: str, out: Any) -> Any:
         z = find_output(out)
         if z is not None:
             found[name].append(z)
+        return out.clone() if isinstance(out, Tensor) else out
 
     modules = [(name, model.get_submodule(name)) for name in names]
     handles = [m.register_forward_hook(lambda m, args, out, name=name: note(name, out)) for name, m in modules]
@@ -79,6 +83,11 @@ def distance(maps: Maps, wanted: Maps) -> Tensor:
     if not parts:
         raise TaskError("no factorised layer was reached by a batch, so no feature maps can be compared")
     return torch.stack(parts).mean()
+
+
+def _wide(out: Any) -> Any:
+    """An output for a task's own loss; one of a class of its own stays what it is."""
+    return out if isinstance(out, dict) and type(out) is not dict else map_tensors(out, _full)
 
 
 def _full(z: Tensor) -> Tensor:
@@ -109,19 +118,19 @@ class Lesson:
         x = as_input(batch, model, self.recipe)
         with recorded(model, self.names) as maps, autocast(self.recipe, x):
             out = run(model, x)
-        out = map_tensors(out, _full)
+        z = _full(main_output(out))
         loss: Any = 0.0
         with recorded(self.dense, self.names) as wanted, inference(self.dense), autocast(self.recipe, x):
             taught = run(self.dense, x) if self.names or (self.weight and self.teacher is self.dense) else None
         if self.weight:
             if self.teacher is not self.dense:
                 with inference(self.teacher), autocast(self.recipe, x):
-                    taught = run(self.teacher, x)
-            loss += self.weight * divergence(main_output(out), _full(main_output(taught)), self.recipe.temperature)
+                    taught = run(self.teacher, to_device(x, self.teacher))
+            loss += self.weight * divergence(z, _full(main_output(taught)).to(z.device), self.recipe.temperature)
         if self.names:
             loss += self.recipe.features * distance(maps, wanted)
         if self.weight < 1:
-            loss += (1 - self.weight) * self._labels(out, to_device(_target(batch), model))
+            loss += (1 - self.weight) * self._labels(_wide(out), to_device(_target(batch), model))
         return loss
 
     def _labels(self, out: Any, target: Any) -> Tensor:

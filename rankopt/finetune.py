@@ -20,8 +20,9 @@ from rankopt import checkpoint
 from rankopt.candidates import digest
 from rankopt.checkpoint import State
 from rankopt.core import StudyError, Task, TaskError
-from rankopt.distill import UNITS, Lesson, layer_by_layer
+from rankopt.distill import UNITS, Lesson, in_channels_last, layer_by_layer
 from rankopt.evaluate import call
+from rankopt.precision import Stored, store, widen_all
 from rankopt.prepare import CALIBRATION_EXAMPLES, Track, collect_batches, silent
 from rankopt.recipe import Recipe, make_optimizer, make_schedule
 from rankopt.training import BATCH, Loss, epoch_length, split, train
@@ -68,6 +69,7 @@ def finetune(
     task: its model is the dense one, which is learnt from; with train and loss labels are learnt from, too, else the
     inputs of train or of the calibration batches alone. An iterable `train` is gone through anew every epoch: what it
     draws from torch's global generator (an augmentation, a DataLoader's order) is given by the recipe's seed.
+    Weights that are stored in fewer bits are widened, trained and rounded to nearest again at the end.
     Validation scores are measured after every epoch, test data is not touched. teacher: whose predictions to learn
     instead of the dense model's. folder: where a checkpoint is kept (every 30 seconds, and where the training stops);
     resume: go on with it, to the weights of an undisturbed training. stop: asked after every step; if true, the
@@ -77,10 +79,16 @@ def finetune(
     recipe = recipe or Recipe()
     if not recipe.trains:
         raise TaskError("there is nothing to train: give epochs, or layerwise steps, or both")
-    training = _Training(copy.deepcopy(model), task, recipe, teacher or task.model, stop, note)
+    model = copy.deepcopy(model)
+    rounded = [(name, module.precision) for name, module in model.named_modules() if isinstance(module, Stored)]
+    widen_all(model)
+    training = _Training(model, task, recipe, teacher or task.model, stop, note)
     if folder is not None:
         training.keep(Path(folder), resume)
-    return training.run(track)
+    trained = training.run(track)
+    for name, precision in rounded:
+        store(trained.model.get_submodule(name), precision)
+    return trained
 
 
 class _Training:
@@ -96,11 +104,12 @@ class _Training:
         if not any(p.requires_grad for p in model.parameters()):
             raise TaskError("no parameter of the model requires a gradient: nothing can be trained")
         if recipe.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for p in model.parameters():
+                p.data = in_channels_last(p.data)
         self.task, self.recipe, self.teacher, self.stop, self.note = task, recipe, teacher, stop, note
         self.state = State(model)
         if recipe.ema:
-            self.state.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+            self.state.average = AveragedModel(model, multi_avg_fn=_averaging(recipe.ema), use_buffers=True)
         self.stages = [self._layerwise] * (recipe.layerwise > 0) + [self._whole] * (recipe.epochs > 0)
         self.path: Path | None = None
         self.kept: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
@@ -113,8 +122,11 @@ class _Training:
         names = UNITS[recipe.units](model)
         if not names:
             raise TaskError("the model has no factorised layer to train by itself: give layerwise=0")
-        inputs = split(collect_batches(self.task.calibration, CALIBRATION_EXAMPLES), BATCH)
-        moving = dict.fromkeys(p for name in names for p in model.get_submodule(name).parameters())
+        inputs = self._unlabelled()
+        found = (p for name in names for p in model.get_submodule(name).parameters())
+        moving = dict.fromkeys(p for p in found if p.requires_grad)
+        if not moving:
+            raise TaskError("no parameter of a factorised layer requires a gradient: give layerwise=0")
         optimizer = make_optimizer(dataclasses.replace(recipe, optimizer="adamw", weight_decay=0.0), moving)
         loss, steps = layer_by_layer(self.task.model, names, recipe), recipe.layerwise
         schedule = make_schedule(recipe, optimizer, steps)
@@ -124,7 +136,7 @@ class _Training:
         model, recipe, task = self.state.model, self.recipe, self.task
         batches = task.train
         if batches is None:
-            batches = split(collect_batches(task.calibration, CALIBRATION_EXAMPLES), BATCH)
+            batches = self._unlabelled()
         epoch = epoch_length(batches)
         if epoch is None:
             raise TaskError("train does not say how many batches an epoch has: give it a __len__")
@@ -133,6 +145,12 @@ class _Training:
         loss = Lesson(recipe, task, self.teacher, model)
         schedule, trains = make_schedule(recipe, optimizer, steps), not recipe.eval_mode
         return Stage("training", batches, loss, optimizer, schedule, steps, epoch, trains)
+
+    def _unlabelled(self) -> list[Any]:
+        """Calibration inputs; the seed gives them, too, where a loader shuffles."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.recipe.seed)
+            return split(collect_batches(self.task.calibration, CALIBRATION_EXAMPLES), BATCH)
 
     # --- running them ---
 
@@ -179,7 +197,8 @@ class _Training:
         scored = f", score {s:.2%}" if state.epochs and (s := state.epochs[-1]["score"]) is not None else ""
         self.note(f"{stage.name}, loss {sum(recent) / len(recent):.3g}{scored}")
         stops = self.stop()
-        if self.path is not None and (stops or time.monotonic() - self.written >= SECONDS):
+        last = state.step == stage.steps and state.stage == len(self.stages) - 1
+        if self.path is not None and (stops or last or time.monotonic() - self.written >= SECONDS):
             state.seconds, self.start = self._seconds(), time.monotonic()
             checkpoint.write(self.path, state, stage.optimizer, stage.schedule, self.question)
             self.written = time.monotonic()
@@ -238,6 +257,19 @@ class _Training:
         about, tensors = checkpoint.read(self.path, self.question)
         checkpoint.restore(self.state, about, tensors)
         self.kept = about, tensors
+
+
+def _averaging(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Exponential moving averages; what is no floating-point number, as an index, is taken as it is."""
+    ema = get_ema_multi_avg_fn(decay)
+
+    def average(kept: Any, new: Any, count: Any) -> None:  # tensors of one dtype
+        if kept[0].is_floating_point():
+            ema(kept, new, count)
+        else:
+            torch._foreach_copy_(kept, new)
+
+    return average
 
 
 def thinned(losses: list[float]) -> list[list[float]]:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,14 +24,14 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import rankdata
 
 from rankopt.candidates import write_beside
-from rankopt.core import METRICS, RankoptError, StudyError, Task, Trial
-from rankopt.job import Runner, open_folder
+from rankopt.core import METRICS, RankoptError, StudyError, Task
+from rankopt.job import Runner, Until, open_folder
 from rankopt.plan import RESULT, read_result
 from rankopt.prepare import Prepared, Track, prepare
 from rankopt.progress import Bar, Patience
 from rankopt.request import Request, run_in_folder, run_request
 from rankopt.result import Result
-from rankopt.search import ALL_FAILED, Evaluate, Study
+from rankopt.search import ALL_FAILED
 from rankopt.store import STUDY, create, load, lock, readable
 from rankopt.strategies.optuna import derived, make_sampler
 from rankopt.study import OBJECTIVES, StudyFile
@@ -162,11 +161,12 @@ class Searches:
                 result = run_request(request, prepared, runner)
                 found = {**measured(result), "seconds": round(time.monotonic() - start, 3)}
                 self._tell(asked, found, report)
-            except RankoptError as error:
-                asked.set_user_attr("error", str(error))
+            except Exception as error:  # else it would be made again, and fail again, for ever
+                said = str(error) if isinstance(error, RankoptError) else f"{type(error).__name__}: {error}"
+                asked.set_user_attr("error", said)
                 self.study.tell(asked, state=TrialState.FAIL)
-                report(f"search {len(self.done())} of {self.file.searches}: failed, {error}")
-                self._stop_if_hopeless(str(error))
+                report(f"search {len(self.done())} of {self.file.searches}: failed, {said}")
+                self._stop_if_hopeless(said)
             spent.append(time.monotonic() - start)
         return True
 
@@ -202,28 +202,6 @@ def measured(result: Result) -> dict[str, Any]:
         "dense": {**info["cost"]["dense"], "score": info["score"]["dense"]["validation"]},
     }
     return {k: v for k, v in found.items() if v is not None}
-
-
-class Until:
-    """A runner that starts no trial after a moment of time.monotonic()."""
-
-    def __init__(self, runner: Runner, deadline: float) -> None:
-        self.runner, self.deadline = runner, deadline
-
-    def __call__(self, study: Study, evaluate: Evaluate) -> list[Trial]:
-        def stop() -> None:
-            study.stopping = True
-
-        wait = self.deadline - time.monotonic()
-        if wait <= 0:
-            stop()
-        timer = threading.Timer(min(max(wait, 0), threading.TIMEOUT_MAX), stop)
-        timer.daemon = True
-        timer.start()
-        try:
-            return self.runner(study, evaluate)
-        finally:
-            timer.cancel()
 
 
 # --- the command -------------------------------------------------------------------------------------------

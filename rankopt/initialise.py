@@ -22,6 +22,7 @@ from rankopt.decompositions import DECOMPOSITIONS, DENSE
 from rankopt.decompositions.base import Decomposition, Factors, load_factors
 from rankopt.kinds import KINDS, describe
 from rankopt.plan import rebuild
+from rankopt.precision import store, widen_all
 from rankopt.unfold import unfold
 
 ROUNDS, TOLERANCE = 40, 1e-4  # of bringing factors to a variance; one is enough where there is no activation
@@ -44,7 +45,9 @@ def from_scratch(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
             old, new = parts.get_submodule(choice.name), small.get_submodule(choice.name)
             variance = old.weight.detach().square().mean().item()  # type: ignore[operator]
             factors = draw(DECOMPOSITIONS[choice.method], describe(old, choice.name), choice.rank, variance)
+            widen_all(new)
             load_factors(new, factors)
+            store(new, choice.precision)
             bias = getattr(new, "bias", None)
             if bias is not None:
                 nn.init.zeros_(bias)

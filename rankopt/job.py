@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
@@ -83,7 +85,7 @@ def run_search(
         raise RankoptError("refining would undo the training of the plans: search without --refine or without train=")
     about: dict[str, Any] = {"task": prepared.task.name, "strategy": settings.strategy, "seed": settings.seed}
     about["options"] = {k: str(v) for k, v in sorted(settings.options.items())}
-    store = None if out is None else _open_store(out, problem, about, settings)
+    store = None if out is None else _open_store(out, prepared, problem, about, settings)
 
     def look(problem: Problem, anew: bool = True) -> Searched:
         return _searched(prepared, problem, settings, store, runner, track, anew)
@@ -127,18 +129,42 @@ def _searched(
     return Searched(problem, study, trials, best(trials))
 
 
-def _open_store(out: Path, problem: Problem, about: Mapping[str, Any], settings: Settings) -> Any:
+def _open_store(out: Path, prepared: Prepared, problem: Problem, about: Mapping[str, Any], settings: Settings) -> Any:
     from rankopt.store import Store
     from rankopt.store_shared import SharedStore
 
     limits = [list(limit) for limit in map(dataclasses.astuple, problem.limits)]
-    same = {**about, "limits": limits, "candidates": fingerprint(problem), "fidelities": str(settings.ladder)}
+    same = {**about, "limits": limits, "candidates": fingerprint(prepared, problem), "fidelities": str(settings.ladder)}
     where = (out, problem, same, settings.resume)
     return SharedStore(settings.storage, *where) if settings.storage else Store(*where)
 
 
-def fingerprint(problem: Problem) -> str:
-    return digest([[(c.method, c.rank, c.form, c.precision) for c in f] for f in problem.frontiers])
+def fingerprint(prepared: Prepared, problem: Problem) -> str:
+    """Of what may be chosen and what it is fitted to and how; the fits' numbers differ from machine to machine."""
+    ranks = [[(c.method, c.rank, c.form, c.precision) for c in f] for f in problem.frontiers]
+    return digest(ranks, dataclasses.asdict(prepared.space), *prepared.task.model.state_dict().values())
+
+
+class Until:
+    """A runner that starts no trial after a moment of time.monotonic()."""
+
+    def __init__(self, runner: Runner, deadline: float) -> None:
+        self.runner, self.deadline = runner, deadline
+
+    def __call__(self, study: Study, evaluate: Evaluate) -> list[Trial]:
+        def stop() -> None:
+            study.stopping = True
+
+        wait = self.deadline - time.monotonic()
+        if wait <= 0:
+            stop()
+        timer = threading.Timer(min(max(wait, 0), threading.TIMEOUT_MAX), stop)
+        timer.daemon = True
+        timer.start()
+        try:
+            return self.runner(study, evaluate)
+        finally:
+            timer.cancel()
 
 
 def open_folder(out: Path, resume: bool, kept: str = "study.db") -> None:

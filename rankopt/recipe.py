@@ -83,8 +83,13 @@ class Recipe:
                 raise RankoptError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(allowed)}")
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-                raise RankoptError(f"{name} is {value!r}: give a number from {low:g} to {high:g}")
+            whole = name in ("layerwise", "seed")
+            kind = int if whole else (int, float)
+            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high or value == math.inf:
+                what = "a whole number" if whole else "a number"
+                raise RankoptError(f"{name} is {value!r}: give {what} from {low:g} to {high:g}")
+            if not whole:
+                object.__setattr__(self, name, float(value))
         for name in ("channels_last", "eval_mode", "best"):
             if not isinstance(getattr(self, name), bool):
                 raise RankoptError(f"{name} is {getattr(self, name)!r}: give true or false")

@@ -15,14 +15,13 @@ from rankopt.core import METRICS, RankoptError, StudyError, Task
 from rankopt.evaluate import call
 from rankopt.fidelity import WHOLE, Ladder
 from rankopt.finetune import finetune
-from rankopt.initialise import from_scratch as untrained
 from rankopt.job import Runner, open_folder, run_search
 from rankopt.plan import RESULT
 from rankopt.prepare import Prepared, prepare
 from rankopt.progress import Bar, Patience, console, gently
 from rankopt.recipe import Recipe
 from rankopt.result import Result
-from rankopt.retrain import retrain, with_training
+from rankopt.retrain import drawn_anew, retrain, with_training
 from rankopt.settings import Settings
 from rankopt.space import SearchSpace
 from rankopt.strategies import read_options, strategy_options
@@ -63,7 +62,7 @@ class Request:
         tables = {
             "budget": {m: self.budget.get(m, 1.0) for m in METRICS},
             "options": {**strategy_options(self.strategy), **self.options},
-            "space": {k: v for k, v in space.items() if k not in ("name", "description")},
+            "space": {k: v for k, v in space.items() if k not in ("name", "description", "rounds", "round_steps")},
             "training": {k: v for k, v in dataclasses.asdict(self.training).items() if k != "seed"},
         }
         return {f"{table}.{k}": v for table, values in tables.items() for k, v in values.items()}
@@ -86,8 +85,9 @@ class Request:
             raise RankoptError(f"{', '.join(f'{k}={v}' for k, v in values.items())}: {error}") from error
 
     def described(self, task: str | None) -> dict[str, Any]:
-        """What it asks for of a task, as JSON gives it back."""
-        return json.loads(json.dumps({"task": task, **dataclasses.asdict(self)}, default=str))
+        """What it asks for of a task, as JSON gives it back; of tasks the file's name, wherever it lies."""
+        asked = {"task": task and _without_folder(task), **dataclasses.asdict(self)}
+        return json.loads(json.dumps({**asked, "teacher": _without_folder(self.teacher)}, default=str))
 
     @property
     def settings(self) -> Settings:
@@ -100,12 +100,17 @@ class Request:
         return dataclasses.replace(self.training, seed=self.seed)
 
 
+def _without_folder(task: str) -> str:
+    file, colon, function = task.rpartition(":")
+    return Path(file).name + colon + function
+
+
 def run_request(request: Request, prepared: Prepared, runner: Runner) -> Result:
     """Search, then train what was found; nothing is kept on disk."""
     result = run_search(prepared, prepared.problem(request.budget), request.settings, runner=runner)
     if not request.training.trains or result.info["trials"]["interrupted"]:
         return result
-    model = untrained(prepared.task.model, result.plan, request.seed) if request.from_scratch else result.model
+    model = drawn_anew(prepared.task, result.plan, request.seed) if request.from_scratch else result.model
     teacher = _teacher(request.teacher)
     about = {"run": "the search", "from_scratch": request.from_scratch, "teacher": request.teacher or None}
     trained = finetune(model, prepared.task, request.recipe, teacher=None if teacher is None else teacher.model)

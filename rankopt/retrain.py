@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from rankopt import checkpoint
-from rankopt.core import Task, TaskError
+from rankopt.core import Plan, StudyError, Task, TaskError
 from rankopt.evaluate import call
 from rankopt.finetune import Trained, finetune
 from rankopt.initialise import from_scratch as untrained
 from rankopt.job import open_folder
-from rankopt.plan import load, read_plan, read_result, sound
+from rankopt.plan import RESULT, load, read_plan, read_result, sound
 from rankopt.prepare import Track, silent
 from rankopt.recipe import Recipe
 from rankopt.result import Result, with_intervals
@@ -46,9 +46,9 @@ def retrain(
     with sound(run):
         info = {**read_result(run)}
         _ = info["score"]["dense"], info["score"]["compressed"]["test"]  # read below, after the training
-    if from_scratch and (task.train is None or task.loss is None):
-        raise TaskError("the task has no train and loss: give both, since nothing can be learnt from scratch without")
-    model: nn.Module = untrained(task.model, plan, recipe.seed) if from_scratch else load(task.model, run)
+    model: nn.Module = drawn_anew(task, plan, recipe.seed) if from_scratch else load(task.model, run)
+    if (out / RESULT).is_file():
+        raise StudyError(f"{out} holds a training that is finished: choose another --out")
     open_folder(out, resume, checkpoint.FILE)
     learnt_from = None if teacher is None else teacher.model
     trained = finetune(
@@ -59,6 +59,13 @@ def retrain(
     result.save(out)
     (out / checkpoint.FILE).unlink(missing_ok=True)
     return result
+
+
+def drawn_anew(task: Task, plan: Plan, seed: int) -> nn.Module:
+    """The plan's network, untrained. Raises TaskError where there is nothing to learn from."""
+    if task.train is None or task.loss is None:
+        raise TaskError("the task has no train and loss: give both, since nothing can be learnt from scratch without")
+    return untrained(task.model, plan, seed)
 
 
 def with_training(before: Result, trained: Trained, task: Task, about: Mapping[str, Any]) -> Result:

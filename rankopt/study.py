@@ -144,7 +144,7 @@ def _study(path: Path, content: Mapping[str, Any]) -> StudyFile:
 def _request(path: Path, content: Mapping[str, Any]) -> Request:
     strategy, budget = content.get("strategy", "knapsack"), _needed(content, "budget")
     if not isinstance(budget, dict):
-        budget = parse_pairs(budget if isinstance(budget, list) else [budget])
+        budget = {k: _number(v) for k, v in parse_pairs(budget if isinstance(budget, list) else [budget]).items()}
     check_metrics(budget)
     plain = {k: content[k] for k in ("trials", "seed", "refine", "from_scratch") if k in content}
     plain |= {"teacher": _from(path, content["teacher"])} if "teacher" in content else {}
@@ -160,9 +160,21 @@ def _request(path: Path, content: Mapping[str, Any]) -> Request:
     settings |= {f"training.{k}": v for k, v in content.get("training", {}).items()}
     _check_known("setting", settings, request)
     request = request.changed(settings)
+    if request.teacher and not request.training.distill and "hyperparameters" not in content:
+        raise RankoptError("the teacher is not listened to with distill = 0: give training.distill = 0.5, say")
     if request.space.rounds > 1:
         raise RankoptError(f"search space {base.name!r} asks for {request.space.rounds} rounds: use rankopt search")
     return request
+
+
+def _number(text: str) -> Any:
+    """A number, of those that hyperparameters may take, or the text as it is, as "30%"."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _check_known(what: str, names: Iterable[str], request: Request) -> None:

@@ -150,12 +150,13 @@ def lessons(task: Task, calibration: Iterable[Any]) -> tuple[list[Any], Loss]:
 
 
 def split(batches: Iterable[Any], size: int) -> list[Any]:
-    """The same inputs in batches of at most so many examples."""
+    """The same inputs in equal batches of at most so many examples."""
     parts: list[Any] = []
     for x in batches:
         n = batch_size(x)
-        for start in range(0, n, size):
-            cut = slice(start, start + size)
+        count = -(-n // size)
+        for i in range(count):
+            cut = slice(n * i // count, n * (i + 1) // count)
             parts.append(map_tensors(x, lambda t, n=n, cut=cut: t[cut] if t.ndim and len(t) == n else t))
     return parts
 
@@ -175,11 +176,14 @@ def distillation(model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
 def divergence(z: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
     """T² KL(softmax(wanted / T) ‖ softmax(z / T)), a mean over examples (Hinton 2015, section 2.1; T² keeps gradients).
 
-    Where there is but one output, the squared error relative to the variance of what is wanted.
+    Where there is but one output, the squared error relative to the variance (of one example: the square) of what is
+    wanted.
     """
     axis = class_axis(z)
     if axis is None:
-        return (z - wanted).square().sum() / (wanted - wanted.mean()).square().sum().clamp_min(1e-12)
+        spread = (wanted - wanted.mean()).square().sum()  # none in a batch of one example
+        scale = torch.where(spread > 0, spread, wanted.square().sum())
+        return (z - wanted).square().sum() / scale.clamp_min(1e-12)
     log_p, log_p0 = (F.log_softmax(logits / temperature, axis) for logits in (z, wanted))
     total = F.kl_div(log_p, log_p0, reduction="sum", log_target=True)
     return temperature**2 * total * z.shape[axis] / z.numel()

@@ -124,6 +124,12 @@ def rows(folder):
         ),
         (BASE + "[hyperparameters]\nspace.points = ['a']", "space.points=a"),
         ("a = [", "cannot be read"),
+        (BASE + "[hyperparameters]\nspace.rounds = [1, 3]", "unknown hyperparameter 'space.rounds'"),
+        (
+            BASE + "training.layerwise = 5\n[hyperparameters]\ntraining.layerwise = { low = 0.5, high = 4 }",
+            "a whole number",
+        ),
+        (BASE + "teacher = 'digits'\ntraining = { distill = 0 }", "not listened to with distill = 0"),
         (CASES + "[[cases]]\nname = 'a'", "budget is missing"),
         (CASES + "[[cases]]\nbudget.params = 0.5", "a case is a table with a name"),
         (CASES + "[[cases]]\nname = '../a'\nbudget.params = 0.5", "a case is a table with a name"),
@@ -158,7 +164,7 @@ def test_what_a_file_says(write):
     text += "strategy = 'optuna'\noptions = { width = 0.7 }\ntrials = 9\nseed = 3\nfidelities = '0.5'\n"
     found = read_study(write(text + "[hyperparameters]\noptions.width = { low = 0, high = 2 }\nspace.points = [3, 5]"))
     request = found.request
-    assert (request.budget, request.trials, request.seed) == ({"params": "0.3", "macs": "50%"}, 9, 3)
+    assert (request.budget, request.trials, request.seed) == ({"params": 0.3, "macs": "50%"}, 9, 3)
     assert request.options == {"width": 0.7} and request.space.name == "quick" and request.ladder.shares == (0.5, 1.0)
     width, points = found.hyperparameters
     assert 0.5 in [width.distribution.high / 4] and width.distribution._contains(0.123), "a fraction, though 0 to 2"
@@ -284,6 +290,27 @@ def test_a_score_is_needed_for_a_score(write, tmp_path):
         Searches(study, task, tmp_path)
 
 
+def test_a_search_that_breaks_is_one_that_failed(write, tmp_path, monkeypatch):
+    """Else the same search would be made again, and break again, whenever the study goes on."""
+    from rankopt import hyperparameters
+
+    real, seen = hyperparameters.run_request, []
+
+    def breaks_once(*arguments):
+        seen.append(arguments)
+        if len(seen) == 2:
+            raise ValueError("no memory left")
+        return real(*arguments)
+
+    monkeypatch.setattr(hyperparameters, "run_request", breaks_once)
+    objectives = '["score", "objective", "params", "macs", "bytes"]'  # each gets its bars in a picture
+    text = BASE + RANGES.replace('["score", "params", "milliseconds"]', objectives).replace(
+        "searches = 3", "searches = 5"
+    )
+    shown = invoke("run", write(text), "--out", tmp_path / "out")
+    assert "search 2 of 5: failed, ValueError: no memory left" in shown and "the best search, made again" in shown
+
+
 # --- cases ---------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +350,35 @@ def test_cases(write, tmp_path):
     for text in (("rate = 0.001", "rate = 0.002"), ("budget.params = 0.3", "budget.params = 0.29")):
         other = write(CASES.replace(*text), "other.toml")
         assert "holds a training with other settings" in invoke("run", other, "--out", out, code=2)
+
+
+def test_the_time_stops_a_search_within_a_case(write, tmp_path):
+    text = (
+        CASES.split("[[cases]]")[0]
+        + "[[cases]]\nname = 'long'\nstrategy = 'random'\ntrials = 5000\nbudget.params = 0.3"
+    )
+    path, out = write(text), tmp_path / "out"
+    assert "0 of 1 cases are done" in invoke("run", path, "--out", out, "--budget-minutes", 0.05)
+
+
+def test_what_a_case_was_fitted_with_is_compared(write, tmp_path):
+    """Trials of other fits are not the new plan's."""
+    text, out = CASES.split("training = {")[0] + "[[cases]]\nname = 'a'\nbudget.params = 0.3", tmp_path / "out"
+    invoke("run", write(text), "--out", out)
+    invoke("run", write(text), "--out", out)
+    other = write(text + "\nspace = { families = ['svd_out', 'cp_merged'], points = 6, steps = 7 }", "other.toml")
+    (out / "cases.json").unlink()
+    assert "belongs to another search" in invoke("run", other, "--out", out, code=2)
+
+
+def test_a_file_may_be_named_from_anywhere(write, tmp_path, monkeypatch):
+    """What was asked is the same from another folder."""
+    path = write(CASES.replace('teacher = "digits"', 'teacher = "tasks.py:made"'))
+    (tmp_path / "tasks.py").write_text("from rankopt.tasks.digits import make as made\n")
+    there = [c.request.described(c.task) for c in read_study(path).cases]
+    monkeypatch.chdir(tmp_path)
+    assert [c.request.described(c.task) for c in read_study(Path(path.name)).cases] == there
+    assert there[2]["teacher"] == "tasks.py:made"
 
 
 def test_a_case_whose_training_was_stopped_goes_on(write, tmp_path):

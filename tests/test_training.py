@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -10,20 +11,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 import rankopt
 from rankopt import Recipe, checkpoint
 from rankopt.distill import Lesson, blocks, distance, factorised, recorded
+from rankopt.initialise import from_scratch
 from rankopt.job import run_search
+from rankopt.prepare import prepare
 from rankopt.recipe import make_optimizer, make_schedule
 from rankopt.report.training import lines
+from rankopt.result import Result
+from rankopt.retrain import retrain
 from rankopt.settings import Settings
-from rankopt.training import divergence, endless
+from rankopt.space import SearchSpace
+from rankopt.training import divergence, endless, split
 from tests.test_cli import run
 
 EVERYTHING = Recipe(
@@ -46,6 +54,14 @@ EVERYTHING = Recipe(
 @pytest.fixture(scope="module")
 def result(digits):
     return run_search(digits, digits.problem({"params": 0.15}), Settings())
+
+
+@pytest.fixture(scope="module")
+def digits_bits(digits, _cache):
+    """A plan with int8 weights."""
+    space = SearchSpace(name="bits", families=("svd_out", "cp_merged"), points=3, steps=0, precisions=("same", "int8"))
+    prepared = prepare(digits.task, space, workers=1)
+    return run_search(prepared, prepared.problem({"bytes": 0.1}), Settings()), digits.task
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +186,83 @@ def test_another_teacher_is_listened_to(result, task):
     assert (trained.model(task.train[0][0]).argmax(1) == 3).all()
 
 
+def test_weights_in_fewer_bits_learn_and_stay_in_fewer_bits(digits_bits):
+    """They are trained wide and rounded again; without it int8 weights would never move."""
+    result, task = digits_bits
+    kinds = {k: v.dtype for k, v in result.model.state_dict().items()}
+    assert torch.int8 in kinds.values()
+    for recipe in (Recipe(epochs=1, ema=0.9), Recipe(epochs=0, layerwise=10)):
+        small = rankopt.finetune(result.model, task, recipe).model
+        assert {k: v.dtype for k, v in small.state_dict().items()} == kinds
+        moved = [k for k, v in small.state_dict().items() if not torch.equal(v, result.model.state_dict()[k])]
+        assert any(kinds[k] == torch.int8 for k in moved)
+    drawn = from_scratch(task.model, result.plan)
+    assert {k: v.dtype for k, v in drawn.state_dict().items()} == kinds
+    assert all(v.any() for v in drawn.state_dict().values() if v.dtype == torch.int8)
+
+
+class Odd(nn.Module):
+    """Indices in a buffer, a ReLU in place, and an output as HuggingFace's whose logits come last."""
+
+    class Output(OrderedDict):
+        @property
+        def logits(self):
+            return self["logits"]
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 10)
+        self.register_buffer("index", torch.arange(63, -1, -1))
+
+    def forward(self, x):
+        first = self.a(x)
+        y = self.b(F.relu(first, inplace=True))
+        return self.Output(first=y.mean(), logits=self.head(y.mean((2, 3))))
+
+
+def test_indices_outputs_of_a_class_and_changes_in_place(task):
+    torch.manual_seed(0)
+    odd = Odd().eval()
+
+    def loss(out, target):
+        return F.cross_entropy(out.logits, target)
+
+    x, y = task.train[0]
+    own = dataclasses.replace(task, model=odd, train=[(x, y)], loss=loss, score=None, test=None)
+    lesson = Lesson(Recipe(distill=1.0), own, odd, odd)
+    assert lesson(odd, (x, y)).item() == pytest.approx(0, abs=1e-6), "against itself"
+    for precision in ("float32", "bfloat16"):
+        trained = rankopt.finetune(odd, own, Recipe(epochs=2, ema=0.9, precision=precision)).model
+        assert torch.equal(trained.index, odd.index)
+    with recorded(odd, ["a"]) as maps:
+        odd(x)
+    assert maps["a"][0].min() < 0, "what the layer gave, before the ReLU"
+
+
+def test_one_example_is_no_reason_to_explode():
+    z, wanted = torch.tensor([[2.5]]), torch.tensor([[2.0]])
+    assert divergence(z, wanted).item() == pytest.approx(0.25 / 4)
+    assert [len(x) for x in split([torch.zeros(129, 3)], 64)] == [43, 43, 43]
+
+
+def test_a_loader_that_shuffles_unlabelled_inputs_gives_the_same_weights(result, task):
+    x = torch.cat(list(task.calibration))
+    loader = DataLoader(x, batch_size=50, shuffle=True)
+    own = dataclasses.replace(task, calibration=loader)
+    recipe = Recipe(epochs=0, layerwise=5)
+    assert same(*(rankopt.finetune(result.model, own, recipe).model for _ in range(2)))
+
+
+def test_frozen_layers_stay(result, task):
+    model = copy.deepcopy(result.model)
+    (first, *_), fixed = factorised(model), {}
+    for name, p in model.get_submodule(first).named_parameters():
+        fixed[name] = p.requires_grad_(False).clone()
+    small = rankopt.finetune(model, task, Recipe(epochs=1, layerwise=5)).model
+    assert all(torch.equal(p, fixed[name]) for name, p in small.get_submodule(first).named_parameters())
+
+
 def test_layers_learn_each_by_itself(result, task):
     """No gradient of one layer's error reaches another; without `apart` it does."""
     x, names = task.train[0][0], factorised(result.model)
@@ -290,6 +383,8 @@ def test_checkpoints_of_others_and_damaged_ones_are_refused(result, task, tmp_pa
         ({"best": 1}, "best is 1: give true or false"),
         ({"momentum": float("nan")}, "momentum is nan"),
         ({"clip": True}, "clip is True"),
+        ({"layerwise": 0.5}, "layerwise is 0.5: give a whole number"),
+        ({"epochs": float("inf")}, "epochs is inf"),
     ],
 )
 def test_bad_recipes(settings, message):
@@ -342,6 +437,7 @@ def folder(result, tmp_path_factory):
 def test_train_apply_and_report(folder, result, task, tmp_path):
     out = tmp_path / "trained"
     command = ("train", folder, "--task", "digits", "--out", out, "--epochs", 3, "--option", "distill=0.5")
+    assert "not listened to with distill=0" in run(*command, "--teacher", "digits", "--option", "distill=0", code=2)[1]
     stdout, _ = run(*command, "--layerwise", 20, "--option", "channels_last=true")
     info = json.loads((out / "result.json").read_text())
     before, after = info["training"]["test_before"], info["score"]["compressed"]["test"]
@@ -353,7 +449,22 @@ def test_train_apply_and_report(folder, result, task, tmp_path):
     assert "3 epochs of sgd" in run("report", out)[0]
     small = rankopt.load(task.model, out)
     assert task.test(small.eval()) == pytest.approx(after)
-    assert "is not empty" in run(*command, code=2)[1]
+    assert "is finished: choose another --out" in run(*command, code=2)[1]
+
+
+def test_a_kill_while_results_are_written_loses_nothing(folder, task, tmp_path, monkeypatch):
+    out, recipe = tmp_path / "trained", Recipe(epochs=1)
+
+    def killed(self, folder):
+        (folder / "plan.json").write_text("half")
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Result, "save", killed)
+        retrain(folder, task, recipe, out)
+    again = retrain(folder, task, recipe, out, resume=True)
+    assert same(again.model, rankopt.finetune(rankopt.load(task.model, folder), task, recipe).model)
+    assert not (out / checkpoint.FILE).exists() and same(again.model, rankopt.load(task.model, out))
 
 
 def test_a_training_that_does_harm_is_told():

@@ -77,7 +77,9 @@ def _write_csv(path: Path, searches: Searches) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("search", *searches.distributions, *KEPT))
         for t in searches.done():
-            writer.writerow([t.number, *t.params.values(), *(t.user_attrs.get(k) for k in KEPT)])
+            writer.writerow(
+                [t.number, *(t.params[name] for name in searches.distributions), *(t.user_attrs.get(k) for k in KEPT)]
+            )
 
 
 def render(searches: Searches, found: Table) -> str:
@@ -148,7 +150,7 @@ def importance(ax: Any, found: Table) -> None:
     """Bars per hyperparameter, the most important for the first objective at the top."""
     first = next(v for v in found.importance.values() if v)
     names = sorted(first, key=lambda n: first[n])
-    colours = (POINT, ACCENT, FAINT, INK)
+    colours = (POINT, ACCENT, FAINT, INK, *pictures.COLOURS[1:])
     shown = [(o, v) for o, v in found.importance.items() if v]
     height = 0.8 / len(shown)
     for i, (objective, values) in enumerate(shown):

@@ -29,9 +29,8 @@ def lines(info: Mapping[str, Any]) -> list[str]:
         if after[part] is not None:
             found.append(f"{part} score {'' if before is None else percent(before) + ' -> '}{percent(after[part])}")
             if before is not None and after[part] < before:
-                found[-1] += (
-                    ": less than before; try a lower rate, or eval_mode=true, which keeps batch norms as they are"
-                )
+                gentler = "" if recipe.eval_mode else ", or eval_mode=true, which keeps batch norms as they are"
+                found[-1] += f": less than before; try a lower rate{gentler}"
     if changed := {k: v for k, v in recipe.changed().items() if k not in ("epochs", "rate", "layerwise")}:
         found.append(f"other settings: {', '.join(f'{k}={v}' for k, v in changed.items())}")
     return found
