@@ -16,7 +16,7 @@ from rankopt.calibration import class_axis, find_output, main_output
 from rankopt.core import Task, TaskError
 from rankopt.inventory import inference, map_tensors, model_input, run, to_device
 from rankopt.recipe import Recipe
-from rankopt.training import Loss, divergence
+from rankopt.training import Loss, divergence, labelled
 from rankopt.unfold import unfold
 
 Maps = Mapping[str, Sequence[Tensor]]
@@ -95,6 +95,11 @@ def _full(z: Tensor) -> Tensor:
     return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
 
 
+def has_labels(task: Task) -> bool:
+    """Whether labels can be learnt from, beside or instead of predictions."""
+    return task.train is not None and task.loss is not None
+
+
 class Lesson:
     """A step's loss on a batch: labels, a teacher's predictions, the dense model's feature maps.
 
@@ -106,7 +111,9 @@ class Lesson:
 
     def __init__(self, recipe: Recipe, task: Task, teacher: nn.Module, model: nn.Module) -> None:
         self.recipe = recipe
-        self.criterion = task.loss if task.train is not None else None
+        self.criterion = task.loss if has_labels(task) else None
+        if self.criterion is None and (recipe.smoothing or not recipe.distill):
+            raise TaskError("smoothing, or distill=0, is for labels: give the task train and loss, or leave these out")
         self.weight = recipe.distill if self.criterion is not None else 1.0
         self.names = factorised(model) if recipe.features else []
         if recipe.features and not self.names:
@@ -124,8 +131,7 @@ class Lesson:
             taught = run(self.dense, x) if self.names or (self.weight and self.teacher is self.dense) else None
         if self.weight:
             if self.teacher is not self.dense:
-                with inference(self.teacher), autocast(self.recipe, x):
-                    taught = run(self.teacher, to_device(x, self.teacher))
+                taught = self._asked(x)
             loss += self.weight * divergence(z, _full(main_output(taught)).to(z.device), self.recipe.temperature)
         if self.names:
             loss += self.recipe.features * distance(maps, wanted)
@@ -133,9 +139,16 @@ class Lesson:
             loss += (1 - self.weight) * self._labels(_wide(out), to_device(_target(batch), model))
         return loss
 
+    def _asked(self, x: Any) -> Any:
+        try:
+            with inference(self.teacher), autocast(self.recipe, x):
+                return run(self.teacher, to_device(x, self.teacher))
+        except Exception as error:
+            raise TaskError(f"the teacher cannot take the task's inputs: {type(error).__name__}: {error}") from error
+
     def _labels(self, out: Any, target: Any) -> Tensor:
         assert self.criterion is not None
-        loss, smoothing = self.criterion(out, target), self.recipe.smoothing
+        loss, smoothing = labelled(self.criterion, out, target), self.recipe.smoothing
         if smoothing:
             z = main_output(out)
             axis = class_axis(z)

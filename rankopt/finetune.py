@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from rankopt import checkpoint
 from rankopt.candidates import digest
 from rankopt.checkpoint import State
 from rankopt.core import StudyError, Task, TaskError
-from rankopt.distill import UNITS, Lesson, in_channels_last, layer_by_layer
+from rankopt.distill import UNITS, Lesson, has_labels, in_channels_last, layer_by_layer
 from rankopt.evaluate import call
 from rankopt.precision import Stored, store, widen_all
 from rankopt.prepare import CALIBRATION_EXAMPLES, Track, collect_batches, silent
@@ -103,6 +104,8 @@ class _Training:
     ) -> None:
         if not any(p.requires_grad for p in model.parameters()):
             raise TaskError("no parameter of the model requires a gradient: nothing can be trained")
+        if recipe.best and task.score is None:
+            raise TaskError("the best epoch cannot be told without a score: give the task one, or leave out best")
         if recipe.channels_last:
             for p in model.parameters():
                 p.data = in_channels_last(p.data)
@@ -211,11 +214,12 @@ class _Training:
         losses = state.losses[-1][(number - 1) * stage.epoch :]
         score = call("the score", task.score, self._result())
         row = {"epoch": state.step / stage.epoch, "loss": sum(losses) / len(losses), "score": score}
-        if self.recipe.best:
-            if score is None:
-                raise TaskError("the best epoch cannot be told without a score: give the task one, or leave out best")
-            if score > max((e["score"] for e in state.epochs), default=float("-inf")):
-                state.best = {k: v.detach().clone() for k, v in self._result().state_dict().items()}
+        if (
+            self.recipe.best
+            and score is not None
+            and score > max((e["score"] for e in state.epochs), default=-math.inf)
+        ):
+            state.best = {k: v.detach().clone() for k, v in self._result().state_dict().items()}
         state.epochs.append(row)
 
     def _result(self) -> nn.Module:
@@ -231,6 +235,7 @@ class _Training:
         names = [s.__name__.strip("_") for s in self.stages]
         return {
             "recipe": dataclasses.asdict(self.recipe),
+            "labels": has_labels(self.task),
             "before": state.before,
             "epochs": state.epochs,
             "losses": {name: thinned(x) for name, x in zip(names, state.losses, strict=True)},

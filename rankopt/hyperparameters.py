@@ -61,6 +61,8 @@ class Searches:
     @contextmanager
     def open(self) -> Iterator[Searches]:
         """Hold the folder; trials whose process was killed are marked as lost."""
+        if (self.out / RESULT).is_file():
+            raise StudyError(f"{self.out} holds another study's run: give another --out")
         open_folder(self.out, self.path.exists(), FILE)
         descriptor = lock(self.out)
         try:

@@ -56,10 +56,10 @@ def plan_key(problem: Problem, proposal: Proposal) -> PlanKey:
 
 def trial_limit(strategy: Any, trials: int | None) -> int:
     """How many distinct plans to evaluate: one for strategies with a single proposal, else as asked (30)."""
-    if strategy.one_shot:
-        return 1
     if trials is not None and trials < 1:
         raise RankoptError(f"trials is {trials}: give 1 or more")
+    if strategy.one_shot:
+        return 1
     return 30 if trials is None else trials
 
 

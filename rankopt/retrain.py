@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from rankopt import checkpoint
 from rankopt.core import Plan, StudyError, Task, TaskError
+from rankopt.distill import has_labels
 from rankopt.evaluate import call
 from rankopt.finetune import Trained, finetune
 from rankopt.initialise import from_scratch as untrained
@@ -40,8 +42,11 @@ def retrain(
     """Train the model of a run folder, read its test score once, and write plan, weights and result into `out`.
 
     from_scratch: the plan's network, its factors drawn anew. teacher: a task whose model's predictions are learnt
-    instead of the dense model's. Raises StudyError if `out` holds something and is not resumed.
+    instead of the dense model's. Raises StudyError if `out` holds something and is not resumed, or if another
+    process trains there.
     """
+    from rankopt.store import lock  # it takes Optuna
+
     plan, _ = read_plan(run)
     with sound(run):
         info = {**read_result(run)}
@@ -51,19 +56,23 @@ def retrain(
         raise StudyError(f"{out} holds a training that is finished: choose another --out")
     open_folder(out, resume, checkpoint.FILE)
     learnt_from = None if teacher is None else teacher.model
-    trained = finetune(
-        model, task, recipe, teacher=learnt_from, folder=out, resume=resume, stop=stop, track=track, note=note
-    )
     about = {"run": str(run), "from_scratch": from_scratch, "teacher": None if teacher is None else teacher.name}
-    result = with_training(Result(model, plan, (), info), trained, task, about)
-    result.save(out)
-    (out / checkpoint.FILE).unlink(missing_ok=True)
+    held = lock(out)
+    try:
+        trained = finetune(
+            model, task, recipe, teacher=learnt_from, folder=out, resume=resume, stop=stop, track=track, note=note
+        )
+        result = with_training(Result(model, plan, (), info), trained, task, about)
+        result.save(out)
+        (out / checkpoint.FILE).unlink(missing_ok=True)
+    finally:
+        os.close(held)
     return result
 
 
 def drawn_anew(task: Task, plan: Plan, seed: int) -> nn.Module:
     """The plan's network, untrained. Raises TaskError where there is nothing to learn from."""
-    if task.train is None or task.loss is None:
+    if not has_labels(task):
         raise TaskError("the task has no train and loss: give both, since nothing can be learnt from scratch without")
     return untrained(task.model, plan, seed)
 

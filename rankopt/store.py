@@ -212,7 +212,7 @@ def lock(folder: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise StudyError(f"another process is searching in {folder}: wait for it, or choose another --out") from None
+        raise StudyError(f"another process is at work in {folder}: wait for it, or choose another --out") from None
     except (ImportError, OSError):  # a file system without locks
         pass
     return descriptor

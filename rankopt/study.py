@@ -228,7 +228,7 @@ def _objectives(content: Mapping[str, Any]) -> tuple[str, ...]:
     given = content.get("objectives", ())
     objectives = (given,) if isinstance(given, str) else tuple(given)
     for name in objectives:
-        if name not in OBJECTIVES:
+        if not isinstance(name, str) or name not in OBJECTIVES:
             raise RankoptError(f"unknown objective {name!r}: choose from {', '.join(OBJECTIVES)}")
     if len(set(objectives)) < len(objectives):
         raise RankoptError(f"objectives {', '.join(objectives)}: each but once")

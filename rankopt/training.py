@@ -194,6 +194,20 @@ def supervised(criterion: Callable[[Any, Any], Any]) -> Loss:
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         x, target = (to_device(part, model) for part in batch)
-        return criterion(run(model, x), target)
+        return labelled(criterion, run(model, x), target)
 
+    return loss
+
+
+def labelled(criterion: Callable[[Any, Any], Any], out: Any, target: Any) -> Tensor:
+    """A task's loss. Raises TaskError where it cannot be learnt from."""
+    try:
+        loss = criterion(out, target)
+    except Exception as error:
+        raise TaskError(f"the task's loss raised {type(error).__name__}: {error}") from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TaskError(f"the task's loss gave a value {what}: it must give a tensor with one number")
+    if not loss.requires_grad:
+        raise TaskError("the task's loss has no gradient: it must be computed from the model's output")
     return loss

@@ -124,6 +124,7 @@ def rows(folder):
         ),
         (BASE + "[hyperparameters]\nspace.points = ['a']", "space.points=a"),
         ("a = [", "cannot be read"),
+        (BASE + "objectives = [['score']]\n[hyperparameters]\nspace.points = [2, 4]", "unknown objective ['score']"),
         (BASE + "[hyperparameters]\nspace.rounds = [1, 3]", "unknown hyperparameter 'space.rounds'"),
         (
             BASE + "training.layerwise = 5\n[hyperparameters]\ntraining.layerwise = { low = 0.5, high = 4 }",
@@ -270,7 +271,7 @@ def test_a_study_is_run_once_at_a_time(write, tmp_path):
     study, task = read_study(write(BASE + RANGES)), load_task("digits")
     with (
         Searches(study, task, tmp_path / "out").open(),
-        pytest.raises(StudyError, match="another process is searching"),
+        pytest.raises(StudyError, match="another process is at work"),
         Searches(study, task, tmp_path / "out").open(),
     ):
         pass

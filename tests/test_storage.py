@@ -171,7 +171,7 @@ time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(StudyError, match="another process is searching"):
+        with pytest.raises(StudyError, match="another process is at work"):
             Store(tmp_path, digits.problem(BUDGET), ABOUT, resume=False)
         process.kill()
     Store(tmp_path, digits.problem(BUDGET), ABOUT, resume=False)

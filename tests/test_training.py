@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import os
 import random
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from rankopt.result import Result
 from rankopt.retrain import retrain
 from rankopt.settings import Settings
 from rankopt.space import SearchSpace
+from rankopt.store import lock
 from rankopt.training import divergence, endless, split
 from tests.test_cli import run
 
@@ -416,6 +418,31 @@ def test_bad_tasks(result, task):
         attempt(recipe=Recipe(epochs=5, rate=1e9, clip=0, distill=0))
 
 
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda out, y: F.cross_entropy(out, y[1:]), "the task's loss raised ValueError"),
+        (lambda out, y: F.cross_entropy(out, y, reduction="none"), r"of shape \(50,\): it must give a tensor with one"),
+        (lambda out, y: F.cross_entropy(out, y).detach(), "the task's loss has no gradient"),
+        (lambda out, y: 1.0, "the task's loss gave a value float"),
+    ],
+)
+def test_bad_losses(result, task, loss, said):
+    with pytest.raises(rankopt.TaskError, match=said):
+        rankopt.finetune(result.model, dataclasses.replace(task, loss=loss), Recipe(epochs=1))
+
+
+def test_bad_teachers_and_labels_that_are_missing(result, task):
+    with pytest.raises(rankopt.TaskError, match="the teacher cannot take the task's inputs: RuntimeError"):
+        rankopt.finetune(result.model, task, Recipe(epochs=1), teacher=nn.Linear(3, 10))
+    for lack in ({"train": None}, {"loss": None}):
+        own = dataclasses.replace(task, **lack)
+        for recipe in (Recipe(epochs=1, distill=0), Recipe(epochs=1, smoothing=0.1)):
+            with pytest.raises(rankopt.TaskError, match="is for labels: give the task train and loss"):
+                rankopt.finetune(result.model, own, recipe)
+        assert rankopt.finetune(result.model, own, Recipe(epochs=0.1)).info["labels"] is False
+
+
 class Empty:
     def __len__(self):
         return 5
@@ -450,6 +477,11 @@ def test_train_apply_and_report(folder, result, task, tmp_path):
     small = rankopt.load(task.model, out)
     assert task.test(small.eval()) == pytest.approx(after)
     assert "is finished: choose another --out" in run(*command, code=2)[1]
+    other = tmp_path / "other"
+    other.mkdir()
+    held = lock(other)
+    assert "another process is at work in" in run(*command[:4], "--out", other, "--epochs", 1, code=2)[1]
+    os.close(held)
 
 
 def test_a_kill_while_results_are_written_loses_nothing(folder, task, tmp_path, monkeypatch):
@@ -472,6 +504,9 @@ def test_a_training_that_does_harm_is_told():
     about = {"recipe": {}, "teacher": None, "from_scratch": False, "run": "r", "seconds": 1.0}
     told = lines({"score": scores, "training": {**about, "before": 0.6, "test_before": 0.6}})
     assert [": less than before; try a lower rate" in x for x in told] == [False, True, False]
+    gentle = {**about, "recipe": {"epochs": 0, "layerwise": 9}, "before": 0.6, "test_before": 0.6, "labels": False}
+    told = lines({"score": scores, "training": gentle})
+    assert "from predictions alone" in told[0] and "a lower layerwise_rate" in told[1]
 
 
 def test_bad_commands(folder, tmp_path):

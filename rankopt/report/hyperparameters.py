@@ -293,8 +293,11 @@ def front(ax: Any, found: Table) -> None:
         _point(ax, row[two], row, shown, chosen=False)
     best = sorted((r for r in found.rows if r["number"] in found.front), key=lambda r: r[two])
     x, y = [r[two] for r in best], [shown[r["number"]][0] for r in best]
+    for at, height, row in zip(x, y, best, strict=True):
+        ax.plot(at, height, shown[row["number"]][1], color=ACCENT, ms=5)
     # With more than two objectives the front is no line in two of them.
-    ax.plot(x, y, "o-" if len(found.objectives) == 2 else "o", color=ACCENT, lw=1.2, ms=5, label="Pareto front")
+    ax.plot(x, y, "-" if len(found.objectives) == 2 else "", color=ACCENT, lw=1.2)
+    ax.plot([], [], "o-" if len(found.objectives) == 2 else "o", color=ACCENT, lw=1.2, ms=5, label="Pareto front")
     ax.set(xlabel=LABELS[two], ylabel=LABELS[one])
     if two in NAMES:
         ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")

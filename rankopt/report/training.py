@@ -23,17 +23,24 @@ def lines(info: Mapping[str, Any]) -> list[str]:
         parts.append(f"{recipe.epochs:g} epochs of {recipe.optimizer}, rate {recipe.rate:g} ({recipe.schedule})")
     if t["teacher"]:
         parts.append(f"teacher {t['teacher']}")
+    if not t.get("labels", True):
+        parts.append("from predictions alone, as the task has no train and loss")
     start = "from scratch" if t["from_scratch"] else f"from {t['run']}"
     found = [f"trained {start}: {'; '.join(parts)}; {t['seconds']:.0f} s"]
     for part, before in (("validation", t["before"]), ("test", t["test_before"])):
         if after[part] is not None:
             found.append(f"{part} score {'' if before is None else percent(before) + ' -> '}{percent(after[part])}")
-            if before is not None and after[part] < before:
-                gentler = "" if recipe.eval_mode else ", or eval_mode=true, which keeps batch norms as they are"
-                found[-1] += f": less than before; try a lower rate{gentler}"
+            if part == "validation" and before is not None and after[part] < before:
+                found[-1] += f": less than before; try {_gentler(recipe)}"
     if changed := {k: v for k, v in recipe.changed().items() if k not in ("epochs", "rate", "layerwise")}:
         found.append(f"other settings: {', '.join(f'{k}={v}' for k, v in changed.items())}")
     return found
+
+
+def _gentler(recipe: Recipe) -> str:
+    if not recipe.epochs:
+        return "a lower layerwise_rate, or fewer steps"
+    return "a lower rate" + ("" if recipe.eval_mode else ", or eval_mode=true, which keeps batch norms as they are")
 
 
 def losses(ax: Any, training: Mapping[str, Any]) -> None:
