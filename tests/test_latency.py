@@ -281,8 +281,14 @@ def test_a_damaged_table_is_refused(tmp_path, damage):
 # --- the promise ------------------------------------------------------------------------------------
 
 
-def test_the_budget_is_kept_on_the_rebuilt_model(prepared, monkeypatch):
-    monkeypatch.setattr(promise, "SECONDS", 20.0)  # on a busy machine a promise takes its time
+@pytest.fixture
+def _patient(monkeypatch, _brief):
+    """For plans that are really measured against their budget: on a busy machine a median takes its time."""
+    monkeypatch.setattr(promise, "SECONDS", 5.0)
+
+
+@pytest.mark.usefixtures("_patient")
+def test_the_budget_is_kept_on_the_rebuilt_model(prepared):
     result = run_search(prepared, prepared.problem({"latency": 0.7}), Settings())
     about = result.info["latency"]
     assert about["met"] and about["high"] <= about["target"] and about["attempts"] >= 1
@@ -394,6 +400,7 @@ def test_machine_names_the_processor():
     assert "torch" in machine(Conditions())
 
 
+@pytest.mark.usefixtures("_patient")
 def test_the_commands_time_search_and_measure_again(tmp_path):
     """hardware, search with a latency budget, apply --check."""
     source = f"import torch\nfrom torch import nn\nfrom rankopt.core import Task\n\n{inspect.getsource(Net)}\n\n"
