@@ -106,7 +106,7 @@ def _row(case: Case, task: Task, folder: Path, found: Path) -> Row:
         "params": cost["compressed"]["params"] / cost["dense"]["params"],
         "macs": cost["compressed"]["macs"] / cost["dense"]["macs"],
         "dense": info["score"]["dense"][part],
-        "untrained": search["score"]["compressed"][part],
+        "untrained": None if case.request.from_scratch else search["score"]["compressed"][part],
         "score": info["score"]["compressed"][part],
         "interval": info["intervals"]["compressed"][part],
         "seconds": sum(search["seconds"].values()) + (info["training"]["seconds"] if found != folder else 0),
