@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -21,10 +20,11 @@ from rankopt.report import cases as report
 from rankopt.report.cases import Row
 from rankopt.report.html import write_report
 from rankopt.request import TRAINED, run_in_folder
+from rankopt.store import held
 from rankopt.study import Case, StudyFile
 from rankopt.tasks import load_task
 
-JSON, LOCK = "cases.json", ".cases.lock"
+JSON = "cases.json"
 
 
 def run_cases(
@@ -55,13 +55,14 @@ def run_cases(
         if patience():
             break
         yield f"{case.name}:"
-        until = Until(runner, patience.end)
-        found = run_in_folder(case.request, task(case.task), folder, until, cache_folder, patience, bar)
+        found = run_in_folder(
+            case.request, task(case.task), folder, Until(runner, patience.end), cache_folder, patience, bar
+        )
         if found is None:
             break
         row = _row(case, task(case.task), folder, found)
         write_report(found)
-        with _alone(out):
+        with held(out, wait=True):
             rows = _known(out) | {case.name: row}  # others may have written theirs
             _write(study, out, rows)
     shown = [rows[case.name] for case in study.cases if case.name in rows]
@@ -70,17 +71,6 @@ def run_cases(
         yield f"written: {out / report.MARKDOWN}"
     if len(shown) < len(study.cases):
         yield f"{len(shown)} of {len(study.cases)} cases are done: the same command goes on"
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other process writes the table meanwhile, where the file system knows locks."""
-    with (folder / LOCK).open("w") as file:
-        with suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _known(out: Path) -> dict[str, Row]:

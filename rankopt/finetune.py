@@ -23,7 +23,7 @@ from rankopt.checkpoint import State
 from rankopt.core import StudyError, Task, TaskError
 from rankopt.distill import UNITS, Lesson, has_labels, in_channels_last, layer_by_layer
 from rankopt.evaluate import call
-from rankopt.precision import Stored, store, widen_all
+from rankopt.precision import round_again, widen_all
 from rankopt.prepare import CALIBRATION_EXAMPLES, Track, collect_batches, silent
 from rankopt.recipe import Recipe, make_optimizer, make_schedule
 from rankopt.training import BATCH, Loss, epoch_length, split, train
@@ -81,14 +81,12 @@ def finetune(
     if not recipe.trains:
         raise TaskError("there is nothing to train: give epochs, or layerwise steps, or both")
     model = copy.deepcopy(model)
-    rounded = [(name, module.precision) for name, module in model.named_modules() if isinstance(module, Stored)]
-    widen_all(model)
+    kept = widen_all(model)
     training = _Training(model, task, recipe, teacher or task.model, stop, note)
     if folder is not None:
         training.keep(Path(folder), resume)
     trained = training.run(track)
-    for name, precision in rounded:
-        store(trained.model.get_submodule(name), precision)
+    round_again(trained.model, kept)
     return trained
 
 

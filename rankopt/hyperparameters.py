@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from rankopt.progress import Bar, Patience
 from rankopt.request import Request, run_in_folder, run_request
 from rankopt.result import Result
 from rankopt.search import ALL_FAILED
-from rankopt.store import STUDY, create, load, lock, readable
+from rankopt.store import STUDY, create, held, load, readable
 from rankopt.strategies.optuna import derived, make_sampler
 from rankopt.study import OBJECTIVES, StudyFile
 
@@ -64,13 +63,10 @@ class Searches:
         if (self.out / RESULT).is_file():
             raise StudyError(f"{self.out} holds another study's run: give another --out")
         open_folder(self.out, self.path.exists(), FILE)
-        descriptor = lock(self.out)
-        try:
+        with held(self.out):
             with readable(self.path):
                 self._open()
             yield self
-        finally:
-            os.close(descriptor)
 
     def _open(self) -> None:
         if not self.path.exists():

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, ClassVar
@@ -201,9 +201,11 @@ def _beside(layer: Layer | None, scale: Tensor, ndim: int) -> Tensor:
     return scale.view(layer.groups, *shape) if layer.groups > 1 else scale.view(shape)
 
 
-def widen_all(module: nn.Module) -> None:
-    """Back to weights in the dtype that they are used in, in place."""
-    for part in [m for m in module.modules() if isinstance(m, Stored)]:
+def widen_all(module: nn.Module) -> dict[str, str]:
+    """Back to weights in the dtype that they are used in, in place; returns the names of parts, and what they had."""
+    stored = {name: m for name, m in module.named_modules() if isinstance(m, Stored)}
+    kept = {name: part.precision for name, part in stored.items()}
+    for part in stored.values():
         wide = {name: getattr(part, name) for name in part.names}
         precision, trainable = part.precision, part.trainable
         part.__class__ = part.base  # type: ignore[assignment]
@@ -212,15 +214,20 @@ def widen_all(module: nn.Module) -> None:
             part._buffers.pop(f"{name}_scale", None)
             part.register_parameter(name, nn.Parameter(weight, requires_grad=trainable))
         del part.wide, part.trainable
+    return kept
+
+
+def round_again(module: nn.Module, kept: Mapping[str, str]) -> None:
+    """The opposite of `widen_all`, in place: parts of these names rounded to nearest again."""
+    for name, precision in kept.items():
+        store(module.get_submodule(name), precision)
 
 
 @contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
     """Around what trains: weights are wide and take gradients, and are rounded to nearest again at the end."""
-    before = [(m, m.precision) for m in model.modules() if isinstance(m, Stored)]
-    widen_all(model)
+    kept = widen_all(model)
     try:
         yield
     finally:
-        for part, precision in before:
-            store(part, precision)
+        round_again(model, kept)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def retrain(
     instead of the dense model's. Raises StudyError if `out` holds something and is not resumed, or if another
     process trains there.
     """
-    from rankopt.store import lock  # it takes Optuna
+    from rankopt.store import held  # it takes Optuna
 
     plan, _ = read_plan(run)
     with sound(run):
@@ -57,16 +56,13 @@ def retrain(
     open_folder(out, resume, checkpoint.FILE)
     learnt_from = None if teacher is None else teacher.model
     about = {"run": str(run), "from_scratch": from_scratch, "teacher": None if teacher is None else teacher.name}
-    held = lock(out)
-    try:
+    with held(out):
         trained = finetune(
             model, task, recipe, teacher=learnt_from, folder=out, resume=resume, stop=stop, track=track, note=note
         )
         result = with_training(Result(model, plan, (), info), trained, task, about)
         result.save(out)
         (out / checkpoint.FILE).unlink(missing_ok=True)
-    finally:
-        os.close(held)
     return result
 
 

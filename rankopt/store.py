@@ -203,19 +203,29 @@ def alive(pid: int) -> bool:
     return True
 
 
-def lock(folder: Path) -> int:
-    """Hold a folder against other processes until the descriptor is closed. Raises StudyError."""
+def lock(folder: Path, wait: bool = False) -> int:
+    """Hold a folder against other processes until the descriptor is closed. Raises StudyError, unless it waits."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(descriptor)
         raise StudyError(f"another process is at work in {folder}: wait for it, or choose another --out") from None
     except (ImportError, OSError):  # a file system without locks
         pass
     return descriptor
+
+
+@contextmanager
+def held(folder: Path, wait: bool = False) -> Iterator[None]:
+    """As `lock`, around what needs it."""
+    descriptor = lock(folder, wait)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def create(url: str, name: str, about: dict[str, Any], directions: Sequence[Any] = ("minimize",)) -> None:
