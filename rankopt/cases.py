@@ -86,7 +86,10 @@ def _finished(case: Case, folder: Path) -> bool:
 
 
 def _row(case: Case, task: Task, folder: Path, found: Path) -> Row:
-    """A finished case: shares of the dense model's costs, scores (test ones if there are) and where it was made."""
+    """A finished case: shares of the dense model's costs, scores (test ones if there are) and where it was made.
+
+    From scratch there is neither an untrained score nor a dense one: the task's own model may never have been trained.
+    """
     info, search = read_result(found), read_result(folder)
     part = "test" if task.test else "validation"
     cost = info["cost"]
@@ -95,7 +98,7 @@ def _row(case: Case, task: Task, folder: Path, found: Path) -> Row:
         "part": part,
         "params": cost["compressed"]["params"] / cost["dense"]["params"],
         "macs": cost["compressed"]["macs"] / cost["dense"]["macs"],
-        "dense": info["score"]["dense"][part],
+        "dense": None if case.request.from_scratch else info["score"]["dense"][part],
         "untrained": None if case.request.from_scratch else search["score"]["compressed"][part],
         "score": info["score"]["compressed"][part],
         "interval": info["intervals"]["compressed"][part],

@@ -223,7 +223,7 @@ def best(trials: list[Trial]) -> Trial:
     if not finished:
         first = next((t.error for t in trials if t.error), None)
         said = f"; the first said: {first}. Mend it, then" if first else ":"
-        raise StudyError(f"no evaluation finished{said} go on with --resume")
+        raise StudyError(f"no evaluation finished{said} go on with --resume (rankopt run: the same command)")
     return min(finished, key=lambda t: (t.objective, t.number))
 
 

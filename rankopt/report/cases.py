@@ -79,13 +79,6 @@ def _paint(figure: Any, rows: Sequence[Row]) -> None:
         points = [(100 * row[key], at) for at, row in enumerate(rows) if row[key] is not None]
         if points:
             ax.scatter(*zip(*points, strict=True), label=label, zorder=3, **style)
-    least = min(100 * row[key] for row in rows for key in ("untrained", "score") if row[key] is not None)
-    tops = [row["interval"][1] if row["interval"] else row["score"] for row in rows]
-    most = 100 * max([*tops, *(row["dense"] for row in rows if row["dense"] is not None)])
-    pad = 0.08 * (most - least) or 1.0
-    ax.set_xlim(
-        least - pad, most + pad
-    )  # what is trained from scratch may have a dense model that scores next to nothing
     ax.set_yticks(
         y, [f"{row['case']}\nparams {percent(row['params'], 1)}, MACs {percent(row['macs'], 1)}" for row in rows]
     )
