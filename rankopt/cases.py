@@ -55,9 +55,8 @@ def run_cases(
         if patience():
             break
         yield f"{case.name}:"
-        found = run_in_folder(
-            case.request, task(case.task), folder, Until(runner, patience.end), cache_folder, patience, bar
-        )
+        until = Until(runner, patience.end)
+        found = run_in_folder(case.request, task(case.task), folder, until, cache_folder, patience, bar)
         if found is None:
             break
         row = _row(case, task(case.task), folder, found)

@@ -337,6 +337,7 @@ def test_cases(write, tmp_path):
     assert info["training"]["recipe"]["epochs"] == 0.5 and second["settings"]["seed"] == 3
     drawn = json.loads((out / "scratch" / "trained" / "result.json").read_text())["training"]
     assert drawn["from_scratch"] and drawn["teacher"] == "digits" and third["untrained"] is third["dense"] is None
+    assert third["score"] < json.loads((out / "scratch" / "result.json").read_text())["score"]["compressed"]["test"]
     assert not (out / "half-macs" / "trained").exists()
     assert (out / "cases.md").read_text().count("\n| ") == 4
     assert (out / "cases.png").read_bytes().startswith(b"\x89PNG")
