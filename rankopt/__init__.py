@@ -1,30 +1,19 @@
 """rankopt: which tensor decomposition, at which rank, for every layer, under one budget."""
 
-from rankopt.budget import Limit, parse_budget
-from rankopt.core import (
-    BudgetError,
-    Candidate,
-    Choice,
-    Cost,
-    Layer,
-    Plan,
-    PlanError,
-    RankoptError,
-    StudyError,
-    Task,
-    TaskError,
-    Trial,
-)
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.finetune import finetune
-from rankopt.fuse import fuse
-from rankopt.inventory import count, inventory, unfolded
-from rankopt.job import compress
-from rankopt.plan import load, read_plan
-from rankopt.recipe import Recipe
-from rankopt.result import Result
-from rankopt.space import SearchSpace, load_space
-from rankopt.strategies import STRATEGIES
+from rankopt.candidates.search_space import SearchSpace, load_space
+from rankopt.core.budget import Limit, parse_budget
+from rankopt.core.errors import BudgetError, PlanError, RankoptError, StudyError, TaskError
+from rankopt.core.records import Candidate, Choice, Cost, Layer, Plan, Task, Trial
+from rankopt.decompositions.plan import load, read_plan
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.export.fuse import fuse
+from rankopt.model.counting import count
+from rankopt.model.inventory import inventory, unfolded
+from rankopt.search.compress import compress
+from rankopt.search.result import Result
+from rankopt.strategies.registry import STRATEGIES
+from rankopt.training.finetune import finetune
+from rankopt.training.recipe import Recipe
 
 __version__ = "0.1.0"
 

@@ -31,13 +31,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from rankopt.candidates import write_beside
-from rankopt.core import Layer, Rank
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.decompositions.base import load_factors
-from rankopt.inventory import inventory
-from rankopt.tasks.digits import TEST, TRAIN, data
-from rankopt.training import CLIP, supervised, train
+from rankopt.core.files import write_beside
+from rankopt.core.records import Layer, Rank
+from rankopt.decompositions.modules import load_factors
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.experiments.digits import TEST, TRAIN, data
+from rankopt.model.inventory import inventory
+from rankopt.training.loop import CLIP, supervised, train
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "adntn.json"

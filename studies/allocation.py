@@ -25,9 +25,10 @@ import scipy
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_diag
 
-from rankopt.allocation import allocate, relative_gap
-from rankopt.budget import Limit, Problem
-from rankopt.core import METRICS, Candidate, Cost, Layer
+from rankopt.core.budget import Limit
+from rankopt.core.problem import Problem
+from rankopt.core.records import METRICS, Candidate, Cost, Layer
+from rankopt.strategies.allocation import allocate, relative_gap
 
 RESULTS = Path(__file__).parent / "results" / "allocation.json"
 SIZES = (10, 30, 100, 300, 1_000, 3_000, 10_000)

@@ -24,14 +24,15 @@ import torch
 from rich.console import Console
 from rich.progress import track as bar
 
-from rankopt.candidates import write_beside
-from rankopt.core import DENSE, SAME, BudgetError, Candidate
-from rankopt.evaluate import call
-from rankopt.inventory import count
-from rankopt.job import run_search
-from rankopt.prepare import Prepared, prepare
-from rankopt.settings import Settings
-from rankopt.tasks import load_task
+from rankopt.candidates.prepare import Prepared, prepare
+from rankopt.core.errors import BudgetError
+from rankopt.core.files import write_beside
+from rankopt.core.records import DENSE, SAME, Candidate
+from rankopt.experiments.tasks import load_task
+from rankopt.model.counting import count
+from rankopt.model.objective import call
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "bits.json"

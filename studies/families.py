@@ -33,15 +33,16 @@ from rich.console import Console
 from tensorly import decomposition
 from torch import Tensor, nn
 
-from rankopt.calibration import moments
-from rankopt.candidates import write_beside
-from rankopt.core import Layer, Rank
-from rankopt.decompositions import DECOMPOSITIONS, fitting
-from rankopt.decompositions.base import Target
-from rankopt.decompositions.fitting import full_target
-from rankopt.inventory import inventory
-from rankopt.prepare import CALIBRATION_EXAMPLES, collect_batches
-from rankopt.tasks import load_task
+from rankopt.candidates.calibration import moments
+from rankopt.core.files import write_beside
+from rankopt.core.records import Layer, Rank
+from rankopt.decompositions import variable_projection as fitting
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.types import Target
+from rankopt.decompositions.variable_projection import full_target
+from rankopt.experiments.tasks import load_task
+from rankopt.model.forward import CALIBRATION_EXAMPLES, collect_batches
+from rankopt.model.inventory import inventory
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "families.json"

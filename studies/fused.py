@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt import DECOMPOSITIONS, count, fuse, inventory
-from rankopt.fuse import dense_twin, merge_depthwise
-from rankopt.timing import in_turn
+from rankopt.core.timing import in_turn
+from rankopt.export.fuse import dense_twin, merge_depthwise
 
 RESULTS = Path(__file__).parent / "results"
 STAGES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels and size of ResNet's at 224 x 224

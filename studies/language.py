@@ -27,15 +27,16 @@ from rich.console import Console
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from rankopt.candidates import FactorStore, write_beside
-from rankopt.core import Candidate
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.inventory import count
-from rankopt.job import run_search
-from rankopt.plan import apply
-from rankopt.prepare import Prepared, prepare
-from rankopt.settings import Settings
-from rankopt.space import SearchSpace, load_space
+from rankopt.candidates.cache import FactorStore
+from rankopt.candidates.prepare import Prepared, prepare
+from rankopt.candidates.search_space import SearchSpace, load_space
+from rankopt.core.files import write_beside
+from rankopt.core.records import Candidate
+from rankopt.decompositions.plan import apply
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.model.counting import count
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "language.json"

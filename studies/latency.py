@@ -29,18 +29,19 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from rankopt.candidates import write_beside
-from rankopt.core import BudgetError, Choice, Layer
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.hardware import Conditions, machine
-from rankopt.job import run_search
-from rankopt.latency import expanded, layer_inputs, random_factors, sample_modules
-from rankopt.prepare import Prepared, prepare
-from rankopt.progress import track
-from rankopt.result import Result
-from rankopt.settings import Settings
-from rankopt.space import load_space
-from rankopt.tasks import load_task
+from rankopt.candidates.latency import expanded, layer_inputs, random_factors, sample_modules
+from rankopt.candidates.latency_table import Conditions, machine
+from rankopt.candidates.prepare import Prepared, prepare
+from rankopt.candidates.search_space import load_space
+from rankopt.cli.progress import show_progress
+from rankopt.core.errors import BudgetError
+from rankopt.core.files import write_beside
+from rankopt.core.records import Choice, Layer
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.experiments.tasks import load_task
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.search.result import Result
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "latency.json"
@@ -72,7 +73,7 @@ def prepared_for(cell: Cell) -> Prepared:
     )
     conditions = Conditions(batch=cell.batch, threads=cell.threads)
     task = load_task(f"{HERE}/tasks/random_networks.py:{MODELS[cell.model]}")
-    return prepare(task, space, track=track, budget={"latency": 0.99}, latency_on=conditions)
+    return prepare(task, space, track=show_progress, budget={"latency": 0.99}, latency_on=conditions)
 
 
 def measure(cell: Cell, prepared: Prepared) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def measure(cell: Cell, prepared: Prepared) -> dict[str, Any]:
     about = {**cell._asdict(), "date": date.today().isoformat(), "machine": machine(prepared.latencies.conditions)}
     start = time.perf_counter()
     try:
-        result = run_search(prepared, prepared.problem({"latency": cell.budget}), Settings(), track=track)
+        result = run_search(prepared, prepared.problem({"latency": cell.budget}), Settings(), track=show_progress)
     except BudgetError as error:
         return {**about, "refused": str(error)}
     found = result.info["latency"]

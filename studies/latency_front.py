@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from rankopt.allocation import allocate
-from rankopt.budget import Limit
-from rankopt.candidates import write_beside
-from rankopt.core import BudgetError
-from rankopt.hardware import Conditions, machine
-from rankopt.job import run_search
-from rankopt.prepare import Prepared, prepare
-from rankopt.progress import track
-from rankopt.promise import check
-from rankopt.settings import Settings
-from rankopt.tasks import load_task
+from rankopt.candidates.latency_table import Conditions, machine
+from rankopt.candidates.prepare import Prepared, prepare
+from rankopt.cli.progress import show_progress
+from rankopt.core.budget import Limit
+from rankopt.core.errors import BudgetError
+from rankopt.core.files import write_beside
+from rankopt.experiments.tasks import load_task
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.search.latency_check import check
+from rankopt.strategies.allocation import allocate
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "latency_front.json"
@@ -50,7 +50,7 @@ def budgets(prepared: Prepared) -> list[float]:
 def for_latency(prepared: Prepared, budget: float) -> dict[str, Any]:
     """The plan that keeps a latency, as a search finds it."""
     try:
-        result = run_search(prepared, prepared.problem({"latency": budget}), Settings(), track=track)
+        result = run_search(prepared, prepared.problem({"latency": budget}), Settings(), track=show_progress)
     except BudgetError as error:
         return {"refused": str(error)}
     found = result.info["latency"]
@@ -148,7 +148,7 @@ def main() -> None:
     for runtime in given.runtimes:
         conditions = Conditions(runtime=runtime)
         task = load_task(f"{HERE}/tasks/cifar10.py:resnet20")
-        prepared = prepare(task, track=track, budget={"latency": 0.99}, latency_on=conditions)
+        prepared = prepare(task, track=show_progress, budget={"latency": 0.99}, latency_on=conditions)
         done = [r["budget"] for r in rows if r["runtime"] == runtime]
         todo = [b for b in budgets(prepared) if b not in done] if len(done) < POINTS else []
         for budget in todo:

@@ -23,10 +23,10 @@ import torch
 from rich.console import Console
 from rich.progress import track as bar
 
-from rankopt.job import run_search
-from rankopt.prepare import prepare
-from rankopt.settings import Settings
-from rankopt.tasks import load_task
+from rankopt.candidates.prepare import prepare
+from rankopt.experiments.tasks import load_task
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "no_training.json"

@@ -27,15 +27,15 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from rankopt.candidates import write_beside
-from rankopt.core import Task
-from rankopt.evaluate import call
-from rankopt.inventory import count
-from rankopt.job import run_search
-from rankopt.prepare import prepare
+from rankopt.candidates.prepare import prepare
+from rankopt.core.files import write_beside
+from rankopt.core.records import Task
+from rankopt.experiments.tasks import load_task
+from rankopt.model.counting import count
+from rankopt.model.objective import call
 from rankopt.report import pictures
-from rankopt.settings import Settings
-from rankopt.tasks import load_task
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "peers.json"

@@ -24,15 +24,16 @@ import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from rich.console import Console
 
-from rankopt.budget import Problem
-from rankopt.candidates import write_beside
-from rankopt.core import Cost, Proposal, Trial
-from rankopt.frontier import dense_candidate
-from rankopt.job import Evaluator
-from rankopt.prepare import Prepared, prepare, silent
-from rankopt.search import Study, attempt, search
-from rankopt.strategies import STRATEGIES, make_strategy
-from rankopt.tasks import load_task
+from rankopt.candidates.pareto import dense_candidate
+from rankopt.candidates.prepare import Prepared, prepare
+from rankopt.core.files import write_beside
+from rankopt.core.problem import Problem
+from rankopt.core.progress import silent
+from rankopt.core.records import Cost, Proposal, Trial
+from rankopt.experiments.tasks import load_task
+from rankopt.search.evaluator import Evaluator
+from rankopt.search.loop import Study, attempt, search
+from rankopt.strategies.registry import STRATEGIES, make_strategy
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "raw_tpe.json"

@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from rankopt.budget import Limit, Problem
-from rankopt.core import Call, Candidate, Cost, Layer
-from rankopt.fidelity import Evaluator
-from rankopt.prepare import Prepared, prepare
-from rankopt.search import Outcome, Study, search
-from rankopt.search_ray import RaySearch
-from rankopt.space import SearchSpace
-from rankopt.store import Store
-from rankopt.strategies import make_strategy
-from rankopt.tasks import load_task
+from rankopt.candidates.prepare import Prepared, prepare
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.core.budget import Limit
+from rankopt.core.problem import Problem
+from rankopt.core.records import Call, Candidate, Cost, Layer
+from rankopt.experiments.tasks import load_task
+from rankopt.search.evaluator import Evaluator
+from rankopt.search.loop import Outcome, Study, search
+from rankopt.search.ray.runner import RaySearch
+from rankopt.search.storage.local import Store
+from rankopt.strategies.registry import make_strategy
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = {0.1: 30, 1.0: 12, 5.0: 6}  # seconds of a trial -> how many

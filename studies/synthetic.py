@@ -27,11 +27,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from rankopt.budget import Limit, Problem
-from rankopt.core import Candidate, Cost, Layer, Proposal
-from rankopt.frontier import frontier
-from rankopt.search import Study, search
-from rankopt.strategies import STRATEGIES, make_strategy, strategy_class
+from rankopt.candidates.pareto import frontier
+from rankopt.core.budget import Limit
+from rankopt.core.problem import Problem
+from rankopt.core.records import Candidate, Cost, Layer, Proposal
+from rankopt.search.loop import Study, search
+from rankopt.strategies.registry import STRATEGIES, make_strategy, strategy_class
 
 RESULTS = Path(__file__).parent / "results" / "synthetic.json"
 UNIT, LAYERS, SHARE = 64, 60, 0.3  # parameters, layers, the budget

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rankopt.core import Layer, Rank
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.inventory import count, inventory
-from rankopt.prepare import mark_dense
-from rankopt.space import load_space
+from rankopt.candidates.prepare import mark_dense
+from rankopt.candidates.search_space import load_space
+from rankopt.core.records import Layer, Rank
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.model.counting import count
+from rankopt.model.inventory import inventory
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "thesis_parameters.csv"

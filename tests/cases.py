@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rankopt.calibration import moments
-from rankopt.core import Layer
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.decompositions.base import load_factors
-from rankopt.inventory import inventory
+from rankopt.candidates.calibration import moments
+from rankopt.core.records import Layer
+from rankopt.decompositions.modules import load_factors
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.model.inventory import inventory
 
 MODULES = {
     "conv3x3": lambda: nn.Conv2d(8, 12, 3, padding=1),

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from rankopt.prepare import Prepared, prepare
-from rankopt.space import SearchSpace
-from rankopt.tasks import load_task
+from rankopt.candidates.prepare import Prepared, prepare
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.experiments.tasks import load_task
 
 # The same examples every time; HYPOTHESIS_PROFILE=default draws others (make slow does).
 settings.register_profile("fixed", derandomize=True)

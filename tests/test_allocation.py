@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankopt.allocation import allocate, fill, project
-from rankopt.budget import Limit, Problem
-from rankopt.core import METRICS, BudgetError, Candidate, Cost, Layer
+from rankopt.core.budget import Limit
+from rankopt.core.errors import BudgetError
+from rankopt.core.problem import Problem
+from rankopt.core.records import METRICS, Candidate, Cost, Layer
+from rankopt.strategies.allocation import allocate, fill, project
 from studies.allocation import plain_milp, random_problem
 
 LOSS = st.one_of(st.integers(0, 3).map(float), st.floats(0, 1), st.floats(1e-9, 1e-6))  # ties and small ones too

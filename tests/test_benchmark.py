@@ -9,12 +9,12 @@ from statistics import fmean, median
 
 import pytest
 
-import rankopt.benchmark as benchmarks
-from rankopt.benchmark import FILE, benchmark, curve, ranks, read_strategies
-from rankopt.core import RankoptError, StudyError
+import rankopt.search.benchmark as benchmarks
+from rankopt.core.errors import RankoptError, StudyError
 from rankopt.report.benchmark import overall, problem_rows, text, write
-from rankopt.strategies import STRATEGIES
-from rankopt.strategies.random import Random
+from rankopt.search.benchmark import FILE, benchmark, curve, ranks, read_strategies
+from rankopt.strategies.baselines import Random
+from rankopt.strategies.registry import STRATEGIES
 from tests.test_cli import run
 
 BUDGETS, NAMES = ["params=0.3", "params=0.4,macs=0.5"], ["knapsack", "uniform", "random", "optuna"]

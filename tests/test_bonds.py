@@ -15,16 +15,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rankopt.bonds import Spectrum, effective_rank, inner_moment, spectra
-from rankopt.channels import IMAGES, Channel, Watch, as_images, channel_shares, find_channels, first_channels
-from rankopt.core import Layer
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.decompositions.base import Bond
-from rankopt.interpret import LayerBonds, bonds_of_run, bonds_of_space
-from rankopt.job import run_search
-from rankopt.report.bonds import page, table
-from rankopt.settings import Settings
-from rankopt.space import SearchSpace
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.core.records import Layer
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.types import Bond
+from rankopt.report.bond_analysis import LayerBonds, bonds_of_run, bonds_of_space
+from rankopt.report.bond_channels import (
+    IMAGES,
+    Channel,
+    Watch,
+    as_images,
+    channel_shares,
+    find_channels,
+    first_channels,
+)
+from rankopt.report.bond_spectra import BondSpectrum, effective_rank, inner_moment, spectra
+from rankopt.report.bonds_page import page, table
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
 from tests.cases import PAIRS, build, make
 from tests.test_cli import run
 from tests.test_report import PHONE, Page, chromium, measure  # noqa: F401
@@ -157,7 +165,7 @@ def test_large_images_are_drawn_with_few_pixels():
         3, 0.5, torch.rand(2 * IMAGES, 3, 224, 224), ((0, 223, 0, 223),) * 2 * IMAGES, (0.0,) * 2 * IMAGES
     )
     values = (2.0, 1.0)
-    row = LayerBonds("a", "svd_in", (2,), (Spectrum("C | T h w", 2, "output", values, values),), (channel,) * 4)
+    row = LayerBonds("a", "svd_in", (2,), (BondSpectrum("C | T h w", 2, "output", values, values),), (channel,) * 4)
     assert len(page("large", [row])) < 600_000
 
 

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankopt.allocation import allocate, check_feasible, fill, project
-from rankopt.budget import Limit, Problem, parse_budget
-from rankopt.core import BudgetError, Candidate, Cost, Layer
-from rankopt.frontier import frontier
+from rankopt.candidates.pareto import frontier
+from rankopt.core.budget import Limit, parse_budget
+from rankopt.core.errors import BudgetError
+from rankopt.core.problem import Problem, check_feasible
+from rankopt.core.records import Candidate, Cost, Layer
+from rankopt.strategies.allocation import allocate, fill, project
 
 DENSE = Cost(params=200_000, macs=40_000_000, bytes=800_400)
 

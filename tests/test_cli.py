@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rankopt.cli import app
+from rankopt.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 

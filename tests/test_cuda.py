@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt.calibration import moments, output_metrics
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.inventory import inventory
-from rankopt.job import Evaluator, run_search
-from rankopt.prepare import prepare
-from rankopt.settings import Settings
-from rankopt.tasks import load_task
+from rankopt.candidates.calibration import moments, output_metrics
+from rankopt.candidates.prepare import prepare
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.experiments.tasks import load_task
+from rankopt.model.inventory import inventory
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Evaluator, Settings
 from tests.cases import ONE_EACH
 from tests.conftest import QUICK
 

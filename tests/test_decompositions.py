@@ -9,9 +9,9 @@ import torch
 from scipy.optimize import check_grad
 from torch import nn
 
-from rankopt.core import Layer
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.decompositions.fitting import SEARCH_RIDGE, OutputSolved, OutputSolver, full_target
+from rankopt.core.records import Layer
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.variable_projection import SEARCH_RIDGE, OutputSolved, OutputSolver, full_target
 from tests.cases import MODULES, ONE_EACH, PAIRS, build, make
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from rankopt import energy
-from rankopt.energy import GRAMS_PER_KWH, RAPL, per_inference, rapl_meter
+from rankopt.model import energy
+from rankopt.model.energy import GRAMS_PER_KWH, RAPL, per_inference, rapl_meter
 
 RANGE = 262_143_328_850
 

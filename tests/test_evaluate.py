@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rankopt import TaskError
-from rankopt.evaluate import Divergence, call
+from rankopt.model.objective import Divergence, call
 
 
 class Shaped(nn.Module):

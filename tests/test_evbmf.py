@@ -9,11 +9,11 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import nn
 
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.inventory import inventory
-from rankopt.prepare import silent
-from rankopt.strategies import make_strategy
+from rankopt.core.progress import silent
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.model.inventory import inventory
 from rankopt.strategies.evbmf import UNFOLDINGS, evbmf_rank, family_rank, unfolded
+from rankopt.strategies.registry import make_strategy
 
 
 @pytest.mark.parametrize("shape", [(40, 120), (60, 60), (30, 400)])

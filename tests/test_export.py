@@ -13,14 +13,13 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rankopt
-from rankopt import export as exports
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.export import export, export_weights
-from rankopt.job import run_search
-from rankopt.parity import Parity, compare
-from rankopt.settings import Settings
-from rankopt.tasks.digits import DigitsNet
-from rankopt.unfold import take_ordinary_path
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.experiments.digits import DigitsNet
+from rankopt.export import export as exports
+from rankopt.export.export import Parity, compare, export, export_weights
+from rankopt.model.composites import take_ordinary_path
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
 from tests.cases import MODULES, ONE_EACH, PAIRS, build_forms, inputs, make
 from tests.test_cli import run
 from tests.test_unfold import whole

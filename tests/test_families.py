@@ -12,13 +12,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rankopt.core import Choice, Cost, Layer, Plan, PlanError
-from rankopt.decompositions import DECOMPOSITIONS, fitting
-from rankopt.decompositions.base import load_factors
-from rankopt.decompositions.cp_merged import divergence
-from rankopt.inventory import count, inventory
-from rankopt.plan import rebuild
-from rankopt.space import SearchSpace, load_space
+from rankopt.candidates.search_space import SearchSpace, load_space
+from rankopt.core.errors import PlanError
+from rankopt.core.records import Choice, Cost, Layer, Plan
+from rankopt.decompositions import variable_projection as fitting
+from rankopt.decompositions.cp import divergence
+from rankopt.decompositions.modules import load_factors
+from rankopt.decompositions.plan import rebuild
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.model.counting import count
+from rankopt.model.inventory import inventory
 from tests.cases import PAIRS, make
 
 KERNEL = Layer("", "Conv2d", (64, 32, 3, 5))

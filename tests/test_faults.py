@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from rankopt.store import read_trials
+from rankopt.search.storage.local import read_trials
 
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)  # any file beyond this: EFBIG, as a full disk
-from rankopt.cli import main
+from rankopt.cli.main import main
 main()
 """
 

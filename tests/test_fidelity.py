@@ -11,15 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rankopt.core import RankoptError, StudyError, TaskError
-from rankopt.evaluate import Divergence
-from rankopt.fidelity import WHOLE, Evaluator, Ladder
-from rankopt.job import run_search
+from rankopt.core.errors import RankoptError, StudyError, TaskError
+from rankopt.model.objective import Divergence
 from rankopt.report.html import write_report
-from rankopt.search import ETA, Study, best, search
-from rankopt.settings import Settings
-from rankopt.store import Store, read_trials
-from rankopt.strategies import make_strategy
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import FULL_FIDELITY, Evaluator, FidelitySchedule, Settings
+from rankopt.search.loop import ETA, Study, best, search
+from rankopt.search.storage.local import Store, read_trials
+from rankopt.strategies.registry import make_strategy
 from tests.test_cli import run as command
 
 BUDGET = {"params": 0.3}
@@ -68,11 +67,11 @@ def test_promotion_goes_by_the_best_third(digits):
 
 @pytest.fixture(scope="module")
 def whole(digits):
-    return explore(digits, WHOLE)
+    return explore(digits, FULL_FIDELITY)
 
 
 def test_trials_that_go_on_end_with_the_objective_of_a_search_without_fidelities(digits, whole):
-    trials = explore(digits, Ladder.parse("0.1,0.4"))
+    trials = explore(digits, FidelitySchedule.parse("0.1,0.4"))
     assert [t.proposal for t in trials] == [t.proposal for t in whole]
     assert {t.state for t in trials} == {"finished", "stopped"}
     for t, full in zip(trials, whole, strict=True):
@@ -95,7 +94,7 @@ def test_a_stopped_trial_cannot_win_even_if_its_rung_is_the_least_number(digits)
             yield 1.0 if self.asked == 1 else 1e-9 + self.asked
             yield self.evaluate(proposal)
 
-    trials = explore(digits, WHOLE, around=Odd)
+    trials = explore(digits, FULL_FIDELITY, around=Odd)
     assert [t.state for t in trials] == ["finished"] * ETA + ["stopped"] * (len(trials) - ETA)
     assert best(trials).objective == min(t.objective for t in trials if t.objective is not None)
 
@@ -104,7 +103,7 @@ def test_no_example_is_measured_twice(digits):
     seen = []
     model = digits.task.model
     problem = digits.problem(BUDGET)
-    evaluator = Evaluator.of(digits, problem, Ladder.parse("0.1,0.4"))
+    evaluator = Evaluator.of(digits, problem, FidelitySchedule.parse("0.1,0.4"))
     evaluator.score = None
     hook = model.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
     try:
@@ -115,7 +114,7 @@ def test_no_example_is_measured_twice(digits):
 
 
 def test_training_is_the_last_fidelity_and_the_result_has_it(digits, tmp_path):
-    ladder = Ladder.parse("0.25,train=20")
+    ladder = FidelitySchedule.parse("0.25,train=20")
     assert ladder.names == ["0.25 of the examples", "all examples", "20 steps of training"]
     problem = digits.problem(BUDGET)
     result = run_search(digits, problem, Settings("random", 6, ladder=ladder), tmp_path)
@@ -129,7 +128,7 @@ def test_training_is_the_last_fidelity_and_the_result_has_it(digits, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["random", "rl"])
 def test_a_resumed_search_stops_the_same_trials(digits, tmp_path, strategy):
-    ladder = Ladder.parse("0.1")
+    ladder = FidelitySchedule.parse("0.1")
     calm = explore(digits, ladder, strategy=strategy)
     for trials in (5, 12):
         store = Store(tmp_path, digits.problem(BUDGET), {"seed": 0}, resume=trials > 5)
@@ -141,7 +140,7 @@ def test_a_resumed_search_stops_the_same_trials(digits, tmp_path, strategy):
 @pytest.mark.parametrize("text", ["", "1", "0.5,0.2", "0", "2", "nan", "x", "train=x", "train=-1", "0.5,train=5,1"])
 def test_fidelities_without_sense_are_refused(text):
     with pytest.raises(RankoptError, match="fidelities"):
-        Ladder.parse(text)
+        FidelitySchedule.parse(text)
 
 
 def test_objectives_that_cannot_be_sliced_say_so(digits):
@@ -149,10 +148,10 @@ def test_objectives_that_cannot_be_sliced_say_so(digits):
 
     own = dataclasses.replace(digits, objective=lambda model: 1.0)
     with pytest.raises(TaskError, match=r"slices\(shares\)"):
-        Evaluator.of(own, digits.problem(BUDGET), Ladder.parse("0.5"))
-    Evaluator.of(own, digits.problem(BUDGET), Ladder.parse("train=5"))
+        Evaluator.of(own, digits.problem(BUDGET), FidelitySchedule.parse("0.5"))
+    Evaluator.of(own, digits.problem(BUDGET), FidelitySchedule.parse("train=5"))
     with pytest.raises(TaskError, match="holds no example more"):
-        Evaluator.of(digits, digits.problem(BUDGET), Ladder.parse("0.5,0.5001"))
+        Evaluator.of(digits, digits.problem(BUDGET), FidelitySchedule.parse("0.5,0.5001"))
 
 
 def test_the_command_reports_what_was_stopped_and_how_the_slice_ranked(digits, tmp_path, quick_space):
@@ -181,4 +180,4 @@ def test_everything_failing_at_the_low_fidelity_ends_the_search(digits):
             yield float("nan")
 
     with pytest.raises(StudyError, match="the first said: the objective is nan"):
-        explore(digits, WHOLE, around=Fails)
+        explore(digits, FULL_FIDELITY, around=Fails)

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt.core import BudgetError, Task
-from rankopt.memory import file_size, peak_memory
-from rankopt.plan import assemble
-from rankopt.prepare import prepare
-from rankopt.space import SearchSpace
+from rankopt.candidates.prepare import prepare
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.core.errors import BudgetError
+from rankopt.core.records import Task
+from rankopt.decompositions.plan import assemble
+from rankopt.model.memory import file_size, peak_memory
 
 SPACE = SearchSpace(families=("svd_out", "cp", "tucker2"), points=5, steps=0, precisions=("same", "int8"))
 

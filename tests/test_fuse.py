@@ -16,17 +16,17 @@ from torch.nn.utils import parametrizations
 
 import rankopt
 from rankopt import count, fuse
-from rankopt.dataflow import Dataflow
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.fuse import dense_twin, merge_depthwise
-from rankopt.kinds import describe
-from rankopt.latency import random_factors
-from rankopt.precision import Stored, store
+from rankopt.candidates.latency import random_factors
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.export.dataflow import Dataflow
+from rankopt.export.fuse import dense_twin, merge_depthwise
+from rankopt.model.layer_kinds import describe
+from rankopt.model.quantization import QuantizedMixin, quantize_
 from tests.cases import FORMED, MODULES, PAIRS, build_forms, inputs, make
 from tests.test_registry import compressed
 from tests.test_unfold import Everything
 
-MODULE = sys.modules["rankopt.fuse"]  # the function has its name
+MODULE = sys.modules["rankopt.export.fuse"]
 
 
 def settled(model: nn.Module) -> nn.Module:
@@ -112,7 +112,7 @@ def test_batch_norms_are_folded_into_the_last_factor(family, form):
     fused = fuse(small.eval(), IMAGES)
     same(small, fused, IMAGES)
     assert number(fused, nn.BatchNorm2d) == 0
-    assert number(fused, rankopt.decompositions.reconstructed.Reconstructed) == 0
+    assert number(fused, rankopt.decompositions.modules.Reconstructed) == 0
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ def test_rounded_weights_stay_rounded():
     small = random_factors(family.build(conv, layer, (8,)))
     x = torch.randn(1, 8, 6, 6)
     assert type(fuse(nn.Sequential(small), x)[0]) is nn.Conv2d
-    store(small, "int8")
+    quantize_(small, "int8")
     kept = fuse(nn.Sequential(small), x)
-    assert any(isinstance(m, Stored) for m in kept.modules())
+    assert any(isinstance(m, QuantizedMixin) for m in kept.modules())
     torch.testing.assert_close(kept(x), small(x))

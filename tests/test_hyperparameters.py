@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from rankopt.cli import app
-from rankopt.core import RankoptError, StudyError
-from rankopt.hyperparameters import FILE, Searches
-from rankopt.job import run_search
-from rankopt.settings import Settings
-from rankopt.study import read_study
-from rankopt.tasks import load_task
-from rankopt.training import divergence
+from rankopt.cli.main import app
+from rankopt.core.errors import RankoptError, StudyError
+from rankopt.experiments.config import read_study
+from rankopt.experiments.tasks import load_task
+from rankopt.experiments.tuning import FILE, Searches
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.training.loop import divergence
 
 ROOT = Path(__file__).parent.parent
 BASE = 'task = "digits"\nbudget = { params = 0.3 }\nspace = "quick.toml"\n'
@@ -293,9 +293,9 @@ def test_a_score_is_needed_for_a_score(write, tmp_path):
 
 def test_a_search_that_breaks_is_one_that_failed(write, tmp_path, monkeypatch):
     """Else the same search would be made again, and break again, whenever the study goes on."""
-    from rankopt import hyperparameters
+    from rankopt.experiments import tuning as hyperparameters
 
-    real, seen = hyperparameters.run_request, []
+    real, seen = hyperparameters.run_experiment, []
 
     def breaks_once(*arguments):
         seen.append(arguments)
@@ -303,7 +303,7 @@ def test_a_search_that_breaks_is_one_that_failed(write, tmp_path, monkeypatch):
             raise ValueError("no memory left")
         return real(*arguments)
 
-    monkeypatch.setattr(hyperparameters, "run_request", breaks_once)
+    monkeypatch.setattr(hyperparameters, "run_experiment", breaks_once)
     objectives = '["score", "objective", "params", "macs", "bytes"]'  # each gets its bars in a picture
     text = BASE + RANGES.replace('["score", "params", "milliseconds"]', objectives).replace(
         "searches = 3", "searches = 5"
@@ -376,7 +376,7 @@ def test_what_a_case_was_fitted_with_is_compared(write, tmp_path):
 def test_a_file_may_be_named_from_anywhere(write, tmp_path, monkeypatch):
     """What was asked is the same from another folder."""
     path = write(CASES.replace('teacher = "digits"', 'teacher = "tasks.py:made"'))
-    (tmp_path / "tasks.py").write_text("from rankopt.tasks.digits import make as made\n")
+    (tmp_path / "tasks.py").write_text("from rankopt.experiments.digits import make as made\n")
     there = [c.request.described(c.task) for c in read_study(path).cases]
     monkeypatch.chdir(tmp_path)
     assert [c.request.described(c.task) for c in read_study(Path(path.name)).cases] == there

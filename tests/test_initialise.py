@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.decompositions.base import load_factors
-from rankopt.initialise import draw, from_scratch, untrained
-from rankopt.inventory import inventory
-from rankopt.job import run_search
-from rankopt.kinds import describe
-from rankopt.settings import Settings
+from rankopt.decompositions.modules import load_factors
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.model.inventory import inventory
+from rankopt.model.layer_kinds import describe
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.training.initialization import draw, from_scratch, untrained
 from tests.cases import MODULES, PAIRS, make
 from tests.test_cli import run
 

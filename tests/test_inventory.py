@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from rankopt import TaskError, count, inventory
-from rankopt.calibration import moments, output_metrics, patches
-from rankopt.inventory import one_example
-from rankopt.kinds import matricise
+from rankopt.candidates.calibration import moments, output_metrics, patches
+from rankopt.model.forward import one_example
+from rankopt.model.layer_kinds import as_matrix
 from tests.cases import MODULES, make
 
 
@@ -93,7 +93,7 @@ def test_patches_are_what_a_convolution_sees(name):
     case = make(name)
     g = case.layer.groups
     columns = patches(case.module, case.x).unflatten(1, (g, case.layer.patch))
-    weight = matricise(case.layer, case.module.weight)
+    weight = as_matrix(case.layer, case.module.weight)
     out = torch.einsum("gtn,bgnl->bgtl", weight, columns).flatten(1, 2)
     if case.module.bias is not None:
         out = out + case.module.bias[:, None]

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankopt.allocation import allocate
-from rankopt.core import RankoptError, TaskError
-from rankopt.evaluate import call
-from rankopt.inverse import STEP, deepest, grid, smallest
+from rankopt.core.errors import RankoptError, TaskError
+from rankopt.model.objective import call
+from rankopt.search.max_drop import STEP, deepest, grid, smallest_model
+from rankopt.strategies.allocation import allocate
 from tests.test_cli import run
 
 
@@ -56,7 +56,7 @@ def test_the_answer_holds_and_the_next_smaller_does_not(digits, max_drop):
         model = digits.apply(problem, allocate(problem).proposal)
         return digits.task.score(digits.task.model) - call("the score", digits.task.score, model)
 
-    q = smallest(digits, max_drop).question
+    q = smallest_model(digits, max_drop).question
     smaller = [row for row in q["tried"] if row["target"] < q["target"]]
     assert drop(q["target"]) == pytest.approx(q["drop"]) and q["drop"] <= max_drop
     assert smaller and all(row["drop"] > max_drop for row in smaller)
@@ -67,23 +67,23 @@ def test_the_answer_holds_and_the_next_smaller_does_not(digits, max_drop):
 
 
 def test_a_larger_drop_gives_a_smaller_model(digits):
-    sizes = [smallest(digits, drop, "macs").budget["macs"] for drop in (0.0, 0.05, 0.5)]
+    sizes = [smallest_model(digits, drop, "macs").budget["macs"] for drop in (0.0, 0.05, 0.5)]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
 
 
 def test_questions_that_make_no_sense(digits):
     for drop in (-0.01, 1.0, float("nan")):
         with pytest.raises(RankoptError, match="give a fraction from 0"):
-            smallest(digits, drop)
+            smallest_model(digits, drop)
     with pytest.raises(RankoptError, match="choose from params, macs, bytes"):
-        smallest(digits, 0.01, "speed")
+        smallest_model(digits, 0.01, "speed")
     without = dataclasses.replace(digits, task=dataclasses.replace(digits.task, score=None))
     with pytest.raises(TaskError, match="needs a score"):
-        smallest(without, 0.01)
+        smallest_model(without, 0.01)
     dense = digits.task.model
     picky = dataclasses.replace(digits.task, score=lambda model: float(model is dense))
     with pytest.raises(RankoptError, match=r"no model smaller than dense .* loses 100.00%"):
-        smallest(dataclasses.replace(digits, task=picky), 0.5)
+        smallest_model(dataclasses.replace(digits, task=picky), 0.5)
 
 
 def test_the_command_writes_an_ordinary_run(tmp_path, quick_space):

@@ -16,17 +16,19 @@ from torch import nn
 
 import rankopt
 from rankopt import inventory
-from rankopt.calibration import frequencies
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.job import run_search
-from rankopt.kinds import describe, in_own_shape, matricise
-from rankopt.prepare import mark_dense, prepare, silent
+from rankopt.candidates.calibration import frequencies, moments
+from rankopt.candidates.prepare import mark_dense, prepare
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.cli.inspect import inspection
+from rankopt.core.progress import silent
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.experiments.digits import TRAIN, VALIDATION, data
+from rankopt.model.layer_kinds import as_matrix, describe, in_own_shape
 from rankopt.report.html import write_report
-from rankopt.report.text import inspection, render
-from rankopt.settings import Settings
-from rankopt.space import SearchSpace
-from rankopt.strategies import STRATEGIES, make_strategy
-from rankopt.tasks.digits import TRAIN, VALIDATION, data
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.search.summary import render
+from rankopt.strategies.registry import STRATEGIES, make_strategy
 from tests.cases import MODULES, make
 from tests.conftest import QUICK
 
@@ -37,7 +39,7 @@ from tests.conftest import QUICK
 def test_a_weight_as_matrices_goes_back_to_its_own_shape(name):
     module = MODULES[name]()
     layer = describe(module)
-    matrices = matricise(layer, module.weight)
+    matrices = as_matrix(layer, module.weight)
     assert matrices.shape == (layer.groups, layer.out_channels, layer.patch) and layer.own_shape == module.weight.shape
     assert torch.equal(in_own_shape(layer, matrices), module.weight)
     assert torch.equal(in_own_shape(layer, matrices.reshape(layer.shape)), module.weight)
@@ -104,7 +106,7 @@ def test_an_embeddings_error_is_that_of_its_output():
     torch.manual_seed(0)
     table, x = nn.Embedding(30, 12).double(), torch.arange(30).repeat(2, 3)
     (layer,) = inventory(table, x)
-    moment = rankopt.calibration.moments(table, [layer], [x])[""]
+    moment = moments(table, [layer], [x])[""]
     (fit,) = DECOMPOSITIONS["svd_out"].fit(layer, table.weight, [(5,)], moment)
     small = DECOMPOSITIONS["svd_out"].build(table, layer, (5,))
     rankopt.decompositions.base.load_factors(small, fit.factors)

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from rankopt.core import Candidate, Cost, RankoptError
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.decompositions.base import load_factors
-from rankopt.decompositions.fitting import full_target
-from rankopt.job import run_search
-from rankopt.kinds import matricise
-from rankopt.prepare import silent
-from rankopt.settings import Settings
-from rankopt.strategies import make_strategy
+from rankopt.core.errors import RankoptError
+from rankopt.core.progress import silent
+from rankopt.core.records import Candidate, Cost
+from rankopt.decompositions.modules import load_factors
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.variable_projection import full_target
+from rankopt.model.layer_kinds import as_matrix
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
 from rankopt.strategies.lasso import GRID, lasso, rank_one, refitted, regression
 from rankopt.strategies.lasso_train import FAMILIES, Gated, LassoTrain, hoyer_weights, soft_threshold
+from rankopt.strategies.registry import make_strategy
 from tests.cases import PAIRS, make
 
 
@@ -117,7 +118,7 @@ def test_rotated_components_are_singular_vectors(name):
     module = svd.build(case.module, case.layer, rank)
     load_factors(module, tuple(f * torch.linspace(1, 2, len(f)).view(-1, *[1] * (f.ndim - 1)) for f in fit.factors))
     before = module(case.x)
-    values = torch.linalg.svdvals(matricise(case.layer, module.weight.detach()))[:, : rank[0]]
+    values = torch.linalg.svdvals(as_matrix(case.layer, module.weight.detach()))[:, : rank[0]]
     gated = Gated(case.layer, Candidate("svd_out", rank, Cost(0, 0, 0), 0.0), module)
     gated.rotate()
     torch.testing.assert_close(module(case.x), before)
@@ -197,8 +198,8 @@ def plans(prepared):
 
 SPAWNED = """
 import json, sys
-from rankopt.prepare import prepare
-from rankopt.tasks import load_task
+from rankopt.candidates.prepare import prepare
+from rankopt.experiments.tasks import load_task
 from tests.conftest import QUICK
 from tests.test_lasso import plans
 import torch

@@ -15,21 +15,23 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rankopt
-from rankopt import job, promise
-from rankopt.budget import Limit, parse_budget
-from rankopt.core import BUDGETS, RECONSTRUCTED, BudgetError, Cost, RankoptError, Task
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.hardware import Conditions, Timing, interleaved, machine, passes, read_table
-from rankopt.job import run_search
-from rankopt.kinds import describe
-from rankopt.latency import expanded, fit_line, key, random_factors
-from rankopt.prepare import prepare
-from rankopt.promise import Check, Measured, interval, moved
+from rankopt.candidates.latency import expanded, fit_line, key, random_factors
+from rankopt.candidates.latency_table import Conditions, Timing, interleaved, machine, passes, read_table
+from rankopt.candidates.prepare import prepare
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.core.budget import Limit, parse_budget
+from rankopt.core.errors import BudgetError, RankoptError
+from rankopt.core.records import BUDGETS, RECONSTRUCTED, Cost, Task
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.model.layer_kinds import describe
 from rankopt.report.pictures import chosen_trial
-from rankopt.report.text import evaluated
-from rankopt.settings import Settings
-from rankopt.space import SearchSpace
-from rankopt.store import read_trials
+from rankopt.search import compress as job
+from rankopt.search import latency_check as promise
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.search.latency_check import Check, Measured, interval, tightened_problem
+from rankopt.search.storage.local import read_trials
+from rankopt.search.summary import evaluated
 from tests.test_cli import run as command
 
 SPACE = SearchSpace(name="fast", families=("svd_out", "cp_merged"), points=4, steps=0)
@@ -255,10 +257,10 @@ def test_a_table_of_another_machine_is_trusted_and_what_it_lacks_is_named(prepar
 def _measured_as(path, name):
     """A table of this machine, said to be another's."""
     prepare(make_task(), SPACE, workers=1)
-    from rankopt.candidates import Cache
-    from rankopt.inventory import inventory
-    from rankopt.latency import measure_latencies
-    from rankopt.prepare import silent
+    from rankopt.candidates.cache import Cache
+    from rankopt.candidates.latency import measure_latencies
+    from rankopt.core.progress import silent
+    from rankopt.model.inventory import inventory
 
     task = make_task()
     layers = inventory(task.model, task.example_input)
@@ -373,7 +375,7 @@ def test_a_layer_that_turns_out_slower_is_given_up(prepared):
         {name: (Timing(100, 0.0), Timing(150, 0.0))},
     )
     assert failed.slower == [name] and not failed.met
-    changed = moved(problem, failed, proposal)
+    changed = tightened_problem(problem, failed, proposal)
     assert changed.frontiers[2][0].cost.latency > problem.dense.latency
     assert not changed.fits(proposal) and changed.limits == problem.limits
 
@@ -382,7 +384,7 @@ def test_infeasible_latencies_are_refused_before_anything_is_fitted(monkeypatch)
     def never(*args, **kwargs):
         raise AssertionError("fitted")
 
-    monkeypatch.setattr("rankopt.prepare.fit_candidates", never)
+    monkeypatch.setattr("rankopt.candidates.prepare.fit_candidates", never)
     with pytest.raises(BudgetError, match=r"least achievable in this search space is [\d.]+ ms"):
         prepare(make_task(), SPACE, workers=1, budget={"latency": 0.001})
 
@@ -403,7 +405,7 @@ def test_machine_names_the_processor():
 @pytest.mark.usefixtures("_patient")
 def test_the_commands_time_search_and_measure_again(tmp_path):
     """hardware, search with a latency budget, apply --check."""
-    source = f"import torch\nfrom torch import nn\nfrom rankopt.core import Task\n\n{inspect.getsource(Net)}\n\n"
+    source = f"import torch\nfrom torch import nn\nfrom rankopt import Task\n\n{inspect.getsource(Net)}\n\n"
     (tmp_path / "mine.py").write_text(source + inspect.getsource(make_task))
     (tmp_path / "fast.toml").write_text('families = ["svd_out", "cp_merged"]\npoints = 4\nsteps = 0\nmultiple = 8\n')
     task, space = tmp_path / "mine.py:make_task", ("--space", tmp_path / "fast.toml")

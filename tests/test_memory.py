@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from rankopt.core import Choice, Cost, Plan
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.inventory import inventory
-from rankopt.memory import file_size, peak_memory
-from rankopt.plan import save
-from rankopt.precision import store
+from rankopt.core.records import Choice, Cost, Plan
+from rankopt.decompositions.plan import save
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.model.inventory import inventory
+from rankopt.model.memory import file_size, peak_memory
+from rankopt.model.quantization import quantize_
 
 FLOAT = 4
 
@@ -58,7 +58,7 @@ def test_what_is_built_or_widened_of_weights_counts():
     x, whole = torch.randn(1, 64), FLOAT * 64 * 64
     svd = DECOMPOSITIONS["svd_out"].build(dense, layer, (4,), "reconstructed")
     assert peak_memory(svd, x) >= weights(svd) + whole + FLOAT * 128
-    small = store(nn.Linear(64, 64), "int8")
+    small = quantize_(nn.Linear(64, 64), "int8")
     assert weights(small) == 64 * 64 + 2 + FLOAT * 64  # one scale
     assert peak_memory(small, x) == weights(small) + whole + FLOAT * (64 + 64)
 
@@ -68,7 +68,7 @@ def test_the_size_of_a_file_is_known_before_it_is_written(precision, tmp_path):
     shared = nn.Linear(30, 30)
     model = nn.Sequential(nn.Conv2d(3, 30, 3), nn.BatchNorm2d(30), nn.Flatten(), shared, nn.ModuleDict({"ä\n": shared}))
     model.append(nn.Linear(30, 1000).double())
-    store(model[0], precision)
+    quantize_(model[0], precision)
     choice = Choice("0", "Conv2d", (30, 3, 3, 3), "dense", (), 1, 1, 0.0, "", "dense", precision)
     save(tmp_path, model, Plan((choice,), Cost(0, 0, 0), Cost(0, 0, 0)))
     assert file_size(model) == (tmp_path / "model.safetensors").stat().st_size

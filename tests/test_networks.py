@@ -16,20 +16,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rankopt
-from rankopt.core import Layer, RankoptError
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.decompositions.augmented_ttn import AugmentedTreeNetwork
-from rankopt.decompositions.base import load_factors
-from rankopt.decompositions.joint import Joint
-from rankopt.decompositions.mera import Mera
-from rankopt.decompositions.networks import Network
-from rankopt.decompositions.tt_matrix import even_factors
-from rankopt.decompositions.ttn import TreeNetwork
-from rankopt.space import SearchSpace, load_space
+from rankopt.candidates.search_space import SearchSpace, load_space
+from rankopt.core.errors import RankoptError
+from rankopt.core.records import Layer
+from rankopt.decompositions.generators import AugmentedTreeNetwork, Mera, TreeNetwork, WeightGenerator
+from rankopt.decompositions.joint_fit import Joint
+from rankopt.decompositions.modules import load_factors
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.tensor_train_matrix import even_factors
 from tests.cases import make
 
 JOINT = [name for name, family in DECOMPOSITIONS.items() if isinstance(family, Joint)]
-NETWORKS = [name for name in JOINT if isinstance(DECOMPOSITIONS[name], Network)]
+NETWORKS = [name for name in JOINT if isinstance(DECOMPOSITIONS[name], WeightGenerator)]
 
 
 def fitted(family, layer, weight, rank, steps=0):

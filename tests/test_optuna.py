@@ -13,14 +13,16 @@ import numpy as np
 import optuna
 import pytest
 
-from rankopt.allocation import allocate, fill
-from rankopt.budget import Limit, Problem
-from rankopt.core import RankoptError, Trial
-from rankopt.frontier import frontier
-from rankopt.search import Study, front, search
-from rankopt.store import Store
-from rankopt.strategies import make_strategy
+from rankopt.candidates.pareto import frontier
+from rankopt.core.budget import Limit
+from rankopt.core.errors import RankoptError
+from rankopt.core.problem import Problem
+from rankopt.core.records import Trial
+from rankopt.search.loop import Study, front, search
+from rankopt.search.storage.local import Store
+from rankopt.strategies.allocation import allocate, fill
 from rankopt.strategies.optuna import sampler_class
+from rankopt.strategies.registry import make_strategy
 from tests.test_strategies import synthetic
 
 SAMPLERS = ["tpe", "gp", "cmaes", "random", "qmc", "nsgaii", "nsgaiii"]

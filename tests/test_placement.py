@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankopt.core import RankoptError
-from rankopt.fidelity import Evaluator
-from rankopt.search import Study
-from rankopt.search_ray import RaySearch
-from rankopt.strategies import make_strategy
+from rankopt.core.errors import RankoptError
+from rankopt.search.evaluator import Evaluator
+from rankopt.search.loop import Study
+from rankopt.search.ray.runner import RaySearch
+from rankopt.strategies.registry import make_strategy
 
 ray = pytest.importorskip("ray")
 
@@ -86,7 +86,7 @@ def test_more_gpus_than_a_machine_has_are_refused(digits, cluster):
 
 @pytest.mark.slow
 def test_trials_on_the_cpu_do_not_fight_over_cores(digits, cluster, tmp_path):
-    from rankopt.candidates import available_cores
+    from rankopt.core.files import available_cores
 
     found = rows(digits, tmp_path / "log", RaySearch(2), trials=4, seconds=0.5)
     assert {int(row[3]) for row in found} == {max(1, available_cores() // 2)}
@@ -95,7 +95,7 @@ def test_trials_on_the_cpu_do_not_fight_over_cores(digits, cluster, tmp_path):
 
 def test_the_model_travels_once_for_each_worker(digits, cluster, tmp_path, monkeypatch):
     """20 MB beside the evaluation: pickled once here, unpickled once in each worker."""
-    import rankopt.search_ray as module
+    import rankopt.search.ray.runner as module
 
     packed = []
     monkeypatch.setattr(module, "pack", lambda e, pack=module.pack: packed.append(pack(e)) or packed[-1])

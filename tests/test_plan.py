@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import rankopt
-from rankopt import candidates
-from rankopt.job import run_search
-from rankopt.plan import read_plan
-from rankopt.settings import Settings
-from rankopt.space import SearchSpace
-from rankopt.tasks.digits import DigitsNet
-from rankopt.tasks.digits import digits as digits_task
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.decompositions.plan import read_plan
+from rankopt.experiments.digits import DigitsNet
+from rankopt.experiments.digits import digits as digits_task
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
 from tests.conftest import QUICK
 from tests.test_inventory import Odd
 
@@ -221,7 +221,7 @@ def test_a_full_disk_spoils_nothing(result, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(candidates.Path, "replace", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(rankopt.RankoptError, match=r"cannot be written: .*No space left"):
         result.save(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

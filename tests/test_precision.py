@@ -15,23 +15,22 @@ from safetensors.torch import load_file
 from torch import nn
 
 import rankopt
-from rankopt.candidates import FactorStore
-from rankopt.core import DENSE, PRECISIONS, SAME, Candidate, Choice, Plan
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.decompositions.fitting import full_target
-from rankopt.fidelity import trained
-from rankopt.frontier import dense_candidate, frontier
-from rankopt.inventory import inventory
-from rankopt.job import run_search
-from rankopt.kinds import matricise
-from rankopt.plan import apply, read_plan, save
-from rankopt.precision import Stored, decode, encode, scales, store, widened
-from rankopt.prepare import prepare
-from rankopt.rounding import in_each_precision, rounded
-from rankopt.settings import Settings
-from rankopt.space import SearchSpace, load_space
-from rankopt.tasks.digits import DigitsNet
-from rankopt.training import distillation, with_targets
+from rankopt.candidates.cache import FactorStore
+from rankopt.candidates.pareto import dense_candidate, frontier
+from rankopt.candidates.prepare import prepare
+from rankopt.candidates.quantize import in_each_precision, quantize_candidate
+from rankopt.candidates.search_space import SearchSpace, load_space
+from rankopt.core.records import DENSE, PRECISIONS, SAME, Candidate, Choice, Plan
+from rankopt.decompositions.plan import apply, read_plan, save
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.variable_projection import full_target
+from rankopt.experiments.digits import DigitsNet
+from rankopt.model.inventory import inventory
+from rankopt.model.layer_kinds import as_matrix
+from rankopt.model.quantization import QuantizedMixin, decode, dequantized, encode, quantize_, scales
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.training.loop import distillation, train_briefly, with_targets
 from tests.cases import MODULES, PAIRS, make
 
 LOW = [p for p in PRECISIONS if p != SAME]
@@ -70,14 +69,14 @@ def test_cost_and_error_are_those_of_the_rebuilt_layer(family, name, precision):
         candidates = [Candidate(family, rank, decomposition.cost(layer, rank, f), 0.0, form=f) for f in forms]
     target = full_target(layer, module.weight, case.moment, case.metric)
     for candidate in (low for c in candidates for low in in_each_precision(layer, c, [precision])):
-        encoded, error = rounded(layer, candidate, module.weight, fit, case.moment, case.metric)
+        encoded, error = quantize_candidate(layer, candidate, module.weight, fit, case.moment, case.metric)
         factors = FactorStore(None)
         factors.kept["it"] = encoded
         small = apply(module, [layer], [dataclasses.replace(candidate, key="it")], factors).eval()
         assert rankopt.count(small, x) == candidate.cost, candidate
         weight = small.weight.detach()
         assert weight.dtype == torch.float32 and weight.shape == module.weight.shape
-        assert target.error(matricise(layer, weight.double())) == pytest.approx(error, rel=1e-5, abs=1e-12)
+        assert target.error(as_matrix(layer, weight.double())) == pytest.approx(error, rel=1e-5, abs=1e-12)
         twin = copy.deepcopy(module)
         twin.weight.data = weight
         torch.testing.assert_close(small(x), twin(x), rtol=1e-4, atol=1e-4)
@@ -115,7 +114,7 @@ def test_rounding_is_carried_to_the_output_factor():
     plain = [decode(encode(f, "int8"), torch.float64) for f in fit.factors]
     nearest = target.error(decomposition.weight(case.layer, tuple(plain)).reshape(target.weight.shape))
     candidate = Candidate("cp_merged", (24,), case.layer.cost, fit.error, precision="int8")
-    _, error = rounded(case.layer, candidate, case.module.weight, fit.factors, case.moment, case.metric)
+    _, error = quantize_candidate(case.layer, candidate, case.module.weight, fit.factors, case.moment, case.metric)
     assert fit.error < error and error - fit.error < 0.5 * (nearest - fit.error)
 
 
@@ -124,7 +123,7 @@ def test_what_overflows_is_no_candidate():
     case.module.weight.data[0, 0] = 1e6
     for precision, finite in [("float16", False), ("bfloat16", True), ("int8", True)]:
         low = Candidate(DENSE, (), case.layer.cost, 0.0, precision=precision)
-        encoded, error = rounded(case.layer, low, case.module.weight, (), case.moment, case.metric)
+        encoded, error = quantize_candidate(case.layer, low, case.module.weight, (), case.moment, case.metric)
         assert (error is not None) == finite and encoded
 
 
@@ -155,7 +154,7 @@ def mixed():
             fit = next(DECOMPOSITIONS[family].fit(layer, weight, [rank], steps=2)).factors
             candidate = Candidate(family, rank, DECOMPOSITIONS[family].cost(layer, rank), 0.0, form="factorised")
             (candidate,) = in_each_precision(layer, candidate, [precision])
-        factors.kept[layer.name] = rounded(layer, candidate, weight, fit, None, None)[0]
+        factors.kept[layer.name] = quantize_candidate(layer, candidate, weight, fit, None, None)[0]
         chosen.append(dataclasses.replace(candidate, key=layer.name))
     small = apply(model, layers, chosen, factors).eval()
     choices = tuple(
@@ -207,8 +206,8 @@ def test_the_inventory_says_why_what_is_stored_in_fewer_bits_stays():
 def test_training_is_in_full_precision_and_what_it_learns_is_rounded():
     _, small, plan, x = mixed()
     before = {n: t.clone() for n, t in small.state_dict().items()}
-    with widened(small):
-        assert not any(isinstance(m, Stored) for m in small.modules())
+    with dequantized(small):
+        assert not any(isinstance(m, QuantizedMixin) for m in small.modules())
         assert all(p.requires_grad and p.dtype == torch.float32 for p in small.parameters())
         assert sum(p.numel() for p in small.parameters()) == plan.cost.params
     assert rankopt.count(small, x) == plan.cost
@@ -219,7 +218,7 @@ def test_training_is_in_full_precision_and_what_it_learns_is_rounded():
     teacher, _, _, _ = mixed()
     inputs = [torch.randint(50, (32, 6)) for _ in range(4)]
     data = with_targets(teacher, inputs)
-    taught = trained(small, data, distillation, 30)
+    taught = train_briefly(small, data, distillation, 30)
     assert rankopt.count(taught, x) == plan.cost
     with torch.no_grad():
         losses = [sum(float(distillation(m, batch)) for batch in data) for m in (small, taught)]
@@ -229,12 +228,12 @@ def test_training_is_in_full_precision_and_what_it_learns_is_rounded():
 def test_a_stage_is_stored_under_its_own_class_and_widened_back():
     conv = nn.Conv2d(4, 6, 3)
     weight = conv.weight.detach().clone()
-    store(conv, "float16")
+    quantize_(conv, "float16")
     assert type(conv).__name__ == "Float16Conv2d" and "weight" not in dict(conv.named_parameters())
     assert torch.equal(conv.weight, weight.half().float())
-    store(conv, "int8")
+    quantize_(conv, "int8")
     assert type(conv).__name__ == "Int8Conv2d" and set(conv.state_dict()) == {"weight_int8", "weight_scale", "bias"}
-    store(conv, SAME)
+    quantize_(conv, SAME)
     assert type(conv) is nn.Conv2d and conv.weight.requires_grad
 
 
@@ -285,7 +284,7 @@ def test_a_layer_that_no_family_takes_may_still_be_rounded(tmp_path):
 def test_refinement_rounds_what_it_refits(prepared):
     made = run_search(prepared, prepared.problem({"bytes": 0.12}), Settings(refine=True))
     assert made.info["refinement"] and made.plan.cost.bytes <= made.limits[0].target
-    assert any(isinstance(m, Stored) for m in made.model.modules())
+    assert any(isinstance(m, QuantizedMixin) for m in made.model.modules())
 
 
 def test_settings_and_plans_with_an_unknown_precision_are_refused(prepared, tmp_path):

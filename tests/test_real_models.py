@@ -11,8 +11,8 @@ from torch import nn
 
 import rankopt
 from rankopt import count, inventory, load
-from rankopt.inventory import unfolded
-from rankopt.space import SearchSpace
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.model.inventory import unfolded
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "studies" / "tasks"))
 

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from rankopt import count
-from rankopt.inventory import inventory
-from rankopt.job import run_search
-from rankopt.refine import _seen_weight
-from rankopt.settings import Settings
+from rankopt.model.inventory import inventory
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.training.refine import _seen_weight
 
 
 def test_a_layer_that_sees_what_it_always_saw_keeps_its_weight():

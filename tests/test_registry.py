@@ -12,21 +12,23 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt import training
-from rankopt.calibration import moments
-from rankopt.candidates import FactorStore, in_each_form
-from rankopt.core import FACTORISED, RECONSTRUCTED, Call, Candidate, Choice, Layer, Plan
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.decompositions.fitting import full_target
-from rankopt.decompositions.linear import linear_modes
-from rankopt.evaluate import Divergence
-from rankopt.fidelity import RATE
-from rankopt.frontier import frontier
-from rankopt.inventory import count, inventory
-from rankopt.kinds import matricise
-from rankopt.plan import apply, save
-from rankopt.space import SearchSpace
-from rankopt.tasks import load_task
+from rankopt.candidates.cache import FactorStore
+from rankopt.candidates.calibration import moments
+from rankopt.candidates.fit import in_each_form
+from rankopt.candidates.pareto import frontier
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.core.records import FACTORISED, RECONSTRUCTED, Call, Candidate, Choice, Layer, Plan
+from rankopt.decompositions.core_networks import linear_modes
+from rankopt.decompositions.plan import apply, save
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.variable_projection import full_target
+from rankopt.experiments.tasks import load_task
+from rankopt.model.counting import count
+from rankopt.model.inventory import inventory
+from rankopt.model.layer_kinds import as_matrix
+from rankopt.model.objective import Divergence
+from rankopt.training import loop as training
+from rankopt.training.loop import RATE
 from tests.cases import FORMED, PAIRS, build_forms, make
 
 EXACT = [(family, name) for family, name in PAIRS if DECOMPOSITIONS[family].exact]
@@ -57,7 +59,7 @@ def test_ranks_cost_error_and_weight_are_what_they_say(family, name):
         for module, form in zip(modules, decomposition.forms, strict=True):
             assert count(module, case.x) == decomposition.cost(case.layer, rank, form)
             weight = module.weight.detach()
-            assert target.error(matricise(case.layer, weight)) == pytest.approx(fit.error, rel=1e-6, abs=1e-12)
+            assert target.error(as_matrix(case.layer, weight)) == pytest.approx(fit.error, rel=1e-6, abs=1e-12)
             twin = copy.deepcopy(case.module)
             twin.weight.data = weight
             torch.testing.assert_close(twin(case.x), module(case.x))

@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import nn
 
-from rankopt.job import run_search
-from rankopt.renormalise import POWER, renormalise
-from rankopt.settings import Settings
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.training.batch_norm import POWER, recalibrate
 
 
 def test_an_affine_change_before_a_batch_norm_is_half_undone():
@@ -21,7 +21,7 @@ def test_an_affine_change_before_a_batch_norm_is_half_undone():
     small = copy.deepcopy(dense)
     small[0].weight.data *= 0.7
     small[0].bias.data += 0.3
-    assert renormalise(dense, small, x)
+    assert recalibrate(dense, small, x)
     y = dense[0](x)
     mean = y.mean((0, 2, 3), keepdim=True)
     halfway = dense[1]((y - mean) * 0.7 ** (1 - 2 * POWER) + mean)
@@ -33,13 +33,13 @@ def test_nothing_moves_where_nothing_changed():
     dense = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3), nn.BatchNorm1d(3)).eval()
     x = torch.randn(50, 4)
     small = copy.deepcopy(dense)
-    renormalise(dense, small, x)
+    recalibrate(dense, small, x)
     for key, value in dense.state_dict().items():
         torch.testing.assert_close(small.state_dict()[key], value, rtol=1e-4, atol=1e-5)
 
 
 def test_models_without_batch_norms_are_left_alone():
-    assert not renormalise(nn.Linear(2, 2), nn.Linear(2, 2), torch.zeros(1, 2))
+    assert not recalibrate(nn.Linear(2, 2), nn.Linear(2, 2), torch.zeros(1, 2))
 
 
 def test_the_job_keeps_it_only_if_the_objective_falls(digits):

@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from rankopt.core import METRICS, StudyError
-from rankopt.job import run_search
-from rankopt.plan import read_result
-from rankopt.prepare import Prepared
+from rankopt.candidates.prepare import Prepared
+from rankopt.core.errors import StudyError
+from rankopt.core.records import METRICS
+from rankopt.core.run_folder import read_result
 from rankopt.report.html import render, write_report
-from rankopt.report.text import summary
-from rankopt.settings import Settings
-from rankopt.store import read_trials
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.search.storage.local import read_trials
+from rankopt.search.summary import summary
 
 EVIL = "<script>alert('x')</script><img src=http://example.com/x.png>$\\frac{"
 HEADINGS = ("Before and after", "Budget", "The search", "The layers", "Rebuilding the model", "Where the time went")

@@ -12,15 +12,17 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankopt import walk as walk_module
-from rankopt.allocation import allocate, fill, project
-from rankopt.budget import Limit, Problem
-from rankopt.core import BudgetError, Candidate, Cost, Layer, RankoptError
-from rankopt.environment import LayerWalk
-from rankopt.search import Study, best, search
-from rankopt.strategies import make_strategy
+from rankopt.core.budget import Limit
+from rankopt.core.errors import BudgetError, RankoptError
+from rankopt.core.problem import Problem
+from rankopt.core.records import Candidate, Cost, Layer
+from rankopt.search.loop import Study, best, search
+from rankopt.strategies import layer_walk as walk_module
+from rankopt.strategies.allocation import allocate, fill, project
+from rankopt.strategies.gym_environment import LayerWalk
+from rankopt.strategies.layer_walk import LayerMdp, pareto_least
+from rankopt.strategies.registry import make_strategy
 from rankopt.strategies.rl import Agent, log_weights
-from rankopt.walk import Walk, pareto_least
 from tests.test_strategies import synthetic
 
 
@@ -49,7 +51,7 @@ def completable(problem, prefix):
 
 def check_masks(problem, *, exact):
     """Walk every allowed prefix; compare each mask with all completions, one by one."""
-    walk, prefixes = Walk(problem), [()]
+    walk, prefixes = LayerMdp(problem), [()]
     for layer, frontier in enumerate(problem.frontiers):
         following = []
         for prefix in prefixes:
@@ -85,7 +87,7 @@ def test_pareto_least(points):
 
 def test_limits_that_cannot_be_met_are_refused():
     problem, _ = synthetic(0.001)
-    for make in (Walk, lambda p: LayerWalk(p, len), lambda p: make_strategy("rl", p)):
+    for make in (LayerMdp, lambda p: LayerWalk(p, len), lambda p: make_strategy("rl", p)):
         with pytest.raises(BudgetError):
             make(problem)
 

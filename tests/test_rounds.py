@@ -8,13 +8,13 @@ import json
 import pytest
 import torch
 
-from rankopt.core import BudgetError, RankoptError
-from rankopt.inventory import count
-from rankopt.plan import load
-from rankopt.rounds import multiplied_out, run_rounds
-from rankopt.settings import Settings
-from rankopt.space import SearchSpace
-from rankopt.tasks import load_task
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.core.errors import BudgetError, RankoptError
+from rankopt.decompositions.plan import load, multiplied_out
+from rankopt.experiments.tasks import load_task
+from rankopt.model.counting import count
+from rankopt.search.evaluator import Settings
+from rankopt.search.multi_stage import run_multi_stage
 from tests.conftest import QUICK
 
 ROUNDS = dataclasses.replace(QUICK, name="rounds", rounds=2, round_steps=20)
@@ -23,7 +23,7 @@ ROUNDS = dataclasses.replace(QUICK, name="rounds", rounds=2, round_steps=20)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, digits):
     task, out = load_task("digits"), tmp_path_factory.mktemp("rounds")
-    return task, out, run_rounds(task, ROUNDS, {"params": 0.15}, Settings(), out, workers=1)
+    return task, out, run_multi_stage(task, ROUNDS, {"params": 0.15}, Settings(), out, workers=1)
 
 
 def test_rounds_go_down_to_the_budget_and_training_helps(finished):
@@ -45,7 +45,7 @@ def test_what_is_saved_loads_and_finished_rounds_are_not_repeated(finished):
     with torch.no_grad():
         torch.testing.assert_close(load(task.model, out)(task.example_input), result.model(task.example_input))
     before = (out / "round-1" / "result.json").stat().st_mtime_ns
-    again = run_rounds(task, ROUNDS, {"params": 0.15}, Settings(resume=True), out, workers=1)
+    again = run_multi_stage(task, ROUNDS, {"params": 0.15}, Settings(resume=True), out, workers=1)
     assert (out / "round-1" / "result.json").stat().st_mtime_ns == before
     assert [c.rank for c in again.plan.choices] == [c.rank for c in result.plan.choices]
 
@@ -64,4 +64,4 @@ def test_bad_schedules_and_budgets_are_refused_at_once():
     with pytest.raises(RankoptError, match="rounds is 1 or more"):
         SearchSpace(name="x", rounds=0)
     with pytest.raises(BudgetError, match="cannot be met"):
-        run_rounds(load_task("digits"), ROUNDS, {"params": 0.001}, Settings())
+        run_multi_stage(load_task("digits"), ROUNDS, {"params": 0.001}, Settings())

@@ -16,12 +16,12 @@ import pytest
 from rich.console import Console
 
 from rankopt import StudyError
-from rankopt.job import Evaluator, run_search
-from rankopt.progress import Watched
-from rankopt.search import Study, best, search
-from rankopt.settings import Settings
-from rankopt.store import Store, read_trials
-from rankopt.strategies import make_strategy
+from rankopt.cli.progress import LiveRunner
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Evaluator, Settings
+from rankopt.search.loop import Study, best, search
+from rankopt.search.storage.local import Store, read_trials
+from rankopt.strategies.registry import make_strategy
 
 
 def run(digits, trials, store=None, strategy="random", evaluate=None, seed=0):
@@ -104,11 +104,11 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from tests.conftest import QUICK
-from rankopt.job import run_search
-from rankopt.settings import Settings
-from rankopt.prepare import prepare
-from rankopt.tasks import load_task
-from rankopt.search import search
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.candidates.prepare import prepare
+from rankopt.experiments.tasks import load_task
+from rankopt.search.loop import search
 
 def slowly(study, evaluate):
     return search(study, lambda proposal: (time.sleep(0.15), evaluate(proposal))[1])
@@ -208,17 +208,17 @@ def test_ctrl_c_once_ends_after_the_trial_and_twice_at_once(digits, tmp_path):
         return search(study, evaluated)
 
     problem = digits.problem({"params": 0.3})
-    watched = Watched(lambda study, evaluate: press(study, evaluate, 1), tmp_path)
+    watched = LiveRunner(lambda study, evaluate: press(study, evaluate, 1), tmp_path)
     result = run_search(digits, problem, Settings("random", 9), tmp_path, watched)
     assert result.info["trials"]["finished"] == 3 and result.info["trials"]["interrupted"]
-    watched = Watched(lambda study, evaluate: press(study, evaluate, 0), tmp_path)
+    watched = LiveRunner(lambda study, evaluate: press(study, evaluate, 0), tmp_path)
     run_search(digits, problem, Settings("random", 9, resume=True), tmp_path, watched)
     log = (tmp_path / "search.log").read_text()
     assert log.count(" trial ") == 9 and "finishing what runs" in log and "3 of 9 trials are done" in log
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        watched = Watched(lambda study, evaluate: press(study, evaluate, 2), other)
+        watched = LiveRunner(lambda study, evaluate: press(study, evaluate, 2), other)
         run_search(digits, problem, Settings("random", 9), other, watched)
     assert len(read_trials(other)) == 2 and signal.getsignal(signal.SIGINT) is before
 
@@ -236,7 +236,7 @@ def test_the_live_line_says_how_it_goes(digits, tmp_path):
         return search(study, looked)
 
     problem = digits.problem({"params": 0.3})
-    watching = Watched(watched, tmp_path, screen)
+    watching = LiveRunner(watched, tmp_path, screen)
     run_search(digits, problem, Settings("random", 4), tmp_path, watching)
     assert lines[0] == "0 of 4 trials, 1 running, best nothing yet, params ≤ 11,465"
     assert lines[2].startswith("2 of 4 trials, 1 running, 1 failed, best 0.") and "left" in lines[2]

@@ -12,19 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from rankopt.core import RankoptError, StudyError
-from rankopt.fidelity import WHOLE, Evaluator, Ladder
-from rankopt.job import run_search
-from rankopt.plan import apply
-from rankopt.prepare import prepare
-from rankopt.ray_worker import Limits
-from rankopt.search import Study, best, search
-from rankopt.search_ray import RaySearch
-from rankopt.settings import Settings
-from rankopt.space import SearchSpace
-from rankopt.store import read_trials
-from rankopt.strategies import make_strategy
-from rankopt.tasks import load_task
+from rankopt.candidates.prepare import prepare
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.core.errors import RankoptError, StudyError
+from rankopt.decompositions.plan import apply
+from rankopt.experiments.tasks import load_task
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import FULL_FIDELITY, Evaluator, FidelitySchedule, Settings
+from rankopt.search.loop import Study, best, search
+from rankopt.search.ray.runner import RaySearch
+from rankopt.search.ray.worker import Limits
+from rankopt.search.storage.local import read_trials
+from rankopt.strategies.registry import make_strategy
 
 ray = pytest.importorskip("ray")
 
@@ -95,7 +94,15 @@ def cluster():
     ray.shutdown()
 
 
-def run(prepared, strategy="random", trials=6, runner=search, around=lambda evaluate: evaluate, ladder=WHOLE, **study):
+def run(
+    prepared,
+    strategy="random",
+    trials=6,
+    runner=search,
+    around=lambda evaluate: evaluate,
+    ladder=FULL_FIDELITY,
+    **study,
+):
     problem = prepared.problem(BUDGET)
     asked = Study(problem, make_strategy(strategy, problem, seed=0), trials, **study)
     return runner(asked, around(Evaluator.of(prepared, problem, ladder)))
@@ -215,7 +222,7 @@ def test_limits_of_time_and_memory_end_a_trial_and_not_the_search(digits, cluste
 
 @pytest.mark.slow
 def test_fidelities_stop_the_same_trials_as_in_this_process(digits, cluster):
-    ladder = Ladder.parse("0.1,0.4")
+    ladder = FidelitySchedule.parse("0.1,0.4")
     here, there = (run(digits, "random", 9, runner, ladder=ladder) for runner in (search, RaySearch(1)))
     assert [(t.proposal, t.state) for t in there] == [(t.proposal, t.state) for t in here]
     assert "stopped" in {t.state for t in there}

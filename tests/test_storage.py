@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from rankopt.core import StudyError
-from rankopt.job import Evaluator, run_search
-from rankopt.search import Study, attempt, proposals, search
-from rankopt.settings import Settings
-from rankopt.store import Store, read_trials
-from rankopt.store_shared import SharedStore
-from rankopt.strategies import make_strategy
+from rankopt.core.errors import StudyError
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Evaluator, Settings
+from rankopt.search.loop import Study, attempt, proposals, search
+from rankopt.search.storage.local import Store, read_trials
+from rankopt.search.storage.shared import SharedStore
+from rankopt.strategies.registry import make_strategy
 
 BUDGET = {"params": 0.3}
 ABOUT = {"strategy": "random", "seed": 0}
@@ -129,7 +129,7 @@ def test_the_run_folder_has_a_study_of_its_own_at_the_end(digits, url, tmp_path)
 def test_a_storage_that_is_away_for_a_while_is_waited_for(digits, url, tmp_path, monkeypatch):
     from optuna.exceptions import StorageInternalError
 
-    import rankopt.store_shared as module
+    import rankopt.search.storage.shared as module
 
     store, calls = shared(digits, url, tmp_path / "a"), []
     monkeypatch.setattr(module.time, "sleep", calls.append)
@@ -164,7 +164,7 @@ def test_storages_that_cannot_be_used_say_so(digits, tmp_path, url, message):
 def test_two_processes_do_not_search_in_one_folder(digits, tmp_path):
     code = f"""
 import sys, time
-from rankopt.store import lock
+from rankopt.core.run_folder import lock_folder as lock
 lock(__import__("pathlib").Path({str(tmp_path)!r}))
 print("locked", flush=True)
 time.sleep(60)

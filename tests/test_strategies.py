@@ -9,14 +9,16 @@ import sys
 import numpy as np
 import pytest
 
-from rankopt.allocation import project
-from rankopt.budget import Limit, Problem
-from rankopt.core import Candidate, Cost, Layer, RankoptError, Trial
-from rankopt.frontier import frontier
-from rankopt.job import run_search
-from rankopt.search import Study, search
-from rankopt.settings import Settings
-from rankopt.strategies import STRATEGIES, make_strategy, strategy_class
+from rankopt.candidates.pareto import frontier
+from rankopt.core.budget import Limit
+from rankopt.core.errors import RankoptError
+from rankopt.core.problem import Problem
+from rankopt.core.records import Candidate, Cost, Layer, Trial
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.search.loop import Study, search
+from rankopt.strategies.allocation import project
+from rankopt.strategies.registry import STRATEGIES, make_strategy, strategy_class
 
 SEARCHERS = [name for name in STRATEGIES if not strategy_class(name).one_shot]
 

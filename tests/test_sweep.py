@@ -7,12 +7,13 @@ import csv
 import numpy as np
 import pytest
 
-from rankopt.allocation import allocate
-from rankopt.core import BudgetError, Cost, RankoptError
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.job import Evaluator
+from rankopt.core.errors import BudgetError, RankoptError
+from rankopt.core.records import Cost
+from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.report.sweep import table, write
-from rankopt.sweep import knees, read_budgets, sweep
+from rankopt.search.evaluator import Evaluator
+from rankopt.search.sweep import knees, read_budgets, sweep
+from rankopt.strategies.allocation import allocate
 from tests.test_cli import run
 
 DENSE = Cost(100_000, 10**6, 400_000)

@@ -15,9 +15,9 @@ from tensorly.tt_tensor import validate_tt_rank
 from tensorly.tucker_tensor import validate_tucker_rank
 from torch import nn
 
-from rankopt.core import Layer
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.plan import replace
+from rankopt.core.records import Layer
+from rankopt.decompositions.plan import replace
+from rankopt.decompositions.registry import DECOMPOSITIONS
 
 STUDIES = Path(__file__).parent.parent / "studies"
 thesis = runpy.run_path(str(STUDIES / "thesis.py"))

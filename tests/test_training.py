@@ -21,19 +21,20 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import rankopt
-from rankopt import Recipe, checkpoint
-from rankopt.distill import Lesson, blocks, distance, factorised, recorded
-from rankopt.initialise import from_scratch
-from rankopt.job import run_search
-from rankopt.prepare import prepare
-from rankopt.recipe import make_optimizer, make_schedule
+from rankopt import Recipe
+from rankopt.candidates.prepare import prepare
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.core.run_folder import lock_folder
 from rankopt.report.training import lines
-from rankopt.result import Result
-from rankopt.retrain import retrain
-from rankopt.settings import Settings
-from rankopt.space import SearchSpace
-from rankopt.store import lock
-from rankopt.training import divergence, endless, split
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.search.result import Result
+from rankopt.search.train_run import train_run
+from rankopt.training import checkpoint
+from rankopt.training.initialization import from_scratch
+from rankopt.training.loop import divergence, endless, split
+from rankopt.training.losses import TrainingLoss, blocks, distance, factorised, recorded
+from rankopt.training.recipe import make_optimizer, make_schedule
 from tests.test_cli import run
 
 EVERYTHING = Recipe(
@@ -176,7 +177,7 @@ def test_the_loss_is_the_formula(result, task):
         small(x), dense(x)
     parts = [((a[n][0] - b[n][0]) ** 2).mean() / b[n][0].var(correction=0) for n in names]
     wanted = 0.7 * F.cross_entropy(z, y, label_smoothing=0.1) + 0.3 * 9 * kl + 0.7 * sum(parts) / len(parts)
-    torch.testing.assert_close(Lesson(recipe, task, dense, small)(small, (x, y)), wanted)
+    torch.testing.assert_close(TrainingLoss(recipe, task, dense, small)(small, (x, y)), wanted)
 
 
 def test_another_teacher_is_listened_to(result, task):
@@ -232,7 +233,7 @@ def test_indices_outputs_of_a_class_and_changes_in_place(task):
 
     x, y = task.train[0]
     own = dataclasses.replace(task, model=odd, train=[(x, y)], loss=loss, score=None, test=None)
-    lesson = Lesson(Recipe(distill=1.0), own, odd, odd)
+    lesson = TrainingLoss(Recipe(distill=1.0), own, odd, odd)
     assert lesson(odd, (x, y)).item() == pytest.approx(0, abs=1e-6), "against itself"
     for precision in ("float32", "bfloat16"):
         trained = rankopt.finetune(odd, own, Recipe(epochs=2, ema=0.9, precision=precision)).model
@@ -479,7 +480,7 @@ def test_train_apply_and_report(folder, result, task, tmp_path):
     assert "is finished: choose another --out" in run(*command, code=2)[1]
     other = tmp_path / "other"
     other.mkdir()
-    held = lock(other)
+    held = lock_folder(other)
     assert "another process is at work in" in run(*command[:4], "--out", other, "--epochs", 1, code=2)[1]
     os.close(held)
 
@@ -493,8 +494,8 @@ def test_a_kill_while_results_are_written_loses_nothing(folder, task, tmp_path, 
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(Result, "save", killed)
-        retrain(folder, task, recipe, out)
-    again = retrain(folder, task, recipe, out, resume=True)
+        train_run(folder, task, recipe, out)
+    again = train_run(folder, task, recipe, out, resume=True)
     assert same(again.model, rankopt.finetune(rankopt.load(task.model, folder), task, recipe).model)
     assert not (out / checkpoint.FILE).exists() and same(again.model, rankopt.load(task.model, out))
 
@@ -525,8 +526,8 @@ def test_stopped_after_its_minutes_and_killed_at_a_random_step(folder, tmp_path)
     run(*command[3:], "--out", whole)
     _, stderr = run(*command[3:], "--out", broken, "--minutes", 0, code=130)
     assert "go on with --resume" in stderr and (broken / checkpoint.FILE).is_file()
-    often = "import rankopt.finetune as f, sys; sys.modules['rankopt.finetune'].SECONDS = 0; import rankopt.cli; "
-    often += "rankopt.cli.main()"
+    often = "import sys, rankopt.cli.main; import rankopt.training.finetune as f; f.SECONDS = 0; "
+    often += "rankopt.cli.main.main()"
     arguments = [sys.executable, "-c", often, *command[3:], "--out", str(broken), "--resume"]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     start = checkpoint.load(broken / checkpoint.FILE)[0]["step"]

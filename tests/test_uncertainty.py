@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, spearmanr
 
-from rankopt.core import Cost, Task, TaskError, Trial
-from rankopt.report.text import honesty
-from rankopt.uncertainty import correlation, difference, proxy, tie, wilson
+from rankopt.core.errors import TaskError
+from rankopt.core.records import Cost, Task, Trial
+from rankopt.core.statistics import correlation, difference, proxy, tie, wilson
+from rankopt.search.summary import honesty
 
 
 def trial(number, objective, score=None, predicted=None):

@@ -14,18 +14,19 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import rankopt
 from rankopt import count, inventory
-from rankopt.decompositions.base import load_factors
-from rankopt.inventory import inference, unfolded
-from rankopt.rounds import multiplied_out
-from rankopt.space import SearchSpace
-from rankopt.unfold import parts, take_ordinary_path, unfold
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.decompositions.modules import load_factors
+from rankopt.decompositions.plan import multiplied_out
+from rankopt.model.composites import expand_composites, parts, take_ordinary_path
+from rankopt.model.forward import inference
+from rankopt.model.inventory import unfolded
 
 SPACE = SearchSpace(name="quick", families=("svd_out",), points=5, steps=10)
 
 
 def whole(module: nn.Module) -> nn.Module:
     """A copy with everything unfolded that can be."""
-    return unfold(copy.deepcopy(module), [p for name, m in module.named_modules() for p in parts(m, name)])
+    return expand_composites(copy.deepcopy(module), [p for name, m in module.named_modules() for p in parts(m, name)])
 
 
 def same(a, b):
@@ -311,7 +312,7 @@ def encoder(**options):
 @pytest.mark.parametrize("options", [{}, {"activation": "gelu", "norm_first": False}])
 def test_factorised_encoders_take_the_ordinary_path(changed, options):
     model = encoder(**options)
-    small = unfold(copy.deepcopy(model), [changed])
+    small = expand_composites(copy.deepcopy(model), [changed])
     x = torch.randn(3, 5, 16)
     layer = next(layer for layer in inventory(small, x) if layer.name == changed)
     family, part = rankopt.DECOMPOSITIONS["svd_out"], small.get_submodule(changed)

@@ -13,15 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rankopt
-from rankopt.candidates import Cache, FactorStore
-from rankopt.core import RankoptError, StudyError
-from rankopt.job import run_search
-from rankopt.plan import LARGEST, read_result, sound
+from rankopt.candidates.cache import Cache, FactorStore
+from rankopt.core.errors import RankoptError, StudyError
+from rankopt.core.run_folder import LARGEST_JSON, read_result, report_damage
+from rankopt.experiments.digits import DigitsNet
 from rankopt.report.html import write_report
-from rankopt.report.text import summary
-from rankopt.settings import Settings
-from rankopt.store import Store, read_trials
-from rankopt.tasks.digits import DigitsNet
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.search.storage.local import Store, read_trials
+from rankopt.search.summary import summary
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([10**400, "../x"]),
@@ -104,7 +104,7 @@ def test_each_entry_of_a_plan_may_be_anything(run):
 @given(data=st.data())
 def test_any_change_of_a_result_is_reported_or_refused(run, data):
     with with_a_change(run, "result.json", data):
-        with sound(run):
+        with report_damage(run):
             summary(read_result(run))
         write_report(run)
 
@@ -115,14 +115,14 @@ def test_a_file_too_large_is_not_read(run, tmp_path):
         ("result.json", lambda: read_result(tmp_path)),
     ):
         with (tmp_path / name).open("wb") as file:
-            file.truncate(LARGEST + 1)
+            file.truncate(LARGEST_JSON + 1)
         with pytest.raises(RankoptError, match="larger than"):
             read()
         (tmp_path / name).unlink()
     for name in ("plan.json", "model.safetensors"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     with (tmp_path / "model.safetensors").open("r+b") as file:
-        file.truncate(10 * LARGEST)
+        file.truncate(10 * LARGEST_JSON)
     with pytest.raises(RankoptError, match="larger than the plan's model"):
         rankopt.load(DigitsNet, tmp_path)
 

@@ -15,105 +15,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from rankopt.core import FACTORISED, RECONSTRUCTED, Cost, Layer, Rank
-from rankopt.decompositions.convolution import stage_convolution
-from rankopt.decompositions.reconstructed import Reconstructed
-from rankopt.kinds import describe, in_own_shape, matricise
-
-Aspect = tuple[float, ...]
-"""A direction in which ranks grow: proportions of full rank; an int is a rank that stays as it is."""
-
-Factors = tuple[Tensor, ...]
-"""The weights of a replacement's stages, in order and in the layout of their modules."""
-
-
-class Stage(NamedTuple):
-    """One convolution of a replacement; channels per group of the original layer.
-
-    axes: whose stride, padding and dilation of the original it takes over, and whose kernel: "hw", "h", "w" or "".
-    Of an Embedding a stage of "hw" is the look-up. Of a transposed convolution, stages of any axis are transposed.
-    blocks: into how many equal parts the channels fall that do not mix; as many as channels is depthwise.
-    shared: all blocks have one kernel; it is stored once.
-    """
-
-    in_channels: int
-    out_channels: int
-    kernel: tuple[int, int] = (1, 1)
-    axes: str = ""
-    blocks: int = 1
-    shared: bool = False
-
-    def shape(self, groups: int) -> tuple[int, ...]:
-        out_channels = self.out_channels // self.blocks if self.shared else self.out_channels
-        return (groups * out_channels, self.in_channels // self.blocks, *self.kernel)
-
-    def weights(self, groups: int) -> int:
-        return math.prod(self.shape(groups))
-
-    def macs(self, groups: int) -> int:
-        """Multiply-accumulates for one position."""
-        return self.weights(groups) * (self.blocks if self.shared else 1)
-
-
-class Bond(NamedTuple):
-    """A bond between factors, of one group: it parts the modes of the weight in two, and bounds the rank there."""
-
-    size: int
-    inside: tuple[str, ...]  # the modes on the input's side
-
-
-class Fit(NamedTuple):
-    """A fitted candidate: its factors in the weight's dtype, and their relative error."""
-
-    rank: Rank
-    factors: Factors
-    error: float
-
-
-class Target(NamedTuple):
-    """What a fit approximates, float64: weight (g, T, n), input moment S (g, n, n), output metric H (g, T, T).
-
-    moment: of an Embedding, whose input is one-hot, only its diagonal (1, n).
-    outer: where the weight is seen as (g, t2, t1 * n), because t1 of its T = t1 * t2 belong to what is searched,
-    the metric of t1, (g, t1, t1); the input moment is then outer ⊗ S.
-    plain: S is the identity, and products with it are left out.
-    """
-
-    weight: Tensor
-    moment: Tensor
-    metric: Tensor
-    outer: Tensor | None = None
-    plain: bool = False
-
-    def times_moment(self, rows: Tensor) -> Tensor:
-        """rows (g, m, n or t1 * n) times the input moment."""
-        if self.moment.ndim == 2:
-            return rows * self.moment.unsqueeze(1)
-        product = rows.reshape(len(rows), -1, self.moment.shape[-1])
-        product = product if self.plain else product @ self.moment
-        if self.outer is not None:
-            product = self.outer.unsqueeze(1) @ product.view(*rows.shape[:2], self.outer.shape[-1], -1)
-        return product.view(rows.shape)
-
-    def error(self, approximation: Tensor) -> float:
-        """Relative squared error of an approximation (g, T, n)."""
-        difference = self.weight - approximation
-        whole = self.norm
-        return self._square(difference) / whole if whole > 0 else 0.0
-
-    @property
-    def norm(self) -> float:
-        """Squared norm of the weight itself."""
-        return self._square(self.weight)
-
-    def _square(self, w: Tensor) -> float:
-        return ((self.metric @ w) * self.times_moment(w)).sum().item()
+from rankopt.core.records import FACTORISED, RECONSTRUCTED, Cost, Layer, Rank
+from rankopt.decompositions.modules import Reconstructed, chain, finish
+from rankopt.decompositions.types import Aspect, Bond, Factors, Fit, Stage
 
 
 class Decomposition(ABC):
@@ -275,7 +184,7 @@ class Decomposition(ABC):
 
     def factorised(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
         """The replacement that contracts its input with the factors."""
-        return chain(module, self.stages(layer, rank), self.name, rank)
+        return chain(module, self.stages(layer, rank), self, rank)
 
 
 def _kernel(factor: Tensor) -> tuple[int, int]:
@@ -301,101 +210,3 @@ def _all_inputs(stage: Tensor, in_channels: int) -> Tensor:
     eye = torch.eye(blocks, dtype=stage.dtype, device=stage.device)
     spread = torch.einsum("gzoihw,zy->gzoyihw", stage.unflatten(1, (blocks, -1)), eye)
     return spread.flatten(3, 4).flatten(1, 2)
-
-
-# --- replacement modules -------------------------------------------------------------------------
-
-
-class Factorised(nn.Sequential):
-    """A layer replaced by smaller ones in a row. Reads of .weight get the dense weight, rebuilt; .bias the bias."""
-
-    method: str
-    rank: Rank
-
-    def __init__(self, stages: Sequence[nn.Module], method: str, rank: Rank, layer: Layer) -> None:
-        super().__init__(*stages)
-        self.method, self.rank, self.layer = method, rank, layer
-
-    @property
-    def factors(self) -> Factors:
-        """The stages' weights as families see them."""
-        parts = [(describe(s), s.weight) for s in self]
-        return tuple(matricise(part, weight).reshape(part.shape) for part, weight in parts)  # type: ignore[arg-type]
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight in the shape of the original's."""
-        from rankopt.decompositions import DECOMPOSITIONS
-
-        return in_own_shape(self.layer, DECOMPOSITIONS[self.method].weight(self.layer, self.factors))
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self[-1].bias  # type: ignore[return-value]
-
-    def extra_repr(self) -> str:
-        return f"method={self.method}, rank={self.rank}"
-
-
-def chain(module: nn.Module, stages: Sequence[Stage], method: str, rank: Rank) -> nn.Module:
-    """The stages as modules in a row, geometry taken from the original; the last one carries its bias."""
-    last = len(stages) - 1
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    parts: list[nn.Module] = []
-    for i, s in enumerate(stages):
-        bias = i == last and getattr(module, "bias", None) is not None
-        if isinstance(module, _ConvNd):
-            parts.append(stage_convolution(module, s, bias, like))
-        elif isinstance(module, nn.Embedding) and s.axes:
-            parts.append(nn.Embedding(s.in_channels, s.out_channels, module.padding_idx, **like))
-        elif s.blocks > 1:
-            parts.append(BlockLinear(s.in_channels, s.out_channels, s.blocks, like))
-        else:
-            parts.append(nn.Linear(s.in_channels, s.out_channels, bias, **like))
-    return Factorised(parts, method, rank, describe(module))
-
-
-class BlockLinear(nn.Linear):
-    """y = x Wᵀ with W block-diagonal, its blocks (out, in // blocks) one below the other; no bias."""
-
-    def __init__(self, in_features: int, out_features: int, blocks: int, like: dict[str, Any]) -> None:
-        super().__init__(in_features // blocks, out_features, bias=False, **like)
-        self.blocks = blocks
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        x = input.reshape(-1, self.blocks, self.in_features).transpose(0, 1)
-        y = x @ self.weight.unflatten(0, (self.blocks, -1)).mT  # (blocks, N, out // blocks)
-        return y.transpose(0, 1).reshape(*input.shape[:-1], self.out_features)
-
-
-GEOMETRY = (
-    *("in_features", "out_features", "in_channels", "out_channels"),
-    *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding"),
-    *("num_embeddings", "embedding_dim", "padding_idx"),
-)
-
-
-def finish(replacement: nn.Module, module: nn.Module) -> nn.Module:
-    """Copy the bias, mode and requires_grad of the original; factors take the weight's requires_grad."""
-    for name in GEOMETRY:  # for whoever reads layer.out_channels and the like
-        if hasattr(module, name):
-            setattr(replacement, name, getattr(module, name))
-    bias: Tensor | None = getattr(module, "bias", None)
-    with torch.no_grad():
-        for parameter in replacement.parameters():
-            parameter.requires_grad_(module.weight.requires_grad)  # type: ignore[arg-type]
-        if bias is not None:
-            replacement.bias.copy_(bias)  # type: ignore[operator]
-            replacement.bias.requires_grad_(bias.requires_grad)
-    return replacement.train(module.training)
-
-
-def load_factors(replacement: nn.Module, factors: Factors) -> None:
-    """Write the factors into an empty replacement."""
-    names = [name for name, _ in replacement.named_parameters() if not name.endswith("bias")]
-    with torch.no_grad():
-        for name, factor in zip(names, factors, strict=True):
-            module = replacement.get_submodule(name.rpartition(".")[0])
-            own = isinstance(module, (_ConvNd, nn.Embedding))  # of others the factor is the parameter as it is
-            replacement.get_parameter(name).copy_(in_own_shape(describe(module), factor) if own else factor)

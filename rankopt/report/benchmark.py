@@ -11,17 +11,25 @@ from typing import Any
 
 from rich.table import Table
 
-from rankopt.benchmark import Cell, curve, ranks
-from rankopt.candidates import write_beside
-from rankopt.core import METRICS
+from rankopt.core.files import write_beside
+from rankopt.core.records import METRICS
+from rankopt.core.statistics import difference
 from rankopt.report import pictures
-from rankopt.report.text import percent, render, with_interval
-from rankopt.uncertainty import difference
+from rankopt.search.benchmark import Cell, curve, ranks
+from rankopt.search.summary import percent, render, with_interval
 
 MARKDOWN, CSV, PNG = "benchmark.md", "benchmark.csv", "benchmark.png"
+
+
 COLUMNS = ("budget", "strategy", "seed", "trial", "objective", "best_so_far", "predicted", *METRICS)
+
+
 TIMES = ("evaluation_seconds", "repeated", "copied_from", "error", "plan")
+
+
 HEAD = ("strategy", "mean rank", "evaluations", "seconds before", "proposing", "evaluating")
+
+
 PROBLEM_HEAD = ("strategy", "objective, median", "least to most", "score of the best")
 
 

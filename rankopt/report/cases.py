@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from rankopt.candidates import write_beside
+from rankopt.core.files import write_beside
+from rankopt.experiments.cases import Row
 from rankopt.report import pictures
-from rankopt.report.text import percent, render, with_interval
+from rankopt.search.summary import percent, render, with_interval
 
 MARKDOWN, PNG = "cases.md", "cases.png"
-HEAD = ("case", "params", "MACs", "dense", "untrained", "result (95 %)", "points", "seconds")
 
-Row = Mapping[str, Any]
-"""A finished case, as in cases.json."""
+
+HEAD = ("case", "params", "MACs", "dense", "untrained", "result (95 %)", "points", "seconds")
 
 
 def table(rows: Sequence[Row]) -> str:

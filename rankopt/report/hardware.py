@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from rankopt.budget import show
-from rankopt.core import Layer
-from rankopt.decompositions import DENSE
-from rankopt.latency import Latencies
-from rankopt.report.text import percent, render
+from rankopt.candidates.latency import Latencies
+from rankopt.core.budget import amount
+from rankopt.core.records import DENSE, Layer
+from rankopt.search.summary import percent, render
 
 
 def table(layers: Sequence[Layer], found: Latencies) -> str:
@@ -25,9 +24,9 @@ def table(layers: Sequence[Layer], found: Latencies) -> str:
         best = min(others, key=lambda k: others[k], default=DENSE)
         shown = best if faster else "none"
         share = percent(times[best] / times[DENSE], 0) if faster else "–"
-        rows.add_row(layer.name, show("latency", times[DENSE]), str(len(others)), str(len(faster)), shown, share)
+        rows.add_row(layer.name, amount("latency", times[DENSE]), str(len(others)), str(len(faster)), shown, share)
     return render(
         rows,
-        f"whole model {show('latency', found.dense)}; a layer's time counts {found.slope:.2f} times in it, fitted to "
+        f"whole model {amount('latency', found.dense)}; a layer's time counts {found.slope:.2f} times in it, fitted to "
         f"{found.plans} plans, the worst {found.residual:.1%} of the dense model off",
     )

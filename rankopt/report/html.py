@@ -11,12 +11,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
-from rankopt.budget import show
-from rankopt.candidates import write_beside
-from rankopt.plan import read_result, sound
+from rankopt.core.budget import amount
+from rankopt.core.files import write_beside
+from rankopt.core.run_folder import read_result, report_damage
 from rankopt.report import pictures, training
 from rankopt.report.pictures import NAMES
-from rankopt.report.text import (
+from rankopt.search.summary import (
     before_after,
     changes,
     energy,
@@ -31,18 +31,20 @@ from rankopt.report.text import (
 )
 
 FILE, TEMPLATE = "report.html", "report.html.j2"
+
+
 DECIMALS = 2
 
 
 def write_report(run: Path) -> Path:
     """Write a run folder's report.html and return its path. Raises StudyError if the folder is not a finished run's."""
-    from rankopt.store import FILE as STUDY
-    from rankopt.store import read_trials
+    from rankopt.search.storage.local import FILE as STUDY
+    from rankopt.search.storage.local import read_trials
 
     info = read_result(run)
     # What `compress(...).save(folder)` wrote has a result, but no study.
     trials = read_trials(run) if (run / STUDY).is_file() else []
-    with sound(run):
+    with report_damage(run):
         try:
             page = render(info, trials, str(run))
         except UndefinedError as error:
@@ -125,11 +127,11 @@ def _budget_row(metric: str, b: dict[str, Any]) -> dict[str, str]:
     absolute = b["requested"] == b["target"] or b["requested"] > 1
     return {
         "metric": NAMES[metric],
-        "requested": show(metric, round(b["requested"])) if absolute else f"{percent(b['requested'], 1)} of dense",
-        "at most": show(metric, b["target"]),
-        "achieved": show(metric, b["achieved"]),
+        "requested": amount(metric, round(b["requested"])) if absolute else f"{percent(b['requested'], 1)} of dense",
+        "at most": amount(metric, b["target"]),
+        "achieved": amount(metric, b["achieved"]),
         "used": percent(b["achieved"] / b["target"], DECIMALS),
-        "dense": show(metric, b["dense"]),
+        "dense": amount(metric, b["dense"]),
     }
 
 

@@ -11,16 +11,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from rankopt.candidates import write_beside
-from rankopt.core import METRICS
-from rankopt.hyperparameters import Searches
+from rankopt.core.files import write_beside
+from rankopt.core.records import METRICS
+from rankopt.experiments.config import OBJECTIVES, Hyperparameter
+from rankopt.experiments.tuning import Searches
 from rankopt.report import pictures
 from rankopt.report.html import environment
 from rankopt.report.pictures import ACCENT, FAINT, INK, NAMES, POINT, short
-from rankopt.study import OBJECTIVES, Hyperparameter
 
 PAGE, CSV, TEMPLATE = "hyperparameters.html", "hyperparameters.csv", "hyperparameters.html.j2"
+
+
 KEPT = ("score", "objective", *METRICS, "milliseconds", "seconds", "error")
+
+
 LABELS = {
     **NAMES,
     "score": "validation score",
@@ -29,7 +33,7 @@ LABELS = {
 }
 
 
-class Table(NamedTuple):
+class SearchTable(NamedTuple):
     """What the pictures show. rows: a finished search each, with number, settings and its value by objective."""
 
     hyperparameters: tuple[Hyperparameter, ...]
@@ -44,7 +48,7 @@ class Table(NamedTuple):
         return -row[objective] if OBJECTIVES[objective] == "maximize" else row[objective]
 
 
-def table(searches: Searches) -> Table:
+def table(searches: Searches) -> SearchTable:
     """Raises no error with few searches: importances are then empty."""
     rows = [
         {"number": t.number, "settings": t.params, **dict(zip(searches.objectives, t.values, strict=True))}
@@ -53,7 +57,7 @@ def table(searches: Searches) -> Table:
     importance = {name: searches.importance(i) for i, name in enumerate(searches.objectives)}
     front = {t.number for t in searches.study.best_trials}
     hyperparameters = searches.file.hyperparameters
-    return Table(hyperparameters, searches.objectives, rows, searches.best().number, front, importance)
+    return SearchTable(hyperparameters, searches.objectives, rows, searches.best().number, front, importance)
 
 
 def write(searches: Searches) -> list[Path]:
@@ -82,7 +86,7 @@ def _write_csv(path: Path, searches: Searches) -> None:
             )
 
 
-def render(searches: Searches, found: Table) -> str:
+def render(searches: Searches, found: SearchTable) -> str:
     """The page."""
     best = searches.best()
     drawn = {name: pictures.draw(paint, found, height=h, width=w) for name, (paint, (w, h)) in _pictures(found).items()}
@@ -111,7 +115,7 @@ def render(searches: Searches, found: Table) -> str:
     )
 
 
-def _verdict(searches: Searches, found: Table) -> str:
+def _verdict(searches: Searches, found: SearchTable) -> str:
     best = searches.best()
     values = ", ".join(f"{label(n)} {text(v)}" for n, v in zip(found.objectives, best.values, strict=True))
     one = f"{len(searches.done())} of {searches.file.searches} searches; the best, number {best.number}: {values}"
@@ -128,7 +132,7 @@ def text(value: Any) -> str:
 # --- painters ----------------------------------------------------------------------------------------
 
 
-def _pictures(found: Table) -> dict[str, tuple[Any, tuple[float, float]]]:
+def _pictures(found: SearchTable) -> dict[str, tuple[Any, tuple[float, float]]]:
     """Name -> painter (ax, table) and size in inches, of those that have something to show."""
     axes = len(found.hyperparameters) + len(found.objectives)
     shown: dict[str, tuple[Any, tuple[float, float]]] = {"parallel": (parallel, (max(4.2, 1.25 * axes), 3.4))}
@@ -141,12 +145,12 @@ def _pictures(found: Table) -> dict[str, tuple[Any, tuple[float, float]]]:
     return shown
 
 
-def _alone(figure: Any, content: tuple[Any, Table]) -> None:
+def _alone(figure: Any, content: tuple[Any, SearchTable]) -> None:
     paint, found = content
     paint(figure.add_subplot(), found)
 
 
-def importance(ax: Any, found: Table) -> None:
+def importance(ax: Any, found: SearchTable) -> None:
     """Bars per hyperparameter, the most important for the first objective at the top."""
     first = next(v for v in found.importance.values() if v)
     names = sorted(first, key=lambda n: first[n])
@@ -167,7 +171,7 @@ def importance(ax: Any, found: Table) -> None:
         ax.figure.legend(loc="outside upper left", ncols=2)
 
 
-def parallel(ax: Any, found: Table) -> None:
+def parallel(ax: Any, found: SearchTable) -> None:
     """A line per search through its settings and values: the best quarter dark, the best with its colour."""
     order = sorted(found.rows, key=lambda r: -found.signed(r, found.objectives[0]))
     dark = len(order) - max(1, len(order) // 4)
@@ -192,7 +196,7 @@ def parallel(ax: Any, found: Table) -> None:
 HALO = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
 
 
-def _height(found: Table, column: Hyperparameter | str, row: dict[str, Any], at: int) -> float:
+def _height(found: SearchTable, column: Hyperparameter | str, row: dict[str, Any], at: int) -> float:
     """Where a search passes an axis, from 0 to 1; choices are spread a little, so that lines stay apart."""
     if isinstance(column, str):
         values = [r[column] for r in found.rows]
@@ -211,7 +215,7 @@ def _spread(at: int) -> float:
     return (at * 0.618034) % 1 - 0.5
 
 
-def _marks(found: Table, column: Hyperparameter | str) -> list[tuple[float, str]]:
+def _marks(found: SearchTable, column: Hyperparameter | str) -> list[tuple[float, str]]:
     """Heights and labels on an axis."""
     if isinstance(column, str):
         values = [r[column] for r in found.rows]
@@ -230,7 +234,7 @@ def label(column: Hyperparameter | str) -> str:
     return column.name if column.name.startswith("budget.") else column.name.partition(".")[2]
 
 
-def slice_of(ax: Any, found: Table, column: Hyperparameter) -> None:
+def slice_of(ax: Any, found: SearchTable, column: Hyperparameter) -> None:
     """The first objective over one hyperparameter."""
     objective, names = found.objectives[0], list(column.choices)
     shown = _within(found, objective)
@@ -254,7 +258,7 @@ def slice_of(ax: Any, found: Table, column: Hyperparameter) -> None:
     ax.locator_params(axis="y", nbins=4)
 
 
-def _within(found: Table, objective: str) -> dict[int, tuple[float, str]]:
+def _within(found: SearchTable, objective: str) -> dict[int, tuple[float, str]]:
     """Search -> where it is drawn, and its marker: what is far below four fifths, on the edge."""
     sign = -1 if OBJECTIVES[objective] == "maximize" else 1
     values = sorted(sign * r[objective] for r in found.rows)
@@ -273,7 +277,7 @@ def _point(ax: Any, x: float, row: dict[str, Any], shown: dict[int, tuple[float,
     ax.scatter(x, y, s=size, color=colour, marker=marker, alpha=alpha, zorder=order, lw=0)
 
 
-def _slices(figure: Any, found: Table) -> None:
+def _slices(figure: Any, found: SearchTable) -> None:
     count = len(found.hyperparameters)
     columns = min(count, 3)
     axes = figure.subplots(math.ceil(count / columns), columns, sharey=True, squeeze=False).flatten()
@@ -285,7 +289,7 @@ def _slices(figure: Any, found: Table) -> None:
             ax.set_visible(False)
 
 
-def front(ax: Any, found: Table) -> None:
+def front(ax: Any, found: SearchTable) -> None:
     """The first two objectives; a line along the searches that none beats in all."""
     one, two = found.objectives[:2]
     shown = _within(found, one)
@@ -305,7 +309,7 @@ def front(ax: Any, found: Table) -> None:
     ax.figure.legend(loc="outside upper left")
 
 
-def progress(ax: Any, found: Table) -> None:
+def progress(ax: Any, found: SearchTable) -> None:
     """The objective over the searches, with the best so far."""
     objective = found.objectives[0]
     rows: Sequence[dict[str, Any]] = found.rows

@@ -17,9 +17,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from rankopt.core import BUDGETS
-from rankopt.decompositions import DECOMPOSITIONS, DENSE
-from rankopt.report.text import percent, rank_text
+from rankopt.core.records import BUDGETS, DENSE
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.search.summary import percent, rank_text
 
 NAMES = {
     "params": "parameters",
@@ -29,14 +29,26 @@ NAMES = {
     "memory": "memory",
     "disk": "file size",
 }
+
+
 WIDTH = 4.2  # inches: on a phone 10 pt text stays about as large as the page's small print
+
+
 INK, FAINT, GRID, ACCENT, BAD = "#24292f", "#7d8690", "#e6e8eb", "#c2410c", "#b91c1c"
+
+
 POINT = "#3b6ea5"
+
+
 COLOURS = (
     *("#3b6ea5", "#5fb3ce", "#2a9d8f", "#8ab17d", "#e9a23b", "#d1603d", "#8e5ea2", "#c77dba", "#6b705c"),
     *("#1d3557", "#b5a642", "#7f4f24", "#e5989b", "#4d908e", "#9a031e"),
 )
+
+
 LONGEST_NAME = 19
+
+
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rankopt",

@@ -8,14 +8,18 @@ from typing import Any
 
 from rich.table import Table
 
-from rankopt.candidates import write_beside
-from rankopt.core import METRICS, SAME, Choice
+from rankopt.core.files import write_beside
+from rankopt.core.records import METRICS, SAME, Choice
 from rankopt.report import pictures
-from rankopt.report.text import percent, render, with_interval
-from rankopt.sweep import Point, Sweep
+from rankopt.search.summary import percent, render, with_interval
+from rankopt.search.sweep import Point, Sweep
 
 CSV, PNG = "sweep.csv", "sweep.png"
+
+
 MEASURED = ("predicted", "gap", "objective", "score")
+
+
 COLUMNS = ("budget", "target", "kind", *METRICS, *MEASURED, "score_low", "score_high", "plan", "reason")
 
 

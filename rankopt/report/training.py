@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rankopt.recipe import Recipe
 from rankopt.report.pictures import ACCENT, FAINT, INK, POINT, objective_axis
-from rankopt.report.text import percent
+from rankopt.search.summary import percent
+from rankopt.training.recipe import Recipe
 
 
 def lines(info: Mapping[str, Any]) -> list[str]:

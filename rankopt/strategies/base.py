@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from rankopt.budget import Problem
-from rankopt.core import Proposal, Trial
+from rankopt.core.problem import Problem
+from rankopt.core.records import Proposal, Trial
 
 
 class Strategy(ABC):

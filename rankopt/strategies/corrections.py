@@ -11,13 +11,19 @@ from functools import cached_property
 
 import numpy as np
 
-from rankopt.allocation import allocate
-from rankopt.budget import Problem
-from rankopt.core import Proposal
+from rankopt.core.problem import Problem
+from rankopt.core.records import Proposal
+from rankopt.strategies.allocation import allocate
 
 BLOCKS = 24  # at most so many multipliers; with more layers, neighbours share one
+
+
 CONTENDERS = 8  # plans that `knapsack` compares, and that the Bayesian search starts with
+
+
 PRICES = 3.5  # of what is to be small beside the limits: up to e^3.5 times the exact plan's loss per cost
+
+
 WIDTH = 0.5  # log-multipliers lie in [-WIDTH, WIDTH]: about as far as predicted losses are from measured ones
 
 

@@ -26,12 +26,13 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from rankopt.allocation import fill, project
-from rankopt.core import Cost, Layer, Proposal, Rank, RankoptError
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.decompositions.fitting import full_target, roots
+from rankopt.core.errors import RankoptError
+from rankopt.core.records import Cost, Layer, Proposal, Rank
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.variable_projection import full_target, roots
+from rankopt.strategies.allocation import fill, project
 from rankopt.strategies.base import Strategy
-from rankopt.strategies.uniform import largest, within
+from rankopt.strategies.baselines import largest, within
 
 UNFOLDINGS = {
     "svd_out": ("output",),
@@ -42,6 +43,8 @@ UNFOLDINGS = {
     "cp": ("input", "output"),
     "cp_merged": ("input", "output"),
 }
+
+
 LINEAR_TT = ("bond1", "bond2", "bond3")
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rankopt.budget import Problem
-from rankopt.core import Proposal, RankoptError
-from rankopt.evaluate import call
+from rankopt.core.errors import RankoptError
+from rankopt.core.problem import Problem
+from rankopt.core.records import Proposal
+from rankopt.model.objective import call
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.corrections import CONTENDERS, Corrections
 

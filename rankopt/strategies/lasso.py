@@ -30,16 +30,19 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import lasso_path
 from torch import Tensor
 
-from rankopt.allocation import fill, project
-from rankopt.core import Cost, Layer, Proposal, RankoptError
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.decompositions.base import Factors, Target
-from rankopt.decompositions.fitting import full_target
-from rankopt.sensitivity import predict
+from rankopt.candidates.sensitivity import predict
+from rankopt.core.errors import RankoptError
+from rankopt.core.records import Cost, Layer, Proposal
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.types import Factors, Target
+from rankopt.decompositions.variable_projection import full_target
+from rankopt.strategies.allocation import fill, project
 from rankopt.strategies.base import Strategy
-from rankopt.strategies.uniform import largest, within
+from rankopt.strategies.baselines import largest, within
 
 GRID = np.geomspace(1, 1e-5, 80)  # of α, as fractions of the least at which no component is kept
+
+
 PENALTIES = (1e-9, 1e9)  # λ is bisected between these, in loss per budget
 
 

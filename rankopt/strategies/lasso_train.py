@@ -35,20 +35,29 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from rankopt.allocation import allocate, fill, project
-from rankopt.core import SAME, Candidate, Cost, Layer, Proposal, Rank, RankoptError
-from rankopt.decompositions import DECOMPOSITIONS
-from rankopt.decompositions.fitting import balanced
-from rankopt.frontier import frontier
-from rankopt.kinds import describe, in_own_shape, matricise
+from rankopt.candidates.pareto import frontier
+from rankopt.core.errors import RankoptError
+from rankopt.core.records import SAME, Candidate, Cost, Layer, Proposal, Rank
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.variable_projection import balanced
+from rankopt.model.layer_kinds import as_matrix, describe, in_own_shape
+from rankopt.strategies.allocation import allocate, fill, project
 from rankopt.strategies.base import Strategy
-from rankopt.strategies.uniform import largest, within
-from rankopt.training import lessons, train
+from rankopt.strategies.baselines import largest, within
+from rankopt.training.loop import search_batches, train
 
 FAMILIES = ("cp_merged", "cp", "svd_out", "svd_spatial", "svd_in", "tucker2", "tt")
+
+
 PENALTIES = ("l1", "group", "hoyer", "nuclear")
+
+
 START = 1.5  # times the budget: what the gates choose from
+
+
 RATE, GATE_RATE = 1e-5, 2e-2  # Adam's, of weights (which the plan does not keep: slow) and of gates
+
+
 ASCENT = 0.5  # of log λ, per step and relative excess of cost
 
 
@@ -73,7 +82,7 @@ class Scaled(nn.Module):
         return weight * along(self.gates, weight, self.axis)
 
 
-class Bond:
+class GatedBond:
     """The gates of one bond of a factorised layer, and the slices of weights that make up its components."""
 
     def __init__(self, slices: Sequence[tuple[nn.Parameter, int]], gates: nn.Parameter) -> None:
@@ -122,11 +131,11 @@ class Gated:
             while depthwise[first]:
                 first -= 1
             outputs = [(weights[j], int(turned[j] and not depthwise[j])) for j in range(first, i + 1)]
-            self.bonds.append(Bond([*outputs, (weights[i + 1], int(not turned[i + 1]))], gates))
+            self.bonds.append(GatedBond([*outputs, (weights[i + 1], int(not turned[i + 1]))], gates))
             leaf = names[i].rpartition(".")[2]
             parametrize.register_parametrization(self.stages[i], leaf, Scaled(gates, axis), unsafe=True)
 
-    def left(self, keep: Callable[[Bond], Tensor]) -> Rank:
+    def left(self, keep: Callable[[GatedBond], Tensor]) -> Rank:
         """How many components of each bond are kept; one at least."""
         return self.family.valid(self.layer, tuple(max(1, int(keep(b).sum())) for b in self.bonds))
 
@@ -144,7 +153,7 @@ class Gated:
         (bond,) = self.bonds
         (first, _), (last, _) = bond.slices
         inner, outer = (describe(s) for s in self.stages)
-        left, right = balanced(matricise(outer, last) * bond.gates, matricise(inner, first))
+        left, right = balanced(as_matrix(outer, last) * bond.gates, as_matrix(inner, first))
         last.copy_(in_own_shape(outer, left))
         first.copy_(in_own_shape(inner, right))
         bond.gates.fill_(1.0)
@@ -198,7 +207,7 @@ class LassoTrain(Strategy):
         gates = [b.gates for layer in layers for b in layer.bonds]
         optimizer = torch.optim.Adam([{"params": weights, "lr": RATE}, {"params": gates, "lr": GATE_RATE}])
         run.optimizer = optimizer
-        batches, loss = lessons(prepared.task, prepared.statistics.batches)
+        batches, loss = search_batches(prepared.task, prepared.statistics.batches)
         train(
             model,
             batches,
@@ -215,7 +224,7 @@ class LassoTrain(Strategy):
         self.costs = tuple(x.cost(rank) for x, rank in zip(layers, self.kept, strict=True))
 
     def _start(self, prepared: Any) -> tuple[nn.Module, list[Gated]]:
-        from rankopt.plan import apply
+        from rankopt.decompositions.plan import apply
 
         layers = self.problem.layers
         menus = tuple(self._menu(layer, prepared.candidates[layer.name]) for layer in layers)
@@ -306,7 +315,7 @@ class Run:
             bond.gates.copy_(soft_threshold(bond.gates, threshold))
             bond.gates[strongest] = one
 
-    def _spread(self, bond: Bond) -> Tensor:
+    def _spread(self, bond: GatedBond) -> Tensor:
         """Adam's √v of a bond's gates: the metric of its steps."""
         state = self.optimizer.state[bond.gates]
         return (state["exp_avg_sq"] / (1 - 0.999 ** state["step"].item())).sqrt() + 1e-12

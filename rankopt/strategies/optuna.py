@@ -28,23 +28,34 @@ from optuna import samplers
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from rankopt.allocation import fill, project
-from rankopt.budget import Problem
-from rankopt.core import METRICS, Proposal, RankoptError, Trial
+from rankopt.core.errors import RankoptError
+from rankopt.core.problem import Problem
+from rankopt.core.records import METRICS, Proposal, Trial
+from rankopt.strategies.allocation import fill, project
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.corrections import BLOCKS, CONTENDERS, WIDTH, Corrections
 
 NEEDS = {"CmaEsSampler": ("cmaes",), "GPSampler": ("scipy", "torch"), "QMCSampler": ("scipy",)}
+
+
 NOT_ASKABLE = {"BaseSampler", "BaseGASampler", "BruteForceSampler", "GridSampler", "PartialFixedSampler"}
+
+
 SETTINGS: dict[str, dict[str, Any]] = {  # what differs from Optuna's defaults, for searches of tens of trials
     "TPESampler": {"multivariate": True, "constant_liar": True, "n_startup_trials": CONTENDERS},
     "GPSampler": {"n_startup_trials": CONTENDERS},
     "NSGAIISampler": {"population_size": 10},
     "NSGAIIISampler": {"population_size": 10},
 }
+
+
 # Samplers that read nothing but points and values; the others keep notes on the trials that they proposed.
 MEMORYLESS = {"TPESampler", "GPSampler", "RandomSampler"}
+
+
 SINGLE = {"CmaEsSampler"}  # of one objective only
+
+
 ATTEMPTS = 10  # points drawn for one ask in search of a new plan
 
 

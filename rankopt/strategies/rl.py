@@ -15,14 +15,17 @@ from itertools import pairwise
 
 import numpy as np
 
-from rankopt.allocation import fill
-from rankopt.budget import Problem
-from rankopt.core import Proposal, RankoptError, Trial
+from rankopt.core.errors import RankoptError
+from rankopt.core.problem import Problem
+from rankopt.core.records import Proposal, Trial
+from rankopt.strategies.allocation import fill
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.corrections import CONTENDERS, Corrections
-from rankopt.walk import Walk
+from rankopt.strategies.layer_walk import LayerMdp
 
 TRIES = 10  # draws for a plan that was not told yet
+
+
 BOLDNESS = 0.5  # of the posterior's standard deviations: with tens of trials, whole ones seldom come home
 
 
@@ -42,7 +45,7 @@ class Agent(Strategy):
             if not 0 < value < np.inf:
                 raise RankoptError(f"strategy 'rl': option {option} is {value}: give a finite number above 0")
         self.spread, self.noise = spread, noise
-        self.walk, self.demonstrations = Walk(problem), Corrections(problem)
+        self.walk, self.demonstrations = LayerMdp(problem), Corrections(problem)
         self.warmer = temperature * max(problem.loss(self.walk.start), 1e-300) / max(len(problem.layers), 1)
         self.slopes = [_Slopes(self.walk, m) for m in range(len(self.walk.room))]
         self.seen: set[Proposal] = set()
@@ -87,7 +90,7 @@ class Agent(Strategy):
 class _Slopes:
     """The lower convex hulls of all layers' (cost, loss) in one metric, as steps: owner, loss freed per cost, cost."""
 
-    def __init__(self, walk: Walk, metric: int) -> None:
+    def __init__(self, walk: LayerMdp, metric: int) -> None:
         hulls = [_hull(c[:, metric], x) for c, x in zip(walk.costs, walk.losses, strict=True)]
         steps = [(i, (a - b) / (d - c), d - c) for i, h in enumerate(hulls) for (c, a), (d, b) in pairwise(h)]
         table = np.array(steps, float).reshape(-1, 3)

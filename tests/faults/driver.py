@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from rankopt.job import Settings, run_search
-from rankopt.prepare import prepare
-from rankopt.search import search
-from rankopt.tasks import load_task
+from rankopt.candidates.prepare import prepare
+from rankopt.experiments.tasks import load_task
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Settings
+from rankopt.search.loop import search
 from tests.conftest import QUICK
 
 SECONDS = 0.15
@@ -42,7 +43,7 @@ def run(out: Path, seed: int, trials: int, workers: int, log: Path, storage: str
     settings = Settings("optuna", trials, seed, resume=True, storage=storage)
     runner = search
     if workers:
-        from rankopt.search_ray import RaySearch
+        from rankopt.search.ray.runner import RaySearch
 
         runner = RaySearch(workers)
     out.mkdir(exist_ok=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from rankopt.core import StudyError
-from rankopt.store import read_trials
+from rankopt.core.errors import StudyError
+from rankopt.search.storage.local import read_trials
 from tests.faults.driver import run
 
 TRIALS = {"driver": 25, "ray driver": 10, "ray worker": 25, "both": 10}  # of one search; there are as many as it takes

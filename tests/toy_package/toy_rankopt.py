@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankopt.allocation import allocate
-from rankopt.core import Layer, Proposal, Rank
-from rankopt.decompositions.base import Factors, Stage, Target
-from rankopt.decompositions.fitting import OutputSolved, Parameters, balanced, leading_rows
+from rankopt.core.records import Layer, Proposal, Rank
+from rankopt.decompositions.types import Factors, Stage, Target
+from rankopt.decompositions.variable_projection import OutputSolved, Parameters, balanced, leading_rows
+from rankopt.strategies.allocation import allocate
 from rankopt.strategies.base import Strategy
 
 

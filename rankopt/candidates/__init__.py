@@ -1,0 +1,1 @@
+"""From a task to a priced menu of candidates for every layer."""

@@ -1,0 +1,5 @@
+"""`python -m rankopt.cli`."""
+
+from rankopt.cli.main import main
+
+main()

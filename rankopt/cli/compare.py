@@ -1,0 +1,105 @@
+"""`rankopt sweep`, `benchmark` and `hardware`: budgets, strategies and devices compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankopt.cli.app import CacheFolder, SpaceName, TaskName, app, clear_errors, default_folder, echo
+from rankopt.cli.progress import console, show_progress
+
+
+@app.command()
+def sweep(
+    task: TaskName,
+    budgets: Annotated[str, typer.Option(help="METRIC=FROM:TO:HOW_MANY, equal ratios apart, or METRIC=A,B,C")],
+    evaluate: Annotated[str, typer.Option(help="knees (and the ends), all or none")] = "knees",
+    out: Annotated[Path | None, typer.Option(help="the folder for sweep.csv and sweep.png [runs/TASK-sweep]")] = None,
+    space: SpaceName = "default",
+    cache: CacheFolder = None,
+) -> None:
+    """The front of size against score: one calibration, the exact allocation for every budget."""
+    with clear_errors("what was fitted is kept: the same command goes on"):
+        import rankopt.search.sweep as sweeps
+        from rankopt.candidates.prepare import prepare
+        from rankopt.core.run_folder import open_folder
+        from rankopt.experiments.tasks import load_task
+        from rankopt.report.sweep import table, write
+
+        found = load_task(task)
+        sweeps.check_evaluate(evaluate)
+        loosest = sweeps.loosest(found, budgets)
+        out = out or default_folder(task, "sweep")
+        open_folder(out, resume=False)
+        prepared = prepare(found, space, cache, show_progress, budget=[loosest])
+        result = sweeps.sweep(prepared, budgets, evaluate, show_progress)
+        write(out, result)
+        echo(table(result))
+        echo(f"written: {out / 'sweep.csv'}, {out / 'sweep.png'}")
+        echo(f"a model of one of them, in seconds: rankopt search {task} --budget METRIC=VALUE")
+
+
+@app.command()
+def hardware(
+    task: TaskName,
+    latency_on: Annotated[
+        str, typer.Option(help="the conditions that are timed")
+    ] = "cpu,batch=1,threads=1,runtime=eager",
+    out: Annotated[
+        Path | None, typer.Option(help="the table to write or add to, for table=FILE elsewhere [one in the cache]")
+    ] = None,
+    space: SpaceName = "default",
+    cache: CacheFolder = None,
+) -> None:
+    """Time a task's layers and all that they may become on this machine, for latency budgets here or elsewhere."""
+    with clear_errors("what was timed is kept: the same command goes on"):
+        from rankopt.candidates.latency_table import Conditions
+        from rankopt.candidates.prepare import time_task
+        from rankopt.candidates.search_space import load_space
+        from rankopt.experiments.tasks import load_task
+        from rankopt.report.hardware import table
+
+        layers, found = time_task(
+            load_task(task), load_space(space), Conditions.parse(latency_on), cache, show_progress, out
+        )
+        echo(table(layers, found))
+        if out:
+            echo(f"written: {out}; use it with --latency-on {found.conditions},table={out}")
+
+
+@app.command()
+def benchmark(
+    task: TaskName,
+    budget: Annotated[
+        list[str], typer.Option("--budget", help="a problem, repeatable: params=0.3, or jointly params=0.3,macs=0.5")
+    ],
+    strategies: Annotated[str, typer.Option(help="all, or names as in knapsack,random,optuna:sampler=gp")] = "all",
+    trials: Annotated[int, typer.Option(help="distinct plans for each strategy; one-shot strategies have one")] = 30,
+    seeds: Annotated[int, typer.Option(help="runs of each, with seeds 0, 1, ...")] = 3,
+    out: Annotated[Path | None, typer.Option(help="the folder for benchmark.* [runs/TASK-benchmark]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on; budgets, strategies and seeds may be added")] = False,
+    space: SpaceName = "default",
+    cache: CacheFolder = None,
+) -> None:
+    """Compare strategies under equal numbers of evaluations."""
+    with clear_errors("every finished run is kept: go on with --resume"):
+        import rankopt.search.benchmark as benchmarks
+        from rankopt.candidates.prepare import prepare
+        from rankopt.core.run_folder import open_folder
+        from rankopt.experiments.tasks import load_task
+        from rankopt.report.benchmark import cell_line, text, write
+
+        names = benchmarks.read_strategies(strategies)
+        out = out or default_folder(task, "benchmark")
+        open_folder(out, resume, benchmarks.FILE)
+        prepared = prepare(load_task(task), space, cache, show_progress, budget=budget[0].split(","))
+
+        def shown(cell: dict[str, Any]) -> None:
+            console.print(cell_line(cell), markup=False, highlight=False, soft_wrap=True)
+
+        data = benchmarks.benchmark(prepared, budget, names, trials, seeds, out, resume, shown, show_progress)
+        write(out, data)
+        echo(text(data))
+        echo(f"written: {', '.join(str(p) for p in sorted(out.glob('benchmark.*')))}")

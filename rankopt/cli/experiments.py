@@ -1,0 +1,108 @@
+"""`rankopt run`: experiments described by a TOML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rankopt.cli.app import CacheFolder, app, clear_errors, echo, write_page
+from rankopt.cli.progress import LiveRunner, ProgressBar
+from rankopt.core.errors import RankoptError
+from rankopt.core.progress import StopCondition
+from rankopt.core.run_folder import folder_lock, read_result
+from rankopt.search.runners import make_runner
+
+if TYPE_CHECKING:
+    from rankopt.experiments.config import StudyFile
+    from rankopt.search.loop import Runner
+
+
+@app.command()
+def run(
+    study: Annotated[
+        Path, typer.Argument(help="a study's .toml file: a search's settings, perhaps with cases or ranges")
+    ],
+    out: Annotated[Path | None, typer.Option(help="the folder for results [the file's out, or runs/STUDY]")] = None,
+    budget_minutes: Annotated[float, typer.Option(help="start nothing after so many minutes; run again to go on")] = (
+        float("inf")
+    ),
+    case: Annotated[
+        list[str] | None, typer.Option(help="this case only, repeatable: so several processes share a study [all]")
+    ] = None,
+    cache: CacheFolder = None,
+) -> None:
+    """Do what a study's file says, or go on with it: one search, a list of cases, or hyperparameters searched for."""
+    with clear_errors("every finished search is kept: the same command goes on"):
+        from rankopt.experiments.config import read_study
+
+        found = read_study(study)
+        if case and not found.cases:
+            raise RankoptError(f"--case: {study} has no [[cases]]")
+        folder = out or found.out
+        runner = make_runner(found.workers, None, 0.0, (None, None), folder / "logs", False)
+        stop = StopCondition(budget_minutes)
+        if found.hyperparameters:
+            _run_tuning(found, folder, runner, cache, stop)
+        elif found.cases:
+            _run_cases(found, folder, LiveRunner(runner, folder), cache, stop, case or ())
+        else:
+            _run_one(found, folder, LiveRunner(runner, folder), cache, stop)
+
+
+def _run_one(study: StudyFile, out: Path, runner: Runner, cache: Path | None, stop: StopCondition) -> None:
+    """One search, with its summary and report."""
+    from rankopt.experiments.tasks import load_task
+    from rankopt.experiments.tuning import run_study
+    from rankopt.search.summary import summary
+
+    folder, complete = run_study(study, load_task(study.task), out, runner, cache, stop, ProgressBar())
+    if folder:
+        echo(summary(read_result(folder)))
+        write_page(folder, html=True)
+    if not complete:
+        echo("not all was done: the same command goes on")
+
+
+def _run_tuning(study: StudyFile, out: Path, runner: Runner, cache: Path | None, stop: StopCondition) -> None:
+    """Many searches, their pages, and the best one made again."""
+    from rankopt.experiments.tasks import load_task
+    from rankopt.experiments.tuning import Searches
+    from rankopt.report.html import write_report
+    from rankopt.report.hyperparameters import write
+
+    display = ProgressBar()
+    with Searches(study, load_task(study.task), out).open() as searches:
+        complete = searches.run(stop.end, runner, cache, display.say, display)
+        if searches.finished():
+            echo(f"written: {', '.join(map(str, write(searches)))}")
+        if not complete:
+            echo(f"the time is over with {len(searches.done())} of {study.searches} searches: the same command goes on")
+        elif folder := searches.keep_best(runner, cache, stop, display):
+            echo(f"the best search, made again: {write_report(folder)}")
+        else:
+            echo("the best search was not made again: the same command goes on")
+
+
+def _run_cases(
+    study: StudyFile, out: Path, runner: Runner, cache: Path | None, stop: StopCondition, only: Sequence[str]
+) -> None:
+    """Every case, each with its report, and the table of them all."""
+    from rankopt.experiments.cases import CaseStarted, finished_cases, run_cases
+    from rankopt.report.cases import MARKDOWN, table, write
+    from rankopt.report.html import write_report
+
+    for event in run_cases(study, out, runner, cache, stop, ProgressBar(), only):
+        if isinstance(event, CaseStarted):
+            echo(f"{event.name}:")
+            continue
+        write_report(event.folder)
+        with folder_lock(out, wait=True):  # several processes may share a study
+            write(out, study.path, finished_cases(study, out), len(study.cases))
+    if rows := finished_cases(study, out):
+        echo(table(rows))
+        echo(f"written: {out / MARKDOWN}")
+    if len(rows) < len(study.cases):
+        echo(f"{len(rows)} of {len(study.cases)} cases are done: the same command goes on")

@@ -1,0 +1,125 @@
+"""`rankopt report`, `apply` and `export`: what can be done with a finished run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankopt.cli.app import app, clear_errors, echo
+from rankopt.core.budget import amount
+from rankopt.core.errors import RankoptError
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Write a run's report.html and print the same as text."""
+    with clear_errors():
+        from rankopt.core.run_folder import read_result, report_damage
+        from rankopt.report.html import write_report
+        from rankopt.report.training import lines
+        from rankopt.search.summary import summary
+
+        with report_damage(run):
+            info = read_result(run)
+            echo("\n".join([summary(info), *lines(info)]))
+        echo(f"report: {write_report(run)}")
+
+
+@app.command()
+def apply(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    task: Annotated[str, typer.Option(help="the task whose model is rebuilt; its file is run")],
+    check: Annotated[bool, typer.Option("--check", help="count the cost again and score the rebuilt model")] = False,
+) -> None:
+    """Rebuild a compressed model from plan.json and its weights."""
+    with clear_errors():
+        from rankopt.core.records import DENSE, SAME
+        from rankopt.core.run_folder import read_result, report_damage
+        from rankopt.decompositions.plan import load, read_plan
+        from rankopt.experiments.tasks import load_task
+        from rankopt.model.counting import count
+
+        found = load_task(task)
+        plan, _ = read_plan(run)
+        model = load(found.model, run)
+        changed = sum(c.method != DENSE for c in plan.choices)
+        rounded = sum(c.precision != SAME for c in plan.choices)
+        also = f", {rounded} stored in fewer bits" if rounded else ""
+        echo(f"rebuilt {run}: {changed} of {len(plan.choices)} layers factorised{also}")
+        if check:
+            cost = count(model, found.example_input)
+            if cost != plan.cost:
+                raise RankoptError(f"the rebuilt model costs {cost}, the plan says {plan.cost}")
+            echo(
+                f"cost counted again: {cost.params:,} parameters, {cost.macs:,} MACs, {cost.bytes:,} bytes, as planned"
+            )
+            if plan.latency_on:
+                _check_latency(found, model, plan)
+            with report_damage(run):
+                _check_scores(found, model, read_result(run))
+
+
+def _check_latency(task: Any, model: Any, plan: Any) -> None:
+    from rankopt.candidates.latency_table import Conditions, machine
+    from rankopt.search.latency_check import in_turns, interval
+
+    conditions = Conditions.parse(plan.latency_on)
+    dense, small = in_turns(task.model, model, task.example_input, conditions)
+    low, high = interval([b / a for a, b in zip(dense, small, strict=True)])
+    echo(
+        f"latency measured again: {low:.1%} to {high:.1%} of dense (95 %), the plan says "
+        f"{plan.cost.latency / max(plan.dense.latency, 1):.1%}; {amount('latency', sorted(small)[len(small) // 2])} on "
+        f"{conditions} ({machine(conditions)})"
+    )
+
+
+def _check_scores(task: Any, model: Any, info: dict[str, Any]) -> None:
+    from rankopt.model.objective import call
+
+    for part, function in (("validation", task.score), ("test", task.test)):
+        value = call(f"the {part} score", function, model)
+        if value is not None:
+            before = info["score"]["compressed"][part]
+            noted = "" if before is None else f" (the run noted {before:.2%})"
+            echo(f"{part} score {value:.2%}{noted}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    task: Annotated[str, typer.Option(help="the task whose model is rebuilt; its file is run")],
+    to: Annotated[str, typer.Option(help="onnx, torch.export or state_dict (safetensors)")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="the file [export.onnx, .pt2 or .safetensors in RUN]")] = None,
+    fuse: Annotated[bool, typer.Option("--fuse", help="fold batch norms, merge and multiply out what pays")] = False,
+    batch: Annotated[str, typer.Option(help="of what size the program takes inputs, or dynamic: any")] = "dynamic",
+    dense: Annotated[
+        bool, typer.Option("--dense", help="state_dict: factors multiplied out, for the original architecture")
+    ] = False,
+) -> None:
+    """Write the compressed model for use elsewhere, compare its outputs on calibration inputs, and time it."""
+    with clear_errors("nothing was written"):
+        import rankopt.export.export as exports
+        from rankopt.decompositions.plan import load
+        from rankopt.experiments.tasks import load_task
+
+        size = exports.check_request(to, fuse, batch, dense)
+        found = load_task(task)
+        small = load(found.model, run)
+        made = exports.export_run(found, small, to, out or run / f"export{exports.SUFFIXES[to]}", fuse, size, dense)
+        echo(exported(made))
+
+
+def exported(made: Any) -> str:
+    """What `rankopt export` did: the file, its parity with the model, its speed beside PyTorch's."""
+    p = made.parity
+    lines = [
+        f"written: {made.path}, {made.path.stat().st_size:,} bytes",
+        f"largest difference from PyTorch's outputs, {p.examples} calibration examples: {p.absolute:.2g} "
+        f"({p.relative:.2g} of the largest)",
+    ]
+    if made.milliseconds:
+        times = "; ".join(f"{name} {value:.2f} ms" for name, value in made.milliseconds.items())
+        lines.append(f"one forward pass here, one thread, batch {made.batch}: {times}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Records, budgets, files and other foundations that import nothing else of rankopt."""

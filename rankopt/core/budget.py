@@ -1,0 +1,124 @@
+"""Budgets: reading them, and the problem of one candidate per layer within them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rankopt.core.errors import BudgetError
+from rankopt.core.records import BUDGETS, Cost
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+BYTES = ("bytes", "memory", "disk")
+
+
+TIMES = {"NS": 1, "US": 10**3, "MS": 10**6, "S": 10**9}  # in nanoseconds
+
+
+HELP = "give a fraction of dense (0.5, 50%) or an absolute number (150000, 2M, 500KB; latency: 5ms, 800us)"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One metric's limit: as requested (a fraction or an absolute number) and in absolute numbers."""
+
+    metric: str
+    requested: float
+    target: int
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def parse_budget(budget: Mapping[str, Any] | Sequence[str], dense: Cost) -> tuple[Limit, ...]:
+    """{"params": 0.5, "bytes": "500KB"} or ["params=0.5", ...] -> limits. Raises BudgetError."""
+    if isinstance(budget, str) or not isinstance(budget, (Mapping, Sequence)):
+        raise BudgetError(f"budget is {budget!r}: give a dictionary such as {{'params': 0.5}}")
+    if not isinstance(budget, Mapping):
+        pairs = [item.partition("=") for item in budget]
+        for metric, equals, _ in pairs:
+            if not equals:
+                raise BudgetError(f"budget {metric!r} is not METRIC=VALUE: {HELP}")
+        names = [metric for metric, _, _ in pairs]
+        if len(set(names)) < len(names):
+            raise BudgetError(f"a budget metric is given twice: {', '.join(names)}")
+        budget = {metric: value for metric, _, value in pairs}
+    if not budget:
+        raise BudgetError(f"no budget: give at least one of {', '.join(BUDGETS)}, for example params=0.5")
+    return tuple(_limit(metric, value, dense) for metric, value in budget.items())
+
+
+def limited_metrics(budget: Any) -> set[str]:
+    """What a budget, as parse_budget reads it, names."""
+    if isinstance(budget, str) or not isinstance(budget, (Mapping, Sequence)):
+        return set()
+    return {str(item).partition("=")[0].strip() for item in budget}
+
+
+def check_metrics(metrics: Iterable[str]) -> None:
+    """Raises BudgetError if one is nothing that a budget may limit."""
+    if unknown := set(metrics) - set(BUDGETS):
+        raise BudgetError(f"unknown budget metric {min(unknown)!r}: choose from {', '.join(BUDGETS)}")
+
+
+def _limit(metric: str, value: Any, dense: Cost) -> Limit:
+    check_metrics([metric])
+    number, is_fraction = _number(metric, value)
+    if not dense[metric]:
+        raise BudgetError(
+            f"budget {metric}={value}: the dense model's {metric} was not measured here; rankopt search, "
+            "rankopt.compress and prepare(budget=...) do"
+        )
+    target = math.floor(number * dense[metric] + 1e-9) if is_fraction else math.floor(number)
+    if number <= 0:
+        raise BudgetError(f"budget {metric}={value} is not above 0: {HELP}")
+    if target > dense[metric]:
+        whole = amount(metric, dense[metric])
+        raise BudgetError(
+            f"budget {metric}={value} is {amount(metric, target)}, above the dense model's {whole}: nothing to do"
+        )
+    return Limit(metric, number, target)
+
+
+def _number(metric: str, value: Any) -> tuple[float, bool]:
+    """The number, and whether it is a fraction of dense."""
+    text = str(value).strip()
+    wrong = BudgetError(f"budget {metric}={text} is not understood: {HELP}")
+    if isinstance(value, bool):
+        raise wrong
+    match = re.fullmatch(
+        r"([+-]?\d+(?:\.\d*)?(?:e[+-]?\d+)?|[+-]?\.\d+(?:e[+-]?\d+)?)\s*(%|[KMG]?B?|[NUM]?S)", text, re.I
+    )
+    if not match:
+        raise wrong
+    number, unit = float(match[1]), match[2].upper()
+    if not math.isfinite(number):
+        raise wrong
+    if unit == "%":
+        return number / 100, True
+    if unit in TIMES or (metric == "latency" and unit):
+        if metric != "latency" or unit not in TIMES:
+            raise wrong
+        return number * TIMES[unit], False
+    if unit:
+        if unit.endswith("B") and metric not in BYTES:
+            raise BudgetError(f"budget {metric}={text}: {unit} counts bytes, {metric} takes K, M or G")
+        return number * UNITS[unit.removesuffix("B")], False
+    is_integer = re.fullmatch(r"[+-]?\d+", match[1]) is not None
+    if is_integer and metric == "latency":
+        raise BudgetError(f"budget latency={text}: give a unit (5ms, 800us) or a fraction of dense (0.6, 60%)")
+    if is_integer and number == 1:
+        raise BudgetError(f"budget {metric}=1 is ambiguous: 100% keeps everything, 1.0 likewise; one {metric} is none")
+    if not is_integer and number > 1:
+        raise BudgetError(f"budget {metric}={text}: a fraction is at most 1, an absolute number is an integer; {HELP}")
+    return number, not is_integer
+
+
+def amount(metric: str, value: float) -> str:
+    """An amount in words: 1,234 or 5.67 ms."""
+    return f"{value / 1e6:,.4g} ms" if metric == "latency" else f"{value:,}"

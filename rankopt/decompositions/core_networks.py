@@ -1,0 +1,124 @@
+"""Linear layers as networks of cores on a factorised shape: C = C1 C2 inputs, T = T1 T2 outputs.
+
+Such a family is linear in the core that holds T2; everything else is searched. With the weight seen as
+(T2, T1 n), the input moment is H1 ⊗ S, where H ≈ H1 ⊗ H2 from its partial traces.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankopt.core.records import Layer, Rank
+from rankopt.decompositions.types import Bond, Factors, Target
+from rankopt.decompositions.variable_projection import OutputSolved, full_target, roots
+
+
+def square_factors(n: int) -> tuple[int, int]:
+    """n = a * b with a <= b as near as can be."""
+    a = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
+    return a, n // a
+
+
+def linear_modes(layer: Layer) -> tuple[int, int, int, int] | None:
+    """(C1, C2, T1, T2), the most square factorisations; None for two primes, and for an Embedding."""
+    if layer.kind == "Embedding":
+        return None
+    c, t = square_factors(layer.in_channels), square_factors(layer.out_channels)
+    return None if c[0] == 1 and t[0] == 1 else (*c, *t)
+
+
+TRAIN = (("C1",), ("C1", "C2"), ("C1", "C2", "T1"))
+"""The modes before each bond of a train over C1, C2, T1, T2."""
+
+
+class CoreNetwork(OutputSolved):
+    """A family that is a chain of convolutions on a Conv2d and a network of cores on a Linear."""
+
+    @abstractmethod
+    def core_shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
+        """Of a Linear's cores."""
+
+    @abstractmethod
+    def linear_macs(self, layer: Layer, rank: Rank) -> int:
+        """Multiply-accumulates of `contract` for one vector."""
+
+    @abstractmethod
+    def contract(self, x: Tensor, cores: Factors) -> Tensor:
+        """x (N, C) -> (N, T)."""
+
+    @abstractmethod
+    def linear_weight(self, cores: Factors) -> Tensor:
+        """The dense weight, (T1, T2, C1, C2)."""
+
+    @abstractmethod
+    def linear_bonds(self, rank: Rank) -> tuple[Bond, ...]:
+        """Bonds that part the modes C1, C2, T1, T2."""
+
+    def bonds(self, layer: Layer, rank: Rank) -> tuple[Bond, ...]:
+        return super().bonds(layer, rank) if len(layer.shape) == 4 else self.linear_bonds(rank)
+
+    def tensor(self, layer: Layer, weight: Tensor) -> tuple[tuple[str, ...], Tensor]:
+        modes = linear_modes(layer)
+        if len(layer.shape) == 4 or modes is None:
+            return super().tensor(layer, weight)
+        return ("T1", "T2", "C1", "C2"), weight.reshape(1, *modes[2:], *modes[:2])
+
+    def shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
+        return super().shapes(layer, rank) if len(layer.shape) == 4 else self.core_shapes(layer, rank)
+
+    def factorised_macs(self, layer: Layer, rank: Rank) -> int:
+        if len(layer.shape) == 4:
+            return super().factorised_macs(layer, rank)
+        return self.linear_macs(layer, rank) * sum(call.maps for call in layer.calls)
+
+    def factorised(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
+        if len(layer.shape) == 4:
+            return super().factorised(module, layer, rank)
+        assert isinstance(module, nn.Linear)
+        return CoreNetworkLinear(self, layer, rank, module)
+
+    def target(
+        self, layer: Layer, weight: Tensor, moment: Tensor | None, metric: Tensor | None
+    ) -> tuple[Target, Tensor]:
+        modes = linear_modes(layer)
+        if len(layer.shape) == 4 or modes is None:
+            return super().target(layer, weight, moment, metric)
+        whole = full_target(layer, weight, moment, metric)
+        t1, t2 = modes[2:]
+        h = whole.metric.view(t1, t2, t1, t2)
+        outer = torch.einsum("ajbj->ab", h)[None]
+        outer = outer / outer.diagonal(dim1=-2, dim2=-1).mean()
+        half, undo = roots(torch.einsum("ajak->jk", h)[None] / t1)
+        turned = whole.weight.view(t1, t2, -1).transpose(0, 1).reshape(1, t2, -1)
+        identity = torch.eye(t2, dtype=half.dtype, device=half.device)[None]
+        return whole._replace(weight=half @ turned, metric=identity, outer=outer), undo
+
+
+class CoreNetworkLinear(nn.Module):
+    """y = x Wᵀ + bias with W a network of cores; x (..., C) -> (..., T)."""
+
+    def __init__(self, family: CoreNetwork, layer: Layer, rank: Rank, like: nn.Linear) -> None:
+        super().__init__()
+        self.family, self.method, self.rank, self.shape = family, family.name, rank, layer.shape
+        kind: dict[str, Any] = {"device": like.weight.device, "dtype": like.weight.dtype}
+        shapes = family.core_shapes(layer, rank)
+        self.cores = nn.ParameterList(nn.Parameter(torch.empty(s, **kind)) for s in shapes)
+        self.bias = nn.Parameter(torch.empty(layer.shape[0], **kind)) if like.bias is not None else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (T, C)."""
+        return self.family.linear_weight(tuple(self.cores)).reshape(self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.family.contract(x.reshape(-1, x.shape[-1]), tuple(self.cores))
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"method={self.method}, rank={self.rank}"

@@ -1,0 +1,39 @@
+"""The registry of decompositions: add a family by a file and a line here (or an entry point of another package)."""
+
+from __future__ import annotations
+
+from rankopt.core.registry import Registry
+from rankopt.decompositions.base import Decomposition
+from rankopt.decompositions.block_term import BlockTerm
+from rankopt.decompositions.cp import Cp, CpMerged
+from rankopt.decompositions.generators import AugmentedTreeNetwork, Mera, TreeNetwork
+from rankopt.decompositions.hierarchical_tucker import HierarchicalTucker
+from rankopt.decompositions.svd import SvdGrouped, SvdIn, SvdOut, SvdSpatial
+from rankopt.decompositions.tensor_ring import TensorRing
+from rankopt.decompositions.tensor_train import TensorTrain
+from rankopt.decompositions.tensor_train_matrix import TensorTrainConvolution, TensorTrainMatrix
+from rankopt.decompositions.tucker import Tucker, Tucker2
+
+DECOMPOSITIONS: Registry[Decomposition] = Registry(
+    "decomposition",
+    "rankopt.decompositions",
+    {
+        "svd_out": SvdOut(),
+        "svd_in": SvdIn(),
+        "svd_spatial": SvdSpatial(),
+        "tucker2": Tucker2(),
+        "cp": Cp(),
+        "cp_merged": CpMerged(),
+        "tt": TensorTrain(),
+        "svd_grouped": SvdGrouped(),
+        "tucker": Tucker(),
+        "btt": BlockTerm(),
+        "tr": TensorRing(),
+        "ht": HierarchicalTucker(),
+        "tt_matrix": TensorTrainMatrix(),
+        "tt_conv": TensorTrainConvolution(),
+        "ttn": TreeNetwork(),
+        "augmented_ttn": AugmentedTreeNetwork(),
+        "mera": Mera(),
+    },
+)

@@ -1,0 +1,198 @@
+"""Matrix decompositions of a layer's weight by SVD, of four foldings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rankopt.core.records import Layer, Rank
+from rankopt.decompositions.base import Decomposition
+from rankopt.decompositions.types import Aspect, Factors, Fit, Stage, Target
+from rankopt.decompositions.variable_projection import (
+    OutputSolved,
+    Parameters,
+    balanced,
+    declare,
+    leading_rows,
+    prepare,
+)
+
+
+class SvdOut(Decomposition):
+    name = "svd_out"
+    density = 4.0  # a further rank costs next to nothing
+
+    def full_rank(self, layer: Layer) -> Rank | None:
+        return (min(layer.out_channels, layer.patch),)
+
+    def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
+        (r,) = rank
+        return (Stage(layer.in_channels, r, layer.kernel, "hw"), Stage(r, layer.out_channels))
+
+    def fit(
+        self,
+        layer: Layer,
+        weight: Tensor,
+        ranks: Sequence[Rank],
+        moment: Tensor | None = None,
+        metric: Tensor | None = None,
+        steps: int = 100,
+    ) -> Iterator[Fit]:
+        target, undo = prepare(layer, weight, moment, metric)
+        vectors = torch.linalg.eigh(target.times_moment(target.weight) @ target.weight.mT)[1].flip(-1)
+        for rank in ranks:
+            u = vectors[..., : rank[0]]
+            left, right = balanced(undo @ u, u.mT @ target.weight)
+            first = right.reshape(-1, layer.in_channels, *layer.kernel)
+            second = left.reshape(-1, rank[0], 1, 1)
+            if len(layer.shape) == 2:
+                first, second = first.flatten(1), second.flatten(1)
+            yield declare(self, layer, weight, (first, second), rank, moment, metric)
+
+
+def input_start(layer: Layer, target: Target, rank: int) -> Tensor:
+    """(g, rank, C): the leading combinations of input channels."""
+    unfolded = target.weight.unflatten(-1, (layer.in_channels, -1)).transpose(-1, -2).flatten(1, 2)
+    return leading_rows(unfolded, rank)
+
+
+def input_rows(layer: Layer, channels: Tensor) -> Tensor:
+    """K = V ⊗ I over kernel positions: (g, R, C) -> (g, R * kh * kw, n)."""
+    eye = torch.eye(layer.patch // layer.in_channels, dtype=channels.dtype, device=channels.device)
+    return torch.einsum("grc,kl->grkcl", channels, eye).flatten(3, 4).flatten(1, 2)
+
+
+def split_input(layer: Layer, channels: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Balance V (g, R, C) against B (g, T, R * kh * kw); returns them in the same shapes."""
+    g, r, _ = channels.shape
+    left = output.view(g, layer.out_channels, r, -1).transpose(-1, -2)  # (g, T, k, R)
+    new_left, new_right = balanced(left.flatten(1, 2), channels)
+    return new_right, new_left.view(left.shape).transpose(-1, -2).flatten(2)
+
+
+class SvdIn(OutputSolved):
+    name = "svd_in"
+    effort = 0.2
+
+    def full_rank(self, layer: Layer) -> Rank | None:
+        if layer.patch == layer.in_channels:
+            return None  # the same as svd_out
+        return (min(layer.in_channels, layer.out_channels * layer.patch // layer.in_channels),)
+
+    def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
+        (r,) = rank
+        return (Stage(layer.in_channels, r), Stage(r, layer.out_channels, layer.kernel, "hw"))
+
+    def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
+        return (input_start(layer, target, rank[0]),)
+
+    def rows(self, layer: Layer, theta: Parameters) -> Tensor:
+        return input_rows(layer, theta[0])
+
+    def factors(self, layer: Layer, theta: Parameters, output: Tensor, rank: Rank) -> Factors:
+        channels, output = split_input(layer, theta[0], output)
+        return (
+            channels.reshape(-1, layer.in_channels, 1, 1),
+            output.reshape(-1, rank[0], *layer.kernel),
+        )
+
+
+class SvdSpatial(OutputSolved):
+    name = "svd_spatial"
+    effort = 0.2
+
+    def full_rank(self, layer: Layer) -> Rank | None:
+        height, width = layer.kernel
+        if min(height, width) == 1:
+            return None  # the same as svd_out or svd_in
+        return (min(layer.in_channels * height, layer.out_channels * width),)
+
+    def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
+        (r,), (height, width) = rank, layer.kernel
+        return (
+            Stage(layer.in_channels, r, (height, 1), "h"),
+            Stage(r, layer.out_channels, (1, width), "w"),
+        )
+
+    def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
+        unfolded = target.weight.unflatten(-1, (-1, layer.kernel[1])).transpose(-1, -2).flatten(1, 2)
+        return (leading_rows(unfolded, rank[0]),)
+
+    def rows(self, layer: Layer, theta: Parameters) -> Tensor:
+        return width_rows(layer, theta[0])
+
+    def factors(self, layer: Layer, theta: Parameters, output: Tensor, rank: Rank) -> Factors:
+        height, width = layer.kernel
+        g, r, _ = theta[0].shape
+        left = output.view(g, -1, r, width).transpose(-1, -2)  # (g, T, kw, R)
+        new_left, right = balanced(left.flatten(1, 2), theta[0])
+        second = new_left.view(left.shape).transpose(-1, -2)
+        return (
+            right.reshape(-1, layer.in_channels, height, 1),
+            second.reshape(-1, r, 1, width),
+        )
+
+
+def width_rows(layer: Layer, columns: Tensor) -> Tensor:
+    """K = A ⊗ I over the kernel's width: (g, R, C * kh) -> (g, R * kw, n)."""
+    eye = torch.eye(layer.kernel[1], dtype=columns.dtype, device=columns.device)
+    return torch.einsum("gra,jl->grjal", columns, eye).flatten(3, 4).flatten(1, 2)
+
+
+BLOCKS = (16, 8, 4, 2)
+
+
+class SvdGrouped(OutputSolved):
+    """Rank (blocks, R of each)."""
+
+    name = "svd_grouped"
+    effort = 0.2
+    density = 0.5  # several aspects at each
+
+    def blocks(self, layer: Layer) -> list[int]:
+        """Into how many blocks the input channels may fall."""
+        return [b for b in BLOCKS if layer.in_channels % b == 0]
+
+    def directions(self, layer: Layer) -> Sequence[Aspect]:
+        most, *fewer = self.blocks(layer)
+        return (most, 1.0), *((b, most / b) for b in fewer)  # fewer blocks, more rank in each
+
+    def full_rank(self, layer: Layer) -> Rank | None:
+        blocks = [] if layer.kind == "Embedding" else self.blocks(layer)
+        return (blocks[0], min(layer.out_channels, layer.patch // blocks[0])) if blocks else None
+
+    def valid(self, layer: Layer, rank: Rank) -> Rank:
+        allowed = self.blocks(layer)
+        blocks = next((b for b in allowed if b <= rank[0]), allowed[-1])
+        return blocks, max(1, min(rank[1], layer.out_channels, layer.patch // blocks))
+
+    def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
+        blocks, r = rank
+        return (
+            Stage(layer.in_channels, blocks * r, layer.kernel, "hw", blocks),
+            Stage(blocks * r, layer.out_channels),
+        )
+
+    def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
+        blocks, r = rank
+        size = layer.patch // blocks
+        rows = []
+        for i, w in enumerate(target.weight.split(size, -1)):
+            own = target.moment[:, i * size :, i * size :][:, :size, :size]
+            u = torch.linalg.eigh(w @ own @ w.mT)[1][..., -r:]
+            rows.append(torch.nn.functional.normalize(u.mT @ w, dim=-1))
+        return (torch.stack(rows, 1),)
+
+    def rows(self, layer: Layer, theta: Parameters) -> Tensor:
+        (right,) = theta
+        eye = torch.eye(right.shape[1], dtype=right.dtype, device=right.device)
+        return torch.einsum("gzrm,zy->gzrym", right, eye).flatten(3, 4).flatten(1, 2)
+
+    def factors(self, layer: Layer, theta: Parameters, output: Tensor, rank: Rank) -> Factors:
+        blocks, r = rank
+        left, right = balanced(output.unflatten(-1, (blocks, r)).transpose(1, 2).flatten(0, 1), theta[0].flatten(0, 1))
+        first = right.reshape(-1, layer.in_channels // blocks, *layer.kernel)
+        last = left.unflatten(0, (-1, blocks)).transpose(1, 2).reshape(-1, blocks * r, 1, 1)
+        return (first, last) if len(layer.shape) == 4 else (first.flatten(1), last.flatten(1))

@@ -1,0 +1,1 @@
+"""Experiments described by files: cases, hyperparameters, built-in tasks."""

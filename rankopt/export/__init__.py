@@ -1,0 +1,1 @@
+"""Leaving rankopt: fusing layers, ONNX, torch.export and plain weights."""

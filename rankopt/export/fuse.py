@@ -1,0 +1,257 @@
+"""A copy of a model for inference, in fewer and faster operations: the same function.
+
+Built once    a layer whose weight is built from factors, and one whose factors take more MACs than the dense layer
+Folded        a batch norm into the convolution or Linear before it:  Ŵ = γ W / σ,  b̂ = γ (b − μ) / σ + β
+Merged        CP's k × 1 and 1 × k depthwise pair into one k × k;  two adjacent Linears or 1 × 1 convolutions, with
+              nothing between them, into one where that takes fewer MACs:  Ŵ = W₂ W₁,  b̂ = W₂ b₁ + b₂
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from rankopt.core.errors import RankoptError
+from rankopt.core.timing import medians
+from rankopt.decompositions.core_networks import CoreNetworkLinear
+from rankopt.decompositions.modules import Factorised, Reconstructed
+from rankopt.decompositions.tensor_train_matrix import TensorTrainMatrixLinear
+from rankopt.export.dataflow import Dataflow
+from rankopt.model.counting import count
+from rankopt.model.forward import find_output, inference, one_example, run, to_device
+from rankopt.model.inventory import names_of
+from rankopt.model.layer_kinds import CONVOLUTIONS, TRANSPOSED
+from rankopt.model.quantization import QuantizedMixin
+
+REPLACEMENTS = (Factorised, Reconstructed, CoreNetworkLinear, TensorTrainMatrixLinear)
+
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+CLEARLY = 0.95  # of the factorised layer's time: a dense one above it is no gain
+
+
+LARGEST = 25  # positions of a depthwise kernel: 7 x 7 is slower merged in channels_last (studies/results/fused.md)
+
+
+def fuse(model: nn.Module, example_input: Any, *, channels_last: bool = False, measured: bool = False) -> nn.Module:
+    """A copy for inference, in eval mode, its parameters frozen: the same outputs from fewer operations.
+
+    example_input: as of Task; one example of it is run to see which layer follows on which. measured: also give
+    layers their dense form where that is faster here and now, on this example. channels_last: keep weights so.
+    Layers that are shared, hooked, parametrised or called more than once stay as they are. A batch norm that was
+    folded is an nn.Identity; to train on, take the original.
+    Raises RankoptError if the copy's output is not the model's, which a forward that goes by other ways than its
+    submodules' may cause.
+    """
+    fused = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
+    x = to_device(one_example(example_input), fused)
+    fused = _built_once(fused, Dataflow(fused, x), measured)
+    while _join(fused, Dataflow(fused, x)):
+        pass
+    if channels_last:
+        fused = fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _check(model, fused, x)
+    return fused
+
+
+def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Put a module in another's place, under each of its names; returns the model (the new one, if it was all)."""
+    new = new.eval().requires_grad_(requires_grad=False)
+    if old is model:
+        return new
+    for name in names_of(model)[old]:
+        model.set_submodule(name, new)
+    return model
+
+
+def _check(model: nn.Module, fused: nn.Module, x: Any) -> None:
+    with inference(model):
+        before, after = find_output(run(model, x)), find_output(run(fused, x))
+    if before is None or after is None:
+        return
+    tolerance = 1e-4 if before.dtype in (torch.float32, torch.float64) else 0.1
+    if (before - after).abs().max() > tolerance * before.abs().max():
+        raise RankoptError(
+            "the fused model's output is not the model's: its forward reaches layers by other ways than its "
+            "submodules, or does not always the same; use it unfused"
+        )
+
+
+# --- dense weights, built once -----------------------------------------------------------------------
+
+
+def _built_once(model: nn.Module, flow: Dataflow, measured: bool) -> nn.Module:
+    for module, calls in flow.calls.items():
+        if not isinstance(module, REPLACEMENTS) or module not in flow.free or calls[0] is None:
+            continue
+        if any(isinstance(part, QuantizedMixin) for part in module.modules()):
+            continue  # its weights are kept small on purpose
+        x, dense = calls[0][0], dense_twin(module)
+        if isinstance(module, Reconstructed) or _better(module, dense, x, measured):
+            model = _put(model, module, dense)
+    return model
+
+
+def _better(module: nn.Module, dense: nn.Module, x: Tensor, measured: bool) -> bool:
+    """Whether the dense form takes fewer MACs, or is measured to be faster."""
+    if count(module, x).macs > count(dense, x).macs:
+        return True
+    if not measured:
+        return False
+    before, after = medians([lambda: module(x), lambda: dense(x)], seconds=0.1)
+    return after < CLEARLY * before
+
+
+def dense_twin(module: nn.Module) -> nn.Module:
+    """The ordinary layer that a replacement stands for: an nn.Conv2d, nn.Linear, ... with its dense weight."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    bias: Tensor | None = getattr(module, "bias", None)
+    kind = module.layer.kind if isinstance(module, (Factorised, Reconstructed)) else "Linear"
+    names = {
+        "Linear": ("in_features", "out_features"),
+        "Embedding": ("num_embeddings", "embedding_dim", "padding_idx"),
+    }.get(kind, ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"))
+    options = {name: getattr(module, name) for name in names}
+    if "Conv" in kind:
+        options["padding_mode"] = module.padding_mode
+    if "Transpose" in kind:
+        options["output_padding"] = module.output_padding
+    if kind != "Embedding":
+        options["bias"] = bias is not None
+    new: nn.Module = getattr(nn, kind)(**options, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        new.weight.copy_(weight)  # type: ignore[operator]
+        if bias is not None:
+            new.bias.copy_(bias)  # type: ignore[operator]
+    return new
+
+
+# --- pairs as one -------------------------------------------------------------------------------------
+
+
+def _join(model: nn.Module, flow: Dataflow) -> bool:
+    """Replace, in place, pairs of modules by one; whether there was any. A module is in one pair at a time."""
+    taken: set[nn.Module] = set()
+    for first in list(flow.calls):
+        second = flow.follower(first)
+        if second is None or not taken.isdisjoint((first, second)):
+            continue
+        shapes = [call[1].shape for m in (first, second) if (call := flow.call(m))]
+        new = next((made for join in JOINS if (made := join(first, second, shapes)) is not None), None)
+        if new is not None:
+            _put(model, first, new)
+            _put(model, second, nn.Identity())
+            taken |= {first, second}
+    return bool(taken)
+
+
+Shapes = Sequence[torch.Size]
+"""Of the outputs of both modules."""
+
+
+def fold_batch_norm(first: Any, second: Any, shapes: Shapes) -> nn.Module | None:
+    """A layer and the batch norm behind it as one; None if they are not that, or the norm has no running statistics."""
+    if type(second) not in NORMS or second.running_mean is None:
+        return None
+    if type(first) in CONVOLUTIONS.values():
+        return fuse_conv_bn_eval(first, second)
+    if type(first) in TRANSPOSED.values() and first.groups == 1:
+        return fuse_conv_bn_eval(first, second, transpose=True)
+    if type(first) is nn.Linear and len(shapes[0]) == 2:  # else the norm's channels are not the Linear's
+        return fuse_linear_bn_eval(first, second)
+    return None
+
+
+def merge_depthwise(first: Any, second: Any, _: Shapes, largest: int = LARGEST) -> nn.Module | None:
+    """Two depthwise convolutions along different axes as one along both; None if they are not that, or one is larger.
+
+    largest: how many positions the kernel of the one may have.
+    """
+    kinds = (*CONVOLUTIONS.values(), *TRANSPOSED.values())
+    if type(first) is not type(second) or type(first) not in kinds or first.bias is not None:
+        return None
+    if any(c.groups != c.in_channels or c.groups != c.out_channels for c in (first, second)):
+        return None
+    if not _separate(first, second) or (first.weight[0] * second.weight[0]).numel() > largest:
+        return None
+
+    def both(name: str, neutral: int) -> Any:
+        a, b = getattr(first, name), getattr(second, name)
+        return a if isinstance(a, str) else tuple(v if v != neutral else w for v, w in zip(a, b, strict=True))
+
+    options = {"output_padding": both("output_padding", 0)} if first.transposed else {}
+    new = type(first)(
+        *(first.in_channels, first.out_channels, both("kernel_size", 1), both("stride", 1), both("padding", 0)),
+        dilation=both("dilation", 1),
+        groups=first.groups,
+        bias=second.bias is not None,
+        padding_mode=first.padding_mode,
+        device=first.weight.device,
+        dtype=first.weight.dtype,
+        **options,
+    )
+    with torch.no_grad():
+        new.weight.copy_(first.weight * second.weight)
+        if second.bias is not None:
+            new.bias.copy_(second.bias)
+    return new
+
+
+def _separate(first: _ConvNd, second: _ConvNd) -> bool:
+    """Whether along every axis at most one of two convolutions does anything."""
+    named = any(isinstance(c.padding, str) for c in (first, second))
+    if first.padding_mode != second.padding_mode or (named and first.padding != second.padding):
+        return False
+    idle = [_idle_axes(c) for c in (first, second)]
+    return all(a or b for a, b in zip(*idle, strict=True))
+
+
+def _idle_axes(conv: _ConvNd) -> list[bool]:
+    around = (0,) * len(conv.kernel_size) if isinstance(conv.padding, str) else conv.padding
+    found = zip(conv.kernel_size, conv.stride, around, conv.output_padding, strict=True)
+    return [values == (1, 1, 0, 0) for values in found]
+
+
+def merge_pointwise(first: Any, second: Any, shapes: Shapes) -> nn.Module | None:
+    """Two Linears, or 1 x 1 convolutions, as one; None if they are not that, or one takes as many MACs."""
+    if type(first) is not type(second) or not (type(first) is nn.Linear or _pointwise_pair(first, second)):
+        return None
+    linear = type(first) is nn.Linear
+    groups = 1 if linear else first.groups
+    positions = [
+        s.numel() // (s[-1] if linear else m.out_channels) for s, m in zip(shapes, (first, second), strict=True)
+    ]
+    a, b = (m.weight.double().flatten(1).unflatten(0, (groups, -1)) for m in (first, second))
+    weight = b @ a  # (groups, out, in)
+    if weight.numel() * positions[1] >= a.numel() * positions[0] + b.numel() * positions[1]:
+        return None
+    new = copy.deepcopy(first)
+    new.weight = nn.Parameter(weight.flatten(0, 1).reshape(-1, *first.weight.shape[1:]).to(first.weight))
+    bias = 0 if second.bias is None else second.bias.double()
+    if first.bias is not None:
+        bias = bias + (b @ first.bias.double().view(groups, -1, 1)).flatten()
+    new.bias = nn.Parameter(bias.to(first.weight)) if isinstance(bias, Tensor) else None
+    if linear:
+        new.out_features = second.out_features
+    else:
+        new.out_channels = second.out_channels
+        new.stride = tuple(s * t for s, t in zip(first.stride, second.stride, strict=True))
+    return new
+
+
+def _pointwise_pair(first: Any, second: Any) -> bool:
+    if type(first) not in CONVOLUTIONS.values() or first.groups != second.groups:
+        return False
+    padded = not isinstance(second.padding, str) and any(second.padding)
+    return not padded and all(set(c.kernel_size) == {1} for c in (first, second))
+
+
+JOINS: tuple[Callable[[Any, Any, Shapes], nn.Module | None], ...] = (fold_batch_norm, merge_depthwise, merge_pointwise)

@@ -1,0 +1,1 @@
+"""A user's model: its layers, how it runs, and what it costs."""

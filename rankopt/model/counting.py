@@ -1,0 +1,36 @@
+"""What a model costs: parameters, MACs and bytes, counted on the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rankopt.core.records import Cost
+from rankopt.model.forward import inference, one_example, run, to_device
+
+# --- counting ------------------------------------------------------------------------------------
+
+
+def count(model: nn.Module, example_input: Any) -> Cost:
+    """What the model really costs: unique parameters, torch's flop counter / 2, bytes as stored."""
+    with inference(model), _visible_recurrence(), FlopCounterMode(display=False) as flops:
+        run(model, to_device(one_example(example_input), model))
+    tensors = [*model.parameters(), *model.buffers()]
+    return Cost(
+        params=sum(p.numel() for p in model.parameters()),
+        macs=flops.get_total_flops() // 2,
+        bytes=sum(t.numel() * t.element_size() for t in tensors),
+    )
+
+
+@contextmanager
+def _visible_recurrence() -> Iterator[None]:
+    """Recurrent layers step by step in torch's own operations: the counter knows none of the backends' kernels."""
+    mkldnn = torch.backends.mkldnn
+    with torch.backends.cudnn.flags(enabled=False), mkldnn.flags(False, mkldnn.deterministic, mkldnn.allow_tf32):
+        yield

@@ -1,0 +1,196 @@
+"""Model + example input -> layers: what may be factorised, at what dense cost, and what not and why."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from rankopt.core.errors import TaskError
+from rankopt.core.records import Call, Cost, Layer
+from rankopt.model.composites import COMPOSITES, expand_composites, is_composite, parts, take_ordinary_path
+from rankopt.model.forward import inference, one_example, run, to_device
+from rankopt.model.layer_kinds import KINDS, describe, pair
+from rankopt.model.quantization import QuantizedMixin
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+
+# --- finding layers ------------------------------------------------------------------------------
+
+
+def unfolded(model: nn.Module, example_input: Any, split_qkv: bool = True) -> nn.Module:
+    """A copy whose recurrent and attention modules and fused Linears are made of Linears; the model if it has none.
+
+    What must stay as it is (shared, parametrised, hooked, not called, ...) is left; the inventory says why.
+    split_qkv: whether a Linear that computes queries, keys and values at once is split.
+    """
+    found = {m: names for m, names in names_of(model).items() if is_composite(m, names[0], split_qkv)}
+    if not found:
+        return model
+    calls, owners = _record_calls(model, example_input), weight_owners(model)
+    free = {names[0]: m for m, names in found.items() if obstacle(m, calls[m], owners) is None}
+    return take_ordinary_path(
+        expand_composites(copy.deepcopy(model), [p for name, m in free.items() for p in parts(m, name)])
+    )
+
+
+def inventory(model: nn.Module, example_input: Any) -> tuple[Layer, ...]:
+    """Every module that owns a weight of two or more dimensions, in the model's order.
+
+    Raises TaskError for a model that does not run on the example, or with a NaN or infinite weight.
+    """
+    names = names_of(model)
+    calls = _record_calls(model, example_input)
+    owners = weight_owners(model)
+    layers = []
+    for module, aliases in names.items():
+        weight = _main_weight(module)
+        if weight is None or isinstance(module, NORMS):
+            continue
+        if not torch.isfinite(weight).all():
+            raise TaskError(f"layer {aliases[0]!r} has NaN or infinite weights: load a sound checkpoint")
+        layers.append(_layer(module, weight, aliases, calls[module], owners))
+    return tuple(layers)
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Module -> every name that leads to it, in the model's order."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    return names
+
+
+def _main_weight(module: nn.Module) -> Tensor | None:
+    """The module's own largest parameter of two or more dimensions (parametrised ones included)."""
+    own = [*module.parameters(recurse=False)]
+    if parametrize.is_parametrized(module):
+        own += [getattr(module, name) for name in module.parametrizations]  # type: ignore[union-attr]
+    own = [p for p in own if p.ndim >= 2]
+    return max(own, key=lambda p: p.numel(), default=None)
+
+
+def weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Parameter id -> names under which distinct modules own it (more than one: tied)."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners[id(parameter)].append(f"{name}.{key}" if name else key)
+    return owners
+
+
+def _record_calls(model: nn.Module, example_input: Any) -> dict[nn.Module, list[Call]]:
+    """Run one example and note the sizes at every call of a layer."""
+    calls: dict[nn.Module, list[Call]] = defaultdict(list)
+
+    def note(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], out: Any) -> None:
+        alone = len(args) == 1 and not options  # else seen, but not described
+        calls[module].append(_call(module, args[0], out) if alone else UNKNOWN)
+
+    weighted = [m for m in model.modules() if _main_weight(m) is not None]
+    handles = [m.register_forward_hook(note, with_kwargs=True) for m in weighted]
+    try:
+        with inference(model):
+            run(model, to_device(one_example(example_input), model))
+    except Exception as error:
+        raise TaskError(f"the model does not run on example_input: {type(error).__name__}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+UNKNOWN = Call(0, (0, 0), (0, 0))
+
+
+def _call(module: nn.Module, x: Any, out: Any) -> Call:
+    if type(module) not in KINDS:
+        return UNKNOWN
+    if isinstance(module, nn.modules.conv._ConvNd):
+        axes = len(module.kernel_size)
+        return Call(len(x) if x.ndim > axes + 1 else 1, pair(x.shape[-axes:]), pair(out.shape[-axes:]))
+    if isinstance(module, nn.Embedding):
+        return Call(x.numel(), (0, 0), (1, 1))
+    return Call(x.numel() // max(x.shape[-1], 1), (1, 1), (1, 1))
+
+
+def _layer(
+    module: nn.Module,
+    weight: Tensor,
+    aliases: list[str],
+    calls: list[Call],
+    owners: dict[int, list[str]],
+) -> Layer:
+    if type(module) in KINDS:
+        layer = describe(module, aliases[0])
+    else:
+        layer = Layer(aliases[0], type(module).__name__, tuple(weight.shape))
+    layer = dataclasses.replace(
+        layer,
+        calls=tuple(calls),
+        element_size=weight.element_size(),
+        reason=_reason(module, calls, owners),
+        aliases=tuple(aliases[1:]),
+    )
+    own = list(module.parameters(recurse=False))
+    params, stored = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
+    return dataclasses.replace(layer, cost=Cost(params, layer.macs, stored))
+
+
+def _reason(module: nn.Module, calls: list[Call], owners: dict[int, list[str]]) -> str | None:
+    """Why a layer must stay dense; None if it may be factorised."""
+    if parametrize.is_parametrized(module):
+        return PARAMETRISED
+    if type(module) in COMPOSITES:
+        return obstacle(module, calls, owners) or f"{type(module).__name__} holds several maps: unfold it first"
+    if isinstance(module, QuantizedMixin):
+        return f"its weight is stored in {module.precision} already"
+    if type(module) not in KINDS:
+        base = next((c.__name__ for c in (*KINDS, *COMPOSITES) if isinstance(module, c)), None)
+        if base:
+            return f"a subclass of {base} may do something else with its weight"
+        return f"{type(module).__name__} cannot be factorised yet"
+    if any(c.maps == 0 for c in calls):
+        return "called with more than its input, or with keywords, which the replacement does not take"
+    table = _table_reason(module) if isinstance(module, nn.Embedding) else None
+    return table or obstacle(module, calls, owners)
+
+
+PARAMETRISED = "its weight is parametrised (weight_norm, spectral_norm, ...): remove the parametrisation first"
+
+
+def obstacle(module: nn.Module, calls: list[Call], owners: dict[int, list[str]]) -> str | None:
+    """What forbids to replace a module, whatever its kind; None if nothing does."""
+    inside = list(module.modules())
+    if any(parametrize.is_parametrized(m) for m in inside):
+        return PARAMETRISED
+    for parameter in module.parameters():
+        if len(owners[id(parameter)]) > 1:
+            return f"its weight or bias is shared: {', '.join(owners[id(parameter)])}"
+    if any("forward" in vars(m) for m in inside):
+        return "its forward was replaced on the instance, which the replacement would lose"
+    if not calls:
+        return "not called as a module by the example input (unused, or its weight is read directly)"
+    strange = next((p for p in module.parameters() if not p.is_floating_point()), None)
+    if strange is not None:
+        return f"its weight is {strange.dtype}"
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside):
+        return "it carries hooks, which the replacement would lose"
+    if any(p.numel() == 0 for p in module.parameters()):
+        return "its weight is empty"
+    return None
+
+
+def _table_reason(module: nn.Embedding) -> str | None:
+    """Why an Embedding must stay dense; None if it may be factorised."""
+    if module.max_norm is not None:
+        return "max_norm rescales the rows that are read, and the replacement has no such rows"
+    if module.scale_grad_by_freq or module.sparse:
+        return "scale_grad_by_freq or sparse says how its rows are trained, and the replacement has no such rows"
+    return None

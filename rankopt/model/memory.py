@@ -1,0 +1,108 @@
+"""Memory while a model runs, and on disk: counted, the same on every machine."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from rankopt.model.forward import inference, map_tensors, one_example, run, to_device
+
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+"""How a safetensors file calls what it holds."""
+
+
+def peak_memory(model: nn.Module, example_input: Any) -> int:
+    """Bytes of all tensors that live at once, at most, in a forward pass of one example in eval mode.
+
+    Weights, buffers, the input, activations, and what is widened or built of weights on the way, by the sizes of
+    their storages; not what a kernel takes and gives back inside, nor torch itself. Attention takes its ordinary path.
+    (torch.distributed._tools.mem_tracker finds the same, but fails on weights that take no gradient.)
+    """
+    x = map_tensors(to_device(one_example(example_input), model), lambda t: t.clone())  # with a storage of its own
+    live = Live()
+    map_tensors((x, *model.parameters(), *model.buffers()), live.see)
+    with live, inference(model):  # in this order: what .eval() builds stays while the model runs
+        run(model, x)
+    return live.peak
+
+
+class Live(TorchDispatchMode):
+    """Adds up the storages that operations return, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = WeakIdKeyDictionary()
+
+    def see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self.seen:
+            return
+        self.seen[storage] = storage.nbytes()
+        self._add(storage.nbytes())
+        weakref.finalize(storage, self._add, -storage.nbytes())
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.see, result)
+        return result
+
+
+class Entry(NamedTuple):
+    """What a file says of a tensor."""
+
+    dtype: torch.dtype
+    shape: Sequence[int]
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def file_size(model: nn.Module) -> int:
+    """Bytes of the model.safetensors that `save` writes."""
+    return size_of_file(*_saved(model))
+
+
+def _saved(model: nn.Module) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors in a model's file, and the names of those that are the same as another (its metadata)."""
+    from safetensors.torch import _remove_duplicate_names
+
+    state = model.state_dict()
+    twins = {twin: name for name, twins in _remove_duplicate_names(state).items() for twin in twins}
+    return {name: Entry(t.dtype, tuple(t.shape)) for name, t in state.items() if name not in twins}, twins
+
+
+def size_of_file(tensors: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> int:
+    """Bytes of a safetensors file: 8, a JSON header that is filled up to a multiple of 8, and the tensors."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, entry in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        start, end = end, end + entry.bytes
+        header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + end

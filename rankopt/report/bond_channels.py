@@ -1,0 +1,152 @@
+"""What the channels of a layer's first bond answer to: the images, and where in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankopt.core.records import Layer, Rank
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.types import Bond, Factors
+from rankopt.model.forward import inference, run, to_device
+from rankopt.report.bond_spectra import inner_moment
+
+CHANNELS, IMAGES = 4, 4  # the strongest channels, and so many images with their highest and with their lowest responses
+
+
+ENERGY = 0.8  # of the gradient, within an image's box
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A channel of a layer's first bond. share: energy of the output that comes through it alone, over the whole's.
+
+    images: (n, c, h, w) in [0, 1]: those with the highest responses, and then those with the lowest, IMAGES each.
+    boxes: for each (top, bottom, left, right), inclusive, where most of the response's gradient lies. responses: (n,).
+    """
+
+    number: int
+    share: float
+    images: Tensor
+    boxes: tuple[tuple[int, int, int, int], ...]
+    responses: tuple[float, ...]
+
+
+def as_images(batches: Sequence[Any]) -> Tensor | None:
+    """All inputs as one batch of images (n, 1 or 3, h, w), if that is what they are."""
+    if not all(isinstance(b, Tensor) and b.ndim == 4 and b.shape[1] in (1, 3) for b in batches):
+        return None
+    return torch.cat([b.cpu() for b in batches]) if len({b.shape[1:] for b in batches}) == 1 else None
+
+
+def first_channels(layer: Layer, method: str, rank: Rank) -> bool:
+    """Whether a layer starts with a 1 x 1 convolution, whose output channels are its first bond."""
+    stages = DECOMPOSITIONS[method].stages(layer, rank)
+    return layer.kind.endswith("2d") and len(stages) > 1 and stages[0].kernel == (1, 1)
+
+
+def channel_shares(layer: Layer, method: str, factors: Factors, moment: Any, metric: Any) -> Tensor:
+    """(g, R): the energy of the output that comes through each channel of the first bond alone, over the whole's.
+
+    Channels overlap and may cancel: the shares do not add up to 1.
+    """
+    g, family = layer.groups, DECOMPOSITIONS[method]
+    first = factors[0].double().cpu().reshape(g, -1, layer.in_channels)
+    size = first.shape[1]
+    # The weight from the bond on: that of the same factors after an identity.
+    eye = torch.eye(size, dtype=torch.float64).repeat(g, 1).reshape(g * size, size, 1, 1)
+    behind = Layer("", "", (layer.shape[0], size, *layer.kernel), g)
+    rest = family.weight(behind, (eye, *(f.double().cpu() for f in factors[1:])))
+    rest = rest.reshape(g, layer.out_channels, size, -1)
+    s, h = inner_moment(layer, Bond(size, ("C",)), moment), metric
+    s, h = (torch.eye(n) if m is None else m for m, n in ((s, layer.in_channels), (h, layer.out_channels)))
+    s, h = (m.double().cpu().expand(g, -1, -1) for m in (s, h))
+    seen = first @ s @ first.mT
+    felt = torch.einsum("gtrk,gtu,guqk->grq", rest, h, rest)
+    return (seen.diagonal(dim1=-2, dim2=-1) * felt.diagonal(dim1=-2, dim2=-1)) / (seen * felt).sum().clamp_min(1e-300)
+
+
+class Watch:
+    """The responses of some channels of a layer's first bond, on its inputs in the compressed model."""
+
+    def __init__(self, layer: Layer, first: Tensor, shares: Tensor) -> None:
+        self.shares, size = shares.flatten(), shares.shape[1]
+        self.rows = self.shares.argsort(descending=True)[:CHANNELS].tolist()
+        self.filters = [(row // size * layer.in_channels, first[row].flatten()) for row in self.rows]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps (b, CHANNELS, h, w) of an input (b, groups * C, h, w)."""
+        return torch.stack([torch.einsum("nchw,c->nhw", x[:, at : at + len(f)], f) for at, f in self.filters], 1)
+
+
+def find_channels(model: nn.Module, watches: Mapping[str, Watch], images: Tensor) -> dict[str, tuple[Channel, ...]]:
+    """The images (n, c, h, w) that each watched channel answers to most, one pass for all layers.
+
+    A layer that does not see one map per image is left out.
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for name in watches}
+    for part in images.split(128):
+        for name, maps in _responses(model, part, watches).items():
+            seen[name].append(torch.stack([maps.amax(2), maps.amin(2), maps.argmax(2), maps.argmin(2)]))
+    low, high = (f(images.flatten(2).transpose(0, 1).flatten(1), 1)[:, None, None] for f in (torch.amin, torch.amax))
+    shown = (images - low) / (high - low).clamp_min(1e-12)
+    found = {}
+    for name, parts in seen.items():
+        if not parts:
+            continue
+        top, bottom, at_top, at_bottom = torch.cat(parts, 1)  # (n, CHANNELS) each
+        first, last = top.argsort(0, descending=True)[:IMAGES], bottom.argsort(0)[:IMAGES]
+        picked = torch.cat([first, last])  # (2 IMAGES, CHANNELS)
+        places = torch.cat([at_top.gather(0, first), at_bottom.gather(0, last)]).long()
+        responses = torch.cat([top.gather(0, first), bottom.gather(0, last)])
+        watch, boxes = watches[name], _boxes(model, name, watches[name], images, picked, places)
+        found[name] = tuple(
+            Channel(row, watch.shares[row].item(), shown[picked[:, k]], boxes[k], tuple(responses[:, k].tolist()))
+            for k, row in enumerate(watch.rows)
+        )
+    return found
+
+
+def _responses(model: nn.Module, x: Tensor, watches: Mapping[str, Watch]) -> dict[str, Tensor]:
+    """Maps (b, CHANNELS, positions) of the watched channels at their layer's first call."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, seen: Tensor) -> None:
+        if name not in found and seen.ndim == 4 and len(seen) == len(x):
+            found[name] = watches[name](seen).flatten(2).cpu()
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(lambda _, a, n=n: note(n, a[0])) for n in watches]
+    try:
+        with inference(model), torch.set_grad_enabled(x.requires_grad):
+            run(model, to_device(x, model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _boxes(
+    model: nn.Module, name: str, watch: Watch, images: Tensor, picked: Tensor, places: Tensor
+) -> list[tuple[tuple[int, int, int, int], ...]]:
+    """For each channel and its picked images, the box with ENERGY of the response's gradient along either axis."""
+    boxes = []
+    for k, (chosen, at) in enumerate(zip(picked.T, places.T, strict=True)):
+        x = images[chosen].detach().clone().requires_grad_()
+        maps = _responses(model, x, {name: watch})[name]
+        (gradient,) = torch.autograd.grad(maps[:, k].gather(1, at[:, None]).sum(), x)
+        energy = gradient.square().sum(1)
+        rows, columns = (_middle(energy.sum(axis)) for axis in (2, 1))
+        boxes.append(tuple((*r, *c) for r, c in zip(rows, columns, strict=True)))
+    return boxes
+
+
+def _middle(energy: Tensor) -> list[tuple[int, int]]:
+    """First and last index of each row (n, size) between which ENERGY of it lies."""
+    share = energy.cumsum(1) / energy.sum(1, keepdim=True).clamp_min(1e-30)
+    tail = (1 - ENERGY) / 2
+    first, last = ((share < bound).sum(1).clamp_max(energy.shape[1] - 1).tolist() for bound in (tail, 1 - tail))
+    return list(zip(first, last, strict=True))

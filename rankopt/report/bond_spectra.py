@@ -1,0 +1,120 @@
+"""The bonds of factorised layers: how many of their directions are used.
+
+A bond is where two factors of a layer meet. It parts the modes of the weight in an input side and an output side, and
+its size R bounds the rank of the weight unfolded so. Bond indices are latent spaces that a dense network does not have
+(Hamreras et al. 2025): the singular spectrum across one says how many of its directions count.
+
+Where one side is the input channels and some kernel positions, and the other the output channels and the rest, it is
+the spectrum of
+
+    (H^½ ⊗ I) Ŵ S^½,    Ŵ unfolded into (T, outer positions) x (C, inner positions)
+
+with S and H of calibration.py, S averaged over the outer positions, whose inputs count as uncorrelated. This is the
+metric in which layers are fitted; for a bond with nothing but T behind it, it is the metric itself. Other sides
+(the modes of a Linear on a factorised shape) have the plain spectrum of the unfolded weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankopt.core.records import Layer, Rank
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.types import Bond
+from rankopt.model.layer_kinds import as_matrix
+
+
+@dataclass(frozen=True)
+class BondSpectrum:
+    """Singular values across a bond, groups together, descending: of the dense layer and of the compressed one."""
+
+    bond: str  # its modes, "inner | outer"
+    size: int  # of all groups together
+    metric: str  # "output" or "plain"
+    dense: tuple[float, ...]
+    small: tuple[float, ...]
+
+    @property
+    def possible(self) -> int:
+        """The highest rank there can be: components of a CP can outnumber the directions."""
+        return min(self.size, len(self.dense))
+
+    @property
+    def effective(self) -> float:
+        return effective_rank(self.small)
+
+    @property
+    def kept(self) -> float:
+        """Energy of the compressed layer over that of the dense one."""
+        return sum(s * s for s in self.small) / max(sum(s * s for s in self.dense), 1e-300)
+
+
+def effective_rank(values: Sequence[float]) -> float:
+    """exp of the entropy of the normalised squared singular values (after Roy and Vetterli 2007); 0 of zeros."""
+    energy = [v * v for v in values if v > 0]
+    total = sum(energy)
+    return math.exp(-sum(e / total * math.log(e / total) for e in energy)) if total > 0 else 0.0
+
+
+def spectra(
+    layer: Layer, family: str, rank: Rank, dense: Tensor, small: Tensor, moment: Any, metric: Any
+) -> tuple[BondSpectrum, ...]:
+    """The spectrum of every bond of a layer. dense, small: weights in its own shape; moment, metric: S and H."""
+    decomposition = DECOMPOSITIONS[family]
+    weights = [as_matrix(layer, w.detach().double().cpu()).reshape(layer.shape) for w in (dense, small)]
+    (names, a), (_, b) = (decomposition.tensor(layer, w) for w in weights)
+    found = []
+    for bond in decomposition.bonds(layer, rank):
+        outside = tuple(n for n in names if n not in bond.inside)
+        felt = {n[0] for n in bond.inside} <= set("Chw") and {n[0] for n in outside} <= set("Thw")
+        roots = (_root(metric), _root(inner_moment(layer, bond, moment))) if felt else (None, None)
+        values = [_singular_values(names, t, bond, outside, roots) for t in (a, b)]
+        size = bond.size * layer.groups
+        text = f"{' '.join(bond.inside)} | {' '.join(outside)}"
+        found.append(BondSpectrum(text, size, "output" if felt else "plain", values[0], values[1]))
+    return tuple(found)
+
+
+def _singular_values(
+    names: tuple[str, ...], tensor: Tensor, bond: Bond, outside: tuple[str, ...], roots: tuple[Any, Any]
+) -> tuple[float, ...]:
+    """Of a tensor (g, *modes) unfolded across a bond, with H^½ and S^½ on either side (None: the identity)."""
+    order = [0, *(1 + names.index(n) for n in (*outside, *bond.inside))]
+    split = 1 + len(outside)
+    turned = tensor.permute(order)
+    matrix = turned.reshape(len(tensor), math.prod(turned.shape[1:split]), -1)
+    h, s = roots
+    if h is not None:
+        matrix = (h @ matrix.reshape(len(tensor), h.shape[-1], -1)).reshape(matrix.shape)
+    if s is not None:
+        matrix = matrix @ s if s.ndim == 3 else matrix * s.unsqueeze(1)
+    return tuple(torch.linalg.svdvals(matrix).flatten().sort(descending=True).values.tolist())
+
+
+def inner_moment(layer: Layer, bond: Bond, moment: Tensor | None) -> Tensor | None:
+    """The part of S (g, n, n) that the input side of a bond sees, averaged over the other kernel positions."""
+    if moment is None or moment.ndim == 2:  # an Embedding's is a diagonal
+        return moment
+    sizes = (layer.in_channels, *layer.kernel)
+    inner = (True, "h" in bond.inside, "w" in bond.inside)
+    other = "".join(b if on else a for a, b, on in zip("chw", "dyx", inner, strict=True))  # the diagonal, if outer
+    kept = "".join(a for a, on in zip("chw", inner, strict=True) if on)
+    also = "".join(b for b, on in zip(other, inner, strict=True) if on)
+    summed = torch.einsum(f"gchw{other}->g{kept}{also}", moment.double().cpu().reshape(-1, *sizes, *sizes))
+    n = math.prod(size for size, on in zip(sizes, inner, strict=True) if on)
+    return summed.reshape(-1, n, n) / (layer.patch / n)
+
+
+def _root(m: Tensor | None) -> Tensor | None:
+    if m is None:
+        return None
+    if m.ndim == 2:
+        return m.double().cpu().sqrt()
+    values, vectors = torch.linalg.eigh(m.double().cpu())
+    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT

@@ -1,0 +1,189 @@
+"""The bonds of a compressed model: a table for the terminal, and one HTML page that loads nothing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from rich.table import Table
+from torch.nn.functional import adaptive_avg_pool2d
+
+from rankopt.core.files import write_beside
+from rankopt.report.bond_analysis import LayerBonds
+from rankopt.report.bond_channels import ENERGY, IMAGES, Channel
+from rankopt.report.bond_spectra import BondSpectrum, effective_rank
+from rankopt.report.html import environment
+from rankopt.report.pictures import ACCENT, FAINT, INK, POINT, draw, short
+from rankopt.search.summary import percent, render
+
+FILE, TEMPLATE = "bonds.html", "bonds.html.j2"
+
+
+LEAST_PATCH, MOST_PATCH = 10, 48  # pixels along a side: of an image, and drawn
+
+
+FLOOR = 1e-6  # least share of energy that is drawn
+
+
+def write_bonds(path: Path, title: str, rows: Sequence[LayerBonds]) -> Path:
+    """Write the page and return its path."""
+    source = page(title, rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_beside(path, lambda p: p.write_text(source, encoding="utf-8", errors="replace"))
+    return path
+
+
+def page(title: str, rows: Sequence[LayerBonds]) -> str:
+    """The page. Names and reasons are not ours: the template escapes whatever is not Markup."""
+    shown = [row for row in rows if row.spectra]
+    pictures = [_pictures(row, i) for i, row in enumerate(shown)]
+    env = environment()
+    env.filters["bond"] = lambda text: text.replace(" ", "\u00a0").replace("|", "│")
+    metrics = {s.metric for row in shown for s in row.spectra}
+    return env.get_template(TEMPLATE).render(
+        title=title,
+        verdict=verdict(rows),
+        layers=list(zip(shown, pictures, strict=True)),
+        others=[row for row in rows if not row.spectra],
+        overview=Markup(draw(overview, shown, height=0.7 + 0.17 * sum(len(r.spectra) for r in shown))) if shown else "",
+        effective=effective_rank,
+        energy=ENERGY,
+        images=IMAGES,
+        output="output" in metrics,
+        plain="plain" in metrics,
+    )
+
+
+def verdict(rows: Sequence[LayerBonds]) -> str:
+    """All bonds in one sentence."""
+    bonds = [s for row in rows for s in row.spectra]
+    if not bonds:
+        return "No layer has a bond."
+    used = statistics.median(s.effective / s.possible for s in bonds)
+    kept = statistics.median(s.kept for s in bonds)
+    layers = sum(bool(row.spectra) for row in rows)
+    return (
+        f"{len(bonds)} bonds in {layers} layers: half of them have an effective rank below {percent(used, 0)} of the "
+        f"possible, and half keep more than {percent(kept, 1)} of the dense layer’s energy."
+    )
+
+
+LEGEND = (
+    "eff. rank: exp of the entropy of the normalised squared singular values across the bond\n"
+    "kept: the sum of these over the dense layer's; metric output: as fitted, plain: of the weight"
+)
+
+
+def table(rows: Sequence[LayerBonds]) -> str:
+    """The same as text, at most 100 columns wide."""
+    found = Table(title="bonds", title_justify="left")
+    for name in ("layer", "method", "bond"):
+        found.add_column(name, overflow="fold")
+    for name in ("size", "eff. rank", "(dense)", "kept"):
+        found.add_column(name, justify="right")
+    found.add_column("metric")
+    for row in rows:
+        for i, s in enumerate(row.spectra):
+            names = ("", "") if i else (row.name or "(the model)", row.method)
+            ranks = f"{s.effective:.1f}", f"({effective_rank(s.dense):.1f})"
+            found.add_row(*names, s.bond, str(s.size), *ranks, percent(s.kept, 1), s.metric)
+    notes = [f"{row.name or '(the model)'}: {row.note}" for row in rows if not row.spectra]
+    return render(found, LEGEND, verdict(rows), *(["no bonds in", *notes] if notes else []))
+
+
+# --- painters ----------------------------------------------------------------------------------------
+
+
+def _pictures(row: LayerBonds, number: int) -> dict[str, Markup]:
+    lines = -(-len(row.spectra) // 3)
+    drawn = {"spectra": draw(spectra, row.spectra, height=1.75 * lines, name=f"spectra{number}")}
+    if row.channels:
+        drawn["channels"] = draw(channels, row.channels, height=2.05, name=f"channels{number}")
+    return {name: Markup(svg) for name, svg in drawn.items()}
+
+
+def overview(ax: Any, rows: Sequence[LayerBonds]) -> None:
+    """A bar per bond: its size (light), its effective rank (solid) and the dense layer's there (line)."""
+    y, ticks = 0.0, []
+    for row in rows:
+        ticks.append((y + (len(row.spectra) - 1) / 2, short(row.name)))
+        for s in row.spectra:
+            ax.barh(y, s.size, 0.8, color=POINT, alpha=0.22, lw=0)
+            ax.barh(y, s.effective, 0.8, color=POINT, lw=0)
+            ax.plot([effective_rank(s.dense)] * 2, [y - 0.4, y + 0.4], color=ACCENT, lw=1.5)
+            y += 1
+        y += 0.6
+    ax.set_yticks(*zip(*ticks, strict=True), fontsize=9)
+    ax.set(ylim=(y - 0.6, -1), xlabel="channels of the bond")
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False, axis="y")
+
+
+def spectra(ax: Any, bonds: Sequence[BondSpectrum]) -> None:
+    """A panel per bond: the energy of each singular direction, of the dense layer (grey) and of what is kept."""
+    figure, columns = ax.figure, min(3, len(bonds))
+    ax.remove()
+    panels = figure.subplots(-(-len(bonds) // columns), columns, sharey=True, squeeze=False).flat
+    for panel, s in zip(panels, bonds, strict=False):
+        total = max(sum(v * v for v in s.dense), 1e-300)
+        dense, small = (np.array([v * v / total for v in values]) for values in (s.dense, s.small))
+        panel.fill_between(np.arange(1, len(dense) + 1), FLOOR, np.maximum(dense, FLOOR), color=FAINT, alpha=0.3, lw=0)
+        panel.plot(np.arange(1, len(small) + 1), np.maximum(small, FLOOR), color=POINT, lw=1.6)
+        if s.size < len(dense):
+            panel.axvline(s.size, color=ACCENT, lw=1, ls="--")
+        panel.set_yscale("log")
+        panel.set_title(s.bond.replace(" | ", " │ "), fontsize=10)
+        panel.set(ylim=(FLOOR, 1.5), xlim=(1, max(2, len(dense))), yticks=[1e-6, 1e-4, 1e-2, 1])
+        panel.minorticks_off()
+        panel.set_yticklabels(["10⁻⁶", "10⁻⁴", "1 %", "all"])
+        panel.set_xticks([1, len(dense)] if len(dense) > 2 else [1, 2])
+    for panel in list(panels):
+        panel.remove()
+
+
+def channels(ax: Any, found: Sequence[Channel]) -> None:
+    """A line per channel: patches of the images with its highest and lowest responses; boxes where it looks."""
+    side = _patch(found)
+    shown = min(side, MOST_PATCH)  # of a large image fewer pixels
+    step, middle = shown + max(1, shown // 16), shown // 4  # from patch to patch, and between highest and lowest
+    whole = np.zeros((len(found) * step, 2 * IMAGES * step + middle, 4))  # transparent where no patch is
+    for i, channel in enumerate(found):
+        for j, (image, box) in enumerate(zip(channel.images, channel.boxes, strict=True)):
+            x, y = j * step + (middle if j >= IMAGES else 0), i * step
+            top, left = (
+                _start(a, b, side, size) for a, b, size in zip(box[::2], box[1::2], image.shape[1:], strict=True)
+            )
+            patch = adaptive_avg_pool2d(image[:, top : top + side, left : left + side], shown).expand(3, -1, -1)
+            whole[y : y + shown, x : x + shown] = np.dstack([*patch.numpy(), np.ones((shown, shown))])
+            if (box[1] - box[0] + 1) * (box[3] - box[2] + 1) < 0.8 * side**2:
+                a, b = (x + (edge - left) * shown / side for edge in (box[2], box[3] + 1))
+                c, d = (y + (edge - top) * shown / side for edge in (box[0], box[1] + 1))
+                for colour, lw in (("white", 2.2), (ACCENT, 1.2)):
+                    ax.plot([a, b, b, a, a], [c, c, d, d, c], color=colour, lw=lw)
+    height, width = whole.shape[:2]
+    ax.imshow(whole, extent=(0, width, height, 0), interpolation="none")
+    ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+    ax.set_yticks(
+        [i * step + shown / 2 for i in range(len(found))], [f"{c.number} · {percent(c.share, 0)}" for c in found]
+    )
+    ax.set_xticks([IMAGES * step / 2, width - IMAGES * step / 2], ["highest", "lowest"])
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0, labelcolor=INK)
+    ax.grid(visible=False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _patch(found: Sequence[Channel]) -> int:
+    """Pixels along the side of a layer's patches: the boxes with what is around them."""
+    sides = [max(b[1] - b[0], b[3] - b[2]) + 1 for c in found for b in c.boxes]
+    return min(max(LEAST_PATCH, round(2.5 * statistics.median(sides))), *found[0].images.shape[2:])
+
+
+def _start(first: int, last: int, side: int, size: int) -> int:
+    """Where a patch with the box first..last in its middle starts, inside an image of this size."""
+    return min(max(0, (first + last + 1 - side) // 2), size - side)

@@ -1,0 +1,1 @@
+"""The job itself: propose, evaluate, keep, and build the result."""

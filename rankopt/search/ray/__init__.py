@@ -1,0 +1,1 @@
+"""Evaluating trials on Ray Tune."""

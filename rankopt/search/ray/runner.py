@@ -1,0 +1,233 @@
+"""The loop on Ray Tune: trials in worker processes, here or on a cluster. The files ray_*.py import ray, too."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rankopt.core.errors import RankoptError, StudyError
+from rankopt.core.files import available_cores
+from rankopt.core.records import Proposal, Trial
+from rankopt.search.loop import WAIT, Evaluate, Outcome, Study, proposals
+from rankopt.search.ray.session import check_resources, keep_logs, line, quiet, started, surroundings
+from rankopt.search.ray.worker import Limits, Worker, pack
+
+NONE = Limits()
+
+
+LOST = "worker died or was lost"
+
+
+class RaySearch:
+    """A runner for `run_search`: up to `workers` trials at a time, each a trial of Ray Tune.
+
+    Uses the Ray that runs in this process already, else the cluster at the address, else starts one here.
+    gpus_per_trial: 0 evaluates on the CPU; a fraction shares a GPU. limits: of one trial. logs: a folder for what
+    workers wrote to standard error, and for TensorBoard's files.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        address: str | None = None,
+        gpus_per_trial: float = 0.0,
+        limits: Limits = NONE,
+        logs: Path | None = None,
+        tensorboard: bool = False,
+    ) -> None:
+        if address is None and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+            # Ray listens on all interfaces and runs what it is sent: a token of our own, which it reads when imported
+            # (and would else write into the home folder).
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        try:
+            import ray.tune  # noqa: F401  (bare ray lacks what its tune imports)
+        except ImportError as error:
+            need = "pip install 'rankopt[ray]', or search without workers"
+            raise RankoptError(f"Ray Tune is not installed ({error}): {need}") from error
+        if workers < 1:
+            raise RankoptError(f"workers is {workers}: give 1 or more")
+        if gpus_per_trial < 0 or (gpus_per_trial > 1 and gpus_per_trial % 1):
+            raise RankoptError(f"gpus_per_trial is {gpus_per_trial}: give a fraction up to 1, or a whole number")
+        if address and address.startswith("ray://"):  # Tune would pickle the study and move it to the cluster's head
+            raise RankoptError(f"{address} is a Ray Client address: give the cluster's own (HOST:6379), or auto")
+        self.workers, self.address, self.gpus, self.limits = workers, address, gpus_per_trial, limits
+        self.logs, self.tensorboard = logs, tensorboard
+
+    def __call__(self, study: Study, evaluate: Evaluate) -> list[Trial]:
+        """Evaluate until the limit or the strategy's end. Returns all trials."""
+        asker = _Asker(study, self.limits.seconds)
+        if not asker.waiting:
+            return study.trials
+        with surroundings() as folder, quiet(folder), started(self.address, self.workers, folder):
+            check_resources(self.gpus)
+            try:
+                self._tune(asker, pack(evaluate), folder)
+            except Exception as error:
+                if asker.error is None and not isinstance(error, RankoptError):
+                    raise StudyError(f"Ray ended the search ({line(error)}): go on with --resume") from error
+                raise asker.error or error from None
+            finally:
+                if self.logs:
+                    keep_logs(Path(folder), self.logs)
+            asker.settle()
+        return study.trials
+
+    def _tune(self, asker: _Asker, payload: bytes, folder: str) -> None:
+        from ray import tune
+        from ray.tune.schedulers import FIFOScheduler
+        from ray.tune.search import Searcher
+
+        # Ray's classes get their base here: this file is read without ray, too.
+        searcher, worker = type("Searcher", (_Searcher, Searcher), {}), type("Worker", (Worker, tune.Trainable), {})
+        scheduler = type("Scheduler", (_Scheduler, FIFOScheduler), {"asker": asker})
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        worker = tune.with_parameters(  # into the object store, once
+            worker,
+            payload=payload,
+            paths=[str(Path(p).resolve()) for p in sys.path],
+            threads=max(1, available_cores() // self.workers),
+            cuda=self.gpus > 0,
+            limits=self.limits,
+        )
+        callbacks = []
+        if self.tensorboard:
+            from ray.tune.logger import TBXLoggerCallback
+
+            callbacks.append(TBXLoggerCallback())
+        tune.Tuner(
+            tune.with_resources(worker, {"cpu": 1, "gpu": self.gpus}),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher(asker),
+                scheduler=scheduler(),
+                num_samples=-1,
+                max_concurrent_trials=self.workers,
+                reuse_actors=True,  # twenty trivial trials: 8 s, else 50
+            ),
+            run_config=tune.RunConfig(
+                name="rankopt",
+                storage_path=folder,
+                verbose=0,
+                callbacks=callbacks,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the default asks workers for one
+            ),
+        ).fit()
+
+
+# --- in this process: what Tune asks and tells -------------------------------------------------------
+
+
+class _Asker:
+    """The study, for Tune's searcher. Errors are kept here: Tune swallows most that are raised in a tell."""
+
+    def __init__(self, study: Study, seconds: float | None) -> None:
+        self.study, self.seconds = study, seconds
+        first = next(proposals(study), None)  # asked before Ray is started, perhaps for nothing
+        self.waiting = [] if first is None else [first]
+        self.running: dict[str, tuple[Proposal, float]] = {}  # -> and when it was asked for
+        self.reasons: dict[str, str] = {}  # trial -> why Ray lost it
+        self.error: Exception | None = None
+        self.complete = False
+        self.dry = -1, 0.0  # trials told when there was nothing to propose, and until when that holds
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its searcher for restarts that are not used; a study does not pickle
+
+    def ask(self, trial_id: str) -> Proposal | None:
+        """The next proposal; None: not now, or (complete) never again. Raises what a tell or the study raised."""
+        if self.error:
+            raise self.error
+        proposal = self.waiting.pop() if self.waiting and not self.study.stopping else self._next()
+        if proposal is None:
+            self.complete = not self.running and (self.study.stopping or not self.study.awaited)
+        else:
+            self.running[trial_id] = proposal, time.monotonic()
+        return proposal
+
+    def _next(self) -> Proposal | None:
+        if self.dry[0] == len(self.study.trials) and time.monotonic() < self.dry[1]:
+            return None  # Tune asks ten times a second; a strategy run dry knows more after the next result only
+        try:
+            proposal = self.study.next()
+        except Exception as error:
+            self.error = error
+            raise
+        if proposal is None:
+            self.dry = len(self.study.trials), time.monotonic() + WAIT if self.study.awaited else math.inf
+        return proposal
+
+    def promote(self, trial_id: str, outcome: Outcome) -> bool:
+        """Whether a trial goes on to its next fidelity."""
+        return self.study.promote(self.running[trial_id][0], outcome.rungs)
+
+    def note(self, trial: Any) -> None:
+        """Why Tune calls a trial failed: the last line of what it wrote; told just before the searcher is."""
+        with suppress(OSError, IndexError):
+            line = Path(trial.error_file).read_text().strip().splitlines()[-1]
+            self.reasons[trial.trial_id] = f"worker died: {line.partition(' Some common causes')[0]}"
+
+    def tell(self, trial_id: str, outcome: Outcome | None) -> None:
+        if trial_id not in self.running or self.error:  # Tune tells some failures twice
+            return
+        proposal, since = self.running.pop(trial_id)
+        outcome = outcome or self._lost(trial_id, time.monotonic() - since)
+        try:
+            if self.study.again(proposal, outcome):
+                self.waiting.append(proposal)
+            else:
+                self.study.finish(proposal, outcome)
+        except Exception as error:
+            self.error = error
+
+    def _lost(self, trial_id: str, seconds: float) -> Outcome:
+        """A worker that died: past its time limit by our hand, else it may have been the machine's fault."""
+        if self.seconds and seconds >= self.seconds:
+            return Outcome(seconds=seconds, error=f"took longer than the limit of {self.seconds:g} s")
+        return Outcome(seconds=seconds, error=self.reasons.get(trial_id, LOST), passing=True)
+
+    def settle(self) -> None:
+        """After the run: what Ray lost without a word is a failed trial. Raises what a tell raised."""
+        for trial_id in list(self.running):
+            self.tell(trial_id, Outcome(error=self.reasons.get(trial_id, LOST)))
+        if self.error:
+            raise self.error
+        if not self.complete:  # a nearly full disk ends Tune without an error
+            raise StudyError("Ray ended the search too early, without a reason: go on with --resume")
+
+
+class _Searcher:
+    """Becomes a ray.tune.search.Searcher."""
+
+    def __init__(self, asker: _Asker) -> None:
+        super().__init__()
+        self.asker = asker
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if (proposal := self.asker.ask(trial_id)) is not None:
+            return {"proposal": proposal}
+        return "FINISHED" if self.asker.complete else None  # None with nothing running hangs for ever
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        done = result and "outcome" in result and not error  # a trial stopped at a low fidelity is told here, too
+        self.asker.tell(trial_id, Outcome(*result["outcome"]) if result and done else None)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is on disk already."""
+
+
+class _Scheduler:
+    """Becomes a ray.tune.schedulers.FIFOScheduler."""
+
+    asker: _Asker
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return "CONTINUE" if self.asker.promote(trial.trial_id, Outcome(*result["outcome"])) else "STOP"
+
+    def on_trial_error(self, controller: Any, trial: Any) -> None:
+        self.asker.note(trial)

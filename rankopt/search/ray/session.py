@@ -1,0 +1,129 @@
+"""Ray around a search: starting or reaching it, quiet, leaving nothing behind but logs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+from rankopt.core.errors import RankoptError
+from rankopt.core.run_folder import process_alive
+
+ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: no tables
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a warning
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a task may read files by relative paths
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV and JSON per trial
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own ends the run as if it were complete: Ctrl-C must reach the caller
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+}
+
+
+LONGEST = 16  # of the temporary folder's path: Ray makes sockets below it, whose paths end at 107 bytes
+
+
+@contextmanager
+def surroundings() -> Iterator[str]:
+    """Ray's settings in the environment where the user set none, and a folder for what it writes; undone afterwards."""
+    before, parent = dict(os.environ), tempfile.gettempdir()
+    if len(parent) > LONGEST and os.access("/tmp", os.W_OK):
+        parent = "/tmp"
+    os.environ.update(ENVIRONMENT | before)
+    try:
+        _sweep(Path(parent))
+        with tempfile.TemporaryDirectory(
+            prefix=f"rankopt-{os.getpid()}-", dir=parent, ignore_cleanup_errors=True
+        ) as folder:
+            yield folder
+    finally:
+        for name in {*ENVIRONMENT, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} - set(before):
+            os.environ.pop(name, None)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the folders of searches that were killed."""
+    for folder in parent.glob("rankopt-*-*"):
+        pid = folder.name.split("-")[1]
+        with suppress(OSError):
+            if pid.isdigit() and folder.stat().st_uid == os.getuid() and not process_alive(int(pid)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def quiet(folder: str) -> Iterator[None]:
+    """Ray says on standard output, at length, that a worker died: into a file, for keep_logs."""
+    with (Path(folder) / "ray.out").open("w") as file, redirect_stdout(file):
+        yield
+
+
+def keep_logs(folder: Path, logs: Path) -> None:
+    """What workers wrote to standard error, and TensorBoard's files, one folder a trial."""
+    said = [folder / "ray.out", *folder.glob("session_2*/logs/worker-*.err")]
+    found = {p: logs / p.name for p in said if p.is_file() and p.stat().st_size}
+    events = sorted(folder.rglob("events.out.tfevents.*"))
+    found |= {p: logs / "tensorboard" / p.parent.name / p.name for p in events}
+    for source, target in found.items():
+        with suppress(OSError):  # a full disk must not hide the search's own end
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+@contextmanager
+def started(address: str | None, workers: int, folder: str) -> Iterator[None]:
+    """Ray, initialised; shut down afterwards if it was not before."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"address": address}
+    if address:
+        reach(address)
+    else:  # "local": RAY_ADDRESS is not followed
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray was imported without a token
+        options = {"address": "local", "num_cpus": workers, "include_dashboard": False, "_temp_dir": folder}
+    try:
+        try:
+            ray.init(**options, log_to_driver=False, logging_level="ERROR")
+        except (Exception, SystemExit) as error:  # Ray exits the process where something else answers
+            where = f"cannot be reached at {address}" if address else "does not start"
+            raise RankoptError(f"Ray {where}: {line(error)}") from error
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(gpus: float) -> None:
+    """Raise RankoptError where no machine has room for a trial: Ray would wait for ever."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    if not nodes:
+        raise RankoptError("no machine of the Ray cluster offers a CPU: start it with --num-cpus 1 or more")
+    most = max(node.get("GPU", 0) for node in nodes)
+    if most < gpus:
+        raise RankoptError(
+            f"a trial asks for {gpus:g} GPUs, Ray sees {most:g} on a machine: lower gpus_per_trial "
+            "(--gpus-per-trial), or give the address of a cluster with GPUs"
+        )
+
+
+def reach(address: str) -> None:
+    """Raise RankoptError if nothing answers: Ray tries for two minutes and then exits the process."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():  # "auto": Ray knows at once
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise RankoptError(f"no Ray cluster answers at {address} ({error}): start it or correct the address") from error
+
+
+def line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -1,0 +1,194 @@
+"""A study that several processes and machines share: any SQLAlchemy URL that Optuna takes.
+
+A plan is claimed before it is evaluated: a running trial is added, and the claim holds unless another of a lower
+number has the same plan (the storage gives numbers one at a time). A claim is renewed by a heartbeat, and void when
+its process is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import optuna
+from optuna.exceptions import OptunaError, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+
+from rankopt.core.errors import StudyError
+from rankopt.core.files import digest, write_beside
+from rankopt.core.problem import Problem
+from rankopt.core.records import Proposal, Trial
+from rankopt.core.run_folder import process_alive
+from rankopt.search.storage.local import FILE, STUDY, Store, create_study, storage_errors, valid_trials
+
+BEAT, GRACE = 20, 90  # seconds between heartbeats, and without one until a claim of another machine is void
+
+
+PATIENCE = 300  # seconds that a storage may be away
+
+
+T = TypeVar("T")
+
+
+log = logging.getLogger(__name__)
+
+
+class SharedStore(Store):
+    """As Store. What a search must agree on makes the study's name: equal searches join, others never meet."""
+
+    def __init__(self, url: str, folder: Path, problem: Problem, about: dict[str, Any], resume: bool) -> None:
+        try:
+            self.url = make_url(url)
+        except ArgumentError as error:
+            raise StudyError(
+                f"storage {url!r} is no SQLAlchemy URL: give one as postgresql+psycopg://user@host/db"
+            ) from error
+        self.claims: dict[Proposal, int] = {}  # of this process -> trial id
+        self.owner = f"{socket.gethostname()}:{os.getpid()}"
+        self.known: set[Proposal] = set()  # told by this process, or to it
+        self.heart: threading.Thread | None = None
+        self.folder = folder
+        super().__init__(folder, problem, about, resume)
+
+    @property
+    def place(self) -> str:
+        return self.url.render_as_string(hide_password=True)
+
+    def _open(self, about: dict[str, Any], resume: bool) -> optuna.Study:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                self.storage = RDBStorage(
+                    self.url.render_as_string(hide_password=False),
+                    engine_kwargs={"pool_pre_ping": True},
+                    heartbeat_interval=BEAT,
+                    grace_period=GRACE,
+                )
+            except ImportError as error:
+                raise StudyError(
+                    f"the driver of {self.url.drivername} is not installed ({error}): pip install it"
+                ) from error
+        name = f"{STUDY}-{about['strategy']}-{about['seed']}-{digest(about)[:12]}"
+        study = optuna.create_study(storage=self.storage, study_name=name, direction="minimize", load_if_exists=True)
+        for key, value in about.items():
+            study.set_user_attr(key, value)
+        return study
+
+    def claim(self, proposal: Proposal, limit: int) -> bool:
+        """Whether this process is to evaluate a plan: nobody has, nobody of a lower number is about to, and the plans
+        told and claimed before it leave room for one more.
+        """
+        params = dict(zip(self.space, proposal, strict=True))
+        claim = create_trial(
+            state=TrialState.RUNNING, params=params, distributions=self.space, user_attrs={"owner": self.owner}
+        )
+        mine = self._patiently(lambda: self.storage.create_new_trial(self.study._study_id, claim))
+        standing = self._standing()
+        number = next(t.number for t in standing if t._trial_id == mine)
+        before = [t.params for t in standing if t.number < number or t.state != TrialState.RUNNING]
+        if params in before or len({tuple(p.values()) for p in before}) >= limit:
+            self._void(mine)
+            return False
+        self.claims[proposal] = mine
+        self._patiently(lambda: self.storage.record_heartbeat(mine))
+        if self.heart is None:
+            self.heart = threading.Thread(target=_beat, args=(weakref.ref(self),), daemon=True)
+            self.heart.start()
+        return True
+
+    def claimed(self) -> set[Proposal]:
+        """The plans that other processes evaluate now."""
+        running = (t for t in self._standing() if t.state == TrialState.RUNNING)
+        return {self._proposal(t) for t in running if t._trial_id not in self.claims.values()}
+
+    def add(self, trial: Trial, asked: int) -> None:
+        """Write a trial; its claim has served."""
+        frozen = self.frozen(trial, asked)
+        self._patiently(lambda: self.study.add_trial(frozen))
+        self.known.add(trial.proposal)
+        if (claim := self.claims.pop(trial.proposal, None)) is not None:
+            self._void(claim)
+
+    def trials(self) -> tuple[list[Trial], int]:
+        found, asked = super().trials()
+        self.known = {t.proposal for t in found}
+        return found, asked
+
+    def news(self) -> list[Trial]:
+        """What other processes told since the last look."""
+        fresh = [t for t in super().trials()[0] if t.proposal not in self.known]
+        self.known.update(t.proposal for t in fresh)
+        return fresh
+
+    def export(self) -> None:
+        """Write the trials to the folder's study.db, for its report."""
+        with storage_errors(self.place):
+            found, attributes = list(valid_trials(self.study)), self.study.user_attrs
+
+        def write(part: Path) -> None:
+            url = f"sqlite:///{part}"
+            create_study(url, STUDY, attributes)
+            optuna.load_study(study_name=STUDY, storage=url).add_trials(found)
+
+        write_beside(self.folder / FILE, write)
+
+    def _standing(self) -> list[FrozenTrial]:
+        """Trials that were told, and claims whose processes live; others are made void."""
+        trials = self._patiently(lambda: self.study.get_trials(deepcopy=False))
+        since = self._patiently(lambda: self.study.user_attrs.get("since", 0))
+        standing = [t for t in trials if t.number >= since and "void" not in t.user_attrs]
+        if any(t.state == TrialState.RUNNING for t in standing):
+            silent = self._patiently(lambda: self.storage._get_stale_trial_ids(self.study._study_id))
+            gone = [t for t in standing if t.state == TrialState.RUNNING and self._gone(t, silent)]
+            for trial in gone:
+                self._void(trial._trial_id)
+            standing = [t for t in standing if t not in gone]
+        return standing
+
+    def _gone(self, trial: FrozenTrial, silent: list[int]) -> bool:
+        host, _, pid = trial.user_attrs["owner"].rpartition(":")
+        return trial._trial_id in silent or (host == socket.gethostname() and not process_alive(int(pid)))
+
+    def _void(self, trial: int) -> None:
+        def write() -> None:
+            with suppress(UpdateFinishedTrialError):  # another process was faster
+                self.storage.set_trial_user_attr(trial, "void", True)
+                self.storage.set_trial_state_values(trial, TrialState.FAIL)
+
+        self._patiently(write)
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        """Repeat what fails while the storage is away. Raises StudyError after PATIENCE."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return action()
+            except (StorageInternalError, DBAPIError) as error:
+                if time.monotonic() > end:
+                    raise StudyError(
+                        f"{self.place} did not answer for {PATIENCE} s: use --resume when it does"
+                    ) from error
+                log.warning("%s does not answer: waiting for it", self.place)
+                time.sleep(5)
+
+
+def _beat(store: weakref.ref[SharedStore]) -> None:
+    """Renew a store's claims until it is gone."""
+    while (held := store()) is not None:
+        for trial in list(held.claims.values()):
+            with suppress(SQLAlchemyError, OptunaError):
+                held.storage.record_heartbeat(trial)
+        del held
+        time.sleep(BEAT)

@@ -1,0 +1,161 @@
+"""Every budget from one run: the exact allocation solved again for each, measured where the front bends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rankopt.candidates.prepare import Prepared
+from rankopt.core.budget import Limit, parse_budget
+from rankopt.core.errors import BudgetError, RankoptError
+from rankopt.core.progress import Clock, Progress, silent
+from rankopt.core.records import Cost, Plan, Proposal, Task
+from rankopt.core.statistics import Interval, wilson
+from rankopt.model.counting import count
+from rankopt.model.objective import call
+from rankopt.search.evaluator import Evaluator
+from rankopt.search.result import make_plan
+from rankopt.strategies.allocation import allocate
+
+DEPTH, BEND = 2, 0.1  # knees: of the front, and of its two halves; what bends less than 10 % is straight
+
+
+EVALUATE = ("knees", "all", "none")
+
+
+HELP = "give METRIC=FROM:TO:HOW_MANY (params=0.8:0.1:8) or a list (params=0.8,0.5,0.3)"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One budget of a sweep. kind: "end", "knee", "between" or "infeasible" (`reason` says why)."""
+
+    budget: str  # as `rankopt search --budget` takes it
+    limit: Limit
+    kind: str
+    reason: str = ""
+    proposal: Proposal | None = None
+    plan: Plan | None = None
+    predicted: float | None = None
+    gap: float | None = None  # relative optimality gap of the predicted loss
+    objective: float | None = None
+    score: float | None = None
+    interval: Interval | None = None  # of the score, 95 %
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The points in the order asked. evaluated: distinct plans; seconds: of allocating and of evaluating them all."""
+
+    task: str
+    metric: str
+    dense: Cost
+    dense_score: float | None
+    dense_interval: Interval | None
+    points: tuple[Point, ...]
+    evaluated: int
+    seconds: dict[str, float]
+
+
+def read_budgets(text: str, dense: Cost) -> list[tuple[str, Limit]]:
+    """Budgets as text and as limits, in the order asked.
+
+    "params=0.8:0.1:8": eight from 0.8 to 0.1, each the same factor below the one before (losses grow with the
+    factor, not with the difference), fractions rounded to 3 digits, absolute numbers to integers.
+    "params=0.8,0.5,30K": these. Raises BudgetError.
+    """
+    metric, equals, values = text.partition("=")
+    if not equals or not values:
+        raise BudgetError(f"budgets {text!r} are not understood: {HELP}")
+    if ":" not in values:
+        budgets = [f"{metric}={v.strip()}" for v in values.split(",")]
+    else:
+        parts = values.split(":")
+        if len(parts) != 3 or not parts[2].strip().isdigit() or int(parts[2]) < 2:
+            raise BudgetError(f"budgets {text!r} are not understood, or fewer than 2: {HELP}")
+        ends = [parse_budget([f"{metric}={v}"], dense)[0].requested for v in parts[:2]]
+        if (ends[0] <= 1) != (ends[1] <= 1):
+            raise BudgetError(f"budgets {text!r}: give both ends as fractions of dense, or both as numbers")
+        between = np.geomspace(ends[0], ends[1], int(parts[2]))
+        budgets = [f"{metric}={float(f'{v:.3g}')}" if v <= 1 else f"{metric}={round(v)}" for v in between]
+    return [(b, parse_budget([b], dense)[0]) for b in dict.fromkeys(budgets)]
+
+
+def loosest(task: Task, budgets: str) -> str:
+    """The budget of a sweep that is easiest to meet: if it cannot be met, none can."""
+    wanted = read_budgets(budgets, count(task.model, task.example_input))
+    return max(wanted, key=lambda b: b[1].target)[0]
+
+
+def knees(x: Sequence[float], y: Sequence[float], depth: int = DEPTH) -> set[int]:
+    """Indices where a decreasing front bends most (Satopää 2011, "Kneedle"), in its whole and again on both sides.
+
+    x ascending, y descending, both scaled to [0, 1]: the point furthest below the line between the ends.
+    """
+    if depth == 0 or len(x) < 3 or x[-1] <= x[0] or y[0] <= y[-1]:
+        return set()
+    a, b = np.asarray(x, float), np.asarray(y, float)
+    below = 1 - (a - a[0]) / (a[-1] - a[0]) - (b - b[-1]) / (b[0] - b[-1])
+    at = int(below.argmax())
+    if below[at] < BEND:
+        return set()
+    left, right = knees(x[: at + 1], y[: at + 1], depth - 1), knees(x[at:], y[at:], depth - 1)
+    return {at} | left | {at + i for i in right}
+
+
+def sweep(prepared: Prepared, budgets: str, evaluate: str = "knees", track: Progress = silent) -> Sweep:
+    """Allocate for each budget; measure objective and validation score of some. Test data is not touched.
+
+    evaluate: "knees" (the ends and the knees of the predicted front), "all" or "none".
+    Raises BudgetError if no budget can be met, TaskError if an evaluation fails.
+    """
+    check_evaluate(evaluate)
+    task, clock = prepared.task, Clock()
+    wanted = read_budgets(budgets, prepared.dense)
+    with clock.stage("allocating"):
+        points = [_allocate(prepared, *b) for b in track(wanted, "allocating", len(wanted))]
+    if all(p.plan is None for p in points):
+        raise BudgetError(f"none of these budgets can be met: {points[0].reason}")
+    points = _mark(points)
+    kinds = {"knees": ("end", "knee"), "all": ("end", "knee", "between"), "none": ()}[evaluate]
+    with clock.stage("evaluating"):
+        chosen = [p for p in points if p.kind in kinds]
+        measured = {p.budget: _measure(prepared, p) for p in track(chosen, "evaluating", len(chosen))}
+        dense = call("the score", task.score, task.model)
+    points = [measured.get(p.budget, p) for p in points]
+    seconds = {k: round(v, 3) for k, v in clock.items()}
+    metric, interval = wanted[0][1].metric, wilson(dense, task.examples)
+    return Sweep(task.name, metric, prepared.dense, dense, interval, tuple(points), len(chosen), seconds)
+
+
+def check_evaluate(evaluate: str) -> None:
+    if evaluate not in EVALUATE:
+        raise RankoptError(f"--evaluate {evaluate!r}: choose from {', '.join(EVALUATE)}")
+
+
+def _allocate(prepared: Prepared, budget: str, limit: Limit) -> Point:
+    try:
+        problem = prepared.problem([budget])
+        found = allocate(problem)
+    except BudgetError as error:
+        return Point(budget, limit, "infeasible", str(error))
+    plan = make_plan(prepared, problem, found.proposal)
+    return Point(budget, limit, "between", "", found.proposal, plan, found.loss, found.gap)
+
+
+def _mark(points: Sequence[Point]) -> list[Point]:
+    """Ends and knees of the predicted front over the sizes reached."""
+    metric = points[0].limit.metric
+    front = sorted((i for i, p in enumerate(points) if p.plan), key=lambda i: points[i].limit.target)
+    sizes = [p.plan.cost[metric] for i in front if (p := points[i]).plan]
+    bends = {front[i] for i in knees(sizes, [points[i].predicted or 0.0 for i in front])}
+    kinds = dict.fromkeys(bends, "knee") | dict.fromkeys((front[0], front[-1]), "end")
+    return [replace(p, kind=kinds.get(i, p.kind)) for i, p in enumerate(points)]
+
+
+def _measure(prepared: Prepared, point: Point) -> Point:
+    assert point.proposal is not None
+    objective, score = Evaluator.of(prepared, prepared.problem([point.budget]))(point.proposal)
+    return replace(point, objective=objective, score=score, interval=wilson(score, prepared.task.examples))

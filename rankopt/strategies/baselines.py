@@ -1,0 +1,94 @@
+"""The baselines: uniform, energy, greedy and random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from rankopt.core.problem import Problem
+from rankopt.core.records import Candidate, Cost, Proposal
+from rankopt.strategies.allocation import fill, project
+from rankopt.strategies.base import Strategy
+
+
+class Uniform(Strategy):
+    name = "uniform"
+    one_shot = True
+
+    def propose(self, number: int) -> Proposal | None:
+        return largest(self.problem, lambda share: at_share(self.problem, share)) if number == 0 else None
+
+
+def at_share(problem: Problem, share: float) -> Proposal:
+    """In each layer the most accurate candidate with at most this share of its dense cost, in every metric."""
+    metrics = [limit.metric for limit in problem.limits]
+    return within(problem, [{m: share * f[-1].cost[m] for m in metrics} for f in problem.frontiers])
+
+
+def within(problem: Problem, costs: Sequence[Cost | Mapping[str, float]]) -> Proposal:
+    """In each layer the most accurate candidate that costs at most this, in every metric; the cheapest if none does."""
+    metrics = [limit.metric for limit in problem.limits]
+    return tuple(
+        max((i for i, c in enumerate(f) if all(c.cost[m] <= most[m] for m in metrics)), default=_cheapest(f, metrics))
+        for f, most in zip(problem.frontiers, costs, strict=True)
+    )
+
+
+def _cheapest(candidates: tuple[Candidate, ...], metrics: list[str]) -> int:
+    return min(range(len(candidates)), key=lambda i: [candidates[i].cost[m] for m in metrics])
+
+
+def largest(problem: Problem, proposal_at: Callable[[float], Proposal]) -> Proposal:
+    """Bisect a scalar in [0, 1] for the largest whose proposal fits; the proposal at 0 if none does."""
+    low, high = 0.0, 1.0
+    if problem.fits(proposal_at(high)):
+        return proposal_at(high)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if problem.fits(proposal_at(middle)) else (low, middle)
+    return proposal_at(low)
+
+
+class Energy(Strategy):
+    name = "energy"
+    one_shot = True
+
+    def propose(self, number: int) -> Proposal | None:
+        return largest(self.problem, lambda kept: self.at_threshold(1 - kept)) if number == 0 else None
+
+    def at_threshold(self, error: float) -> Proposal:
+        """Per layer the first (cheapest) frontier position with at most this relative error; dense has none."""
+        return tuple(next(i for i, c in enumerate(f) if c.error <= error) for f in self.problem.frontiers)
+
+
+class Greedy(Strategy):
+    name = "greedy"
+    one_shot = True
+
+    def propose(self, number: int) -> Proposal | None:
+        if number > 0:
+            return None
+        problem = self.problem
+        current = tuple(len(f) - 1 for f in problem.frontiers)
+        while not problem.fits(current):
+            steps = [(*current[:i], p - 1, *current[i + 1 :]) for i, p in enumerate(current) if p > 0]
+            if not steps:
+                break
+            current = min(steps, key=lambda after, before=current: self._price(before, after))  # type: ignore[misc]
+        return current
+
+    def _price(self, before: Proposal, after: Proposal) -> tuple[bool, float]:
+        """Loss per share freed; a step that frees nothing comes last."""
+        old, new = self.problem.cost(before), self.problem.cost(after)
+        freed = sum((old[x.metric] - new[x.metric]) / x.target for x in self.problem.limits)
+        return freed <= 0, (self.problem.loss(after) - self.problem.loss(before)) / max(freed, 1e-12)
+
+
+class Random(Strategy):
+    name = "random"
+
+    def propose(self, number: int) -> Proposal | None:
+        rng = np.random.default_rng([self.seed, number])
+        wanted = tuple(int(rng.integers(len(f))) for f in self.problem.frontiers)
+        return fill(self.problem, project(self.problem, wanted))

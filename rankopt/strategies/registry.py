@@ -1,0 +1,65 @@
+"""The registry of strategies: add one by a file and a line here (or an entry point of another package).
+
+Entries are "module:Class", loaded when first asked for, so that `import rankopt` loads no optuna.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from rankopt.core.errors import RankoptError
+from rankopt.core.options import typed_options
+from rankopt.core.problem import Problem
+from rankopt.core.registry import Registry
+from rankopt.strategies.base import Strategy
+
+STRATEGIES: Registry[str | type[Strategy]] = Registry(
+    "strategy",
+    "rankopt.strategies",
+    {
+        "knapsack": "rankopt.strategies.knapsack:Knapsack",
+        "uniform": "rankopt.strategies.baselines:Uniform",
+        "energy": "rankopt.strategies.baselines:Energy",
+        "random": "rankopt.strategies.baselines:Random",
+        "greedy": "rankopt.strategies.baselines:Greedy",
+        "evbmf": "rankopt.strategies.evbmf:Evbmf",
+        "lasso": "rankopt.strategies.lasso:Lasso",
+        "lasso-train": "rankopt.strategies.lasso_train:LassoTrain",
+        "optuna": "rankopt.strategies.optuna:Optuna",
+        "rl": "rankopt.strategies.rl:Agent",
+    },
+)
+
+
+def strategy_class(name: str) -> type[Strategy]:
+    """Raises RankoptError for an unknown name, listing the valid ones."""
+    entry = STRATEGIES[name]
+    if isinstance(entry, str):
+        module, _, attribute = entry.partition(":")
+        entry = getattr(import_module(module), attribute)
+    assert isinstance(entry, type)
+    return entry
+
+
+def make_strategy(name: str, problem: Problem, seed: int = 0, options: Mapping[str, Any] | None = None) -> Strategy:
+    """Raises RankoptError for an unknown strategy or option, or a negative seed."""
+    if seed < 0:
+        raise RankoptError(f"seed is {seed}: give 0 or more")
+    return strategy_class(name)(problem, seed, **read_options(name, options or {}))
+
+
+def strategy_options(name: str) -> dict[str, Any]:
+    """A strategy's own options with their defaults."""
+    parameters = inspect.signature(strategy_class(name).__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def read_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A strategy's options, as text (from the command line) or values, in the type of their default.
+
+    Raises RankoptError for one that the strategy does not have, or that cannot be read.
+    """
+    return typed_options(options, strategy_options(name), f"strategy {name!r}")
