@@ -144,7 +144,7 @@ def fitted(model: nn.Module, batches: Batches, epochs: int) -> float:
 
     shown = lambda items, what, total: track(items, what, total, console=console)  # noqa: E731
     loss = supervised(nn.functional.cross_entropy)
-    train(model, batches, loss, optimizer, steps=steps, seed=SEED, clip=CLIP, after_step=anneal, track=shown)
+    train(model, batches, loss, optimizer, steps=steps, seed=SEED, clip=CLIP, after_step=anneal, progress=shown)
     return time.perf_counter() - start
 
 

@@ -135,7 +135,7 @@ def main() -> None:
     torch.set_num_threads(1)
     task = load_task(f"{HERE}/tasks/cifar10.py:resnet20")
     silent = dataclasses.replace(task, score=None, test=None)  # here test data are read once a cell, and no other
-    prepared = prepare(silent, "bits", track=lambda x, what, n: bar(x, what, n, console=console), workers=1)
+    prepared = prepare(silent, "bits", progress=lambda x, what, n: bar(x, what, n, console=console), workers=1)
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"cells": []}
     found |= {"command": "python studies/bits.py", "dense_bytes": prepared.dense.bytes}
     if "dense_top1" not in found:

@@ -141,7 +141,9 @@ def measure(cells: dict[str, Any], deadline: Deadline) -> None:
             if method in BASELINES:
                 model = uniform(prepared, fraction, *BASELINES[method])
             else:
-                result = run_search(prepared, prepared.problem({"params": most}), Settings("knapsack"), track=deadline)
+                result = run_search(
+                    prepared, prepared.problem({"params": most}), Settings("knapsack"), progress=deadline
+                )
                 model, rows = result.model, [x for x in result.info["layers"] if x["kind"] == "Linear"]
                 families = {m: sum(x["method"] == m for x in rows) for m in sorted({x["method"] for x in rows})}
             seconds = time.monotonic() - start

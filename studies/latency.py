@@ -73,7 +73,7 @@ def prepared_for(cell: Cell) -> Prepared:
     )
     conditions = Conditions(batch=cell.batch, threads=cell.threads)
     task = load_task(f"{HERE}/tasks/random_networks.py:{MODELS[cell.model]}")
-    return prepare(task, space, track=show_progress, budget={"latency": 0.99}, latency_on=conditions)
+    return prepare(task, space, progress=show_progress, budget={"latency": 0.99}, latency_on=conditions)
 
 
 def measure(cell: Cell, prepared: Prepared) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def measure(cell: Cell, prepared: Prepared) -> dict[str, Any]:
     about = {**cell._asdict(), "date": date.today().isoformat(), "machine": machine(prepared.latencies.conditions)}
     start = time.perf_counter()
     try:
-        result = run_search(prepared, prepared.problem({"latency": cell.budget}), Settings(), track=show_progress)
+        result = run_search(prepared, prepared.problem({"latency": cell.budget}), Settings(), progress=show_progress)
     except BudgetError as error:
         return {**about, "refused": str(error)}
     found = result.info["latency"]

@@ -50,7 +50,7 @@ def budgets(prepared: Prepared) -> list[float]:
 def for_latency(prepared: Prepared, budget: float) -> dict[str, Any]:
     """The plan that keeps a latency, as a search finds it."""
     try:
-        result = run_search(prepared, prepared.problem({"latency": budget}), Settings(), track=show_progress)
+        result = run_search(prepared, prepared.problem({"latency": budget}), Settings(), progress=show_progress)
     except BudgetError as error:
         return {"refused": str(error)}
     found = result.info["latency"]
@@ -148,7 +148,7 @@ def main() -> None:
     for runtime in given.runtimes:
         conditions = Conditions(runtime=runtime)
         task = load_task(f"{HERE}/tasks/cifar10.py:resnet20")
-        prepared = prepare(task, track=show_progress, budget={"latency": 0.99}, latency_on=conditions)
+        prepared = prepare(task, progress=show_progress, budget={"latency": 0.99}, latency_on=conditions)
         done = [r["budget"] for r in rows if r["runtime"] == runtime]
         todo = [b for b in budgets(prepared) if b not in done] if len(done) < POINTS else []
         for budget in todo:

@@ -62,7 +62,7 @@ def measure(
     prepared = prepare(
         load_task(f"{HERE}/tasks/cifar10.py:{model}"),
         space,
-        track=lambda x, what, n: bar(x, what, n, console=console),
+        progress=lambda x, what, n: bar(x, what, n, console=console),
     )
     shared = {k: round(v, 1) for k, v in prepared.clock.items()}
     families = {k: round(v, 1) for k, v in prepared.family_seconds.items()}

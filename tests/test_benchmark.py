@@ -159,7 +159,7 @@ class Looking(Random):
 
     broken = True
 
-    def measure(self, prepared, track):
+    def measure(self, prepared, progress):
         if self.broken:
             raise RuntimeError("no gradients here")
         prepared.objective(prepared.task.model)

@@ -219,11 +219,11 @@ def test_rounded_candidates_have_times_of_their_own(_cache):
 def test_what_was_timed_is_not_timed_again(prepared, _cache):
     asked = []
 
-    def track(items, what, total):
+    def progress(items, what, total):
         asked.append((what, total))
         return items
 
-    again = prepare(make_task(), SPACE, workers=1, budget={"latency": 0.9}, track=track, latency_on=Conditions())
+    again = prepare(make_task(), SPACE, workers=1, budget={"latency": 0.9}, progress=progress, latency_on=Conditions())
     assert ("timing layers", 0) in asked and ("timing whole models", 4) not in asked
     for name, times in prepared.latencies.entries.items():  # other tests may have added theirs
         assert again.latencies.entries[name].items() >= times.items()

@@ -136,7 +136,7 @@ class Inquisitive(strategy_class("random")):
         super().__init__(problem, seed)
         self.options = (temperature, rounds, warm, sampler)
 
-    def measure(self, prepared, track):
+    def measure(self, prepared, progress):
         self.seen = prepared
 
 
@@ -161,7 +161,7 @@ def test_options_are_read_in_the_type_of_their_default():
 @pytest.mark.usefixtures("inquisitive")
 def test_a_strategy_may_look_at_the_model_and_its_data(digits, monkeypatch):
     seen = []
-    monkeypatch.setattr(Inquisitive, "measure", lambda self, prepared, track: seen.append(prepared))
+    monkeypatch.setattr(Inquisitive, "measure", lambda self, prepared, progress: seen.append(prepared))
     problem = digits.problem({"params": 0.5})
     result = run_search(digits, problem, Settings("inquisitive", trials=2, options={"rounds": "2"}))
     assert seen == [digits] and result.info["options"] == {"rounds": "2"}

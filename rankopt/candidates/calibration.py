@@ -27,7 +27,7 @@ CHUNK = 2**23  # elements of a patch matrix held at once (32 MB in float32)
 
 
 def moments(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], progress: Any = None
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], on_batch: Any = None
 ) -> dict[str, Tensor]:
     """Second moment of each layer's input: S = E[x xᵀ] over patches (convolutions) or vectors (Linear).
 
@@ -55,8 +55,8 @@ def moments(
         with inference(model):
             for batch in batches:
                 run(model, to_device(batch, model))
-                if progress:
-                    progress()
+                if on_batch:
+                    on_batch()
     except (RuntimeError, TypeError) as error:
         raise TaskError(f"the model does not run on a calibration batch: {type(error).__name__}: {error}") from error
     finally:
@@ -147,7 +147,7 @@ def _zeros_between(conv: _ConvNd, x: Tensor) -> Tensor:
 
 
 def output_metrics(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], progress: Any = None
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], on_batch: Any = None
 ) -> dict[str, Tensor]:
     """Second moment of the model's response to each layer's output: H = E[g gᵀ], g = d(vᵀ z)/d(output).
 
@@ -187,8 +187,8 @@ def output_metrics(
                     if (axis := class_axis(z)) is not None:
                         v = v - v.mean(axis, keepdim=True)
                     (z * v).sum().backward()
-                if progress:
-                    progress()
+                if on_batch:
+                    on_batch()
     finally:
         for handle in handles:
             handle.remove()
@@ -202,11 +202,11 @@ def _unit_trace(h: Tensor) -> Tensor:
 
 
 def calibrate(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], track: Progress
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], progress: Progress
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Name -> S and name -> H; a layer that nothing reached is in neither."""
     total = 2 * len(batches)
-    steps = iter(track(range(total), "calibrating", total))
+    steps = iter(progress(range(total), "calibrating", total))
     s = moments(model, layers, batches, lambda: next(steps))
     h = output_metrics(model, layers, batches, lambda: next(steps))
     next(steps, None)
@@ -217,10 +217,16 @@ class Statistics(Mapping[str, tuple[Any, Any]]):
     """Name -> (input moment, output metric); read from the cache, or measured when the cache has none."""
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], key: str, cache: Cache, track: Progress
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        batches: Sequence[Any],
+        key: str,
+        cache: Cache,
+        progress: Progress,
     ) -> None:
         self.model, self.layers, self.batches = model, layers, batches
-        self.key, self.cache, self.track = f"statistics-{key}", cache, track
+        self.key, self.cache, self.progress = f"statistics-{key}", cache, progress
         self.tensors: dict[str, Any] = {}
 
     def load(self) -> None:
@@ -228,7 +234,7 @@ class Statistics(Mapping[str, tuple[Any, Any]]):
         self.tensors = self.tensors or self.cache.read_tensors(self.key) or self._measure()
 
     def _measure(self) -> dict[str, Any]:
-        s, h = calibrate(self.model, self.layers, self.batches, self.track)
+        s, h = calibrate(self.model, self.layers, self.batches, self.progress)
         found = {f"moment.{n}": t.cpu() for n, t in s.items()} | {f"metric.{n}": t.cpu() for n, t in h.items()}
         self.cache.write_tensors(self.key, found)
         return found

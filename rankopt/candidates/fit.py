@@ -31,7 +31,7 @@ def fit_candidates(
     statistics: Mapping[str, tuple[Tensor | None, Tensor | None]],
     statistics_key: str,
     cache: Cache,
-    track: Any,
+    progress: Any,
     workers: int | None = None,
 ) -> tuple[dict[str, list[Candidate]], dict[str, float]]:
     """Fit what the cache does not hold. Returns name -> candidates, and seconds of work per family.
@@ -58,7 +58,7 @@ def fit_candidates(
     jobs.sort(key=lambda j: -sum(DECOMPOSITIONS[j[2]].weights(j[1], r) for r in j[3]) * j[1].patch)
     seconds: dict[str, float] = {}
     by_key = {job[0]: job for job in jobs}
-    for key, spent in track(_run(model, jobs, space.steps, statistics, cache, workers), "fitting layers", len(jobs)):
+    for key, spent in progress(_run(model, jobs, space.steps, statistics, cache, workers), "fitting layers", len(jobs)):
         _, layer, family, _ = by_key[key]
         fits = _read(cache, key, layer, family)
         if fits is None:

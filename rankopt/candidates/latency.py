@@ -140,7 +140,7 @@ def measure_latencies(
     example_input: Any,
     conditions: Conditions,
     cache: Cache,
-    track: Any,
+    progress: Any,
     out: Path | None = None,
 ) -> Latencies:
     """Times of all that a search space allows, from a table where it has them; what is measured is added to it.
@@ -164,7 +164,7 @@ def measure_latencies(
             f"{path} holds no times of this model's layers on {table.machine}: there, run "
             f"rankopt hardware TASK --latency-on {_without_table(conditions)} --out {path.name}"
         )
-    for text, layer in track(todo.items(), "timing layers", len(todo)):
+    for text, layer in progress(todo.items(), "timing layers", len(todo)):
         missing = _missing(table, text, offers[layer.name])
         found = time_layer(model.get_submodule(layer.name), layer, inputs[layer.name], missing, conditions)
         known = table.layers.setdefault(text, {DENSE: found[DENSE]})
@@ -174,7 +174,7 @@ def measure_latencies(
 
     entries = {x.name: {k: int(ns) for k, (ns, _) in table.layers[signatures[x.name]].items()} for x in layers}
     if name not in table.models:
-        table.models[name] = _time_plans(whole, layers, offers, entries, example_input, conditions, track)
+        table.models[name] = _time_plans(whole, layers, offers, entries, example_input, conditions, progress)
         table.save(path)
     slope, residual = fit_line(table.models[name], sum(e[DENSE] for e in entries.values()))
     curves, gap = _curves(layers, offers, entries, space)
@@ -319,13 +319,13 @@ def _time_plans(
     entries: dict[str, dict[str, int]],
     example_input: Any,
     conditions: Conditions,
-    track: Any,
+    progress: Any,
 ) -> dict[str, Any]:
     """{"dense": ns, "plans": [[sum of the layers' times, ns], ...]}."""
     x = expanded(example_input, conditions.batch)
     sums, ratios, times = [], [], []
     plans = [_plan_near(share, layers, offers, entries) for share in SHARES]
-    for plan in track(plans, "timing whole models", len(plans)):
+    for plan in progress(plans, "timing whole models", len(plans)):
         small = assemble(whole, layers, plan, lambda new, _: random_factors(new))
         dense, one = interleaved(passes([whole, small], x, conditions), conditions, REPEATS)
         sums.append(sum(_time(entries[layer.name], c) for layer, c in zip(layers, plan, strict=True)))

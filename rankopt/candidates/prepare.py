@@ -93,7 +93,7 @@ def prepare(
     task: Task,
     space: SearchSpace | str = "default",
     cache: str | Path | None = None,
-    track: Progress = silent,
+    progress: Progress = silent,
     workers: int | None = None,
     budget: Mapping[str, Any] | Sequence[str] | None = None,
     latency_on: Conditions | None = None,
@@ -122,7 +122,7 @@ def prepare(
     if "latency" in limited_metrics(budget):
         with clock.stage("timing"):
             where = latency_on or Conditions()
-            latencies = measure_latencies(task.model, model, free, space, task.example_input, where, kept, track)
+            latencies = measure_latencies(task.model, model, free, space, task.example_input, where, kept, progress)
         layers = tuple(x if x.reason else latencies.with_layer(x) for x in layers)
         free = [layer for layer in layers if layer.reason is None]
         dense = dataclasses.replace(dense, latency=latencies.dense)
@@ -134,18 +134,18 @@ def prepare(
         free = [layer for layer in layers if layer.reason is None]
     if budget is not None:
         _refuse_infeasible(free, space, parse_budget(budget, dense), dense, latencies, footprint)
-    statistics = Statistics(model, free, batches, key, kept, track)
+    statistics = Statistics(model, free, batches, key, kept, progress)
     with clock.stage("calibration"):
         if not kept.path(statistics.key, "safetensors").is_file():
             statistics.load()
     with clock.stage("fitting"):
-        candidates, family_seconds = fit_candidates(model, free, space, statistics, key, kept, track, workers)
+        candidates, family_seconds = fit_candidates(model, free, space, statistics, key, kept, progress, workers)
     factors = FactorStore(kept)
     with clock.stage("rounding"):
-        candidates = add_precisions(model, free, candidates, space.precisions, factors, statistics, key, kept, track)
+        candidates = add_precisions(model, free, candidates, space.precisions, factors, statistics, key, kept, progress)
     with clock.stage("sensitivity"):
         objective = task.objective or Divergence(task.model, batches)
-        curves = _curves(task, objective, free, candidates, factors, key, kept, track)
+        curves = _curves(task, objective, free, candidates, factors, key, kept, progress)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
         if latencies:
             candidates = {x.name: latencies.with_candidates(x, candidates[x.name]) for x in free}
@@ -211,7 +211,7 @@ def time_task(
     space: SearchSpace,
     conditions: Conditions,
     cache: str | Path | None,
-    track: Any,
+    progress: Any,
     out: Path | None = None,
 ) -> tuple[list[Layer], Latencies]:
     """A task's free layers and their latencies, for a table: nothing is calibrated or fitted."""
@@ -220,7 +220,7 @@ def time_task(
     if not layers:
         raise TaskError("the model has no layer that can be factorised: rankopt inspect says why")
     found = measure_latencies(
-        task.model, model, layers, space, task.example_input, conditions, Cache(cache), track, out
+        task.model, model, layers, space, task.example_input, conditions, Cache(cache), progress, out
     )
     return [found.with_layer(x) for x in layers], found
 
@@ -258,7 +258,7 @@ def _curves(
     factors: FactorStore,
     key: str,
     cache: Cache,
-    track: Progress,
+    progress: Progress,
 ) -> dict[str, Curve]:
     """Sensitivities of all layers. Cached for the default objective; a task's own may change behind our back."""
     names = [layer.name for layer in layers]
@@ -281,7 +281,7 @@ def _curves(
             return None
         return None if value is None else value - zero
 
-    curves = measure(names, candidates, rise, track)
+    curves = measure(names, candidates, rise, progress)
     if task.objective is None:
         cache.write_json(key, curves)
     return curves

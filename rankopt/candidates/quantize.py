@@ -57,7 +57,7 @@ def add_precisions(
     statistics: Mapping[str, tuple[Tensor | None, Tensor | None]],
     key: str,
     cache: Cache,
-    track: Any,
+    progress: Any,
 ) -> dict[str, list[Candidate]]:
     """Name -> the candidates, and those on the frontier of parameters and MACs, dense included, in each precision.
 
@@ -66,7 +66,7 @@ def add_precisions(
     if not set(precisions) - {SAME}:
         return candidates
     found = {}
-    for layer in track(layers, "rounding weights", len(layers)):
+    for layer in progress(layers, "rounding weights", len(layers)):
         weight: Tensor = model.get_submodule(layer.name).weight.detach().cpu()  # type: ignore[operator]
         kept = frontier(layer, candidates[layer.name], ("params", "macs"))
         todo = [c for one in kept for c in in_each_precision(layer, one, precisions)]

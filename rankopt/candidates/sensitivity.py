@@ -36,12 +36,12 @@ def measure(
     layers: Sequence[str],
     candidates: dict[str, list[Candidate]],
     rise: Callable[[str, Candidate], float | None],
-    track: Callable[[Iterable[tuple[str, Candidate]], str, int], Iterable[tuple[str, Candidate]]],
+    progress: Callable[[Iterable[tuple[str, Candidate]], str, int], Iterable[tuple[str, Candidate]]],
 ) -> dict[str, Curve]:
     """The curve of every layer. rise(name, candidate): the objective's rise with this one layer replaced, or None."""
     todo = [(name, candidate) for name in layers for candidate in probes(candidates[name])]
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
-    for name, candidate in track(todo, "measuring sensitivities", len(todo)):
+    for name, candidate in progress(todo, "measuring sensitivities", len(todo)):
         if (rose := rise(name, candidate)) is not None:
             curves[name].append((candidate.error, rose))
     return {name: tuple(sorted(points)) for name, points in curves.items()}

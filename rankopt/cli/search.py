@@ -117,7 +117,7 @@ def search(
             from rankopt.search.multi_stage import run_multi_stage
 
             result = run_multi_stage(
-                found, allowed, wanted, settings, out, cache, LiveRunner(runner, out), track=show_progress
+                found, allowed, wanted, settings, out, cache, LiveRunner(runner, out), progress=show_progress
             )
             echo(result.summary())
             write_page(out, html)
@@ -135,7 +135,7 @@ def search(
             settings,
             out,
             LiveRunner(runner, out),
-            track=show_progress,
+            progress=show_progress,
             question=question,
         )
         echo(result.summary())

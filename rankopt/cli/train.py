@@ -61,7 +61,7 @@ def train(
                 from_scratch=from_scratch,
                 resume=resume,
                 stop=patience,
-                track=bar,
+                progress=bar,
                 note=bar.note,
             )
         typer.echo("\n".join(lines(result.info)))

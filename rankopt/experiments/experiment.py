@@ -174,7 +174,7 @@ def run_in_folder(
                 from_scratch=request.from_scratch,
                 resume=True,
                 stop=patience,
-                track=display,
+                progress=display,
                 note=display.note,
             )
     except KeyboardInterrupt:

@@ -149,7 +149,7 @@ class Searches:
             self.study.enqueue_trial(usual)
         return self.study.ask(self.distributions)
 
-    def run(self, deadline: float, runner: Runner, cache: Path | None, report: Report, track: Progress) -> bool:
+    def run(self, deadline: float, runner: Runner, cache: Path | None, report: Report, progress: Progress) -> bool:
         """Search until the study is complete; returns False if there was not the time. Raises StudyError."""
         spent: list[float] = []
         untested = dataclasses.replace(self.task, test=None)  # test data are for the chosen search alone
@@ -162,7 +162,7 @@ class Searches:
             try:
                 request = self.request(asked.params)
                 if prepared is None or prepared.space != request.space:
-                    prepared = prepare(untested, request.space, cache, track, budget=request.budget)
+                    prepared = prepare(untested, request.space, cache, progress, budget=request.budget)
                 result = run_experiment(request, prepared, runner)
                 found = {**measured(result), "seconds": round(time.monotonic() - start, 3)}
                 self._tell(asked, found, report)

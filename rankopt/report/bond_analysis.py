@@ -40,23 +40,23 @@ class LayerBonds:
     note: str = ""
 
 
-def bonds_of_run(folder: Path, task: Task, track: Progress = silent) -> list[LayerBonds]:
+def bonds_of_run(folder: Path, task: Task, progress: Progress = silent) -> list[LayerBonds]:
     """The layers of a run's model. Raises PlanError if the folder holds none, or another task's."""
     plan, _ = read_plan(folder)
     small = load(task.model, folder)
     replaced = {c.name: (c.method, c.rank) for c in plan.choices if c.method != DENSE}
     dense = expand_composites(copy.deepcopy(task.model), [c.name for c in plan.choices])
     batches, layers = collect_batches(task.calibration, EXAMPLES), inventory(dense, task.example_input)
-    s, h = calibrate(dense, [x for x in layers if x.name in replaced], batches, track)
+    s, h = calibrate(dense, [x for x in layers if x.name in replaced], batches, progress)
     statistics = {name: (s.get(name), h.get(name)) for name in replaced}
     return inspect_bonds(dense, small, layers, replaced, statistics, batches)
 
 
 def bonds_of_space(
-    task: Task, space: SearchSpace, cache: str | Path | None = None, track: Progress = silent
+    task: Task, space: SearchSpace, cache: str | Path | None = None, progress: Progress = silent
 ) -> list[LayerBonds]:
     """Each layer as the most accurate candidate that a search space has for it."""
-    prepared = prepare(task, space, cache, track)
+    prepared = prepare(task, space, cache, progress)
     menus = {x: [c for c in prepared.candidates[x.name] if c.precision == SAME] for x in prepared.free}
     chosen = {x: min(menu, key=lambda c: c.error) for x, menu in menus.items() if menu}
     small = apply(task.model, [*chosen], [*chosen.values()], prepared.factors)

@@ -61,7 +61,7 @@ def benchmark(
     out: Path | None = None,
     resume: bool = False,
     report: Callable[[Cell], None] = lambda cell: None,
-    track: Progress = silent,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run every strategy on every budget with seeds 0, 1, ...; returns the content of benchmark.json.
 
@@ -90,7 +90,7 @@ def benchmark(
             )
     for label in settings["strategies"]:
         read_strategy(label)
-    runs = _Runs(prepared, problems, trials, track)
+    runs = _Runs(prepared, problems, trials, progress)
     for cell in book.cells():
         runs.remember(cell)
     for seed, budget, label in product(range(settings["seeds"]), problems, settings["strategies"]):
@@ -174,7 +174,7 @@ class _Runs:
     prepared: Prepared
     problems: dict[str, Problem]
     trials: int
-    track: Progress
+    progress: Progress
     known: dict[PlanKey, Outcome] = field(default_factory=dict)
 
     def remember(self, cell: Cell) -> None:
@@ -195,7 +195,7 @@ class _Runs:
                 strategy = make_strategy(name, problem, seed, options)
                 study = Study(problem, strategy, trial_limit(strategy, self.trials))
             with clock.stage("measure"):
-                strategy.measure(self.prepared, self.track)
+                strategy.measure(self.prepared, self.progress)
             asked = proposals(study)
             while True:
                 with clock.stage("strategy"):
@@ -232,7 +232,7 @@ class _Runs:
         dense = {"part": part, "score": value, "interval": wilson(value, examples)}
         kept = {(s["budget"], *s["proposal"]): s["score"] for s in book.data["scores"]}
         rows, best = [], winners(book.cells())
-        for row in self.track(best, "scoring", len(best)):
+        for row in self.progress(best, "scoring", len(best)):
             key = (row["budget"], *row["proposal"])
             if key not in kept:
                 model = self.prepared.apply(self.problems[row["budget"]], tuple(row["proposal"]))

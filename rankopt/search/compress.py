@@ -33,7 +33,7 @@ def run_search(
     settings: Settings,
     out: Path | None = None,
     runner: Runner = search,
-    track: Progress = silent,
+    progress: Progress = silent,
     question: Mapping[str, Any] | None = None,
 ) -> Result:
     """Search with a strategy and a runner; with a run folder, every trial and then the result is kept there.
@@ -47,19 +47,19 @@ def run_search(
     store = None if out is None else _open_store(out, prepared, problem, about, settings)
 
     def look(problem: Problem, anew: bool = True) -> Searched:
-        return _searched(prepared, problem, settings, store, runner, track, anew)
+        return _searched(prepared, problem, settings, store, runner, progress, anew)
 
     try:
         found = look(problem, anew=False)
         kept = None
         if limit := checkable_limit(prepared, problem):
             with prepared.clock.stage("checking"):
-                found, kept = search_until_met(found, partial(check, prepared, limit), look, track)
+                found, kept = search_until_met(found, partial(check, prepared, limit), look, progress)
         about |= {"question": dict(question)} if question else {}
         strategy = found.study.strategy
         about |= {"notes": strategy.notes}
         where = (prepared, found.problem, found.trials, found.chosen)
-        result = build_result(*where, about, strategy.asked, settings, kept, track)
+        result = build_result(*where, about, strategy.asked, settings, kept, progress)
         result.info["trials"] |= {"outside": found.study.outside, "interrupted": found.study.stopping}
         if out is not None and store is not None:
             store.export()
@@ -71,7 +71,7 @@ def run_search(
 
 
 def _searched(
-    prepared: Prepared, problem: Problem, settings: Settings, store: Any, runner: Runner, track: Progress, anew: bool
+    prepared: Prepared, problem: Problem, settings: Settings, store: Any, runner: Runner, progress: Progress, anew: bool
 ) -> Searched:
     """anew: with limits that were moved; what was evaluated before counts, and one-shot strategies propose again."""
     strategy = make_strategy(settings.strategy, problem, settings.seed, settings.options)
@@ -82,7 +82,7 @@ def _searched(
         study.limit = max(study.limit, len(study.trials) + strategy.one_shot)
     if len(study.trials) < study.limit:
         with prepared.clock.stage("strategy"):
-            strategy.measure(prepared, track)
+            strategy.measure(prepared, progress)
     with prepared.clock.stage("search"):
         trials = runner(study, Evaluator.of(prepared, problem, settings.ladder))
     return Searched(problem, study, trials, best(trials))
@@ -120,7 +120,7 @@ def compress(
     refine: bool = False,
     options: Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
-    track: Progress = silent,
+    progress: Progress = silent,
     examples: int | None = None,
     test_examples: int | None = None,
     latency_on: str | None = None,
@@ -150,6 +150,6 @@ def compress(
         model, example_input, calibration, score, objective, test=test, examples=examples, test_examples=test_examples
     )
     where = Conditions.parse(latency_on) if latency_on else None
-    prepared = prepare(task, space, cache, track, budget=budget, latency_on=where)
+    prepared = prepare(task, space, cache, progress, budget=budget, latency_on=where)
     settings = Settings(strategy, trials, seed, refine=refine, options=options or {})
-    return run_search(prepared, prepared.problem(budget), settings, track=track)
+    return run_search(prepared, prepared.problem(budget), settings, progress=progress)

@@ -176,7 +176,7 @@ class Searched(NamedTuple):
 
 
 def search_until_met(
-    found: Searched, check: Callable[[Problem, Proposal], Check], search: Callable[[Problem], Searched], track: Any
+    found: Searched, check: Callable[[Problem, Proposal], Check], search: Callable[[Problem], Searched], progress: Any
 ) -> tuple[Searched, Check]:
     """Check, and search again with the limit moved until it is kept; a one-shot plan that leaves room is bettered.
 
@@ -186,7 +186,7 @@ def search_until_met(
     for number in range(1, ATTEMPTS + 1):
         if kept and found.chosen.proposal == kept[0].chosen.proposal:
             break
-        (seen,) = (check(found.problem, found.chosen.proposal) for _ in track([0], "measuring the latency", 1))
+        (seen,) = (check(found.problem, found.chosen.proposal) for _ in progress([0], "measuring the latency", 1))
         seen = dataclasses.replace(seen, attempts=number)
         if found.study.stopping:
             return found, seen

@@ -33,7 +33,7 @@ REPEATS = 100  # so many proposals in a row that were evaluated already: the str
 class Outcome(NamedTuple):
     """What an evaluation gives. Of an unfinished one there are only `rungs`, the objective at lower fidelities.
 
-    error: why it failed. passing: the machine's fault perhaps, and worth a second attempt.
+    error: why it failed. transient: the machine's fault perhaps, and worth a second attempt.
     """
 
     objective: float | None = None
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
     error: str | None = None
     rungs: tuple[float, ...] = ()
-    passing: bool = False
+    transient: bool = False
 
     @property
     def finished(self) -> bool:
@@ -71,7 +71,7 @@ def stages(evaluate: Evaluate, proposal: Proposal) -> Iterator[Outcome]:
             yield Outcome(seconds=seconds, rungs=rungs)
     except Exception as error:  # whatever a user's model or score raises must not end the search
         text = f"{type(error).__name__}: {error}"
-        yield Outcome(seconds=time.perf_counter() - start, error=text, rungs=rungs, passing=_is_transient(error))
+        yield Outcome(seconds=time.perf_counter() - start, error=text, rungs=rungs, transient=_is_transient(error))
 
 
 def _is_transient(error: BaseException | None) -> bool:
@@ -163,7 +163,7 @@ class Study:
 
     def again(self, proposal: Proposal, outcome: Outcome) -> bool:
         """Whether to evaluate once more what failed: once, where the reason may pass."""
-        if not outcome.passing or proposal in self.retried:
+        if not outcome.transient or proposal in self.retried:
             return False
         self.retried.add(proposal)
         return True

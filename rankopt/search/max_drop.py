@@ -56,7 +56,9 @@ def check_question(task: Task, max_drop: float, minimize: str) -> None:
         raise TaskError("--max-drop needs a score, and the task has none: give Task(score=...)")
 
 
-def smallest_model(prepared: Prepared, max_drop: float, minimize: str = "params", track: Progress = silent) -> Answer:
+def smallest_model(
+    prepared: Prepared, max_drop: float, minimize: str = "params", progress: Progress = silent
+) -> Answer:
     """Bisect the budget, over exact allocations, until one step smaller loses more than max_drop of the score.
 
     Scores are noisy and need not fall with every step: after bisecting, a few smaller budgets are tried as well, and
@@ -75,7 +77,7 @@ def smallest_model(prepared: Prepared, max_drop: float, minimize: str = "params"
         proposal = allocate(problem).proposal
         key = plan_key(problem, proposal)
         if key not in rows:
-            for _ in track([k], f"evaluating {minimize}={targets[k - 1]:,}", 1):
+            for _ in progress([k], f"evaluating {minimize}={targets[k - 1]:,}", 1):
                 objective, score = Evaluator.of(prepared, problem)(proposal)
             assert score is not None
             rows[key] = {"objective": objective, "score": score, "drop": dense - score}

@@ -40,7 +40,7 @@ def run_multi_stage(
     out: Path | None = None,
     cache: str | Path | None = None,
     runner: Runner = search,
-    track: Progress = silent,
+    progress: Progress = silent,
     workers: int | None = None,
 ) -> Result:
     """`space.rounds` searches with `space.round_steps` steps of training after each; result.json lists them.
@@ -64,15 +64,17 @@ def run_multi_stage(
         stage = dataclasses.replace(
             task, model=model, calibration=batches, objective=objective, score=task.score if last else None, test=None
         )
-        prepared = prepare(stage, space, cache, track, workers, budget=goal)
+        prepared = prepare(stage, space, cache, progress, workers, budget=goal)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         again = dataclasses.replace(settings, resume=bool(folder and (folder / "study.db").is_file()))
-        result = run_search(prepared, prepared.problem(goal), again, folder, runner, track)
+        result = run_search(prepared, prepared.problem(goal), again, folder, runner, progress)
         if result.info["trials"]["interrupted"]:
             raise KeyboardInterrupt
         before = result.info["objective"]["best"]
-        result.model, after = _trained(task, result.model, batches, objective, space.round_steps, settings.seed, track)
+        result.model, after = _trained(
+            task, result.model, batches, objective, space.round_steps, settings.seed, progress
+        )
         history.append({"round": number, "budget": {x.metric: x.target for x in result.limits}})
         history[-1] |= {"objective": before, "objective_after_training": after}
         result.info["rounds"] = history
@@ -102,14 +104,14 @@ def _trained(
     objective: Callable[[nn.Module], float],
     steps: int,
     seed: int,
-    track: Progress,
+    progress: Progress,
 ) -> tuple[nn.Module, float | None]:
     """A copy after a short training, and its objective; the model as it was where training does not help."""
     before = call("the objective", objective, small)
     if steps == 0:
         return small, before
     data, loss = search_batches(task, batches)
-    changed = train_briefly(small, data, loss, steps, seed, track)
+    changed = train_briefly(small, data, loss, steps, seed, progress)
     after = call("the objective", objective, changed)
     better = after is not None and before is not None and after < before
     return (changed, after) if better else (small, before)

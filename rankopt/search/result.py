@@ -132,7 +132,7 @@ def build_result(
     asked: int,
     settings: Settings,
     kept: Check | None = None,
-    track: Progress = silent,
+    progress: Progress = silent,
 ) -> Result:
     """Rebuild the chosen plan's model, count its cost again, score it (test data once) and put it all together.
 
@@ -145,8 +145,8 @@ def build_result(
     model = prepared.apply(problem, chosen.proposal)
     evaluator = Evaluator.of(prepared, problem, settings.ladder)
     if evaluator.training_data:  # again, as in the trial: trials keep no weights
-        model = train_briefly(model, *evaluator.training_data, evaluator.steps, track=track)
-    model, changes = _postprocess(prepared, problem, chosen, model, settings, track)
+        model = train_briefly(model, *evaluator.training_data, evaluator.steps, progress=progress)
+    model, changes = _postprocess(prepared, problem, chosen, model, settings, progress)
     latency = kept.measured.latency if kept else plan.cost.latency
     achieved = dataclasses.replace(count(model, task.example_input), latency=latency)
     if prepared.dense.memory:
@@ -235,7 +235,7 @@ Change = dict[str, float | bool | None]
 
 
 def _postprocess(
-    prepared: Prepared, problem: Problem, chosen: Trial, model: nn.Module, settings: Settings, track: Progress
+    prepared: Prepared, problem: Problem, chosen: Trial, model: nn.Module, settings: Settings, progress: Progress
 ) -> tuple[nn.Module, dict[str, Change | None]]:
     """What depends on the chosen plan: refinement if asked for, then batch norms. Each is kept if it helps."""
     dense, batches = prepared.model, prepared.statistics.batches
@@ -243,7 +243,7 @@ def _postprocess(
     def refined(small: nn.Module) -> bool:
         candidates = problem.candidates(chosen.proposal)
         refine_layers(
-            dense, small, problem.layers, candidates, prepared.statistics, batches, prepared.space.steps, track
+            dense, small, problem.layers, candidates, prepared.statistics, batches, prepared.space.steps, progress
         )
         return True
 

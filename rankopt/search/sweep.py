@@ -105,7 +105,7 @@ def knees(x: Sequence[float], y: Sequence[float], depth: int = DEPTH) -> set[int
     return {at} | left | {at + i for i in right}
 
 
-def sweep(prepared: Prepared, budgets: str, evaluate: str = "knees", track: Progress = silent) -> Sweep:
+def sweep(prepared: Prepared, budgets: str, evaluate: str = "knees", progress: Progress = silent) -> Sweep:
     """Allocate for each budget; measure objective and validation score of some. Test data is not touched.
 
     evaluate: "knees" (the ends and the knees of the predicted front), "all" or "none".
@@ -115,14 +115,14 @@ def sweep(prepared: Prepared, budgets: str, evaluate: str = "knees", track: Prog
     task, clock = prepared.task, Clock()
     wanted = read_budgets(budgets, prepared.dense)
     with clock.stage("allocating"):
-        points = [_allocate(prepared, *b) for b in track(wanted, "allocating", len(wanted))]
+        points = [_allocate(prepared, *b) for b in progress(wanted, "allocating", len(wanted))]
     if all(p.plan is None for p in points):
         raise BudgetError(f"none of these budgets can be met: {points[0].reason}")
     points = _mark(points)
     kinds = {"knees": ("end", "knee"), "all": ("end", "knee", "between"), "none": ()}[evaluate]
     with clock.stage("evaluating"):
         chosen = [p for p in points if p.kind in kinds]
-        measured = {p.budget: _measure(prepared, p) for p in track(chosen, "evaluating", len(chosen))}
+        measured = {p.budget: _measure(prepared, p) for p in progress(chosen, "evaluating", len(chosen))}
         dense = call("the score", task.score, task.model)
     points = [measured.get(p.budget, p) for p in points]
     seconds = {k: round(v, 3) for k, v in clock.items()}

@@ -36,7 +36,7 @@ def train_run(
     from_scratch: bool = False,
     resume: bool = False,
     stop: Callable[[], bool] = lambda: False,
-    track: Progress = silent,
+    progress: Progress = silent,
     note: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Train the model of a run folder, read its test score once, and write plan, weights and result into `out`.
@@ -59,7 +59,7 @@ def train_run(
     about = {"run": str(run), "from_scratch": from_scratch, "teacher": None if teacher is None else teacher.name}
     with folder_lock(out):
         trained = finetune(
-            model, task, recipe, teacher=learnt_from, folder=out, resume=resume, stop=stop, track=track, note=note
+            model, task, recipe, teacher=learnt_from, folder=out, resume=resume, stop=stop, progress=progress, note=note
         )
         result = with_training(Result(model, plan, (), info), trained, task, about)
         result.save(out)

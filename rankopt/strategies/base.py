@@ -26,7 +26,7 @@ class Strategy(ABC):
         self.asked = 0
         self.notes: dict[str, str] = {}  # by layer: what the strategy found there, for result.json
 
-    def measure(self, prepared: Any, track: Any) -> None:  # noqa: B027  (most see numbers only)
+    def measure(self, prepared: Any, progress: Any) -> None:  # noqa: B027  (most see numbers only)
         """Look at the model and its data (a `Prepared`) before the first ask, for strategies that train or calibrate.
 
         What is found may depend on these, the options and the seed only, so that a resumed study finds the same.

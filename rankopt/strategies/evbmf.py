@@ -67,20 +67,22 @@ class Evbmf(Strategy):
     needs_model = True
     spectra: Sequence[Spectra] = ()
 
-    def measure(self, prepared: Any, track: Any) -> None:
+    def measure(self, prepared: Any, progress: Any) -> None:
         layers = self.problem.layers
 
         def look(layer: Layer) -> Spectra:
             weight = prepared.model.get_submodule(layer.name).weight.detach().cpu()
             return unfolded(layer, weight, *prepared.statistics[layer.name])
 
-        self.spectra = [look(layer) for layer in track(layers, "singular values", len(layers))]
+        self.spectra = [look(layer) for layer in progress(layers, "singular values", len(layers))]
 
     def propose(self, number: int) -> Proposal | None:
         if number > 0:
             return None
         if not self.spectra:
-            raise RankoptError("strategy 'evbmf' looks at the model first: call measure(prepared, track), then ask()")
+            raise RankoptError(
+                "strategy 'evbmf' looks at the model first: call measure(prepared, progress), then ask()"
+            )
         problem = self.problem
         estimates = [{k: max(1, evbmf_rank(*s)) for k, s in spectra.items()} for spectra in self.spectra]
 

@@ -31,10 +31,10 @@ class Knapsack(Strategy):
         self.contenders, self.corrections = contenders, Corrections(problem)
         self.chosen: Proposal | None = None
 
-    def measure(self, prepared: Any, track: Any) -> None:
+    def measure(self, prepared: Any, progress: Any) -> None:
         plans = dict.fromkeys(self.corrections.contender(self.seed, n) for n in range(self.contenders))
         if len(plans) > 1:
-            shown = track(plans, "measuring contenders", len(plans))
+            shown = progress(plans, "measuring contenders", len(plans))
             self.chosen = min(shown, key=lambda p: _measured(prepared, self.problem, p))
 
     def propose(self, number: int) -> Proposal | None:

@@ -63,15 +63,17 @@ class Lasso(Strategy):
     needs_model = True
     paths: Sequence[Path] = ()
 
-    def measure(self, prepared: Any, track: Any) -> None:
+    def measure(self, prepared: Any, progress: Any) -> None:
         layers = self.problem.layers
-        self.paths = [self._path(prepared, layer) for layer in track(layers, "Lasso paths", len(layers))]
+        self.paths = [self._path(prepared, layer) for layer in progress(layers, "Lasso paths", len(layers))]
 
     def propose(self, number: int) -> Proposal | None:
         if number > 0:
             return None
         if not self.paths:
-            raise RankoptError("strategy 'lasso' looks at the model first: call measure(prepared, track), then ask()")
+            raise RankoptError(
+                "strategy 'lasso' looks at the model first: call measure(prepared, progress), then ask()"
+            )
         low, high = np.log(PENALTIES)
         proposal = largest(self.problem, lambda kept: self._at(high - kept * (high - low)))
         return fill(self.problem, project(self.problem, proposal))

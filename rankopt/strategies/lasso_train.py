@@ -191,7 +191,7 @@ class LassoTrain(Strategy):
         if number > 0:
             return None
         if self.kept is None:
-            raise RankoptError("strategy 'lasso-train' trains first: call measure(prepared, track), then ask()")
+            raise RankoptError("strategy 'lasso-train' trains first: call measure(prepared, progress), then ask()")
         shares = [{x.metric: c[x.metric] for x in self.problem.limits} for c in self.costs]
         proposal = largest(
             self.problem, lambda kept: within(self.problem, [{m: 2 * kept * v for m, v in s.items()} for s in shares])
@@ -200,7 +200,7 @@ class LassoTrain(Strategy):
 
     # --- training ---
 
-    def measure(self, prepared: Any, track: Any) -> None:
+    def measure(self, prepared: Any, progress: Any) -> None:
         model, layers = self._start(prepared)
         run = Run(self, layers)
         weights = [w for layer in layers for w in layer.weights]
@@ -218,7 +218,7 @@ class LassoTrain(Strategy):
             clip=None,  # the penalty would not be clipped with the gradient that holds against it
             training=False,
             after_step=run.after_step,
-            track=track,
+            progress=progress,
         )
         self.kept = run.tighten()
         self.costs = tuple(x.cost(rank) for x, rank in zip(layers, self.kept, strict=True))

@@ -66,7 +66,7 @@ def finetune(
     folder: str | Path | None = None,
     resume: bool = False,
     stop: Callable[[], bool] = lambda: False,
-    track: Progress = silent,
+    progress: Progress = silent,
     note: Callable[[str], None] = lambda text: None,
 ) -> Trained:
     """A trained copy of a compressed model; on a CPU the same settings give the same weights, bit for bit.
@@ -89,7 +89,7 @@ def finetune(
     training = _Training(model, task, recipe, teacher or task.model, stop, note)
     if folder is not None:
         training.keep(Path(folder), resume)
-    trained = training.run(track)
+    trained = training.run(progress)
     requantize_all(trained.model, kept)
     return trained
 
@@ -159,7 +159,7 @@ class _Training:
 
     # --- running them ---
 
-    def run(self, track: Progress) -> Trained:
+    def run(self, progress: Progress) -> Trained:
         state, recipe = self.state, self.recipe
         if self.kept is None:
             state.before = call("the score", self.task.score, state.model)
@@ -183,7 +183,7 @@ class _Training:
                 training=stage.training,
                 schedule=stage.schedule,
                 after_step=partial(self._after_step, stage),
-                track=track,
+                progress=progress,
             )
         if state.best is not None:
             self._result().load_state_dict(state.best)

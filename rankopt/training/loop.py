@@ -23,7 +23,7 @@ RATE = 3e-4  # of Adam
 
 
 def train_briefly(
-    model: nn.Module, data: list[Any], loss: Loss, steps: int, seed: int = 0, track: Progress = silent
+    model: nn.Module, data: list[Any], loss: Loss, steps: int, seed: int = 0, progress: Progress = silent
 ) -> nn.Module:
     """A copy after so many steps of Adam, batch norms' statistics kept. The same seed gives the same model.
 
@@ -32,7 +32,7 @@ def train_briefly(
     changed = copy.deepcopy(model)
     with dequantized(changed):
         optimizer = torch.optim.Adam(changed.parameters(), RATE)
-        train(changed, data, loss, optimizer, steps=steps, seed=seed, clip=CLIP, training=False, track=track)
+        train(changed, data, loss, optimizer, steps=steps, seed=seed, clip=CLIP, training=False, progress=progress)
     return changed
 
 
@@ -53,7 +53,7 @@ def train(
     training: bool = True,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
-    track: Callable[[Iterable[int], str, int], Iterable[int]] = lambda items, what, total: items,
+    progress: Callable[[Iterable[int], str, int], Iterable[int]] = lambda items, what, total: items,
 ) -> list[float]:
     """Train in place for steps [start, steps), over what `endless` makes of the batches; returns each step's loss.
 
@@ -68,7 +68,7 @@ def train(
     history: list[float] = []
     with _prepared(model, moving, training):
         lessons = endless(batches, seed, start)
-        for step in track(range(start, steps), "training", steps - start):
+        for step in progress(range(start, steps), "training", steps - start):
             value = loss(model, next(lessons))
             if not torch.isfinite(value):
                 raise TaskError(f"the training loss is {value.item()} at step {step}: try a lower learning rate")

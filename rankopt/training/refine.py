@@ -40,7 +40,7 @@ def refine(
     metrics: Any,
     batches: Sequence[Any],
     steps: int,
-    track: Any,
+    progress: Any,
 ) -> None:
     """Refit every factorised layer of `small` in place, in the model's order. metrics: name -> (S, H).
 
@@ -48,7 +48,7 @@ def refine(
     """
     # An Embedding reads indices, which are the same in either model: its fit is what refitting would give.
     todo = [(x, c) for x, c in zip(layers, candidates, strict=True) if c.method != DENSE and x.kind != "Embedding"]
-    for layer, candidate in track(todo, "refining layer after layer", len(todo)):
+    for layer, candidate in progress(todo, "refining layer after layer", len(todo)):
         weight, moment = _seen_weight(dense, small, layer, batches)
         family = DECOMPOSITIONS[candidate.method]
         statistics = moment, metrics[layer.name][1]

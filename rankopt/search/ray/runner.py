@@ -189,7 +189,7 @@ class _Asker:
         """A worker that died: past its time limit by our hand, else it may have been the machine's fault."""
         if self.seconds and seconds >= self.seconds:
             return Outcome(seconds=seconds, error=f"took longer than the limit of {self.seconds:g} s")
-        return Outcome(seconds=seconds, error=self.reasons.get(trial_id, LOST), passing=True)
+        return Outcome(seconds=seconds, error=self.reasons.get(trial_id, LOST), transient=True)
 
     def settle(self) -> None:
         """After the run: what Ray lost without a word is a failed trial. Raises what a tell raised."""
