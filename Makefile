@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STAMP_DEV := $(VENV)/.installed-dev
 
-.PHONY: help install demo test slow lint clean
+.PHONY: help install demo test slow lint docs clean
 
 help:
 	@echo "make install   the set-up alone: .venv with the rankopt command"
 	@echo "make demo      compress a small CNN on real digits and write runs/demo/report.html"
 	@echo "make test      install what tests need and run them"
-	@echo "make slow      the tests that take minutes, and those that draw examples with others"
-	@echo "make lint      ruff and mypy"
+	@echo "make slow      tests that take minutes or measure this machine (keep it calm), and random examples"
+	@echo "make lint      ruff, mypy and the rooms' import contract"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,18 +35,23 @@ demo: install
 test: $(STAMP_DEV)
 	@tests/install_browser.sh
 	@tests/install_models.sh $(BIN)/python
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: $(STAMP_DEV)
 	@tests/install_browser.sh
 	@tests/install_models.sh $(BIN)/python
-	$(BIN)/python -m pytest -m slow
-	HYPOTHESIS_PROFILE=default $(BIN)/python -m pytest tests/test_untrusted.py tests/test_allocation.py tests/test_budget.py
+	$(BIN)/python -m pytest -m "slow or timing"
+	HYPOTHESIS_PROFILE=drawn $(BIN)/python -m pytest tests/robustness/test_untrusted.py tests/strategies/test_allocation.py tests/core/test_budget.py
 
 lint: $(STAMP_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(STAMP_DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+	@echo "open build/docs/index.html"
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache

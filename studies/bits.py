@@ -32,7 +32,7 @@ from rankopt.experiments.tasks import load_task
 from rankopt.model.counting import count
 from rankopt.model.objective import call
 from rankopt.search.compress import run_search
-from rankopt.search.evaluator import Settings
+from rankopt.search.settings import SearchSettings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "bits.json"
@@ -62,7 +62,7 @@ def measure(prepared: Prepared, mode: str, fraction: float, test: Any) -> dict[s
     except BudgetError as error:
         return {**about, "infeasible": str(error)}
     start = time.process_time()
-    result = run_search(mine, problem, Settings("knapsack", seed=SEED))
+    result = run_search(mine, problem, SearchSettings("knapsack", seed=SEED))
     seconds, cost = time.process_time() - start, count(result.model, mine.task.example_input)
     return {
         **about,

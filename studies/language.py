@@ -36,7 +36,7 @@ from rankopt.decompositions.plan import apply
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.model.counting import count
 from rankopt.search.compress import run_search
-from rankopt.search.evaluator import Settings
+from rankopt.search.settings import SearchSettings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "language.json"
@@ -142,7 +142,7 @@ def measure(cells: dict[str, Any], deadline: Deadline) -> None:
                 model = uniform(prepared, fraction, *BASELINES[method])
             else:
                 result = run_search(
-                    prepared, prepared.problem({"params": most}), Settings("knapsack"), progress=deadline
+                    prepared, prepared.problem({"params": most}), SearchSettings("knapsack"), progress=deadline
                 )
                 model, rows = result.model, [x for x in result.info["layers"] if x["kind"] == "Linear"]
                 families = {m: sum(x["method"] == m for x in rows) for m in sorted({x["method"] for x in rows})}

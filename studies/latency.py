@@ -40,8 +40,8 @@ from rankopt.core.records import Choice, Layer
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.experiments.tasks import load_task
 from rankopt.search.compress import run_search
-from rankopt.search.evaluator import Settings
 from rankopt.search.result import Result
+from rankopt.search.settings import SearchSettings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "latency.json"
@@ -82,7 +82,9 @@ def measure(cell: Cell, prepared: Prepared) -> dict[str, Any]:
     about = {**cell._asdict(), "date": date.today().isoformat(), "machine": machine(prepared.latencies.conditions)}
     start = time.perf_counter()
     try:
-        result = run_search(prepared, prepared.problem({"latency": cell.budget}), Settings(), progress=show_progress)
+        result = run_search(
+            prepared, prepared.problem({"latency": cell.budget}), SearchSettings(), progress=show_progress
+        )
     except BudgetError as error:
         return {**about, "refused": str(error)}
     found = result.info["latency"]

@@ -29,8 +29,8 @@ from rankopt.core.errors import BudgetError
 from rankopt.core.files import write_beside
 from rankopt.experiments.tasks import load_task
 from rankopt.search.compress import run_search
-from rankopt.search.evaluator import Settings
 from rankopt.search.latency_check import check
+from rankopt.search.settings import SearchSettings
 from rankopt.strategies.allocation import allocate
 
 HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ def budgets(prepared: Prepared) -> list[float]:
 def for_latency(prepared: Prepared, budget: float) -> dict[str, Any]:
     """The plan that keeps a latency, as a search finds it."""
     try:
-        result = run_search(prepared, prepared.problem({"latency": budget}), Settings(), progress=show_progress)
+        result = run_search(prepared, prepared.problem({"latency": budget}), SearchSettings(), progress=show_progress)
     except BudgetError as error:
         return {"refused": str(error)}
     found = result.info["latency"]

@@ -26,7 +26,7 @@ from rich.progress import track as bar
 from rankopt.candidates.prepare import prepare
 from rankopt.experiments.tasks import load_task
 from rankopt.search.compress import run_search
-from rankopt.search.evaluator import Settings
+from rankopt.search.settings import SearchSettings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "no_training.json"
@@ -70,7 +70,7 @@ def measure(
     for key, (metric, fraction, refined) in todo.items():
         prepared.clock.clear()
         start = time.perf_counter()
-        result = run_search(prepared, prepared.problem({metric: fraction}), Settings("knapsack", refine=refined))
+        result = run_search(prepared, prepared.problem({metric: fraction}), SearchSettings("knapsack", refine=refined))
         info, seconds = result.info, time.perf_counter() - start
         cells[key] = {
             "model": model,

@@ -35,7 +35,7 @@ from rankopt.model.counting import count
 from rankopt.model.objective import call
 from rankopt.report import pictures
 from rankopt.search.compress import run_search
-from rankopt.search.evaluator import Settings
+from rankopt.search.settings import SearchSettings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "peers.json"
@@ -83,7 +83,7 @@ def within(model: nn.Module, most: int, settings: dict[str, Any]) -> nn.Module:
 
 def ours(task: Task, fraction: float) -> nn.Module:
     prepared = prepare(task, "default", workers=1)
-    return run_search(prepared, prepared.problem({"params": fraction}), Settings("knapsack")).model
+    return run_search(prepared, prepared.problem({"params": fraction}), SearchSettings("knapsack")).model
 
 
 def measure(cells: dict[str, Any], end: float) -> None:

@@ -10,14 +10,13 @@ import torch
 from hypothesis import settings
 
 from rankopt.candidates.prepare import Prepared, prepare
-from rankopt.candidates.search_space import SearchSpace
 from rankopt.experiments.tasks import load_task
+from tests.helpers.spaces import QUICK
 
-# The same examples every time; HYPOTHESIS_PROFILE=default draws others (make slow does).
-settings.register_profile("fixed", derandomize=True)
+# The same examples every time; HYPOTHESIS_PROFILE=drawn draws others (make slow does).
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("drawn", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
-
-QUICK = SearchSpace(name="quick", families=("svd_out", "cp_merged"), points=6, steps=20)
 
 
 @pytest.fixture(scope="session", autouse=True)

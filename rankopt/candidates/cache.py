@@ -1,4 +1,4 @@
-"""The cache on disk: statistics, fitted factors and sensitivities, named by content hash."""
+"""The cache on disk for statistics, fitted factors and sensitivities, in files named by content hash."""
 
 from __future__ import annotations
 
@@ -18,23 +18,34 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.files import digest, write_beside
 from rankopt.decompositions.types import Factors
 
-VERSION = 3  # of statistics and fits: raise it when they change, and old cache entries are left behind
+VERSION = 3  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
 
 
 def crc(tensor: Tensor) -> int:
-    """A checksum against silent damage, far cheaper than a digest."""
+    """Compute a CRC-32 checksum of a tensor's bytes: far cheaper than a digest, enough against silent damage.
+
+    Args:
+        tensor: A tensor on the CPU.
+    """
     return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _sound(file: Any, name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is what was written; entries of earlier versions do not say."""
+    """Whether a tensor matches its checksum; entries of earlier versions have none."""
     return (file.metadata() or {}).get(f"crc.{name}") in (None, str(crc(tensor)))
 
 
 class Cache:
-    """A folder of safetensors and JSON files named by content hash. Damaged entries are made anew.
+    """A folder of safetensors and JSON files named by content hash.
 
-    Default: RANKOPT_CACHE, else ~/.cache/rankopt. Files are written beside and renamed.
+    A damaged entry reads as missing, so that it is recomputed. Writes are atomic.
+
+    Args:
+        folder: The folder, created if needed. Default: the environment variable RANKOPT_CACHE, else rankopt's
+            folder in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        RankoptError: The folder cannot be created.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -46,10 +57,23 @@ class Cache:
             raise RankoptError(f"the cache {self.folder} cannot be made ({error}): set RANKOPT_CACHE") from error
 
     def path(self, key: str, suffix: str) -> Path:
+        """Return the path of an entry, whether it exists or not.
+
+        Args:
+            key: The entry's key.
+            suffix: File suffix without the dot: "json" or "safetensors".
+        """
         return self.folder / f"{key}.{suffix}"
 
     def read_json(self, key: str) -> Any:
-        """The value under a key, or None."""
+        """Read a JSON entry.
+
+        Args:
+            key: The entry's key.
+
+        Returns:
+            The value, or None if the entry is missing or damaged.
+        """
         try:
             kept = json.loads(self.path(key, "json").read_text())
             return kept["value"] if kept["checksum"] == digest(kept["value"]) else None
@@ -57,11 +81,24 @@ class Cache:
             return None
 
     def write_json(self, key: str, value: Any) -> None:
+        """Write a JSON entry.
+
+        Args:
+            key: The entry's key.
+            value: Anything that json can write.
+        """
         text = json.dumps({"value": value, "checksum": digest(value)})
         write_beside(self.path(key, "json"), lambda p: p.write_text(text))
 
     def read_tensors(self, key: str) -> dict[str, Tensor] | None:
-        """All tensors under a key, or None."""
+        """Read an entry of tensors.
+
+        Args:
+            key: The entry's key.
+
+        Returns:
+            Tensors by name, or None if the entry is missing or damaged.
+        """
         try:
             with safe_open(self.path(key, "safetensors"), "pt") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -70,12 +107,25 @@ class Cache:
             return None
 
     def write_tensors(self, key: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        """Write an entry of tensors, with a checksum for each.
+
+        Args:
+            key: The entry's key.
+            tensors: Contiguous tensors by name, on the CPU.
+            metadata: Further entries for the file's header.
+        """
         metadata = {**(metadata or {}), **{f"crc.{name}": str(crc(t)) for name, t in tensors.items()}}
         write_beside(self.path(key, "safetensors"), lambda p: save_file(tensors, p, metadata))
 
 
 class FactorStore:
-    """Where candidates' factors are. A key is 'file/index'; `keep` holds some in memory, for other machines."""
+    """Reads candidates' factors from a cache by key, "file/index".
+
+    Factors that are loaded with `keep` are pickled with the store, for workers on other machines.
+
+    Args:
+        cache: The cache.
+    """
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -95,8 +145,13 @@ class FactorStore:
         if damaged:
             path = self.cache.path(file_key, "safetensors")
             path.unlink(missing_ok=True)
-            raise RankoptError(f"{path} is damaged, and removed now: run the search again, which makes it anew")
+            raise RankoptError(f"{path} is damaged, and removed now: run the search again, which recomputes it")
         return tuple(found.values())
 
     def keep(self, keys: Iterable[str]) -> None:
+        """Load factors into memory.
+
+        Args:
+            keys: Keys of candidates.
+        """
         self.kept.update({key: self[key] for key in keys})

@@ -1,4 +1,8 @@
-"""Second moments of every layer's input, on real batches, in one pass."""
+"""Calibration statistics: input moments and output metrics of all layers, measured on real batches.
+
+The error of a candidate weight Ŵ is measured as tr(H (W − Ŵ) S (W − Ŵ)ᵀ), with the input moment S = E[x xᵀ] and the
+output metric H = E[g gᵀ], which says how strongly the model's outputs respond to each output of the layer.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from rankopt.core.records import Layer
 from rankopt.model.forward import (
     class_axis,
     find_output,
+    hooked,
     inference,
     run,
     to_device,
@@ -29,51 +34,61 @@ CHUNK = 2**23  # elements of a patch matrix held at once (32 MB in float32)
 def moments(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], on_batch: Any = None
 ) -> dict[str, Tensor]:
-    """Second moment of each layer's input: S = E[x xᵀ] over patches (convolutions) or vectors (Linear).
+    """Measure the second moment of each layer's input, S = E[x xᵀ], over patches (convolutions) or vectors (Linear).
 
-    Returns name -> float64 (groups, patch, patch) on the model's device, patch = in_channels // groups *
-    height * width in the order that families see; of an Embedding, whose input is one-hot, the diagonal
-    (1, vocabulary) as in `frequencies`. Products are taken in the input's precision a chunk at a time and
-    summed in float64. Raises TaskError naming the layer whose input is not finite.
+    Products are taken in the input's precision and summed in float64.
+
+    Args:
+        model: The model.
+        layers: Its layers to measure.
+        batches: Inputs of the model.
+        on_batch: Called after every batch.
+
+    Returns:
+        By layer name, S as float64 (groups, patch, patch) on the model's device, with patch = in_channels // groups *
+        height * width in the order that decompositions see. For an Embedding, whose input is one-hot, the diagonal
+        (1, vocabulary) as in `frequencies`. Layers that no input reached are missing.
+
+    Raises:
+        TaskError: The model does not run on a batch, or the input of a layer is not finite.
     """
-    modules = {name: model.get_submodule(name) for name in (layer.name for layer in layers)}
+    by_name = {layer.name: layer for layer in layers}
     sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = dict.fromkeys(modules, 0)
+    counts: dict[str, int] = dict.fromkeys(by_name, 0)
 
-    def collect(layer: Layer, module: nn.Module, x: Tensor) -> None:
+    def collect(name: str, args: tuple[Any, ...]) -> None:
+        x: Tensor = args[0]
         if not torch.isfinite(x).all():
-            raise TaskError(f"the input of layer {layer.name!r} is NaN or infinite on the calibration data")
-        gram, rows = _gram(layer, module, x.detach())
-        sums[layer.name] = sums[layer.name] + gram if layer.name in sums else gram
-        counts[layer.name] += rows
+            raise TaskError(f"the input of layer {name!r} is NaN or infinite on the calibration data")
+        gram, rows = _gram(by_name[name], model.get_submodule(name), x.detach())
+        sums[name] = sums[name] + gram if name in sums else gram
+        counts[name] += rows
 
-    handles = [
-        modules[layer.name].register_forward_pre_hook(lambda m, args, layer=layer: collect(layer, m, args[0]))
-        for layer in layers
-    ]
     try:
-        with inference(model):
+        with hooked(model, by_name, on_input=collect), inference(model):
             for batch in batches:
                 run(model, to_device(batch, model))
                 if on_batch:
                     on_batch()
     except (RuntimeError, TypeError) as error:
         raise TaskError(f"the model does not run on a calibration batch: {type(error).__name__}: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
     tables = {layer.name for layer in layers if layer.kind == "Embedding"}
-    reached = [name for name in sums if counts[name]]  # others never were (an idle expert)
+    reached = [name for name in sums if counts[name]]  # an idle expert is not
     return {name: frequencies(sums[name]) if name in tables else sums[name] / counts[name] for name in reached}
 
 
 def frequencies(counts: Tensor) -> Tensor:
-    """How often each token is expected, (1, vocabulary), from its counts in the calibration data.
+    """Estimate token probabilities from counts in the calibration data.
 
-    A token that was not seen would cost nothing, and its row would be given up, though it may well come next.
-    What was not seen comes with a probability of about N₁ / N together, N₁ of the N tokens seen being of those seen
-    once (Good 1953). It is spread evenly, with one added to N₁ so that it never is nothing; no token that was not
-    seen counts more than one that was seen once.
+    With plain relative frequencies, a fit would sacrifice the rows of tokens that did not occur. Together these have
+    a probability of about N₁ / N, N₁ being the number of tokens that occurred once (Good 1953). Here (N₁ + 1) / N is
+    spread evenly over them, but none gets more than a token that occurred once.
+
+    Args:
+        counts: Occurrences of each token (1, vocabulary).
+
+    Returns:
+        Probabilities (1, vocabulary), none of them zero.
     """
     once, unseen = (counts == 1).sum(), (counts == 0).sum()
     each = ((once + 1) / unseen.clamp_min(1)).clamp_max(1).to(counts)
@@ -82,10 +97,7 @@ def frequencies(counts: Tensor) -> Tensor:
 
 
 def _gram(layer: Layer, module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """Sum of x xᵀ over patches, float64 (groups, patch, patch), and how many patches it holds.
-
-    Of an Embedding the diagonal, (1, vocabulary).
-    """
+    """Sum of x xᵀ over patches, float64 (groups, patch, patch), and their number; for an Embedding the diagonal."""
     if layer.kind == "Embedding":
         return torch.bincount(x.flatten(), minlength=layer.patch).double()[None], x.numel()
     total = torch.zeros(layer.groups, layer.patch, layer.patch, dtype=torch.float64, device=x.device)
@@ -97,7 +109,16 @@ def _gram(layer: Layer, module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
 
 
 def columns(layer: Layer, module: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """What each output of a layer sees, (groups, patch, rows), a chunk at a time."""
+    """Yield the input vectors that a layer's outputs are computed from, a chunk at a time.
+
+    Args:
+        layer: The layer.
+        module: Its module.
+        x: Its input.
+
+    Yields:
+        Tensors (groups, patch, rows).
+    """
     if not isinstance(module, _ConvNd):
         for part in x.reshape(-1, x.shape[-1]).split(max(1, CHUNK // x.shape[-1])):
             yield part.T[None]
@@ -110,13 +131,29 @@ def columns(layer: Layer, module: nn.Module, x: Tensor) -> Iterator[Tensor]:
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ summed over rows, (groups, p, rows) and (groups, q, rows) -> float64 (groups, p, q)."""
+    """Sum the outer products of columns, a bᵀ.
+
+    Args:
+        a: (groups, p, rows).
+        b: (groups, q, rows).
+
+    Returns:
+        float64 (groups, p, q).
+    """
     a, b = (t if t.dtype == torch.float64 else t.float() for t in (a, b))
     return (a @ b.mT).double()
 
 
 def patches(conv: _ConvNd, x: Tensor) -> Tensor:
-    """The patches that each output of a convolution sees: (b, c, *size) -> (b, c * kernel, positions)."""
+    """Extract the patches that a convolution's outputs are computed from.
+
+    Args:
+        conv: A convolution, transposed or not.
+        x: Its input (b, c, *size).
+
+    Returns:
+        (b, c * kernel, positions), one patch per position of the output.
+    """
     n = len(conv.kernel_size)
     if conv.transposed:
         seen, stride = _zeros_between(conv, x), (1,) * n
@@ -143,18 +180,26 @@ def _zeros_between(conv: _ConvNd, x: Tensor) -> Tensor:
     return F.pad(spread, around)
 
 
-# --- how much the model feels each output ----------------------------------------------------------
+# --- output metrics: how strongly the model responds to a layer's output ---------------------------
 
 
 def output_metrics(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], on_batch: Any = None
 ) -> dict[str, Tensor]:
-    """Second moment of the model's response to each layer's output: H = E[g gᵀ], g = d(vᵀ z)/d(output).
+    """Measure the output metric of each layer, H = E[g gᵀ] with g = d(vᵀ z)/d(output).
 
-    z are the model's outputs, v random directions (seeded), mean-free over classes as a softmax ignores the
-    mean: a Gauss-Newton metric in output space (Martens 2020, section 6) that does not fade where the model
-    is sure of itself, as the Fisher matrix does. Returns name -> float64 (groups, T, T), trace T; layers
-    that no gradient reaches are left out.
+    z are the model's outputs and v seeded random directions, mean-free over classes, as a softmax ignores the mean.
+    This is a Gauss-Newton metric in output space (Martens 2020, section 6). Unlike the Fisher matrix it does not
+    vanish where the model is confident.
+
+    Args:
+        model: The model.
+        layers: Its layers to measure.
+        batches: Inputs of the model.
+        on_batch: Called after every batch.
+
+    Returns:
+        By layer name, H as float64 (groups, T, T) with trace T. Layers that no gradient reached are missing.
     """
     sums: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
@@ -164,20 +209,22 @@ def output_metrics(
         channels = gradient.detach().movedim(axis, 0).reshape(layer.groups, layer.out_channels, -1)
         sums[layer.name] = sums.get(layer.name, 0) + outer(channels, channels)
 
-    def watch(layer: Layer, output: Tensor) -> Tensor:
+    def watch(name: str, _args: Any, _kwargs: Any, output: Tensor) -> Tensor:
         if not output.requires_grad:  # a frozen model; the clone may be changed in place
             output = output.detach().requires_grad_().clone()
         # A hook on the tensor sees the gradient of this output even if a later layer changes it in place.
-        output.register_hook(lambda gradient: collect(layer, gradient))
+        output.register_hook(lambda gradient: collect(by_name[name], gradient))
         return output
 
-    handles = [
-        model.get_submodule(layer.name).register_forward_hook(lambda m, a, out, layer=layer: watch(layer, out))
-        for layer in layers
-    ]
+    by_name = {layer.name: layer for layer in layers}
     kept = [(p, p.grad) for p in model.parameters()]
     try:
-        with inference(model), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+        with (
+            hooked(model, by_name, on_output=watch),
+            inference(model),
+            torch.enable_grad(),
+            torch.backends.cudnn.flags(enabled=False),
+        ):
             for batch in batches:
                 for p, _ in kept:
                     p.grad = None
@@ -190,8 +237,6 @@ def output_metrics(
                 if on_batch:
                     on_batch()
     finally:
-        for handle in handles:
-            handle.remove()
         for p, gradient in kept:
             p.grad = gradient
     return {name: _unit_trace(h) for name, h in sums.items() if torch.isfinite(h).all() and h.abs().max() > 0}
@@ -204,7 +249,17 @@ def _unit_trace(h: Tensor) -> Tensor:
 def calibrate(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], progress: Progress
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Name -> S and name -> H; a layer that nothing reached is in neither."""
+    """Measure input moments and output metrics.
+
+    Args:
+        model: The model.
+        layers: Its layers to measure.
+        batches: Inputs of the model.
+        progress: Progress callback.
+
+    Returns:
+        Input moments S by layer name, and output metrics H by layer name. See `moments` and `output_metrics`.
+    """
     total = 2 * len(batches)
     steps = iter(progress(range(total), "calibrating", total))
     s = moments(model, layers, batches, lambda: next(steps))
@@ -214,7 +269,18 @@ def calibrate(
 
 
 class Statistics(Mapping[str, tuple[Any, Any]]):
-    """Name -> (input moment, output metric); read from the cache, or measured when the cache has none."""
+    """Calibration statistics by layer name: (input moment S, output metric H), each None where there is none.
+
+    They are read from the cache, or measured and written there, when first needed.
+
+    Args:
+        model: The model.
+        layers: Its layers to measure.
+        batches: Inputs of the model.
+        key: Content hash of model, layers and batches, under which results are cached.
+        cache: The cache.
+        progress: Progress callback.
+    """
 
     def __init__(
         self,
@@ -226,17 +292,23 @@ class Statistics(Mapping[str, tuple[Any, Any]]):
         progress: Progress,
     ) -> None:
         self.model, self.layers, self.batches = model, layers, batches
-        self.key, self.cache, self.progress = f"statistics-{key}", cache, progress
+        self.key, self.cache, self.progress = key, cache, progress
         self.tensors: dict[str, Any] = {}
+        self._file_key = f"statistics-{key}"
+
+    def ensure_cached(self) -> None:
+        """Measure the statistics if they are not in the cache; otherwise leave reading them until they are needed."""
+        if not self.cache.path(self._file_key, "safetensors").is_file():
+            self.load()
 
     def load(self) -> None:
-        """Have the statistics in memory."""
-        self.tensors = self.tensors or self.cache.read_tensors(self.key) or self._measure()
+        """Read the statistics into memory, or measure them."""
+        self.tensors = self.tensors or self.cache.read_tensors(self._file_key) or self._measure()
 
     def _measure(self) -> dict[str, Any]:
         s, h = calibrate(self.model, self.layers, self.batches, self.progress)
         found = {f"moment.{n}": t.cpu() for n, t in s.items()} | {f"metric.{n}": t.cpu() for n, t in h.items()}
-        self.cache.write_tensors(self.key, found)
+        self.cache.write_tensors(self._file_key, found)
         return found
 
     def __getitem__(self, name: str) -> tuple[Any, Any]:

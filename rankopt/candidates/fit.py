@@ -1,19 +1,20 @@
-"""Every (decomposition, rank) that a search space allows, fitted once and kept on disk."""
+"""Fitting every (decomposition, rank) that a search space allows, once; results are kept in the cache."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from joblib import Parallel, delayed
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankopt.candidates.cache import VERSION, Cache
+from rankopt.candidates.calibration import Statistics
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import available_cores, digest
@@ -21,85 +22,107 @@ from rankopt.core.records import Candidate, Layer, Rank
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import Fit
 
-GPU_PATCH = 1024  # inputs of one output from which fits run on the model's GPU; a guess: tests/test_cuda.py measures
+# Layers with at least this many inputs per output are fitted on the model's GPU; tests/gpu/test_cuda.py measures it.
+GPU_PATCH = 1024
+
+
+class _Job(NamedTuple):
+    """The fits of one family to one layer, which share work and a file of the cache."""
+
+    key: str  # of the file
+    layer: Layer
+    family: str
+    ranks: list[Rank]
+
+    @property
+    def work(self) -> int:
+        """A rough measure of how long the fits take, to order jobs by."""
+        return sum(DECOMPOSITIONS[self.family].weights(self.layer, r) for r in self.ranks) * self.layer.patch
 
 
 def fit_candidates(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    space: SearchSpace,
-    statistics: Mapping[str, tuple[Tensor | None, Tensor | None]],
-    statistics_key: str,
-    cache: Cache,
-    progress: Any,
-    workers: int | None = None,
+    statistics: Statistics, space: SearchSpace, workers: int | None = None
 ) -> tuple[dict[str, list[Candidate]], dict[str, float]]:
-    """Fit what the cache does not hold. Returns name -> candidates, and seconds of work per family.
+    """Fit the candidates that the cache does not hold.
 
-    statistics: name -> (moment S, output metric H), None where there is none. One job is a layer and family;
-    jobs run in worker processes of one thread each; wide layers of a model on a GPU run there.
+    A job is one layer and one family. Jobs run in worker processes of one thread each; layers of a model on a GPU
+    with at least GPU_PATCH inputs per output are fitted on that GPU.
+
+    Args:
+        statistics: Calibration statistics of the layers to fit.
+        space: Families, ranks and number of optimisation steps.
+        workers: Number of processes. Default: one per available core.
+
+    Returns:
+        Candidates by layer name, sorted by family and rank, and seconds of fitting by family.
+
+    Raises:
+        RankoptError: A fit failed, or its result could not be read back from the cache.
     """
-    found: dict[str, list[Candidate]] = {layer.name: [] for layer in layers}
-    jobs: list[tuple[str, Layer, str, list[Rank]]] = []
-    for layer in layers:
+    model, cache = statistics.model, statistics.cache
+    found: dict[str, list[Candidate]] = {layer.name: [] for layer in statistics.layers}
+    jobs: list[_Job] = []
+    for layer in statistics.layers:
         weight = model.get_submodule(layer.name).weight
         for family in space.families:
             ranks = space.ranks(family, layer)
             if not ranks:
                 continue
             steps = math.ceil(space.steps * DECOMPOSITIONS[family].effort)
-            key = digest(VERSION, statistics_key, layer.name, weight, layer.groups, family, ranks, steps)
+            key = digest(VERSION, statistics.key, layer.name, weight, layer.groups, family, ranks, steps)
             fits = _read(cache, key, layer, family)
             if fits is None:
-                jobs.append((key, layer, family, ranks))
+                jobs.append(_Job(key, layer, family, ranks))
             else:
                 found[layer.name] += fits
-    # The dearest first, so that the last to end is a short one.
-    jobs.sort(key=lambda j: -sum(DECOMPOSITIONS[j[2]].weights(j[1], r) for r in j[3]) * j[1].patch)
+    jobs.sort(key=lambda job: -job.work)  # longest first, so that workers finish together
     seconds: dict[str, float] = {}
-    by_key = {job[0]: job for job in jobs}
-    for key, spent in progress(_run(model, jobs, space.steps, statistics, cache, workers), "fitting layers", len(jobs)):
-        _, layer, family, _ = by_key[key]
-        fits = _read(cache, key, layer, family)
+    by_key = {job.key: job for job in jobs}
+    ended = _run(statistics, jobs, space.steps, workers)
+    for key, spent in statistics.progress(ended, "fitting layers", len(jobs)):
+        job = by_key[key]
+        fits = _read(cache, key, job.layer, job.family)
         if fits is None:
             raise RankoptError(f"the cache {cache.folder} lost what was just written: is its disk sound?")
-        found[layer.name] += fits
-        seconds[family] = seconds.get(family, 0.0) + spent
-    # In one order, whichever job ended first: what follows must not depend on that.
+        found[job.layer.name] += fits
+        seconds[job.family] = seconds.get(job.family, 0.0) + spent
+    # Jobs end in any order; results must not depend on it.
     return {name: sorted(c, key=lambda x: (x.method, x.rank)) for name, c in found.items()}, seconds
 
 
-def _run(
-    model: nn.Module,
-    jobs: Sequence[tuple[str, Layer, str, list[Rank]]],
-    steps: int,
-    statistics: Any,
-    cache: Cache,
-    workers: int | None,
-) -> Iterator[tuple[str, float]]:
-    def arguments(job: tuple[str, Layer, str, list[Rank]]) -> tuple[Any, ...]:
-        key, layer, family, ranks = job
-        weight: Tensor = model.get_submodule(layer.name).weight.detach()  # type: ignore[operator]
-        weight = weight if _on_gpu(model, layer) else weight.cpu()
-        return (cache, key, layer, family, weight, ranks, *statistics[layer.name], steps)
+def _run(statistics: Statistics, jobs: Sequence[_Job], steps: int, workers: int | None) -> Iterator[tuple[str, float]]:
+    """Run jobs in any order; yield each one's key and seconds as it ends."""
+
+    def arguments(job: _Job) -> tuple[Any, ...]:
+        weight = _weight(statistics, job.layer).detach()
+        weight = weight if _on_gpu(statistics, job.layer) else weight.cpu()
+        return (statistics.cache, job, weight, *statistics[job.layer.name], steps)
 
     workers = min(workers or available_cores(), max(len(jobs), 1))
-    here = [job for job in jobs if workers == 1 or _on_gpu(model, job[1])]
+    here = [job for job in jobs if workers == 1 or _on_gpu(statistics, job.layer)]
     yield from (_fit_one(*arguments(job)) for job in here)
     pool = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")
     yield from pool(delayed(_fit_alone)(*arguments(job)) for job in jobs if job not in here)
 
 
 def release_workers() -> None:
-    """End the idle processes that fitted: they hold memory for minutes, and die of Ctrl-C, with much noise."""
+    """Shut down idle worker processes.
+
+    They would hold memory for minutes, and print tracebacks on Ctrl-C.
+    """
     from joblib.externals.loky import get_reusable_executor
 
     get_reusable_executor().shutdown()
 
 
-def _on_gpu(model: nn.Module, layer: Layer) -> bool:
-    """Whether a layer's fits run on its GPU; small ones are faster on the cores."""
-    return bool(model.get_submodule(layer.name).weight.is_cuda) and layer.patch >= GPU_PATCH
+def _weight(statistics: Statistics, layer: Layer) -> Tensor:
+    weight: Tensor = statistics.model.get_submodule(layer.name).weight  # type: ignore[assignment]
+    return weight
+
+
+def _on_gpu(statistics: Statistics, layer: Layer) -> bool:
+    """Whether a layer is fitted on its GPU; small layers are fitted faster on the CPU."""
+    return _weight(statistics, layer).is_cuda and layer.patch >= GPU_PATCH
 
 
 def _fit_alone(*arguments: Any) -> tuple[str, float]:
@@ -108,24 +131,18 @@ def _fit_alone(*arguments: Any) -> tuple[str, float]:
 
 
 def _fit_one(
-    cache: Cache,
-    key: str,
-    layer: Layer,
-    family: str,
-    weight: Tensor,
-    ranks: list[Rank],
-    moment: Any,
-    metric: Any,
-    steps: int,
+    cache: Cache, job: _Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None, steps: int
 ) -> tuple[str, float]:
+    """Fit, and write factors and errors to the cache; the job's key and seconds."""
     start = time.perf_counter()
+    family = DECOMPOSITIONS[job.family]
     try:
-        fits: list[Fit] = list(DECOMPOSITIONS[family].fit(layer, weight, ranks, moment, metric, steps))
-    except RuntimeError as error:  # what torch raises, linear algebra and memory included
-        raise RankoptError(f"fitting {family} to layer {layer.name!r} failed: {error}") from error
+        fits: list[Fit] = list(family.fit(job.layer, weight, job.ranks, moment, output_metric, steps))
+    except RuntimeError as error:  # torch's errors, also those of linear algebra and out of memory
+        raise RankoptError(f"fitting {job.family} to layer {job.layer.name!r} failed: {error}") from error
     tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(fits) for j, t in enumerate(fit.factors)}
-    cache.write_tensors(key, tensors, {"fits": json.dumps([(fit.rank, fit.error) for fit in fits])})
-    return key, time.perf_counter() - start
+    cache.write_tensors(job.key, tensors, {"fits": json.dumps([(fit.rank, fit.error) for fit in fits])})
+    return job.key, time.perf_counter() - start
 
 
 def _read(cache: Cache, key: str, layer: Layer, family: str) -> list[Candidate] | None:
@@ -139,7 +156,18 @@ def _read(cache: Cache, key: str, layer: Layer, family: str) -> list[Candidate] 
 
 
 def in_each_form(layer: Layer, family: str, rank: Rank, error: float, key: str | None = None) -> list[Candidate]:
-    """The candidates that one fit gives: the same factors in each form that is of use."""
+    """Make the candidates of one fit: the same factors in each form worth offering.
+
+    Args:
+        layer: The layer.
+        family: Name of the decomposition.
+        rank: The fit's rank.
+        error: Relative error of the fit.
+        key: Where the factors are stored; None if there are none yet.
+
+    Returns:
+        One candidate per form, with its costs.
+    """
     decomposition = DECOMPOSITIONS[family]
     forms = decomposition.forms_of_use(layer, rank)
     return [Candidate(family, rank, decomposition.cost(layer, rank, f), error, key=key, form=f) for f in forms]

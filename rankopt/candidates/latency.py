@@ -1,12 +1,13 @@
-"""Latency as a cost: layers and candidates timed on a device, and corrected by whole models.
+"""Latency as a cost: layers and candidates are timed on a device, then calibrated against whole models.
 
-Layer times do not simply add up. With t the sum of the free layers' times and T what a whole model takes, measured
-on the dense model and on a few plans (of random factors: times do not depend on the values of weights),
+The times of single layers do not add up to that of the model. With t the sum of the free layers' times and T the
+whole model's time, both measured on the dense model and on a few plans with random factors (times do not depend on
+the values of weights), a line is fitted:
 
     T = T_dense − β (t_dense − t),    β by least squares over the plans,
 
-and a candidate costs β times its own time. The residual of that line is kept beside it; the last word has a
-measurement of the rebuilt model: see promise.py.
+and a candidate's latency is β times its own time. The residual of the line is reported with the result. The chosen
+plan is measured again as a whole: see search/latency_check.py.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rankopt.candidates.latency_table import (
     passes,
     read_table,
 )
+from rankopt.candidates.model_layers import ModelLayers
 from rankopt.candidates.pareto import dense_candidate
 from rankopt.candidates.quantize import in_each_precision
 from rankopt.candidates.search_space import SearchSpace
@@ -42,50 +44,67 @@ from rankopt.core.files import digest
 from rankopt.core.records import DENSE, RECONSTRUCTED, SAME, Candidate, Layer
 from rankopt.decompositions.plan import assemble
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.model.forward import batch_size, inference, map_tensors, run, to_device
+from rankopt.model.forward import hooked, inference, map_batched, run, to_device
 from rankopt.model.quantization import quantize_
 
-POINTS = {"eager": 400, "onnxruntime": 8, "compile": 3}  # ranks of a layer and family that are timed; seconds each
+POINTS = {"eager": 400, "onnxruntime": 8, "compile": 3}
+"""By runtime, how many ranks of a layer and family are timed: building a session or compiling takes seconds each."""
+
+CHUNK, CHUNK_WEIGHTS = 8, 2**26  # candidates, and dense weights, timed side by side
+SHARES = (0.2, 0.4, 0.6, 0.8)  # one plan for the line per share: each layer near this share of its dense time
+REPEATS = 15  # measurements of a whole model
+NEAREST = 5  # candidates near a share that the layers of a plan take in turn
+LEAST = 0.5  # smallest β, and the inverse of the largest: a β outside is noise of a busy machine
 
 
-CHUNK, CHUNK_WEIGHTS = 8, 2**26  # candidates timed side by side with the dense layer
-
-
-SHARES = (0.2, 0.4, 0.6, 0.8)  # plans for the correction: every layer near this share of its dense time
-
-
-REPEATS = 15  # of a whole model
-
-
-NEAREST = 5
-
-
-LEAST = 0.5  # β, and the inverse of its largest: what is beyond is a busy machine's noise
+Curves = dict[tuple[str, str, str], tuple[list[int], list[float]]]
+"""(layer, family, precision) -> MACs and nanoseconds of the candidates that were timed, by rising MACs."""
 
 
 @dataclass
 class Latencies:
-    """Nanoseconds of every layer and candidate under some conditions, and how they add up."""
+    """Times of every layer and candidate under some conditions, and the line by which they add up.
+
+    Attributes:
+        conditions: Device, runtime and batch size.
+        machine: Description of the machine that the times are from.
+        foreign: Whether that is another machine, so that nothing can be measured here.
+        dense: Nanoseconds of the whole dense model.
+        slope: β, the factor from a layer's own time to its share of the model's.
+        residual: Largest residual of the line, relative to the dense model's time.
+        plans: Number of plans that the line was fitted to.
+        gap: Median relative error of interpolating a measured time from its neighbours; None if every rank was
+            timed.
+        entries: Nanoseconds by layer name and candidate (see `key`).
+        curves: Times over MACs, to interpolate between the ranks that were timed.
+    """
 
     conditions: Conditions
     machine: str
-    foreign: bool  # measured on another machine: nothing can be checked here
-    dense: int  # the whole model, measured
-    slope: float  # β
-    residual: float  # the worst of the line's, over the dense model's time
-    plans: int  # that the line was fitted to
-    gap: float | None  # median relative error of interpolating a measured time from its neighbours; None: all measured
-    entries: dict[str, dict[str, int]] = field(repr=False)  # layer -> candidate -> ns
-    curves: dict[tuple[str, str, str], tuple[list[int], list[float]]] = field(
-        repr=False
-    )  # layer, family, precision -> macs, ns
+    foreign: bool
+    dense: int
+    slope: float
+    residual: float
+    plans: int
+    gap: float | None
+    entries: dict[str, dict[str, int]] = field(repr=False)
+    curves: Curves = field(repr=False)
 
     def of_layer(self, layer: Layer) -> int:
-        """β times the dense layer's time."""
+        """Return a dense layer's latency in nanoseconds.
+
+        Args:
+            layer: One of the layers that were timed.
+        """
         return round(self.slope * self.entries[layer.name][DENSE])
 
     def of(self, layer: Layer, candidate: Candidate) -> int:
-        """β times a candidate's time; interpolated over MACs where its rank was not timed."""
+        """Return a candidate's latency in nanoseconds, interpolated over MACs if its rank was not timed.
+
+        Args:
+            layer: One of the layers that were timed.
+            candidate: A candidate for it.
+        """
         if candidate.unchanged or candidate.form == RECONSTRUCTED:
             return self.of_layer(layer)
         name = key(candidate)
@@ -95,13 +114,23 @@ class Latencies:
         return round(self.slope * float(np.interp(candidate.cost.macs, macs, times)))
 
     def with_layer(self, layer: Layer) -> Layer:
-        """The layer with its latency among its costs."""
+        """Add latency to a layer's costs.
+
+        Args:
+            layer: One of the layers that were timed.
+        """
         return dataclasses.replace(layer, cost=dataclasses.replace(layer.cost, latency=self.of_layer(layer)))
 
     def with_candidates(self, layer: Layer, candidates: Iterable[Candidate]) -> list[Candidate]:
-        """The candidates with theirs; one that is slower than dense is there in its reconstructed form, too.
+        """Add latency to candidates' costs.
 
-        Without those that build a weight of rounded factors: these are not timed.
+        Args:
+            layer: One of the layers that were timed.
+            candidates: Candidates for it.
+
+        Returns:
+            The candidates. One that is slower than the dense layer is also offered in its reconstructed form.
+            Quantized candidates in reconstructed form are left out, as they are not timed.
         """
         found = []
         for one in candidates:
@@ -116,13 +145,17 @@ class Latencies:
         return found
 
     def about(self) -> dict[str, Any]:
-        """For result.json."""
+        """Return the entries "latency" of result.json."""
         numbers = {"slope": self.slope, "residual": self.residual, "plans": self.plans, "interpolation": self.gap}
         return {"conditions": str(self.conditions), "machine": self.machine, "foreign": self.foreign, **numbers}
 
 
 def key(candidate: Candidate) -> str:
-    """A candidate's name in a table."""
+    """Name a candidate in a latency table: "dense", "svd_out 8", "tucker2 4x6 int8".
+
+    Args:
+        candidate: The candidate; its form is not part of the name.
+    """
     if candidate.unchanged:
         return DENSE
     words = [candidate.method, "x".join(map(str, candidate.rank)), candidate.precision * (candidate.precision != SAME)]
@@ -133,22 +166,31 @@ def key(candidate: Candidate) -> str:
 
 
 def measure_latencies(
-    whole: nn.Module,
-    model: nn.Module,
-    layers: Sequence[Layer],
+    model_layers: ModelLayers,
     space: SearchSpace,
-    example_input: Any,
     conditions: Conditions,
     cache: Cache,
     progress: Any,
     out: Path | None = None,
 ) -> Latencies:
-    """Times of all that a search space allows, from a table where it has them; what is measured is added to it.
+    """Time the layers and candidates that a latency table lacks, and add them to it.
 
-    whole: the user's model; model: with its composite modules unfolded; layers: its free ones. out: the table to
-    write, default: one of the cache for this machine and these conditions. Raises RankoptError for a table of
-    another machine that lacks something.
+    Args:
+        model_layers: The model and its factorisable layers.
+        space: Search space with the candidates to time.
+        conditions: Device, runtime and batch size; may name a table.
+        cache: Holds the table if neither `conditions` nor `out` names one.
+        progress: Progress callback.
+        out: The table to write. Default: the one that `conditions` names, else one in the cache for this machine
+            and these conditions.
+
+    Returns:
+        Times of all candidates of the space.
+
+    Raises:
+        RankoptError: The table cannot be read, or is of another machine and lacks a time.
     """
+    model, layers, example_input = model_layers.unfolded, model_layers.layers, model_layers.example_input
     here = machine(conditions)
     path = out or (find_table(conditions.table) if conditions.table else _default_path(cache, conditions, here))
     table = read_table(path, conditions) if path.is_file() else LatencyTable(conditions.measured, here)
@@ -158,7 +200,7 @@ def measure_latencies(
     offers = {x.name: timed_candidates(x, space, POINTS[conditions.runtime]) for x in layers}
 
     todo = {signatures[x.name]: x for x in layers if _missing(table, signatures[x.name], offers[x.name])}
-    name = digest(repr(whole), sorted(signatures.values()), space.families)
+    name = digest(repr(model_layers.model), sorted(signatures.values()), space.families)
     if foreign and (todo or name not in table.models):
         raise RankoptError(
             f"{path} holds no times of this model's layers on {table.machine}: there, run "
@@ -168,13 +210,14 @@ def measure_latencies(
         missing = _missing(table, text, offers[layer.name])
         found = time_layer(model.get_submodule(layer.name), layer, inputs[layer.name], missing, conditions)
         known = table.layers.setdefault(text, {DENSE: found[DENSE]})
-        ratio = known[DENSE][0] / found[DENSE][0]  # what was timed before and now meet in the dense layer
+        # Times of earlier runs and of this one are made comparable by the dense layer, which both hold.
+        ratio = known[DENSE][0] / found[DENSE][0]
         known |= {k: [max(1, round(ns * ratio)), spread] for k, (ns, spread) in found.items() if k != DENSE}
         table.save(path)
 
     entries = {x.name: {k: int(ns) for k, (ns, _) in table.layers[signatures[x.name]].items()} for x in layers}
     if name not in table.models:
-        table.models[name] = _time_plans(whole, layers, offers, entries, example_input, conditions, progress)
+        table.models[name] = _time_plans(model_layers, offers, entries, conditions, progress)
         table.save(path)
     slope, residual = fit_line(table.models[name], sum(e[DENSE] for e in entries.values()))
     curves, gap = _curves(layers, offers, entries, space)
@@ -192,41 +235,62 @@ def _without_table(conditions: Conditions) -> str:
 
 
 def expanded(example_input: Any, batch: int) -> Any:
-    """The first example of an input, so many times."""
-    n = batch_size(example_input)
-    return map_tensors(
-        example_input,
-        lambda t: t[:1].expand(batch, *t.shape[1:]).contiguous() if t.ndim and len(t) == n else t,
-    )
+    """Repeat the first example of an input.
+
+    Args:
+        example_input: An input with the batch dimension first.
+        batch: How many examples the result has.
+    """
+    return map_batched(example_input, lambda t: t[:1].expand(batch, *t.shape[1:]).contiguous())
 
 
 def layer_inputs(model: nn.Module, layers: Sequence[Layer], x: Any) -> dict[str, list[Tensor]]:
-    """Name -> the layer's inputs, one for each of its calls."""
+    """Record the inputs of layers in a forward pass.
+
+    Args:
+        model: A model whose submodules are the layers.
+        layers: The layers.
+        x: Input of the model.
+
+    Returns:
+        By layer name, copies of the layer's inputs, one per call.
+    """
     found: dict[str, list[Tensor]] = {x.name: [] for x in layers}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].clone()))
-        for name, kept in found.items()
-    ]
-    try:
-        with inference(model):
-            run(model, to_device(x, model))
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def keep(name: str, args: tuple[Any, ...]) -> None:
+        found[name].append(args[0].clone())
+
+    with hooked(model, found, on_input=keep), inference(model):
+        run(model, to_device(x, model))
     return found
 
 
 def signature(module: nn.Module, inputs: Sequence[Tensor]) -> str:
-    """What the time of a layer depends on, in words; equal layers are timed once."""
+    """Describe what a layer's time depends on; layers with the same description are timed once.
+
+    Args:
+        module: The layer.
+        inputs: Its inputs, one per call.
+    """
     return f"{module!r} on {', '.join('x'.join(map(str, x.shape)) for x in inputs)}"
 
 
 def timed_candidates(layer: Layer, space: SearchSpace, points: int) -> list[Candidate]:
-    """The candidates of a layer to time: of each family so many, evenly spread over their MACs."""
+    """Choose the candidates of a layer to time.
+
+    Args:
+        layer: The layer.
+        space: The search space.
+        points: Ranks per family, at most.
+
+    Returns:
+        Candidates of each family at ranks evenly spread in the order of their MACs, without factors, in every
+        precision of the space.
+    """
     found = in_each_precision(layer, dense_candidate(layer), space.precisions)
     for family in space.families:
         decomposition = DECOMPOSITIONS[family]
-        if decomposition.forms[0] == RECONSTRUCTED:  # runs as the dense layer does
+        if decomposition.forms[0] == RECONSTRUCTED:  # runs like the dense layer
             continue
         ranks = space.ranks(family, layer)
         every = [Candidate(family, r, decomposition.cost(layer, r), error=0.0) for r in ranks]
@@ -243,7 +307,11 @@ def _missing(table: LatencyTable, text: str, candidates: Sequence[Candidate]) ->
 
 
 class EachCall(nn.Module):
-    """A layer that is called several times in a forward pass."""
+    """Calls a layer once for each of several inputs.
+
+    Args:
+        module: The layer.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -256,9 +324,20 @@ class EachCall(nn.Module):
 def time_layer(
     module: nn.Module, layer: Layer, inputs: Sequence[Tensor], candidates: Sequence[Candidate], conditions: Conditions
 ) -> dict[str, Timing]:
-    """Times of a layer ("dense") and of candidates with random factors.
+    """Time a dense layer, and candidates with random factors.
 
-    Each is timed in turns with the dense layer and a few others, and counts as the ratio to the dense layer there.
+    A few candidates at a time run in turns with the dense layer. What counts is the ratio to the dense layer in the
+    same turn, which cancels drifts of the machine's speed.
+
+    Args:
+        module: The dense layer.
+        layer: Its description.
+        inputs: Its inputs, one per call.
+        candidates: Candidates to time.
+        conditions: Device, runtime and batch size.
+
+    Returns:
+        Times by candidate (see `key`), the dense layer's under "dense".
     """
     of_dense: list[int] = []
     shares: dict[str, tuple[float, float]] = {}
@@ -275,25 +354,45 @@ def time_layer(
 
 
 def sample_modules(modules: Sequence[nn.Module], inputs: Sequence[Tensor], conditions: Conditions) -> list[list[int]]:
-    """Nanoseconds of modules on a layer's inputs, taken in turns."""
+    """Time modules in turns on the same inputs.
+
+    Args:
+        modules: The modules.
+        inputs: Inputs of a layer, one per call; a pass runs a module on all of them.
+        conditions: Device, runtime and batch size.
+
+    Returns:
+        Nanoseconds of each pass, by module.
+    """
     if len(inputs) > 1:
         modules = [EachCall(m) for m in modules]
     return interleaved(passes(modules, tuple(inputs), conditions), conditions)
 
 
 def ratio(samples: Sequence[int], others: Sequence[int]) -> float:
-    """The median of what was measured in turns, one over the other."""
+    """Return the median ratio of samples that were measured in turns.
+
+    Args:
+        samples: Numerators.
+        others: Denominators, of the same turns.
+    """
     return median(a / b for a, b in zip(samples, others, strict=True))
 
 
 def _chunks(layer: Layer, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-    """A few at a time, so that no more than CHUNK_WEIGHTS are in memory; one empty chunk if there is none."""
+    """Split candidates so that a chunk holds few weights; one empty chunk if there is no candidate."""
     size = max(1, min(CHUNK, CHUNK_WEIGHTS // max(layer.weights, 1)))
     return [list(candidates[i : i + size]) for i in range(0, max(len(candidates), 1), size)]
 
 
 def random_replacement(module: nn.Module, layer: Layer, candidate: Candidate) -> nn.Module:
-    """A layer as a candidate has it, its factors drawn."""
+    """Build a candidate's replacement of a layer, with random factors.
+
+    Args:
+        module: The dense layer.
+        layer: Its description.
+        candidate: The candidate.
+    """
     new = copy.deepcopy(module)
     if candidate.method != DENSE:
         new = random_factors(DECOMPOSITIONS[candidate.method].build(module, layer, candidate.rank))
@@ -301,7 +400,16 @@ def random_replacement(module: nn.Module, layer: Layer, candidate: Candidate) ->
 
 
 def random_factors(module: nn.Module) -> nn.Module:
-    """Fill a replacement in place so that signals keep their size: numbers that vanish would be slow."""
+    """Fill a replacement in place with random factors.
+
+    Their scale preserves that of signals: denormal numbers would be slow.
+
+    Args:
+        module: The replacement.
+
+    Returns:
+        The module, in eval mode.
+    """
     with torch.no_grad():
         for p in module.parameters():
             if p.ndim > 1:
@@ -313,16 +421,15 @@ def random_factors(module: nn.Module) -> nn.Module:
 
 
 def _time_plans(
-    whole: nn.Module,
-    layers: Sequence[Layer],
+    model_layers: ModelLayers,
     offers: dict[str, list[Candidate]],
     entries: dict[str, dict[str, int]],
-    example_input: Any,
     conditions: Conditions,
     progress: Any,
 ) -> dict[str, Any]:
     """{"dense": ns, "plans": [[sum of the layers' times, ns], ...]}."""
-    x = expanded(example_input, conditions.batch)
+    whole, layers = model_layers.model, model_layers.layers
+    x = expanded(model_layers.example_input, conditions.batch)
     sums, ratios, times = [], [], []
     plans = [_plan_near(share, layers, offers, entries) for share in SHARES]
     for plan in progress(plans, "timing whole models", len(plans)):
@@ -338,7 +445,7 @@ def _time_plans(
 def _plan_near(
     share: float, layers: Sequence[Layer], offers: dict[str, list[Candidate]], entries: dict[str, dict[str, int]]
 ) -> list[Candidate]:
-    """Of each layer one of the NEAREST candidates to a share of the dense layer's time, in turn."""
+    """For each layer one of the NEAREST candidates to a share of its dense time, in turn, to mix families."""
     plan = []
     for number, layer in enumerate(layers):
         times, goal = entries[layer.name], share * entries[layer.name][DENSE]
@@ -353,7 +460,15 @@ def _time(times: dict[str, int], candidate: Candidate) -> int:
 
 
 def fit_line(model: dict[str, Any], dense_sum: int) -> tuple[float, float]:
-    """β, and the worst residual over the dense model's time."""
+    """Fit the line from sums of layer times to whole models' times, through the dense model.
+
+    Args:
+        model: {"dense": ns, "plans": [[sum of the layers' times, ns], ...]}, as in a latency table.
+        dense_sum: Sum of the dense layers' times.
+
+    Returns:
+        β, and the largest residual relative to the dense model's time.
+    """
     saved = np.array([[dense_sum - s, model["dense"] - ns] for s, ns in model["plans"]], float)
     t, whole = saved[:, 0], saved[:, 1]
     if not t.any():
@@ -364,9 +479,10 @@ def fit_line(model: dict[str, Any], dense_sum: int) -> tuple[float, float]:
 
 def _curves(
     layers: Sequence[Layer], offers: dict[str, list[Candidate]], entries: dict[str, dict[str, int]], space: SearchSpace
-) -> tuple[dict[tuple[str, str, str], tuple[list[int], list[float]]], float | None]:
-    """Times over MACs by layer and family, and how well a time is found from its neighbours (None: no need)."""
-    curves, errors, sparse = {}, [], False
+) -> tuple[Curves, float | None]:
+    """Times over MACs, and the error of interpolating between them; None if every rank was timed."""
+    curves: Curves = {}
+    errors, sparse = [], False
     for layer in layers:
         for family, precision in {(c.method, c.precision) for c in offers[layer.name]}:
             own = [c for c in offers[layer.name] if (c.method, c.precision) == (family, precision)]

@@ -1,4 +1,4 @@
-"""Timing modules on a machine: under which conditions, in which runtime, and a portable table of what was measured."""
+"""Latency measurement: conditions, runtimes, and portable tables of measured times."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import copy
 import dataclasses
 import io
 import json
-import logging
 import platform
 import statistics
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +19,8 @@ from torch import nn
 from rankopt.candidates.search_space import search_spaces_folder
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import write_beside
-from rankopt.core.timing import in_turn
+from rankopt.core.timing import in_turn, threads
+from rankopt.export.onnx_session import onnxruntime_version, open_session, quiet_exporter
 from rankopt.model.forward import inference, map_tensors, run
 
 FORMAT, VERSION = "rankopt-hardware", 1
@@ -37,10 +35,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-WARM_UP, ROUNDS = 2, 11
+WARM_UP, ROUNDS = 2, 11  # rounds of a measurement: first those that do not count
 
 
-LARGEST = 2**26  # bytes of a table that is read
+LARGEST = 2**26  # bytes of the largest table that is read
 
 
 Timed = Callable[[], Any]
@@ -49,11 +47,20 @@ Timed = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under which latency counts: "cpu,batch=1,threads=1,runtime=eager" are the defaults.
+    """The conditions under which latency is measured.
 
-    device: "cpu" or "cuda". batch: examples of one forward pass. runtime: "eager", "compile" (torch.compile) or
-    "onnxruntime" (extra `export`). layout: of images and kernels. table: a file of times, or a name in
-    search_spaces/hardware: where it was measured on another machine, it is trusted and nothing is measured here.
+    Attributes:
+        device: "cpu" or "cuda".
+        batch: Examples per forward pass.
+        threads: CPU threads.
+        runtime: "eager", "compile" (torch.compile) or "onnxruntime" (needs the extra `export`).
+        dtype: "float32", "bfloat16" or "float16".
+        layout: Memory format of images and kernels, "contiguous" or "channels_last".
+        table: A file of times, or its name in search_spaces/hardware. If it was measured on another machine, its
+            times are trusted and nothing is measured here.
+
+    Raises:
+        RankoptError: A value is unknown, or the device is missing and no table is given.
     """
 
     device: str = "cpu"
@@ -82,7 +89,14 @@ class Conditions:
 
     @classmethod
     def parse(cls, text: str) -> Conditions:
-        """ "cpu,batch=8,threads=2": a device first, then KEY=VALUE. Raises RankoptError."""
+        """Parse conditions such as "cpu,batch=8,threads=2".
+
+        Args:
+            text: A device, if not the CPU, then KEY=VALUE pairs, separated by commas.
+
+        Raises:
+            RankoptError: A key is unknown, or a value is invalid.
+        """
         words = [word.strip() for word in text.split(",") if word.strip()]
         device = words.pop(0) if words and "=" not in words[0] else "cpu"
         values: dict[str, Any] = {}
@@ -106,16 +120,24 @@ class Conditions:
 
     @property
     def measured(self) -> dict[str, Any]:
-        """What times depend on."""
+        """The conditions that times depend on: all but the table."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "table"}
 
     def of_module(self, module: nn.Module) -> nn.Module:
-        """A copy on the device, in the dtype and layout, ready for inference."""
+        """Copy a module to the device, in the dtype and layout, in eval mode.
+
+        Args:
+            module: The module.
+        """
         module = copy.deepcopy(module).to(self.device, DTYPES[self.dtype]).eval()
         return module.to(memory_format=torch.channels_last) if self.layout == "channels_last" else module  # type: ignore[call-overload]
 
     def of_input(self, x: Any) -> Any:
-        """An input on the device, its floating tensors in the dtype, its images in the layout."""
+        """Move an input to the device, floating-point tensors in the dtype, 4-dimensional ones in the layout.
+
+        Args:
+            x: A nested input.
+        """
 
         def convert(t: torch.Tensor) -> torch.Tensor:
             t = t.detach().to(self.device, DTYPES[self.dtype] if t.is_floating_point() else t.dtype)
@@ -125,7 +147,11 @@ class Conditions:
 
 
 def machine(conditions: Conditions) -> str:
-    """What is timed, in words: the processor and the versions that matter."""
+    """Describe this machine: processor or GPU, and versions of torch and the runtime.
+
+    Args:
+        conditions: Device and runtime.
+    """
     if torch.device(conditions.device).type == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -135,7 +161,7 @@ def machine(conditions: Conditions) -> str:
             lines = []
         models = [x.partition(":")[2].strip() for x in lines if x.startswith(("model name", "Model"))]
         name = models[0] if models else platform.processor() or platform.machine()
-    runtime = f", onnxruntime {_onnxruntime().__version__}" if conditions.runtime == "onnxruntime" else ""
+    runtime = f", onnxruntime {onnxruntime_version()}" if conditions.runtime == "onnxruntime" else ""
     return f"{name}, torch {torch.__version__.partition('+')[0]}{runtime}"
 
 
@@ -143,30 +169,41 @@ def machine(conditions: Conditions) -> str:
 
 
 class Timing(NamedTuple):
-    """Nanoseconds of a forward pass: the median, and half the distance of the quartiles over it."""
+    """The time of a forward pass.
+
+    Attributes:
+        ns: Median in nanoseconds.
+        spread: Half the interquartile range, relative to the median.
+    """
 
     ns: int
     spread: float
 
     @classmethod
     def of(cls, samples: Sequence[int]) -> Timing:
+        """Summarise samples.
+
+        Args:
+            samples: Nanoseconds, at least two.
+        """
         low, middle, high = statistics.quantiles(samples, n=4)
         return cls(round(middle), round((high - low) / 2 / middle, 4))
 
 
-@contextmanager
-def conditions_hold(conditions: Conditions) -> Iterator[None]:
-    """So many threads; all restored."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(conditions.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def timed(module: nn.Module, x: Any, conditions: Conditions) -> Timed:
-    """A forward pass of the module (as it is: see Conditions.of_module) in the runtime."""
+    """Make a forward pass of a module in the conditions' runtime.
+
+    Args:
+        module: The module, already prepared by `Conditions.of_module`.
+        x: Its input, already prepared by `Conditions.of_input`.
+        conditions: Runtime, and threads for onnxruntime.
+
+    Returns:
+        A function that runs one forward pass.
+
+    Raises:
+        RankoptError: The runtime is not installed.
+    """
     if conditions.runtime == "onnxruntime":
         return _in_onnxruntime(module, x, conditions)
     if conditions.runtime == "compile":
@@ -174,62 +211,53 @@ def timed(module: nn.Module, x: Any, conditions: Conditions) -> Timed:
     return lambda: run(module, x)
 
 
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise RankoptError("runtime=onnxruntime needs onnxruntime: pip install 'rankopt[export]'") from error
-    return onnxruntime
-
-
 def _in_onnxruntime(module: nn.Module, x: Any, conditions: Conditions) -> Timed:
-    """By torch's TorchScript exporter, which takes milliseconds where the other takes a second, if it can."""
-    ort = _onnxruntime()
+    """Export with torch's TorchScript exporter, which takes milliseconds instead of seconds, where it can."""
     file = io.BytesIO()
-    arguments = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
-    with warnings.catch_warnings(), _quiet("torch.onnx"):
-        warnings.simplefilter("ignore")
+    args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
+    with quiet_exporter():
         try:
-            torch.onnx.export(module, arguments[0], file, kwargs=arguments[1], dynamo=False)  # type: ignore[arg-type]
-        except torch.onnx.errors.OnnxExporterError:  # some families' operations are unknown to it
-            program = torch.onnx.export(module, arguments[0], kwargs=arguments[1], dynamo=True, verbose=False)
+            torch.onnx.export(module, args, file, kwargs=kwargs, dynamo=False)  # type: ignore[arg-type]
+        except torch.onnx.errors.OnnxExporterError:  # it does not support the operations of some families
+            program = torch.onnx.export(module, args, kwargs=kwargs, dynamo=True, verbose=False)
             assert program is not None
             file = io.BytesIO()
             program.save(file)  # type: ignore[arg-type]
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = conditions.threads, 1
-    options.log_severity_level = 3
-    session = ort.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = open_session(file.getvalue(), conditions.threads)
     tensors: list[Any] = []
     map_tensors(x, tensors.append)
     feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
     return lambda: session.run(None, feed)
 
 
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def interleaved(passes: Sequence[Timed], conditions: Conditions, rounds: int = ROUNDS) -> list[list[int]]:
-    """Nanoseconds of each pass in each of so many rounds, after a warm-up."""
-    with conditions_hold(conditions), torch.inference_mode():
+    """Measure forward passes in turns, after a warm-up.
+
+    Args:
+        passes: The forward passes.
+        conditions: Number of threads.
+        rounds: How often each pass is measured.
+
+    Returns:
+        Nanoseconds of each round, by pass.
+    """
+    with threads(conditions.threads), torch.inference_mode():
         return in_turn(passes, rounds, warm_up=WARM_UP)
 
 
 def passes(modules: Sequence[nn.Module], x: Any, conditions: Conditions) -> list[Timed]:
-    """Forward passes of modules, each as the conditions say, on one input."""
+    """Make forward passes of modules under some conditions.
+
+    Args:
+        modules: The modules; copies of them run.
+        x: Input of all of them.
+        conditions: Device, dtype, layout and runtime.
+    """
     x = conditions.of_input(x)
     found = []
     for module in modules:
         prepared = conditions.of_module(module)
-        with conditions_hold(conditions), inference(prepared, fused=True):
+        with threads(conditions.threads), inference(prepared, fused=True):
             found.append(timed(prepared, x, conditions))
     return found
 
@@ -239,10 +267,14 @@ def passes(modules: Sequence[nn.Module], x: Any, conditions: Conditions) -> list
 
 @dataclass
 class LatencyTable:
-    """Times of layers and models under some conditions, by what they are: layer -> candidate -> [ns, spread].
+    """Times of layers and models under some conditions; a JSON file.
 
-    A layer is its module's text and the sizes of its inputs; "dense" is the layer itself. models: of a model's text,
-    "dense" in nanoseconds, and plans as [sum of the layers' times, measured].
+    Attributes:
+        conditions: See `Conditions.measured`.
+        machine: See `machine`.
+        layers: By layer (its module's text and the sizes of its inputs) and candidate, [nanoseconds, spread];
+            "dense" is the layer itself.
+        models: By hash of a model, {"dense": ns, "plans": [[sum of the layers' times, ns], ...]}.
     """
 
     conditions: dict[str, Any]
@@ -251,13 +283,25 @@ class LatencyTable:
     models: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def save(self, path: Path) -> None:
+        """Write the table.
+
+        Args:
+            path: The file; its folder is created if needed.
+        """
         content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_beside(path, lambda p: p.write_text(json.dumps(content, indent=1)))
 
 
 def find_table(name: str) -> Path:
-    """A table by path, or by its name in search_spaces/hardware. Raises RankoptError."""
+    """Find a latency table.
+
+    Args:
+        name: Path of a .json file, or name of a table in search_spaces/hardware.
+
+    Raises:
+        RankoptError: There is no such table.
+    """
     path = Path(name) if name.endswith(".json") else search_spaces_folder() / "hardware" / f"{name}.json"
     if not path.is_file():
         known = sorted(p.stem for p in (search_spaces_folder() / "hardware").glob("*.json"))
@@ -266,11 +310,19 @@ def find_table(name: str) -> Path:
 
 
 def read_table(path: Path, conditions: Conditions) -> LatencyTable:
-    """Raises RankoptError if it is damaged, or was measured under other conditions."""
+    """Read a latency table.
+
+    Args:
+        path: The file.
+        conditions: The conditions that it must have been measured under.
+
+    Raises:
+        RankoptError: The file is damaged, or the conditions differ.
+    """
     try:
         table = _sound_table(json.loads(path.read_text() if path.stat().st_size <= LARGEST else "null"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RankoptError(f"{path} is no table of times ({error}): make it anew with rankopt hardware") from error
+        raise RankoptError(f"{path} is no table of times ({error}): measure it again with rankopt hardware") from error
     if table.conditions != conditions.measured:
         differ = [f"{k}={v}" for k, v in _items(table.conditions) if v != conditions.measured.get(k)]
         raise RankoptError(f"{path} was measured with {', '.join(differ)}: ask for that, or measure another table")
@@ -278,7 +330,7 @@ def read_table(path: Path, conditions: Conditions) -> LatencyTable:
 
 
 def _sound_table(content: Any) -> LatencyTable:
-    """Raises whatever a content that is no table makes raise."""
+    """The table in a file's content; malformed content raises one of many errors."""
     if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
         raise ValueError("its format or version is another")
     table = LatencyTable(**content)

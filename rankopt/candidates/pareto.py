@@ -1,4 +1,4 @@
-"""Per layer, the candidates that no other beats in every cost and in error, dense included, in order."""
+"""The Pareto frontier of a layer's candidates over costs and error."""
 
 from __future__ import annotations
 
@@ -7,19 +7,31 @@ from collections.abc import Iterable, Sequence
 from rankopt.core.records import DENSE, SAME, Candidate, Layer
 
 OF_PRECISION = ("bytes", "latency", "memory", "disk")
-"""The metrics that what weights are stored in changes."""
+"""The metrics that depend on the precision that weights are stored in."""
 
 
 def dense_candidate(layer: Layer) -> Candidate:
-    """The layer as it is."""
+    """Make the candidate that leaves a layer as it is.
+
+    Args:
+        layer: The layer.
+    """
     return Candidate(DENSE, (), layer.cost, error=0.0, form=DENSE)
 
 
 def frontier(layer: Layer, candidates: Iterable[Candidate], metrics: Sequence[str]) -> tuple[Candidate, ...]:
-    """The Pareto set over the budget's metrics and the error, by falling error: dense comes last.
+    """Find the Pareto frontier over a budget's metrics and the error, the dense layer included.
 
-    Of the two forms of a fit it holds the one that costs less in these metrics, factorised if they cost the same.
-    Without a metric that counts precision, weights are stored as they are.
+    Of the two forms of a fit, the one that costs less in these metrics is kept, the factorised one if they cost the
+    same. Quantized candidates are considered only if a metric depends on precision.
+
+    Args:
+        layer: The layer.
+        candidates: Its candidates, without dense.
+        metrics: Metrics that the budget limits.
+
+    Returns:
+        Candidates by falling error: cheapest first, dense last.
     """
     counts = not set(metrics).isdisjoint(OF_PRECISION)
     ordered = sorted(

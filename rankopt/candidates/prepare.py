@@ -1,4 +1,4 @@
-"""What every budget shares, from a task: layers, candidates, sensitivities, with a cache behind them."""
+"""Preparation of a task: its layers, their candidates and sensitivities, read from a cache where possible."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rankopt.candidates.fit import fit_candidates, in_each_form
 from rankopt.candidates.latency import Latencies, measure_latencies
 from rankopt.candidates.latency_table import Conditions
 from rankopt.candidates.memory import MemoryCosts, measured
+from rankopt.candidates.model_layers import ModelLayers
 from rankopt.candidates.pareto import dense_candidate, frontier
 from rankopt.candidates.quantize import add_precisions, in_each_precision
 from rankopt.candidates.search_space import SearchSpace, load_space
@@ -45,17 +46,33 @@ from rankopt.model.objective import Divergence, call
 log = logging.getLogger(__name__)
 
 
-# --- preparing: what every budget shares -------------------------------------------------------------
+Budget = Mapping[str, Any] | Sequence[str]
+"""A budget as `parse_budget` reads it: {"params": 0.5} or ["params=0.5"]."""
 
 
 @dataclass
 class Prepared:
-    """A task with its candidates and sensitivities: everything that does not depend on the budget."""
+    """A task with its candidates and their predicted losses: everything that does not depend on the budget's limits.
+
+    Attributes:
+        task: The task that was prepared.
+        model: The task's model with its composite modules expanded; layer names refer to its submodules.
+        space: The search space that the candidates come from.
+        layers: All layers of the inventory; `reason` is set on those that stay dense.
+        dense: Costs of the whole dense model.
+        candidates: Candidates by layer name, with error, predicted loss and costs. Dense is not among them.
+        factors: Factors of the candidates.
+        statistics: Calibration statistics of the factorisable layers.
+        objective: Maps a model to a number to minimise.
+        clock: Seconds spent in each stage of the preparation.
+        family_seconds: Seconds of fitting by family, without fits that were read from the cache.
+        latencies: Measured latencies, if the budget limits latency.
+    """
 
     task: Task
-    model: nn.Module  # the task's, its composite modules unfolded: where the layers' names lead
+    model: nn.Module
     space: SearchSpace
-    layers: tuple[Layer, ...]  # all of the inventory; reason set where it stays dense
+    layers: tuple[Layer, ...]
     dense: Cost
     candidates: dict[str, list[Candidate]]
     factors: FactorStore
@@ -63,16 +80,26 @@ class Prepared:
     objective: Callable[[nn.Module], float]
     clock: Clock
     family_seconds: dict[str, float] = field(default_factory=dict)
-    latencies: Latencies | None = None  # where the budget limits latency
+    latencies: Latencies | None = None
 
     @property
     def free(self) -> tuple[Layer, ...]:
-        return tuple(layer for layer in self.layers if layer.reason is None)
+        """The layers that may be factorised."""
+        return _free(self.layers)
 
-    def problem(self, budget: Mapping[str, Any] | Sequence[str]) -> Problem:
-        """The numbers that strategies see under a budget. Raises BudgetError if it cannot be met.
+    def problem(self, budget: Budget) -> Problem:
+        """State the optimisation problem that strategies solve.
 
-        With a limit on latency no candidate is slower than its dense layer.
+        Under a limit on latency, candidates that are slower than their dense layer are left out.
+
+        Args:
+            budget: Limits, as `parse_budget` reads them.
+
+        Returns:
+            Each layer's Pareto frontier over the budget's metrics, with the limits in absolute numbers.
+
+        Raises:
+            BudgetError: The budget cannot be parsed, or not even the cheapest plan meets it.
         """
         limits = parse_budget(budget, self.dense)
         metrics = [limit.metric for limit in limits]
@@ -85,7 +112,15 @@ class Prepared:
         return problem
 
     def apply(self, problem: Problem, proposal: Proposal) -> nn.Module:
-        """The compressed model: a copy with the proposal's factors."""
+        """Build a compressed model.
+
+        Args:
+            problem: The problem that the proposal belongs to.
+            proposal: One frontier index per layer.
+
+        Returns:
+            A copy of the task's model with the proposal's factors in place.
+        """
         return apply(self.task.model, problem.layers, problem.candidates(proposal), self.factors)
 
 
@@ -95,90 +130,89 @@ def prepare(
     cache: str | Path | None = None,
     progress: Progress = silent,
     workers: int | None = None,
-    budget: Mapping[str, Any] | Sequence[str] | None = None,
+    budget: Budget | None = None,
     latency_on: Conditions | None = None,
 ) -> Prepared:
-    """Inventory, calibration, candidates and sensitivities, from the cache where it holds them.
+    """List a task's layers, fit their candidates and predict what each costs the objective.
 
-    budget: if given, one that cannot be met is refused before anything is calibrated or fitted. One on latency has
-    the candidates timed first. latency_on: under which conditions.
+    Results of earlier calls are read from the cache.
+
+    Args:
+        task: Model, calibration data and objective.
+        space: Search space, or the name or path of one.
+        cache: Folder for statistics, fits and sensitivities. Default: see `Cache`.
+        progress: Progress callback.
+        workers: Processes that fit. Default: one per available core.
+        budget: Checked before anything is calibrated or fitted, as costs are known in advance. It decides which
+            costs are measured: latency, or memory and disk, only if it limits them.
+        latency_on: Conditions under which latency is measured.
+
+    Returns:
+        Everything that a search under this budget needs.
+
+    Raises:
+        TaskError: The model cannot be copied, does not run on the data, or has no layer that can be factorised.
+        BudgetError: The budget cannot be met.
+        RankoptError: The search space does not exist, or a latency table does not fit.
     """
-    clock = Clock()
+    clock, store = Clock(), Cache(cache)
     space = load_space(space) if isinstance(space, str) else space
-    kept = Cache(cache)
     with clock.stage("inventory"):
         batches = collect_batches(task.calibration, CALIBRATION_EXAMPLES)
         _check_copy(task.model)
-        model = unfolded(task.model, task.example_input, space.split_qkv)
-        layers = inventory(model, task.example_input)
+        model_layers, layers = _take_inventory(task, space)
         dense = count(task.model, task.example_input)
-        layers = mark_dense(layers, space)
-    free = [layer for layer in layers if layer.reason is None]
-    if not free:
-        reasons = "; ".join(f"{x.name or 'model'}: {x.reason}" for x in layers[:5]) or "it has no layer with a weight"
-        raise TaskError(f"the model has no layer that can be factorised ({reasons})")
-    key = digest(VERSION, *_state(model, batches[0]), *_tensors(batches), [_identity(x) for x in free])
-    latencies = None
-    if "latency" in limited_metrics(budget):
+    key = _fingerprint(model_layers, batches)
+
+    metrics = limited_metrics(budget)
+    latencies = memory = None
+    if "latency" in metrics:
         with clock.stage("timing"):
-            where = latency_on or Conditions()
-            latencies = measure_latencies(task.model, model, free, space, task.example_input, where, kept, progress)
-        layers = tuple(x if x.reason else latencies.with_layer(x) for x in layers)
-        free = [layer for layer in layers if layer.reason is None]
+            latencies = measure_latencies(model_layers, space, latency_on or Conditions(), store, progress)
         dense = dataclasses.replace(dense, latency=latencies.dense)
-    footprint = None
-    if limited_metrics(budget) & {"memory", "disk"}:
+    if metrics & {"memory", "disk"}:
         dense = dataclasses.replace(dense, **measured(task.model, task.example_input))
-        footprint = MemoryCosts.of(task.model, model, free, task.example_input, dense)
-        layers = tuple(x if x.reason else footprint.with_layer(x) for x in layers)
-        free = [layer for layer in layers if layer.reason is None]
+        memory = MemoryCosts.of(model_layers, dense)
+    prices = [x for x in (latencies, memory) if x is not None]
+    layers = tuple(x if x.reason else _price_layer(x, prices) for x in layers)
+    free = _free(layers)
     if budget is not None:
-        _refuse_infeasible(free, space, parse_budget(budget, dense), dense, latencies, footprint)
-    statistics = Statistics(model, free, batches, key, kept, progress)
+        _refuse_infeasible(free, space, parse_budget(budget, dense), dense, prices)
+
+    statistics = Statistics(model_layers.unfolded, free, batches, key, store, progress)
+    factors = FactorStore(store)
     with clock.stage("calibration"):
-        if not kept.path(statistics.key, "safetensors").is_file():
-            statistics.load()
+        statistics.ensure_cached()
     with clock.stage("fitting"):
-        candidates, family_seconds = fit_candidates(model, free, space, statistics, key, kept, progress, workers)
-    factors = FactorStore(kept)
-    with clock.stage("rounding"):
-        candidates = add_precisions(model, free, candidates, space.precisions, factors, statistics, key, kept, progress)
+        candidates, family_seconds = fit_candidates(statistics, space, workers)
+    with clock.stage("rounding"):  # the stage's name in result.json
+        candidates = add_precisions(statistics, candidates, space.precisions, factors)
     with clock.stage("sensitivity"):
         objective = task.objective or Divergence(task.model, batches)
-        curves = _curves(task, objective, free, candidates, factors, key, kept, progress)
+        curves = _measure_curves(task, objective, statistics, candidates, factors)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
-        if latencies:
-            candidates = {x.name: latencies.with_candidates(x, candidates[x.name]) for x in free}
-        if footprint:
-            candidates = {x.name: footprint.with_candidates(x, candidates[x.name]) for x in free}
+        candidates = {x.name: _price_candidates(x, candidates[x.name], prices) for x in free}
     return Prepared(
-        task, model, space, layers, dense, candidates, factors, statistics, objective, clock, family_seconds, latencies
+        task,
+        model_layers.unfolded,
+        space,
+        layers,
+        dense,
+        candidates,
+        factors,
+        statistics,
+        objective,
+        clock,
+        family_seconds,
+        latencies,
     )
 
 
-def _identity(layer: Layer) -> tuple[Any, ...]:
-    """What a layer is for calibration: all but its latency, which machines differ in."""
-    found = dataclasses.asdict(layer) | {"cost": tuple(layer.cost[m] for m in METRICS)}
-    return tuple(found[f.name] for f in dataclasses.fields(layer))
+# --- layers ------------------------------------------------------------------------------------------
 
 
-def _refuse_infeasible(
-    free: Sequence[Layer],
-    space: SearchSpace,
-    limits: tuple[Limit, ...],
-    dense: Cost,
-    latencies: Latencies | None,
-    footprint: MemoryCosts | None,
-) -> None:
-    """Costs are closed forms or measured already: whether a budget can be met is known before anything is fitted."""
-    menus = []
-    for x in free:
-        found = [c for f in space.families for r in space.ranks(f, x) for c in in_each_form(x, f, r, 0.0)]
-        found += [c for one in (dense_candidate(x), *found) for c in in_each_precision(x, one, space.precisions)]
-        found = latencies.with_candidates(x, found) if latencies else found
-        found = footprint.with_candidates(x, found) if footprint else found
-        menus.append((dense_candidate(x), *found))
-    check_feasible(Problem(tuple(free), tuple(menus), dense, limits))
+def _free(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    return tuple(layer for layer in layers if layer.reason is None)
 
 
 def _check_copy(model: nn.Module) -> None:
@@ -190,17 +224,35 @@ def _check_copy(model: nn.Module) -> None:
         ) from error
 
 
+def _take_inventory(task: Task, space: SearchSpace) -> tuple[ModelLayers, tuple[Layer, ...]]:
+    """The model with its factorisable layers, and all of its layers."""
+    model = unfolded(task.model, task.example_input, space.split_qkv)
+    layers = mark_dense(inventory(model, task.example_input), space)
+    if not (free := _free(layers)):
+        reasons = "; ".join(f"{x.name or 'model'}: {x.reason}" for x in layers[:5]) or "it has no layer with a weight"
+        raise TaskError(f"the model has no layer that can be factorised ({reasons})")
+    return ModelLayers(task.model, model, free, task.example_input), layers
+
+
 def mark_dense(layers: Sequence[Layer], space: SearchSpace) -> tuple[Layer, ...]:
-    """Set the reason of layers that the space keeps dense or has nothing for."""
-    free = [layer for layer in layers if layer.reason is None]
+    """Mark the layers that a search space keeps dense, or has no candidate for.
+
+    Args:
+        layers: All layers of the inventory, in the model's order.
+        space: The search space.
+
+    Returns:
+        The same layers, with `reason` set on those that stay dense.
+    """
+    free = _free(layers)
     marked = []
     for layer in layers:
         reason = layer.reason
         if reason is None:
             reason = space.dense_reason(layer, free)
-        rounds = in_each_precision(layer, dense_candidate(layer), space.precisions)
-        if reason is None and not rounds and not any(space.ranks(family, layer) for family in space.families):
-            depthwise = ", which has but its kernel: it is depthwise" if layer.groups == layer.shape[0] > 1 else ""
+        quantized = in_each_precision(layer, dense_candidate(layer), space.precisions)
+        if reason is None and not quantized and not any(space.ranks(family, layer) for family in space.families):
+            depthwise = ", which has only its kernel: it is depthwise" if layer.groups == layer.shape[0] > 1 else ""
             reason = f"no family of search space {space.name!r} makes it smaller{depthwise}"
         marked.append(dataclasses.replace(layer, reason=reason))
     return tuple(marked)
@@ -214,19 +266,84 @@ def time_task(
     progress: Any,
     out: Path | None = None,
 ) -> tuple[list[Layer], Latencies]:
-    """A task's free layers and their latencies, for a table: nothing is calibrated or fitted."""
+    """Measure a latency table for a task, without calibrating or fitting anything.
+
+    Args:
+        task: The task whose layers are timed.
+        space: Search space with the candidates to time.
+        conditions: Device, runtime and batch size to time under.
+        cache: Folder of the cache.
+        progress: Progress callback.
+        out: File of the table. Default: one in the cache.
+
+    Returns:
+        The factorisable layers with their latencies, and all measured latencies.
+
+    Raises:
+        TaskError: The model has no layer that can be factorised.
+    """
     model = unfolded(task.model, task.example_input, space.split_qkv)
-    layers = [x for x in mark_dense(inventory(model, task.example_input), space) if x.reason is None]
+    layers = _free(mark_dense(inventory(model, task.example_input), space))
     if not layers:
         raise TaskError("the model has no layer that can be factorised: rankopt inspect says why")
-    found = measure_latencies(
-        task.model, model, layers, space, task.example_input, conditions, Cache(cache), progress, out
-    )
-    return [found.with_layer(x) for x in layers], found
+    model_layers = ModelLayers(task.model, model, layers, task.example_input)
+    latencies = measure_latencies(model_layers, space, conditions, Cache(cache), progress, out)
+    return [latencies.with_layer(x) for x in layers], latencies
+
+
+# --- prices: costs that only some budgets limit ------------------------------------------------------
+
+
+def _price_layer(layer: Layer, prices: Sequence[Latencies | MemoryCosts]) -> Layer:
+    for price in prices:
+        layer = price.with_layer(layer)
+    return layer
+
+
+def _price_candidates(
+    layer: Layer, candidates: list[Candidate], prices: Sequence[Latencies | MemoryCosts]
+) -> list[Candidate]:
+    for price in prices:
+        candidates = price.with_candidates(layer, candidates)
+    return candidates
+
+
+def _refuse_infeasible(
+    free: Sequence[Layer],
+    space: SearchSpace,
+    limits: tuple[Limit, ...],
+    dense: Cost,
+    prices: Sequence[Latencies | MemoryCosts],
+) -> None:
+    """Raise BudgetError if no plan can meet the limits: costs need no fit, so this is known before fitting."""
+    menus = []
+    for x in free:
+        found = [c for f in space.families for r in space.ranks(f, x) for c in in_each_form(x, f, r, 0.0)]
+        found += [c for one in (dense_candidate(x), *found) for c in in_each_precision(x, one, space.precisions)]
+        menus.append((dense_candidate(x), *_price_candidates(x, found, prices)))
+    check_feasible(Problem(tuple(free), tuple(menus), dense, limits))
+
+
+# --- the fingerprint: under what statistics and fits are cached --------------------------------------
+
+
+def _fingerprint(model_layers: ModelLayers, batches: Sequence[Any]) -> str:
+    """A content hash of the model, its free layers and the calibration batches."""
+    tensors: list[Any] = []
+    for batch in batches:
+        map_tensors(batch, tensors.append)
+    identities = [_identity(x) for x in model_layers.layers]
+    return digest(VERSION, *_state(model_layers.unfolded, batches[0]), *tensors, identities)
+
+
+def _identity(layer: Layer) -> tuple[Any, ...]:
+    """A layer's fields without its latency, which differs between machines."""
+    found = dataclasses.asdict(layer) | {"cost": tuple(layer.cost[m] for m in METRICS)}
+    return tuple(found[f.name] for f in dataclasses.fields(layer))
 
 
 def _state(model: nn.Module, batch: Any) -> list[Any]:
-    """What tells models apart: structure, parameters, all buffers, and what the forward makes of them."""
+    """A model's structure, parameters and buffers, and numbers from its output: its forward is code, not data."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     with inference(model):
         out = _run_batch(model, batch)
@@ -243,32 +360,30 @@ def _run_batch(model: nn.Module, batch: Any) -> Any:
         raise TaskError(f"the model does not run on a calibration batch: {type(error).__name__}: {error}") from error
 
 
-def _tensors(batches: Sequence[Any]) -> list[Any]:
-    found: list[Any] = []
-    for batch in batches:
-        map_tensors(batch, found.append)
-    return found
+# --- sensitivities -----------------------------------------------------------------------------------
 
 
-def _curves(
+def _measure_curves(
     task: Task,
     objective: Callable[[nn.Module], float],
-    layers: Sequence[Layer],
+    statistics: Statistics,
     candidates: dict[str, list[Candidate]],
     factors: FactorStore,
-    key: str,
-    cache: Cache,
-    progress: Progress,
 ) -> dict[str, Curve]:
-    """Sensitivities of all layers. Cached for the default objective; a task's own may change behind our back."""
-    names = [layer.name for layer in layers]
-    # What is rounded lies between them: rounding adds to an error, and saves no parameters.
+    """Sensitivity curves by layer name.
+
+    Cached for the default objective only: a task's own is code that may change without our noticing.
+    """
+    names = [layer.name for layer in statistics.layers]
+    # Quantized candidates need no measurements of their own: they have a larger error and no fewer parameters, so
+    # their errors lie within the range that the others cover.
     candidates = {n: [c for c in candidates[n] if c.precision == SAME] or candidates[n] for n in names}
-    # A fit is one, in whatever forms.
-    key = "sensitivity-" + digest(key, {n: [*dict.fromkeys((c.key, c.error) for c in candidates[n])] for n in names})
-    if task.objective is None and (kept := cache.read_json(key)):
+    # The forms of a fit share its key and error, and count once.
+    fits = {n: [*dict.fromkeys((c.key, c.error) for c in candidates[n])] for n in names}
+    key = "sensitivity-" + digest(statistics.key, fits)
+    if task.objective is None and (kept := statistics.cache.read_json(key)):
         return {name: tuple((e, r) for e, r in kept[name]) for name in names}
-    by_name = {layer.name: layer for layer in layers}
+    by_name = {layer.name: layer for layer in statistics.layers}
     zero = call("the objective", objective, task.model)
     assert zero is not None
 
@@ -276,12 +391,12 @@ def _curves(
         model = apply(task.model, [by_name[name]], [candidate], factors)
         try:
             value = call("the objective", objective, model)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # a task's objective may raise anything
             log.warning("the objective of layer %r as %s %s: %s", name, candidate.method, candidate.rank, error)
             return None
         return None if value is None else value - zero
 
-    curves = measure(names, candidates, rise, progress)
+    curves = measure(names, candidates, rise, statistics.progress)
     if task.objective is None:
-        cache.write_json(key, curves)
+        statistics.cache.write_json(key, curves)
     return curves

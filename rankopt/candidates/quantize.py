@@ -1,13 +1,14 @@
-"""Candidates whose weights are stored in fewer bits: what they cost, and the error that they really have.
+"""Quantized candidates: factors stored in fewer bits, with their costs and measured errors.
 
-A fit's factors are rounded to nearest. CP's components cancel in part, so their rounding errors do not: in int8,
-the output factor B of a family that ends in a 1 x 1 stage, Ŵ = B K, is therefore solved again for the rounded K, and
-rounded a column at a time, each column's error carried to those not yet rounded by the Gram matrix G = K S Kᵀ (as
-GPTQ, Frantar 2022, does over the input moment of a dense layer):
+The baseline rounds every factor to nearest. That is poor for CP, whose components partly cancel while their
+rounding errors do not. In int8, for families that end in a 1 x 1 stage, Ŵ = B K, the output factor B is therefore
+solved again for the quantized K, then quantized one column at a time. Each column's error is compensated in the
+columns that are still to come, through the Gram matrix G = K S Kᵀ:
 
     q_r = round(b_r),    B[:, r:] ← B[:, r:] − (b_r − q_r) U[r, r:] / U[r, r],    G⁻¹ = Uᵀ U
 
-On ResNet-20 that takes the error which int8 adds to cp and cp_merged to a quarter. The better of the two is kept.
+This is GPTQ (Frantar et al. 2022), which uses the input moment of a dense layer as G. On ResNet-20 it reduces the
+error that int8 adds to cp and cp_merged to a quarter. Of both results the one with the smaller error is kept.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankopt.candidates.cache import VERSION, Cache, FactorStore
+from rankopt.candidates.calibration import Statistics
 from rankopt.candidates.pareto import frontier
 from rankopt.core.files import digest
 from rankopt.core.records import DENSE, INT8, SAME, Candidate, Layer
@@ -32,11 +33,20 @@ from rankopt.decompositions.types import Factors, Target
 from rankopt.decompositions.variable_projection import OutputSolver, full_target
 from rankopt.model.quantization import ROW, Encoded, cost_at, decode, encode, to_grid
 
-DAMPING = 1e-8  # relative to the mean diagonal of G
+DAMPING = 1e-8  # added to the diagonal of G, relative to its mean
 
 
 def in_each_precision(layer: Layer, candidate: Candidate, precisions: Sequence[str]) -> list[Candidate]:
-    """The candidate in each other precision that takes fewer bytes; its error still without rounding."""
+    """Copy a candidate into each lower precision that takes fewer bytes.
+
+    Args:
+        layer: The layer.
+        candidate: The candidate in the layer's own precision; its error is copied unchanged.
+        precisions: Precisions to consider; "same" is skipped.
+
+    Returns:
+        One candidate per precision that saves bytes, with its costs.
+    """
     dense = candidate.method == DENSE
     shapes = [layer.shape] if dense else DECOMPOSITIONS[candidate.method].shapes(layer, candidate.rank)
     shapes = [(layer.shape[0], layer.patch)] if dense else shapes
@@ -49,32 +59,37 @@ def in_each_precision(layer: Layer, candidate: Candidate, precisions: Sequence[s
 
 
 def add_precisions(
-    model: nn.Module,
-    layers: Sequence[Layer],
+    statistics: Statistics,
     candidates: dict[str, list[Candidate]],
     precisions: Sequence[str],
     factors: FactorStore,
-    statistics: Mapping[str, tuple[Tensor | None, Tensor | None]],
-    key: str,
-    cache: Cache,
-    progress: Any,
 ) -> dict[str, list[Candidate]]:
-    """Name -> the candidates, and those on the frontier of parameters and MACs, dense included, in each precision.
+    """Add quantized versions of the candidates that are Pareto-optimal in parameters, MACs and error, and of dense.
 
-    statistics: name -> (moment S, output metric H). key: of these. What is measured is kept in the cache.
+    Quantized factors and their errors are kept in the cache.
+
+    Args:
+        statistics: Calibration statistics of the layers.
+        candidates: Candidates by layer name.
+        precisions: Precisions to add.
+        factors: Factors of the candidates.
+
+    Returns:
+        All candidates by layer name.
     """
     if not set(precisions) - {SAME}:
         return candidates
     found = {}
-    for layer in progress(layers, "rounding weights", len(layers)):
-        weight: Tensor = model.get_submodule(layer.name).weight.detach().cpu()  # type: ignore[operator]
+    layers, cache = statistics.layers, statistics.cache
+    for layer in statistics.progress(layers, "quantizing weights", len(layers)):
+        weight: Tensor = statistics.model.get_submodule(layer.name).weight.detach().cpu()  # type: ignore[operator]
         kept = frontier(layer, candidates[layer.name], ("params", "macs"))
         todo = [c for one in kept for c in in_each_precision(layer, one, precisions)]
         names = [(c.method, c.rank, c.form, c.key, c.precision) for c in todo]
-        file_key = "rounded-" + digest(VERSION, ROW, key, layer.name, weight, names)
+        file_key = "rounded-" + digest(VERSION, ROW, statistics.key, layer.name, weight, names)
         errors = _read(cache, file_key)
         if errors is None:
-            errors = _measure(layer, weight, todo, factors, statistics, cache, file_key)
+            errors = _quantize_all(layer, weight, todo, factors, statistics, file_key)
         made = [
             dataclasses.replace(c, error=error, key=f"{file_key}/{i}")
             for i, (c, error) in enumerate(zip(todo, errors, strict=True))
@@ -85,7 +100,7 @@ def add_precisions(
 
 
 def _read(cache: Cache, key: str) -> list[float | None] | None:
-    """The errors that a file names; None if it is not there or damaged."""
+    """The errors in a cache file; None if it is missing or damaged."""
     try:
         with safe_open(cache.path(key, "safetensors"), "pt") as file:
             return json.loads(file.metadata()["errors"])
@@ -93,26 +108,24 @@ def _read(cache: Cache, key: str) -> list[float | None] | None:
         return None
 
 
-def _measure(
+def _quantize_all(
     layer: Layer,
     weight: Tensor,
     todo: Sequence[Candidate],
     factors: FactorStore,
-    statistics: Mapping[str, tuple[Tensor | None, Tensor | None]],
-    cache: Cache,
+    statistics: Statistics,
     key: str,
 ) -> list[float | None]:
-    """Round the candidates of a layer and write them to the cache; their errors, None where one overflows."""
-    moment_and_metric = statistics[layer.name]
+    """Quantize a layer's candidates and write them to the cache; their errors, None where one is not finite."""
     known: dict[tuple[str | None, str], tuple[Encoded, float | None]] = {}
     for c in todo:  # the forms of a fit share its factors
         if (c.key, c.precision) not in known:
             whole = factors[c.key] if c.key is not None else ()
-            known[c.key, c.precision] = quantize_candidate(layer, c, weight, whole, *moment_and_metric)
+            known[c.key, c.precision] = quantize_candidate(layer, c, weight, whole, *statistics[layer.name])
     made = [known[c.key, c.precision] for c in todo]
     tensors = {f"{i}.{j}": t for i, (encoded, _) in enumerate(made) for j, t in enumerate(encoded)}
     errors = [error for _, error in made]
-    cache.write_tensors(key, {n: t.contiguous() for n, t in tensors.items()}, {"errors": json.dumps(errors)})
+    statistics.cache.write_tensors(key, {n: t.contiguous() for n, t in tensors.items()}, {"errors": json.dumps(errors)})
     return errors
 
 
@@ -122,13 +135,23 @@ def quantize_candidate(
     weight: Tensor,
     factors: Factors,
     moment: Tensor | None,
-    metric: Tensor | None,
+    output_metric: Tensor | None,
 ) -> tuple[Encoded, float | None]:
-    """The factors (of a dense layer its weight) in the candidate's precision, one after the other; and their error.
+    """Quantize a candidate's factors to its precision.
 
-    weight: the layer's own; the error is None where it is not finite.
+    Args:
+        layer: The layer.
+        candidate: The candidate, with the precision to quantize to.
+        weight: The layer's dense weight, in the shape of its module.
+        factors: The factors to quantize; ignored for a dense candidate, whose weight is quantized.
+        moment: Input moment S (groups, n, n); None: identity.
+        output_metric: Output metric H (groups, T, T); None: identity.
+
+    Returns:
+        The encoded tensors of all factors in order, and the relative error of the weight that they give; None if
+        that is not finite.
     """
-    target = full_target(layer, weight, moment, metric)
+    target = full_target(layer, weight, moment, output_metric)
     if candidate.method == DENSE:
         factors = (target.weight.flatten(0, 1).to(weight.dtype),)
     nearest = [encode(f, candidate.precision) for f in factors]
@@ -151,7 +174,7 @@ def _error(layer: Layer, candidate: Candidate, target: Target, encoded: Sequence
 def _solved_last(
     layer: Layer, candidate: Candidate, target: Target, encoded: Sequence[Encoded], dtype: torch.dtype
 ) -> Encoded | None:
-    """The output factor in int8 for the others as they are rounded; None where there is no 1 x 1 stage at the end."""
+    """The output factor in int8, solved for the other factors as quantized; None without a 1 x 1 stage at the end."""
     family = DECOMPOSITIONS[candidate.method]
     if isinstance(family, CoreNetwork) and len(layer.shape) == 2:
         return None
@@ -166,12 +189,12 @@ def _solved_last(
     output = OutputSolver(target, None)(rows)[1]
     shape = encoded[-1][0].shape
     scale = encode(output.flatten(0, 1).view(shape), INT8)[1]
-    values = _carried(output, scale.double().view(g, -1) if len(scale) > 1 else scale.double(), target, rows)
+    values = _compensated(output, scale.double().view(g, -1) if len(scale) > 1 else scale.double(), target, rows)
     return None if values is None else (values.view(shape), scale)
 
 
-def _carried(output: Tensor, scale: Tensor, target: Target, rows: Tensor) -> Tensor | None:
-    """B (g, T, m) rounded a column at a time, as int8; None where G has no inverse."""
+def _compensated(output: Tensor, scale: Tensor, target: Target, rows: Tensor) -> Tensor | None:
+    """Quantize B (g, T, m) column by column with error compensation, to int8; None where G has no inverse."""
     gram = target.times_moment(rows) @ rows.mT
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(DAMPING * mean[:, None].expand(gram.shape[:2])))

@@ -1,4 +1,4 @@
-"""The search space: which families, ranks and layers a search may use; a TOML file."""
+"""Search spaces: which families, ranks, precisions and layers a search may use, read from TOML files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,28 @@ DEFAULT = ("svd_out", "svd_in", "svd_spatial", "svd_grouped", "tucker2", "cp", "
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """See search_spaces/default.toml for what each setting means."""
+    """Which candidates a search may use.
+
+    Attributes:
+        name: Name of the space: the TOML file's, without its suffix.
+        description: One line for listings.
+        families: Decompositions that may be used. Keeping a layer dense is always allowed.
+        fractions: Fractions of a layer's weights at which ranks are tried, in (0, 1]; replaces `points`, `smallest`
+            and `largest`.
+        points: How many fractions are tried, spaced geometrically from `smallest` to `largest`.
+        smallest: Smallest fraction of a layer's weights.
+        largest: Largest fraction of a layer's weights.
+        nearest: Choose the rank nearest to a fraction instead of the largest below it; for families of one rank.
+        multiple: Ranks are rounded down to a multiple of this, such as 8, 16 or 32 for vector units.
+        precisions: What weights may be stored in: "same" (as in the model), "int8", "bfloat16", "float16". Matters
+            under budgets that count bytes.
+        steps: Steps of L-BFGS per fit; some families take a share of it.
+        keep_dense: Layers to leave dense: names with wildcards * and ?, "@first-convolution" or "@classifier" (a
+            last Linear).
+        split_qkv: Whether a joint projection of queries, keys and values is split into three layers.
+        rounds: Number of searches in multi-stage compression; 1 is a single search.
+        round_steps: Training steps after each of several rounds.
+    """
 
     name: str = "default"
     description: str = ""
@@ -55,25 +76,45 @@ class SearchSpace:
             raise RankoptError(f"search space {self.name!r}: steps and round_steps are 0 or more, rounds is 1 or more")
 
     def grid(self, density: float = 1) -> tuple[float, ...]:
-        """Fractions of a layer's weights at which ranks are tried."""
+        """List the fractions of a layer's weights at which ranks are tried.
+
+        Args:
+            density: Factor on the number of points.
+        """
         if self.fractions:
             return self.fractions
         return tuple(float(f) for f in np.geomspace(self.smallest, self.largest, max(1, round(density * self.points))))
 
     def ranks(self, family: str, layer: Layer) -> list[Rank]:
-        """The ranks of a family to try on a layer; none if it has no place there or would not make it smaller."""
-        decomposition = DECOMPOSITIONS[family]
-        density = 1.0 if layer.kind == "Embedding" else decomposition.density  # factors of a table are large to keep
-        ranks = decomposition.ranks(layer, self.grid(density), self.nearest)
-        rounded = {decomposition.valid(layer, tuple(self._rounded(r) for r in rank)) for rank in ranks}
-        return sorted(rounded, key=lambda r: decomposition.weights(layer, r)) if self.multiple > 1 else ranks
+        """List the ranks of a family to try on a layer.
 
-    def _rounded(self, r: int) -> int:
-        """Down to a multiple of what hardware likes, but for what is smaller than that."""
+        Args:
+            family: Name of the decomposition.
+            layer: The layer.
+
+        Returns:
+            Ranks without duplicates; empty if the family does not apply to the layer or would not make it smaller.
+        """
+        decomposition = DECOMPOSITIONS[family]
+        density = 1.0 if layer.kind == "Embedding" else decomposition.density  # an Embedding's factors fill the disk
+        ranks = decomposition.ranks(layer, self.grid(density), self.nearest)
+        multiples = {decomposition.valid(layer, tuple(self._to_multiple(r) for r in rank)) for rank in ranks}
+        return sorted(multiples, key=lambda r: decomposition.weights(layer, r)) if self.multiple > 1 else ranks
+
+    def _to_multiple(self, r: int) -> int:
+        """Round down to a multiple of `multiple`; smaller ranks stay."""
         return r if r < self.multiple else r - r % self.multiple
 
     def dense_reason(self, layer: Layer, free: Sequence[Layer]) -> str | None:
-        """Why this space keeps a layer dense; None if it does not. free: all factorisable layers, in order."""
+        """Say why this space keeps a layer dense.
+
+        Args:
+            layer: The layer.
+            free: All factorisable layers, in the model's order.
+
+        Returns:
+            The reason, or None if the layer may be factorised.
+        """
         convolutions = [x for x in free if x.kind.startswith("Conv")]
         for pattern in self.keep_dense:
             hit = {
@@ -86,18 +127,26 @@ class SearchSpace:
 
 
 def search_spaces_folder() -> Path:
-    """Where the search spaces that come with rankopt lie: in the installed package, or the checkout's top."""
+    """Find the folder of rankopt's own search spaces: in the installed package, or at the top of a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "search_spaces"
     return inside if inside.is_dir() else package.parent / "search_spaces"
 
 
 def space_names() -> list[str]:
+    """List rankopt's own search spaces."""
     return sorted(p.stem for p in search_spaces_folder().glob("*.toml"))
 
 
 def load_space(name: str | Path) -> SearchSpace:
-    """A space by name or by path of a TOML file. Raises RankoptError for unknown names, settings or families."""
+    """Read a search space.
+
+    Args:
+        name: Name of one of rankopt's own search spaces, or path of a TOML file.
+
+    Raises:
+        RankoptError: The space does not exist, cannot be read, or has an unknown setting, value or family.
+    """
     path = Path(name)
     if path.suffix != ".toml":
         path = search_spaces_folder() / f"{name}.toml"

@@ -1,4 +1,8 @@
-"""How much a layer's error costs the model's objective: measured, one layer at a time."""
+"""Sensitivities: how much the objective rises with a layer's error, measured one layer at a time.
+
+A few candidates of each layer are put into the dense model, and the rise of the objective is measured. The losses of
+all other candidates are interpolated from these points.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,23 @@ import numpy as np
 from rankopt.core.records import Candidate
 
 POINTS = 5  # candidates measured per layer
-
-
-FLOOR = 1e-9
-
+FLOOR = 1e-9  # smallest rise of the objective, so that its logarithm exists
 
 Curve = tuple[tuple[float, float], ...]
-"""Measured (relative error, rise of the objective) of one layer, by rising error."""
+"""Measured (relative error, rise of the objective) of one layer, sorted by error."""
 
 
 def probes(candidates: Sequence[Candidate], points: int = POINTS) -> list[Candidate]:
-    """Candidates at which to measure: evenly spread in log error over those that no smaller one beats."""
+    """Choose the candidates to measure.
+
+    Args:
+        candidates: Candidates of one layer.
+        points: How many to choose at most.
+
+    Returns:
+        Candidates evenly spread in the logarithm of their error, among those with a smaller error than every
+        candidate of fewer parameters.
+    """
     best: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: (c.cost.params, c.error)):
         if candidate.error > 1e-7 and (not best or candidate.error < best[-1].error):
@@ -38,7 +48,18 @@ def measure(
     rise: Callable[[str, Candidate], float | None],
     progress: Callable[[Iterable[tuple[str, Candidate]], str, int], Iterable[tuple[str, Candidate]]],
 ) -> dict[str, Curve]:
-    """The curve of every layer. rise(name, candidate): the objective's rise with this one layer replaced, or None."""
+    """Measure the sensitivity curves of all layers.
+
+    Args:
+        layers: Names of the layers.
+        candidates: Candidates by layer name.
+        rise: Maps (layer name, candidate) to the rise of the objective with only this layer replaced; None if it
+            could not be measured.
+        progress: Progress callback.
+
+    Returns:
+        Curves by layer name.
+    """
     todo = [(name, candidate) for name in layers for candidate in probes(candidates[name])]
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
     for name, candidate in progress(todo, "measuring sensitivities", len(todo)):
@@ -48,7 +69,17 @@ def measure(
 
 
 def predict(curve: Curve, errors: Sequence[float]) -> np.ndarray:
-    """Rise of the objective at relative errors: log-log interpolation, made monotone; slope 1 beyond the ends."""
+    """Predict the rise of the objective at some relative errors.
+
+    Log-log interpolation of the curve, made monotone; extrapolation is linear in the error.
+
+    Args:
+        curve: At least one measured point.
+        errors: Relative errors.
+
+    Returns:
+        Predicted rises, one per error.
+    """
     x = np.log([max(e, 1e-12) for e, _ in curve])
     y = np.maximum.accumulate(np.log([max(rise, FLOOR) for _, rise in curve]))
     at = np.log(np.maximum(errors, 1e-12))
@@ -57,7 +88,15 @@ def predict(curve: Curve, errors: Sequence[float]) -> np.ndarray:
 
 
 def with_losses(candidates: Sequence[Candidate], curve: Curve) -> list[Candidate]:
-    """The candidates with their predicted losses; without a curve the error itself is the loss."""
+    """Set the predicted losses of candidates.
+
+    Args:
+        candidates: Candidates of one layer.
+        curve: The layer's curve; if empty, the relative error itself serves as loss.
+
+    Returns:
+        The candidates, with `loss` set.
+    """
     errors = [c.error for c in candidates]
     losses = predict(curve, errors) if curve else errors
     return [replace(c, loss=float(loss)) for c, loss in zip(candidates, losses, strict=True)]

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rankopt.cli.progress import console
 from rankopt.core.errors import RankoptError
+
+if TYPE_CHECKING:
+    from rankopt.candidates.latency_table import Conditions
 
 app = typer.Typer(
     help="Choose a tensor decomposition and its rank for every layer of a PyTorch model, under one budget.",
@@ -20,18 +23,32 @@ app = typer.Typer(
 )
 
 
+# Panels of `rankopt --help`
+COMPRESS, FINISHED, COMPARE, EXPERIMENTS = "Compress a model", "Use a finished run", "Compare", "Experiments"
+
+
 TaskName = Annotated[str, typer.Argument(help="a built-in task (digits) or FILE.py:function; the file is run")]
 
 
 SpaceName = Annotated[str, typer.Option("--space", help="a search space by name, or a .toml file")]
 
 
-CacheFolder = Annotated[Path | None, typer.Option("--cache", help="where candidates are kept [RANKOPT_CACHE]")]
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option("--cache", help="where candidates are kept", show_default="RANKOPT_CACHE, or ~/.cache/rankopt"),
+]
 
 
 @contextmanager
-def clear_errors(kept: str = "every finished trial is kept: go on with --resume") -> Iterator[None]:
-    """One line for what a user can mend, exit code 2; Ctrl-C says how to go on."""
+def readable_errors(kept: str = "every finished trial is kept: go on with --resume") -> Iterator[None]:
+    """Context: errors that a user can mend end the command with one line instead of a traceback.
+
+    Args:
+        kept: What Ctrl-C leaves behind and how to continue.
+
+    Raises:
+        typer.Exit: With code 2 for a RankoptError or an error of the operating system, 130 for Ctrl-C.
+    """
     try:
         yield
     except RankoptError as error:
@@ -41,20 +58,35 @@ def clear_errors(kept: str = "every finished trial is kept: go on with --resume"
         console.print(f"stopped; {kept}", markup=False)
         raise typer.Exit(130) from None
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None:  # from a library, not the operating system: a bug, which needs its traceback
             raise
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 
 def write_page(out: Path, html: bool) -> None:
+    """Write a run folder's report.html and print its path.
+
+    Args:
+        out: The run folder.
+        html: Whether a report is wanted.
+    """
     if html:
         from rankopt.report.html import write_report
 
         echo(f"report: {write_report(out)}")
 
 
-def latency_conditions(latency_on: str | None, budget: Any) -> Any:
+def latency_conditions(latency_on: str | None, budget: Any) -> Conditions | None:
+    """Read --latency-on.
+
+    Args:
+        latency_on: The option's text; None if it was not given.
+        budget: The budget, which must then limit latency.
+
+    Raises:
+        RankoptError: If the conditions are invalid or the budget does not limit latency.
+    """
     from rankopt.candidates.latency_table import Conditions
     from rankopt.core.budget import limited_metrics
 
@@ -64,8 +96,19 @@ def latency_conditions(latency_on: str | None, budget: Any) -> Any:
 
 
 def default_folder(task: str, what: str) -> Path:
+    """Return the folder that results go to without --out, as runs/digits-knapsack.
+
+    Args:
+        task: Name of the task, of which the file's name is taken.
+        what: What the results are of: a strategy or a command.
+    """
     return Path("runs") / f"{Path(task.rpartition(':')[0] or task).stem}-{what}"
 
 
 def echo(text: str) -> None:
+    """Print results on standard output; what goes on while they are made is printed on standard error.
+
+    Args:
+        text: One or more lines.
+    """
     typer.echo(text)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from rankopt.cli.app import CacheFolder, SpaceName, TaskName, app, clear_errors, default_folder, echo
+from rankopt.cli.app import COMPARE, CacheFolder, SpaceName, TaskName, app, default_folder, echo, readable_errors
 from rankopt.cli.progress import console, show_progress
 
+COMPARED = "What is compared"  # a panel of --help
 
-@app.command()
+
+@app.command(rich_help_panel=COMPARE)
 def sweep(
     task: TaskName,
     budgets: Annotated[str, typer.Option(help="METRIC=FROM:TO:HOW_MANY, equal ratios apart, or METRIC=A,B,C")],
     evaluate: Annotated[str, typer.Option(help="knees (and the ends), all or none")] = "knees",
-    out: Annotated[Path | None, typer.Option(help="the folder for sweep.csv and sweep.png [runs/TASK-sweep]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the folder for sweep.csv and sweep.png", show_default="runs/TASK-sweep")
+    ] = None,
     space: SpaceName = "default",
     cache: CacheFolder = None,
 ) -> None:
-    """The front of size against score: one calibration, the exact allocation for every budget."""
-    with clear_errors("what was fitted is kept: the same command goes on"):
+    """Trace score against size: one calibration, then the exact allocation for every budget."""
+    with readable_errors("what was fitted is kept: the same command goes on"):
         import rankopt.search.sweep as sweeps
         from rankopt.candidates.prepare import prepare
         from rankopt.core.run_folder import open_folder
@@ -41,20 +45,69 @@ def sweep(
         echo(f"a model of one of them, in seconds: rankopt search {task} --budget METRIC=VALUE")
 
 
-@app.command()
+@app.command(rich_help_panel=COMPARE)
+def benchmark(  # noqa: PLR0913  # a parameter for every option
+    task: TaskName,
+    budget: Annotated[
+        list[str],
+        typer.Option(
+            "--budget",
+            help="a problem, repeatable: params=0.3, or jointly params=0.3,macs=0.5",
+            rich_help_panel=COMPARED,
+        ),
+    ],
+    strategies: Annotated[
+        str, typer.Option(help="all, or names as in knapsack,random,optuna:sampler=gp", rich_help_panel=COMPARED)
+    ] = "all",
+    trials: Annotated[
+        int,
+        typer.Option(help="distinct plans for each strategy; one-shot strategies have one", rich_help_panel=COMPARED),
+    ] = 30,
+    seeds: Annotated[int, typer.Option(help="runs of each, with seeds 0, 1, ...", rich_help_panel=COMPARED)] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="the folder for benchmark.*", show_default="runs/TASK-benchmark")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on; budgets, strategies and seeds may be added")] = False,
+    space: SpaceName = "default",
+    cache: CacheFolder = None,
+) -> None:
+    """Compare strategies under equal numbers of evaluations."""
+    with readable_errors("every finished run is kept: go on with --resume"):
+        import rankopt.search.benchmark as benchmarks
+        from rankopt.candidates.prepare import prepare
+        from rankopt.core.run_folder import open_folder
+        from rankopt.experiments.tasks import load_task
+        from rankopt.report.benchmark import cell_line, text, write
+
+        names = benchmarks.read_strategies(strategies)
+        out = out or default_folder(task, "benchmark")
+        open_folder(out, resume, benchmarks.FILE)
+        prepared = prepare(load_task(task), space, cache, show_progress, budget=budget[0].split(","))
+
+        def print_cell(cell: benchmarks.Cell) -> None:
+            console.print(cell_line(cell), markup=False, highlight=False, soft_wrap=True)
+
+        data = benchmarks.benchmark(prepared, budget, names, trials, seeds, out, resume, print_cell, show_progress)
+        write(out, data)
+        echo(text(data))
+        echo(f"written: {', '.join(str(p) for p in sorted(out.glob('benchmark.*')))}")
+
+
+@app.command(rich_help_panel=COMPARE)
 def hardware(
     task: TaskName,
     latency_on: Annotated[
         str, typer.Option(help="the conditions that are timed")
     ] = "cpu,batch=1,threads=1,runtime=eager",
     out: Annotated[
-        Path | None, typer.Option(help="the table to write or add to, for table=FILE elsewhere [one in the cache]")
+        Path | None,
+        typer.Option(help="the table to write or add to, for table=FILE elsewhere", show_default="one in the cache"),
     ] = None,
     space: SpaceName = "default",
     cache: CacheFolder = None,
 ) -> None:
-    """Time a task's layers and all that they may become on this machine, for latency budgets here or elsewhere."""
-    with clear_errors("what was timed is kept: the same command goes on"):
+    """Time a task's layers and their candidates on this machine, for latency budgets here or elsewhere."""
+    with readable_errors("what was timed is kept: the same command goes on"):
         from rankopt.candidates.latency_table import Conditions
         from rankopt.candidates.prepare import time_task
         from rankopt.candidates.search_space import load_space
@@ -67,39 +120,3 @@ def hardware(
         echo(table(layers, found))
         if out:
             echo(f"written: {out}; use it with --latency-on {found.conditions},table={out}")
-
-
-@app.command()
-def benchmark(
-    task: TaskName,
-    budget: Annotated[
-        list[str], typer.Option("--budget", help="a problem, repeatable: params=0.3, or jointly params=0.3,macs=0.5")
-    ],
-    strategies: Annotated[str, typer.Option(help="all, or names as in knapsack,random,optuna:sampler=gp")] = "all",
-    trials: Annotated[int, typer.Option(help="distinct plans for each strategy; one-shot strategies have one")] = 30,
-    seeds: Annotated[int, typer.Option(help="runs of each, with seeds 0, 1, ...")] = 3,
-    out: Annotated[Path | None, typer.Option(help="the folder for benchmark.* [runs/TASK-benchmark]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on; budgets, strategies and seeds may be added")] = False,
-    space: SpaceName = "default",
-    cache: CacheFolder = None,
-) -> None:
-    """Compare strategies under equal numbers of evaluations."""
-    with clear_errors("every finished run is kept: go on with --resume"):
-        import rankopt.search.benchmark as benchmarks
-        from rankopt.candidates.prepare import prepare
-        from rankopt.core.run_folder import open_folder
-        from rankopt.experiments.tasks import load_task
-        from rankopt.report.benchmark import cell_line, text, write
-
-        names = benchmarks.read_strategies(strategies)
-        out = out or default_folder(task, "benchmark")
-        open_folder(out, resume, benchmarks.FILE)
-        prepared = prepare(load_task(task), space, cache, show_progress, budget=budget[0].split(","))
-
-        def shown(cell: dict[str, Any]) -> None:
-            console.print(cell_line(cell), markup=False, highlight=False, soft_wrap=True)
-
-        data = benchmarks.benchmark(prepared, budget, names, trials, seeds, out, resume, shown, show_progress)
-        write(out, data)
-        echo(text(data))
-        echo(f"written: {', '.join(str(p) for p in sorted(out.glob('benchmark.*')))}")

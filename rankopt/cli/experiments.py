@@ -8,41 +8,47 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rankopt.cli.app import CacheFolder, app, clear_errors, echo, write_page
+from rankopt.cli.app import EXPERIMENTS, CacheFolder, app, echo, readable_errors, write_page
 from rankopt.cli.progress import LiveRunner, ProgressBar
 from rankopt.core.errors import RankoptError
 from rankopt.core.progress import StopCondition
 from rankopt.core.run_folder import folder_lock, read_result
-from rankopt.search.runners import make_runner
+from rankopt.search.runners import RunnerSettings, make_runner
 
 if TYPE_CHECKING:
     from rankopt.experiments.config import StudyFile
     from rankopt.search.loop import Runner
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENTS)
 def run(
     study: Annotated[
-        Path, typer.Argument(help="a study's .toml file: a search's settings, perhaps with cases or ranges")
+        Path,
+        typer.Argument(
+            help="a study's .toml file: the settings of a search, of cases, or of a search for hyperparameters"
+        ),
     ],
-    out: Annotated[Path | None, typer.Option(help="the folder for results [the file's out, or runs/STUDY]")] = None,
-    budget_minutes: Annotated[float, typer.Option(help="start nothing after so many minutes; run again to go on")] = (
-        float("inf")
-    ),
+    out: Annotated[
+        Path | None, typer.Option(help="the folder for results", show_default="the file's out, or runs/STUDY")
+    ] = None,
+    budget_minutes: Annotated[
+        float, typer.Option(help="start nothing after this many minutes; the same command goes on")
+    ] = float("inf"),
     case: Annotated[
-        list[str] | None, typer.Option(help="this case only, repeatable: so several processes share a study [all]")
+        list[str] | None,
+        typer.Option(help="this case only, repeatable: so several processes share a study", show_default="all"),
     ] = None,
     cache: CacheFolder = None,
 ) -> None:
-    """Do what a study's file says, or go on with it: one search, a list of cases, or hyperparameters searched for."""
-    with clear_errors("every finished search is kept: the same command goes on"):
+    """Run a study's file, or resume it: one search, a list of cases, or a search for hyperparameters."""
+    with readable_errors("every finished search is kept: the same command goes on"):
         from rankopt.experiments.config import read_study
 
         found = read_study(study)
         if case and not found.cases:
             raise RankoptError(f"--case: {study} has no [[cases]]")
         folder = out or found.out
-        runner = make_runner(found.workers, None, 0.0, (None, None), folder / "logs", False)
+        runner = make_runner(RunnerSettings(found.workers), folder / "logs")
         stop = StopCondition(budget_minutes)
         if found.hyperparameters:
             _run_tuning(found, folder, runner, cache, stop)
@@ -55,10 +61,10 @@ def run(
 def _run_one(study: StudyFile, out: Path, runner: Runner, cache: Path | None, stop: StopCondition) -> None:
     """One search, with its summary and report."""
     from rankopt.experiments.tasks import load_task
-    from rankopt.experiments.tuning import run_study
+    from rankopt.experiments.tuning import run_single
     from rankopt.search.summary import summary
 
-    folder, complete = run_study(study, load_task(study.task), out, runner, cache, stop, ProgressBar())
+    folder, complete = run_single(study, load_task(study.task), out, runner, cache, stop, ProgressBar())
     if folder:
         echo(summary(read_result(folder)))
         write_page(folder, html=True)
@@ -67,20 +73,26 @@ def _run_one(study: StudyFile, out: Path, runner: Runner, cache: Path | None, st
 
 
 def _run_tuning(study: StudyFile, out: Path, runner: Runner, cache: Path | None, stop: StopCondition) -> None:
-    """Many searches, their pages, and the best one made again."""
+    """Many searches, their pages, and the best one repeated."""
     from rankopt.experiments.tasks import load_task
-    from rankopt.experiments.tuning import Searches
+    from rankopt.experiments.tuning import TuningStudy
     from rankopt.report.html import write_report
     from rankopt.report.hyperparameters import write
 
     display = ProgressBar()
-    with Searches(study, load_task(study.task), out).open() as searches:
-        complete = searches.run(stop.end, runner, cache, display.say, display)
+    with TuningStudy(study, load_task(study.task), out).open() as searches:
+        with display.lines(lambda: "searches", study.searches, len(searches.done())) as advance:
+
+            def report(text: str) -> None:
+                advance()
+                display.say(text)
+
+            complete = searches.run(stop.end, runner, cache, report, display)
         if searches.finished():
             echo(f"written: {', '.join(map(str, write(searches)))}")
         if not complete:
             echo(f"the time is over with {len(searches.done())} of {study.searches} searches: the same command goes on")
-        elif folder := searches.keep_best(runner, cache, stop, display):
+        elif folder := searches.rerun_best(runner, cache, stop, display):
             echo(f"the best search, made again: {write_report(folder)}")
         else:
             echo("the best search was not made again: the same command goes on")
@@ -89,7 +101,7 @@ def _run_tuning(study: StudyFile, out: Path, runner: Runner, cache: Path | None,
 def _run_cases(
     study: StudyFile, out: Path, runner: Runner, cache: Path | None, stop: StopCondition, only: Sequence[str]
 ) -> None:
-    """Every case, each with its report, and the table of them all."""
+    """All cases, or some, each with its report, and the table of all that are finished."""
     from rankopt.experiments.cases import CaseStarted, finished_cases, run_cases
     from rankopt.report.cases import MARKDOWN, table, write
     from rankopt.report.html import write_report

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
-from rankopt.cli import compare, experiments, inspect, runs, search, train  # noqa: F401  # in the order of --help
+# Commands are registered as their modules are imported: in the order in which --help shows them.
+from rankopt.cli import inspect, search, runs, train, compare, experiments  # noqa: F401  # isort: skip
 from rankopt.cli.app import app
 
 

@@ -1,11 +1,17 @@
-"""How work goes, on standard error: bars, one live line of a search, and Ctrl-C."""
+"""Progress on standard error: bars and a live line on a terminal, a line at least every 30 s elsewhere.
+
+`ProgressBar` shows going through a known number of items, `LiveRunner` a running search. Where standard error is a
+file or a pipe, a `Heartbeat` prints how far the work is, also while a single item takes minutes.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -29,105 +35,266 @@ if TYPE_CHECKING:
     from rankopt.search.loop import Evaluate, Study
 
 LOG = "search.log"
+INTERVAL = 30.0  # seconds between lines where there is no terminal
 
 
 console = Console(stderr=True)
 
 
+def duration(seconds: float) -> str:
+    """Write a duration in words: "45 s", "3 min 20 s", "1 h 5 min".
+
+    Args:
+        seconds: The duration, rounded to seconds, or to minutes from an hour on.
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def time_left(done: int, total: int, elapsed: float) -> str:
+    """Estimate how long the rest will take, as "about 18 min left"; empty while nothing is done.
+
+    Args:
+        done: Number of items done within `elapsed`.
+        total: Number of items to do in all.
+        elapsed: Seconds since the first began.
+    """
+    if not done:
+        return ""
+    seconds = elapsed / done * (total - done)
+    step = 1 if seconds < 60 else 10 if seconds < 600 else 60  # an estimate is no more exact than that
+    return f"about {duration(round(seconds / step) * step)} left"
+
+
+class Heartbeat:
+    """Prints a line at regular intervals, from a daemon thread, as long as the `with` block lasts.
+
+    Args:
+        line: Returns the line to print; called in the thread.
+        say: Prints it.
+        interval: Seconds between lines. Nothing is printed within the first interval.
+    """
+
+    def __init__(self, line: Callable[[], str], say: Callable[[str], None], interval: float = INTERVAL) -> None:
+        self._line, self._say, self._interval = line, say, interval
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="rankopt-progress", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if threading.current_thread() is not self._thread:  # garbage collection may close a generator in any thread
+            self._thread.join(timeout=1.0)
+
+    def _beat(self) -> None:
+        while not self._over.wait(self._interval):
+            with suppress(Exception):  # a display must not end or clutter the work that it shows
+                self._say(self._line())
+
+
 def show_progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-    """A progress bar on standard error; gone when done, one line where there is no terminal."""
+    """Go through items with a `ProgressBar` on standard error.
+
+    Args:
+        items: What to go through.
+        what: What is being done, as "fitting layers".
+        total: Number of items.
+
+    Yields:
+        The items.
+    """
     yield from ProgressBar()(items, what, total)
 
 
 class ProgressBar:
-    """The same, with a text that can be changed while it goes."""
+    """A progress display for the command line, with a text that can be changed while it is shown.
 
-    def __init__(self) -> None:
+    On a terminal it is a bar that goes when all is done. Elsewhere it is a line every `interval` seconds, as "fitting
+    layers: 14 of 145, 2 min 10 s elapsed, about 20 min left". In both cases a line is printed at the end.
+
+    Args:
+        screen: Where to print.
+        interval: Seconds between lines where there is no terminal.
+        clock: Returns the time in seconds.
+    """
+
+    def __init__(
+        self, screen: Console = console, interval: float = INTERVAL, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.screen, self.interval, self.clock = screen, interval, clock
         self.text = ""
 
     def __call__(self, items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+        """Go through items, as `show_progress`."""
         if total == 0:
             yield from items
             return
-        self.text = what
-        columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-        columns += [TimeElapsedColumn(), TimeRemainingColumn()]
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task(what, total=total)
+        self.text, start = what, self.clock()
+        with self._bar(total) if self.screen.is_terminal else self.lines(lambda: self.text, total) as advance:
             for item in items:
                 yield item
-                progress.update(task, advance=1, description=self.text)
-            elapsed = progress.tasks[0].elapsed or 0
-        console.print(f"{self.text}: {total} in {elapsed:.1f} s", markup=False, highlight=False)
+                advance()
+        elapsed = self.clock() - start
+        self.say(f"{self.text}: {total} in {f'{elapsed:.1f} s' if elapsed < 60 else duration(elapsed)}")
+
+    @contextmanager
+    def _bar(self, total: int) -> Iterator[Callable[[], None]]:
+        columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+        columns += [TimeElapsedColumn(), TimeRemainingColumn()]
+        with Progress(*columns, console=self.screen, transient=True) as progress:
+            task = progress.add_task(self.text, total=total)
+            yield lambda: progress.update(task, advance=1, description=self.text)
+
+    @contextmanager
+    def lines(self, text: Callable[[], str], total: int, before: int = 0) -> Iterator[Callable[[], None]]:
+        """Context: without a terminal, a line every `interval` seconds says how many steps are done.
+
+        Args:
+            text: Returns what is being done.
+            total: Number of steps.
+            before: How many of them were done before.
+
+        Yields:
+            A function to call after every step.
+        """
+        start, done = self.clock(), 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+
+        def line() -> str:
+            elapsed = self.clock() - start
+            left = time_left(done, total - before, elapsed)
+            return f"{text()}: {before + done} of {total}, {duration(elapsed)} elapsed" + (left and f", {left}")
+
+        with nullcontext() if self.screen.is_terminal else Heartbeat(line, self.say, self.interval):
+            yield advance
 
     def note(self, text: str) -> None:
-        """Change the text beside the bar."""
+        """Change the text beside the bar.
+
+        Args:
+            text: The new text.
+        """
         self.text = text
 
     def say(self, text: str) -> None:
-        """Print a line."""
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print a line.
+
+        Args:
+            text: The line.
+        """
+        self.screen.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class LiveRunner:
-    """A runner that shows another's search and keeps a log of its trials; Ctrl-C ends it in good order.
+    """A runner that shows the search of another runner and logs its trials; Ctrl-C ends it in good order.
 
-    On a terminal one line is kept up to date; elsewhere there is a line for every trial.
+    On a terminal one line is kept up to date. Elsewhere there is a line for every trial, and the line that a terminal
+    would show every `interval` seconds, so that long trials are not silent either.
+
+    Args:
+        runner: Evaluates the trials.
+        folder: The run folder; trials are logged to `search.log` in it.
+        screen: Where to print.
+        interval: Seconds between lines where there is no terminal.
+        clock: Returns the time in seconds.
     """
 
-    def __init__(self, runner: Callable[[Study, Evaluate], list[Trial]], folder: Path, screen: Console = console):
+    def __init__(
+        self,
+        runner: Callable[[Study, Evaluate], list[Trial]],
+        folder: Path,
+        screen: Console = console,
+        interval: float = INTERVAL,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.runner, self.log, self.screen = runner, folder / LOG, screen
+        self.interval, self.clock = interval, clock
         self.best = float("inf")
 
     def __call__(self, study: Study, evaluate: Evaluate) -> list[Trial]:
+        """Run a search.
+
+        Args:
+            study: The search's trials and settings.
+            evaluate: Evaluates a proposal.
+
+        Returns:
+            The trials, as the runner returns them.
+        """
         from rankopt.candidates.fit import release_workers
 
         release_workers()
-        self.study, self.start, self.before = study, time.monotonic(), len(study.trials)
+        self.study, self.start, self.before = study, self.clock(), len(study.trials)
         self.best = min((t.objective for t in study.trials if t.objective is not None), default=float("inf"))
-        study.report = self.told
+        study.report = self.on_trial
         self._note(f"search starts: {self.before} of {study.limit} trials are done")
-        with graceful_interrupt(study, self._say):
-            if not self.screen.is_terminal:
-                return self.runner(study, evaluate)
-            with Live(get_renderable=self._shown, refresh_per_second=2, transient=True, console=self.screen):
-                return self.runner(study, evaluate)
+        display: Live | Heartbeat = (
+            Live(get_renderable=self._shown, refresh_per_second=2, transient=True, console=self.screen)
+            if self.screen.is_terminal
+            else Heartbeat(lambda: self.line(with_elapsed=True), self._print, self.interval)
+        )
+        with graceful_interrupt(study, self._say), display:
+            return self.runner(study, evaluate)
 
-    def told(self, trial: Trial) -> None:
+    def on_trial(self, trial: Trial) -> None:
+        """Log a finished trial and print it if it is the best so far or has failed; without a terminal always.
+
+        Args:
+            trial: The trial.
+        """
         text = trial_line(trial)
         better = trial.objective is not None and trial.objective < self.best
         if trial.objective is not None and better:
             self.best = trial.objective
         self._note(text)
         if better or trial.state == "failed" or not self.screen.is_terminal:
-            style = "red" if trial.state == "failed" else ""
-            self.screen.print(text + " *" * better, style=style, markup=False, highlight=False)
+            self._print(text + " *" * better, style="red" if trial.state == "failed" else "")
 
-    def line(self) -> str:
-        """done / running / failed, the best so far, the budget and the time left."""
+    def line(self, with_elapsed: bool = False) -> str:
+        """Say in one line how many trials are done, running and failed, the best so far, the budget and the time left.
+
+        Args:
+            with_elapsed: Whether to say how long the search has taken, too.
+        """
         study = self.study
         states = [t.state for t in study.trials]
         running = f"{len(study.pending)} running, " * bool(study.pending)
         other = "".join(f"{n} {what}, " for what in ("failed", "stopped") if (n := states.count(what)))
         found = "nothing yet" if self.best == float("inf") else f"{self.best:.5g}"
         limits = ", ".join(f"{x.metric} ≤ {amount(x.metric, x.target)}" for x in study.problem.limits)
-        return f"{len(states)} of {study.limit} trials, {running}{other}best {found}, {limits}{self._left()}"
+        elapsed = f", {duration(self.clock() - self.start)} elapsed" * with_elapsed
+        return f"{len(states)} of {study.limit} trials, {running}{other}best {found}, {limits}{elapsed}{self._left()}"
 
     def _shown(self) -> Text:
         return Text(self.line(), no_wrap=True, overflow="ellipsis")
 
     def _left(self) -> str:
-        done = len(self.study.trials) - self.before
         if self.study.stopping:
             return ", ending"
-        if not done:
-            return ""
-        seconds = (time.monotonic() - self.start) / done * (self.study.limit - len(self.study.trials))
-        return f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"
+        # Trials of an earlier process took none of this one's time.
+        done, total = len(self.study.trials) - self.before, self.study.limit - self.before
+        left = time_left(done, total, self.clock() - self.start)
+        return left and f", {left}"
 
     def _say(self, text: str) -> None:
         self._note(text)
-        self.screen.print(text, markup=False, highlight=False)
+        self._print(text)
+
+    def _print(self, text: str, style: str = "") -> None:
+        self.screen.print(text, style=style, markup=False, highlight=False, soft_wrap=not self.screen.is_terminal)
 
     def _note(self, text: str) -> None:
         with suppress(OSError), self.log.open("a") as file:  # a full disk is for the study to report
@@ -135,7 +302,11 @@ class LiveRunner:
 
 
 def trial_line(trial: Trial) -> str:
-    """A trial in words."""
+    """Describe a trial in one line: its objective, score, parameters and seconds, or why it failed.
+
+    Args:
+        trial: The trial.
+    """
     if trial.state == "failed":
         return f"trial {trial.number}: failed, {trial.error}"
     if trial.objective is None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rankopt.cli.app import app, clear_errors, echo
+from rankopt.cli.app import FINISHED, app, echo, readable_errors
 from rankopt.core.budget import amount
 from rankopt.core.errors import RankoptError
 
+if TYPE_CHECKING:
+    from torch import nn
 
-@app.command()
+    from rankopt.core.records import Plan, Task
+    from rankopt.export.export import Exported
+
+
+@app.command(rich_help_panel=FINISHED)
 def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
     """Write a run's report.html and print the same as text."""
-    with clear_errors():
+    with readable_errors():
         from rankopt.core.run_folder import read_result, report_damage
         from rankopt.report.html import write_report
         from rankopt.report.training import lines
@@ -27,14 +34,14 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
         echo(f"report: {write_report(run)}")
 
 
-@app.command()
+@app.command(rich_help_panel=FINISHED)
 def apply(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     task: Annotated[str, typer.Option(help="the task whose model is rebuilt; its file is run")],
     check: Annotated[bool, typer.Option("--check", help="count the cost again and score the rebuilt model")] = False,
 ) -> None:
     """Rebuild a compressed model from plan.json and its weights."""
-    with clear_errors():
+    with readable_errors():
         from rankopt.core.records import DENSE, SAME
         from rankopt.core.run_folder import read_result, report_damage
         from rankopt.decompositions.plan import load, read_plan
@@ -61,7 +68,8 @@ def apply(
                 _check_scores(found, model, read_result(run))
 
 
-def _check_latency(task: Any, model: Any, plan: Any) -> None:
+def _check_latency(task: Task, model: nn.Module, plan: Plan) -> None:
+    """Time the rebuilt model beside the dense one and print what the plan says, too."""
     from rankopt.candidates.latency_table import Conditions, machine
     from rankopt.search.latency_check import in_turns, interval
 
@@ -75,7 +83,8 @@ def _check_latency(task: Any, model: Any, plan: Any) -> None:
     )
 
 
-def _check_scores(task: Any, model: Any, info: dict[str, Any]) -> None:
+def _check_scores(task: Task, model: nn.Module, info: Mapping[str, Any]) -> None:
+    """Score the rebuilt model and print what the run noted, too."""
     from rankopt.model.objective import call
 
     for part, function in (("validation", task.score), ("test", task.test)):
@@ -86,20 +95,24 @@ def _check_scores(task: Any, model: Any, info: dict[str, Any]) -> None:
             echo(f"{part} score {value:.2%}{noted}")
 
 
-@app.command()
+@app.command(rich_help_panel=FINISHED)
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     task: Annotated[str, typer.Option(help="the task whose model is rebuilt; its file is run")],
     to: Annotated[str, typer.Option(help="onnx, torch.export or state_dict (safetensors)")] = "onnx",
-    out: Annotated[Path | None, typer.Option(help="the file [export.onnx, .pt2 or .safetensors in RUN]")] = None,
-    fuse: Annotated[bool, typer.Option("--fuse", help="fold batch norms, merge and multiply out what pays")] = False,
-    batch: Annotated[str, typer.Option(help="of what size the program takes inputs, or dynamic: any")] = "dynamic",
+    out: Annotated[
+        Path | None, typer.Option(help="the file", show_default="export.onnx, .pt2 or .safetensors in RUN")
+    ] = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="fold batch norms; merge or multiply out layers where that pays")
+    ] = False,
+    batch: Annotated[str, typer.Option(help="the batch size that the program takes, or dynamic for any")] = "dynamic",
     dense: Annotated[
         bool, typer.Option("--dense", help="state_dict: factors multiplied out, for the original architecture")
     ] = False,
 ) -> None:
     """Write the compressed model for use elsewhere, compare its outputs on calibration inputs, and time it."""
-    with clear_errors("nothing was written"):
+    with readable_errors("nothing was written"):
         import rankopt.export.export as exports
         from rankopt.decompositions.plan import load
         from rankopt.experiments.tasks import load_task
@@ -111,8 +124,12 @@ def export(
         echo(exported(made))
 
 
-def exported(made: Any) -> str:
-    """What `rankopt export` did: the file, its parity with the model, its speed beside PyTorch's."""
+def exported(made: Exported) -> str:
+    """Describe an export in lines: the file, its parity with the model, its speed beside PyTorch's.
+
+    Args:
+        made: The export.
+    """
     p = made.parity
     lines = [
         f"written: {made.path}, {made.path.stat().st_size:,} bytes",

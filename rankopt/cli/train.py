@@ -8,33 +8,64 @@ from typing import Annotated
 
 import typer
 
-from rankopt.cli.app import app, clear_errors
+from rankopt.cli.app import FINISHED, app, echo, readable_errors
 from rankopt.cli.progress import ProgressBar
 from rankopt.core.progress import StopCondition, graceful_interrupt
 
+RECIPE, STOPPING = "How to train", "Stopping and resuming"  # panels of --help
 
-@app.command()
-def train(
+
+@app.command(rich_help_panel=FINISHED)
+def train(  # noqa: PLR0913  # a parameter for every option
     run: Annotated[Path, typer.Argument(help="a run folder")],
     task: Annotated[str, typer.Option(help="the task whose model it was; its file is run")],
-    out: Annotated[Path | None, typer.Option(help="the folder for the trained model [RUN/trained]")] = None,
-    epochs: Annotated[float | None, typer.Option(help="over the task's train; may be a fraction [10]")] = None,
-    rate: Annotated[float | None, typer.Option(help="largest learning rate [0.01; from scratch 0.1]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the folder for the trained model", show_default="RUN/trained")
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="passes over the task's train; may be a fraction", show_default="10", rich_help_panel=RECIPE),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="largest learning rate", show_default="0.01; from scratch 0.1", rich_help_panel=RECIPE),
+    ] = None,
     layerwise: Annotated[
-        int | None, typer.Option(help="before: so many steps, each layer towards the dense one's output [0]")
+        int | None,
+        typer.Option(
+            help="first train each layer for this many steps towards the dense one's output",
+            show_default="0",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", help="KEY=VALUE of rankopt.Recipe, repeatable: distill=1, ema=0.99, clip=5, ..."),
+        typer.Option(
+            "--option",
+            help="KEY=VALUE of rankopt.Recipe, repeatable: distill=1, ema=0.99, clip=5, ...",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="a task whose model's predictions are learnt instead")] = None,
-    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="the plan on an untrained network")] = False,
-    seed: Annotated[int, typer.Option(help="the same seed gives the same weights")] = 0,
-    minutes: Annotated[float | None, typer.Option(help="stop after so many, to go on later with --resume")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with a training that stopped")] = False,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="a task whose model's predictions are learnt instead of the dense one's", rich_help_panel=RECIPE
+        ),
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="the plan on an untrained network", rich_help_panel=RECIPE)
+    ] = False,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same weights", rich_help_panel=RECIPE)] = 0,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="stop after this many, to go on later with --resume", rich_help_panel=STOPPING),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with a training that stopped", rich_help_panel=STOPPING)
+    ] = False,
 ) -> None:
     """Train the model of a run folder, and write the result as a run folder of its own."""
-    with clear_errors("the training is kept: go on with --resume"):
+    with readable_errors("the training is kept: go on with --resume"):
         from rankopt.core.errors import RankoptError
         from rankopt.core.options import parse_pairs, typed_options
         from rankopt.experiments.tasks import load_task
@@ -50,8 +81,8 @@ def train(
         if teacher is not None and not recipe.distill:
             raise RankoptError("--teacher is not listened to with distill=0: give --option distill=0.5, say")
         found, other = load_task(task), None if teacher is None else load_task(teacher)
-        out, bar, patience = out or run / "trained", ProgressBar(), StopCondition(minutes)
-        with graceful_interrupt(patience, bar.say):
+        out, display, stop = out or run / "trained", ProgressBar(), StopCondition(minutes)
+        with graceful_interrupt(stop, display.say):
             result = train_run(
                 run,
                 found,
@@ -60,9 +91,9 @@ def train(
                 teacher=other,
                 from_scratch=from_scratch,
                 resume=resume,
-                stop=patience,
-                progress=bar,
-                note=bar.note,
+                stop=stop,
+                progress=display,
+                note=display.note,
             )
-        typer.echo("\n".join(lines(result.info)))
-        typer.echo(f"written: {out}; report: {write_report(out)}")
+        echo("\n".join(lines(result.info)))
+        echo(f"written: {out}; report: {write_report(out)}")

@@ -1,4 +1,4 @@
-"""Budgets: reading them, and the problem of one candidate per layer within them."""
+"""Budgets as users write them ("params=0.5", "latency=5ms") and the limits that they stand for."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 BYTES = ("bytes", "memory", "disk")
+"""The metrics whose unit is the byte."""
 
 
-TIMES = {"NS": 1, "US": 10**3, "MS": 10**6, "S": 10**9}  # in nanoseconds
+TIMES = {"NS": 1, "US": 10**3, "MS": 10**6, "S": 10**9}
+"""Units of time in nanoseconds."""
 
 
 HELP = "give a fraction of dense (0.5, 50%) or an absolute number (150000, 2M, 500KB; latency: 5ms, 800us)"
@@ -25,18 +27,33 @@ HELP = "give a fraction of dense (0.5, 50%) or an absolute number (150000, 2M, 5
 
 @dataclass(frozen=True)
 class Limit:
-    """One metric's limit: as requested (a fraction or an absolute number) and in absolute numbers."""
+    """The limit on one metric.
+
+    Attributes:
+        metric: One of BUDGETS.
+        requested: What the user gave: a fraction of the dense model's cost, or an absolute number.
+        target: The limit in absolute numbers, in the unit of `Cost`.
+    """
 
     metric: str
     requested: float
     target: int
 
 
-# --- reading -------------------------------------------------------------------------------------
-
-
 def parse_budget(budget: Mapping[str, Any] | Sequence[str], dense: Cost) -> tuple[Limit, ...]:
-    """{"params": 0.5, "bytes": "500KB"} or ["params=0.5", ...] -> limits. Raises BudgetError."""
+    """Read a budget.
+
+    Args:
+        budget: {"params": 0.5, "bytes": "500KB"} or ["params=0.5", "bytes=500KB"].
+        dense: The dense model's cost, to which fractions refer.
+
+    Returns:
+        One limit per metric, in the order given.
+
+    Raises:
+        BudgetError: The budget cannot be read, names no metric or one twice, is above the dense model's cost, or
+            limits a metric that was not measured.
+    """
     if isinstance(budget, str) or not isinstance(budget, (Mapping, Sequence)):
         raise BudgetError(f"budget is {budget!r}: give a dictionary such as {{'params': 0.5}}")
     if not isinstance(budget, Mapping):
@@ -54,14 +71,25 @@ def parse_budget(budget: Mapping[str, Any] | Sequence[str], dense: Cost) -> tupl
 
 
 def limited_metrics(budget: Any) -> set[str]:
-    """What a budget, as parse_budget reads it, names."""
+    """The metrics that a budget limits, before it is checked.
+
+    Args:
+        budget: As `parse_budget` takes it; anything else limits nothing.
+    """
     if isinstance(budget, str) or not isinstance(budget, (Mapping, Sequence)):
         return set()
     return {str(item).partition("=")[0].strip() for item in budget}
 
 
 def check_metrics(metrics: Iterable[str]) -> None:
-    """Raises BudgetError if one is nothing that a budget may limit."""
+    """Check that a budget may limit these metrics.
+
+    Args:
+        metrics: Names of metrics.
+
+    Raises:
+        BudgetError: One of them is not in BUDGETS.
+    """
     if unknown := set(metrics) - set(BUDGETS):
         raise BudgetError(f"unknown budget metric {min(unknown)!r}: choose from {', '.join(BUDGETS)}")
 
@@ -86,7 +114,7 @@ def _limit(metric: str, value: Any, dense: Cost) -> Limit:
 
 
 def _number(metric: str, value: Any) -> tuple[float, bool]:
-    """The number, and whether it is a fraction of dense."""
+    """The number in the metric's unit, and whether it is a fraction of the dense model's cost."""
     text = str(value).strip()
     wrong = BudgetError(f"budget {metric}={text} is not understood: {HELP}")
     if isinstance(value, bool):
@@ -109,7 +137,11 @@ def _number(metric: str, value: Any) -> tuple[float, bool]:
         if unit.endswith("B") and metric not in BYTES:
             raise BudgetError(f"budget {metric}={text}: {unit} counts bytes, {metric} takes K, M or G")
         return number * UNITS[unit.removesuffix("B")], False
-    is_integer = re.fullmatch(r"[+-]?\d+", match[1]) is not None
+    return _without_unit(metric, text, number, is_integer=re.fullmatch(r"[+-]?\d+", match[1]) is not None)
+
+
+def _without_unit(metric: str, text: str, number: float, is_integer: bool) -> tuple[float, bool]:
+    """As `_number`: an integer is absolute, any other number a fraction."""
     if is_integer and metric == "latency":
         raise BudgetError(f"budget latency={text}: give a unit (5ms, 800us) or a fraction of dense (0.6, 60%)")
     if is_integer and number == 1:
@@ -120,5 +152,10 @@ def _number(metric: str, value: Any) -> tuple[float, bool]:
 
 
 def amount(metric: str, value: float) -> str:
-    """An amount in words: 1,234 or 5.67 ms."""
+    """An amount of a metric as text: "1,234" or "5.67 ms".
+
+    Args:
+        metric: One of BUDGETS.
+        value: In the unit of `Cost`.
+    """
     return f"{value / 1e6:,.4g} ms" if metric == "latency" else f"{value:,}"

@@ -1,10 +1,11 @@
-"""Files that are written in one piece, content hashes, and the cores of this machine."""
+"""Atomic file writes, content hashes, and the number of usable cores."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,16 @@ from torch import Tensor
 
 from rankopt.core.errors import RankoptError
 
+_UMASK = os.umask(0)  # the only way to read it is to set it
+os.umask(_UMASK)
+
 
 def digest(*parts: Any) -> str:
-    """A short content hash of tensors, bytes and whatever json can write."""
+    """A hash of some content, as 32 hexadecimal digits: the same in every process and on every machine.
+
+    Args:
+        parts: Tensors, bytes, and values that json can write (others count as their `str`).
+    """
     state = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -33,12 +41,18 @@ def digest(*parts: Any) -> str:
     return state.hexdigest()[:32]
 
 
-_UMASK = os.umask(0)
-os.umask(_UMASK)
+def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file atomically: to a temporary file beside it, which then takes its name.
 
+    A reader never sees half a file, and a full disk leaves the old one intact.
 
-def write_beside(path: Path, write: Any) -> None:
-    """Write a file beside its place and rename it: a reader never sees half a file, and a full disk spoils nothing."""
+    Args:
+        path: The file.
+        write: Writes the content to the path that it is given.
+
+    Raises:
+        RankoptError: The file cannot be written.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(beside)
@@ -51,5 +65,5 @@ def write_beside(path: Path, write: Any) -> None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Options given as KEY=VALUE text, converted to the type of their defaults."""
+"""Options of strategies and recipes, given as KEY=VALUE text or as values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from rankopt.core.errors import RankoptError
 
 
 def parse_pairs(texts: Iterable[str]) -> dict[str, str]:
-    """ "KEY=VALUE", ... -> a dictionary. Raises RankoptError."""
+    """Read options from the command line.
+
+    Args:
+        texts: "KEY=VALUE" each.
+
+    Returns:
+        Key -> value, as text.
+
+    Raises:
+        RankoptError: A text has no "=".
+    """
     pairs = [text.partition("=") for text in texts]
     for key, equals, _ in pairs:
         if not equals:
@@ -18,7 +28,19 @@ def parse_pairs(texts: Iterable[str]) -> dict[str, str]:
 
 
 def typed_options(options: Mapping[str, Any], known: Mapping[str, Any], whose: str) -> dict[str, Any]:
-    """Options, as text or values, in the type of their defaults. Raises RankoptError."""
+    """Convert options to the types of their defaults.
+
+    Args:
+        options: Name -> value, or its text.
+        known: Name -> default of every option there is.
+        whose: What the options belong to, for messages.
+
+    Returns:
+        Name -> value, of the options given.
+
+    Raises:
+        RankoptError: An option is unknown, or its value cannot be converted.
+    """
     typed = {}
     for key, value in options.items():
         if key not in known:

@@ -1,4 +1,4 @@
-"""Progress callbacks, stage timings and stopping: what long-running work reports and listens to."""
+"""Progress displays, timings of stages, and ways to stop long-running work."""
 
 from __future__ import annotations
 
@@ -10,32 +10,43 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""Shows progress: (items, what is being done, how many) -> the items."""
+"""A progress display: (items, what is done with them, how many) -> an iterable over the same items."""
 
 
 def silent(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:  # noqa: ARG001
-    """No progress display."""
+    """A progress display that shows nothing.
+
+    Args:
+        items: What is iterated over.
+        what: What is done with them.
+        total: How many there are.
+    """
     return items
 
 
 class Display(Protocol):
-    """A progress display with a text beside it; the command line and notebooks have one each."""
+    """A progress display with a text beside it. The command line and notebooks have one each."""
 
     def __call__(self, items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-        """Show the progress of going through the items."""
+        """Iterate over the items and show the progress; see `Progress`."""
 
     def note(self, text: str) -> None:
-        """Change the text beside the bar that is shown now."""
+        """Change the text beside the current bar."""
 
     def say(self, text: str) -> None:
         """Print a line."""
 
 
 class Clock(dict[str, float]):
-    """Seconds by stage."""
+    """Seconds that each stage of some work took."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Context: add the time spent in it to a stage.
+
+        Args:
+            name: The stage.
+        """
         start = time.perf_counter()
         try:
             yield
@@ -44,25 +55,37 @@ class Clock(dict[str, float]):
 
 
 class Stoppable(Protocol):
-    """What ends when `stopping` is set, after what runs."""
+    """Work that starts nothing new once `stopping` is True."""
 
     stopping: bool
 
 
 class StopCondition:
-    """Whether to stop: Ctrl-C (within `gently`), or the minutes are over."""
+    """Callable that tells whether to stop: after Ctrl-C (within `graceful_interrupt`), or after some minutes.
+
+    Args:
+        minutes: When to stop; None: only after Ctrl-C.
+    """
 
     def __init__(self, minutes: float | None = None) -> None:
         self.stopping = False
         self.end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
 
     def __call__(self) -> bool:
+        """Whether to stop now."""
         return self.stopping or time.monotonic() >= self.end
 
 
 @contextmanager
 def graceful_interrupt(study: Stoppable, say: Callable[[str], None]) -> Iterator[None]:
-    """Ctrl-C once: what runs is finished, and nothing more is started. Twice: KeyboardInterrupt at once."""
+    """Context: the first Ctrl-C lets running work finish, the second raises KeyboardInterrupt.
+
+    Outside the main thread, which alone receives signals, it does nothing.
+
+    Args:
+        study: The work; its `stopping` is set.
+        say: Shows a message to the user.
+    """
 
     def stop(*_: Any) -> None:
         if study.stopping:

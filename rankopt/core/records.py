@@ -1,4 +1,4 @@
-"""The records that everything else passes around, and the errors. Imports nothing of ours."""
+"""Records that all other modules pass around: costs, layers, candidates, plans, trials and tasks."""
 
 from __future__ import annotations
 
@@ -8,49 +8,55 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rankopt.core.errors import TaskError
+from rankopt.core.result_record import Metric
 
 if TYPE_CHECKING:
     from torch import nn
 
 Rank = tuple[int, ...]
+"""The rank of a decomposition: as many numbers as its family has bonds."""
 
 
-METRICS = ("params", "macs", "bytes")
-"""What is counted."""
+METRICS: tuple[Metric, ...] = ("params", "macs", "bytes")
+"""Costs that are counted on the model, without running it on data."""
 
 
-BUDGETS = (*METRICS, "latency", "memory", "disk")
-"""What a budget may limit."""
+BUDGETS: tuple[Metric, ...] = (*METRICS, "latency", "memory", "disk")
+"""Metrics that a budget may limit."""
 
 
 INPUT_FIRST = ("ConvTranspose", "Embedding")
-"""How kinds of layers begin whose weight is kept (in, out // groups, *kernel)."""
+"""Prefixes of the kinds of layers that keep their weight as (in, out // groups, *kernel)."""
 
 
 FACTORISED, RECONSTRUCTED = "factorised", "reconstructed"
-"""The forms of a layer: its input contracted with the factors, or with the weight that was built from them."""
+"""Forms of a replaced layer: it contracts its input with the factors, or builds the weight from them first."""
 
 
 DENSE = "dense"
-"""The method of a layer that keeps its one weight."""
+"""The method of a layer that keeps its weight."""
 
 
 SAME, INT8, BFLOAT16, FLOAT16 = "same", "int8", "bfloat16", "float16"
 
 
 PRECISIONS = (SAME, INT8, BFLOAT16, FLOAT16)
-"""What a layer's weights are stored in; "same": as the model has them. precision.py says how."""
+"""Precisions in which weights may be stored; "same" is the model's own. See `model.quantization`."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer or a model costs.
+    """The cost of a layer or a model.
 
-    params: elements of unique parameters. macs: multiply-accumulates for one example.
-    bytes: parameters (for a whole model: and buffers) as stored. latency: nanoseconds of a forward pass under the
-    conditions of a latency budget. memory: bytes of weights and activations that live at once, at most; of a layer
-    those of its weights. disk: bytes of model.safetensors. The last three are 0 where no budget names them, and not
-    compared.
+    `latency`, `memory` and `disk` are 0 unless a budget limits them; equality ignores them.
+
+    Attributes:
+        params: Elements of unique parameters.
+        macs: Multiply-accumulates for one example.
+        bytes: Size of the parameters as stored; of a whole model, of its buffers, too.
+        latency: Nanoseconds of a forward pass under the conditions of the latency budget.
+        memory: Peak bytes of weights and activations in a forward pass; of a layer, bytes of its weights.
+        disk: Bytes of model.safetensors.
     """
 
     params: int
@@ -71,10 +77,12 @@ class Cost:
 
 
 class Call(NamedTuple):
-    """One use of a layer in a forward pass of one example.
+    """One call of a layer in a forward pass of one example. Sizes are (height, width), as in `model.layer_kinds`.
 
-    maps: how many maps (of a convolution) or vectors (of size 1x1) pass; sizes are (height, width), see kinds.py.
-    An Embedding reads indices: size_in is (0, 0).
+    Attributes:
+        maps: How many feature maps (of a convolution) or vectors (of a Linear, sizes 1 x 1) go through.
+        size_in: Size of a map before the layer; (0, 0) for an Embedding, which reads indices.
+        size_out: Size of a map after the layer.
     """
 
     maps: int
@@ -84,10 +92,21 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with a weight, as the inventory found it. `reason` says why it must stay dense, if it must.
+    """A layer with a weight, as the inventory found it.
 
-    shape: of the weight as families see it, (out, in // groups, height, width) or (out, in); kinds.py says what
-    these are for every kind. stored: of the weight itself, where it is another.
+    Attributes:
+        name: The module's name in the model.
+        kind: "Conv2d", "ConvTranspose1d", "Linear", "Embedding", ...; of other modules, the class's name.
+        shape: The weight's shape as decompositions see it: (out, in // groups, height, width) or (out, in). See
+            `model.layer_kinds` for how the axes of each kind map to these.
+        groups: Groups of a convolution.
+        bias: Whether it has a bias.
+        calls: Its calls in a forward pass of one example.
+        cost: Its dense cost.
+        element_size: Bytes of one weight.
+        reason: Why it must stay dense; None if it may be factorised.
+        aliases: Further names of the same module.
+        stored: The weight's own shape, if that is not `shape`.
     """
 
     name: str
@@ -99,22 +118,22 @@ class Layer:
     cost: Cost = Cost(0, 0, 0)
     element_size: int = 4
     reason: str | None = None
-    aliases: tuple[str, ...] = ()  # further names of the same module
+    aliases: tuple[str, ...] = ()
     stored: tuple[int, ...] = ()
 
     @property
     def own_shape(self) -> tuple[int, ...]:
-        """Of the weight as the module keeps it."""
+        """The shape of the weight as the module keeps it."""
         return self.stored or self.shape
 
     @property
     def input_first(self) -> bool:
-        """Whether the weight is kept (in, out // groups, *kernel), and costs MACs for each position of the input."""
+        """Whether the weight is kept as (in, out // groups, *kernel), and costs MACs at each position of the input."""
         return self.kind.startswith(INPUT_FIRST)
 
     @property
     def positions(self) -> int:
-        """How often the whole weight is applied for one example, as torch's flop counter counts."""
+        """How often the whole weight is applied for one example, as torch's flop counter counts it."""
         return sum(c.maps * math.prod(c.size_in if self.input_first else c.size_out) for c in self.calls)
 
     @property
@@ -134,29 +153,42 @@ class Layer:
 
     @property
     def kernel(self) -> tuple[int, int]:
+        """Height and width of the kernel; 1 x 1 for matrices."""
         return (self.shape[2], self.shape[3]) if len(self.shape) == 4 else (1, 1)
 
     @property
     def patch(self) -> int:
-        """Inputs that one output of one group sees: in_channels * height * width."""
+        """How many inputs one output of one group sees: in_channels * height * width."""
         return self.in_channels * math.prod(self.kernel)
 
     @property
     def weights(self) -> int:
+        """Elements of the weight."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to realise one layer. `error` is relative: 0 is exact, 1 is no better than a zero weight."""
+    """One way to realise one layer.
+
+    Attributes:
+        method: Name of the decomposition, or DENSE.
+        rank: Its rank; empty for dense.
+        cost: The layer's cost with it.
+        error: Relative error: 0 is exact, 1 is no better than a weight of zeros.
+        loss: Predicted rise of the objective if this layer alone uses the candidate.
+        key: Cache key of the factors, encoded if `precision` is not SAME; None for dense.
+        form: FACTORISED, RECONSTRUCTED or, for dense, "dense".
+        precision: One of PRECISIONS.
+    """
 
     method: str
     rank: Rank
     cost: Cost
     error: float
-    loss: float = 0.0  # predicted rise of the objective when this layer alone uses the candidate
-    key: str | None = None  # where the factors are kept, encoded if in another precision; None for dense
-    form: str = FACTORISED  # or RECONSTRUCTED; "dense" for dense
+    loss: float = 0.0
+    key: str | None = None
+    form: str = FACTORISED
     precision: str = SAME
 
     @property
@@ -167,7 +199,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a plan says of one layer."""
+    """A plan's decision for one layer.
+
+    Attributes:
+        name: The layer's name.
+        kind: As of `Layer`.
+        shape: `Layer.own_shape`.
+        method: Name of the decomposition, or DENSE.
+        rank: Its rank; empty for dense.
+        params: Parameters of the layer under the plan.
+        macs: Multiply-accumulates of the layer under the plan.
+        error: As of `Candidate`.
+        reason: In words, why the layer stays dense or got this candidate.
+        form: As of `Candidate`.
+        precision: One of PRECISIONS.
+    """
 
     name: str
     kind: str
@@ -178,7 +224,7 @@ class Choice:
     macs: int
     error: float
     reason: str
-    form: str = FACTORISED  # as of Candidate
+    form: str = FACTORISED
     precision: str = SAME
 
     @property
@@ -189,9 +235,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision for every layer, and the whole model's cost under it.
+    """A decision for every layer.
 
-    latency_on: the conditions of a latency budget, as hardware.Conditions reads them.
+    Attributes:
+        choices: One per layer.
+        cost: The whole model's cost under the plan.
+        dense: The dense model's cost.
+        latency_on: Conditions of the latency budget, as `candidates.latency_table.Conditions` reads them; empty
+            without one.
     """
 
     choices: tuple[Choice, ...]
@@ -201,15 +252,25 @@ class Plan:
 
 
 Proposal = tuple[int, ...]
-"""One frontier index per free layer, in the problem's order; 0 is the cheapest candidate's position."""
+"""One index into the frontier per free layer, in the problem's order; 0 is the cheapest candidate."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One evaluated proposal. state: "finished", "failed" or "stopped" (at a low fidelity); objective is minimised.
+    """One evaluated proposal.
 
-    objective, score: of full fidelity only. rungs: the objective at each lower fidelity that was measured.
-    note: the strategy's own numbers on where the proposal came from, kept so that a resumed strategy learns the same.
+    Attributes:
+        number: Position in the search, from 0.
+        proposal: The candidates that were chosen.
+        state: "finished", "failed" or "stopped" (at a low fidelity).
+        cost: The whole model's cost.
+        objective: The objective, which is minimised, at full fidelity; None if it was not reached.
+        score: The task's score at full fidelity, if it has one.
+        predicted: Sum of the predicted losses.
+        seconds: Time that the evaluation took.
+        error: What went wrong in a failed trial.
+        note: The strategy's own numbers on the proposal, kept so that a resumed strategy learns the same from it.
+        rungs: The objective at each lower fidelity that was measured.
     """
 
     number: int
@@ -227,17 +288,25 @@ class Trial:
 
 @dataclass
 class Task:
-    """A model with what is needed to compress it. See the README for a complete example.
+    """A model and what is needed to compress it. See the README for a complete example.
 
-    model: any nn.Module. example_input: a tensor, or a tuple or dict of the forward's arguments.
-    calibration: an iterable of batches; a batch is a tensor, a tuple or list whose first item is the
-    input (as a DataLoader gives), or a dict of keyword arguments.
-    score: model -> float on validation data, a fraction, higher is better.
-    objective: model -> float, minimised by searches; default: KL divergence to the dense model's
-    predictions on the calibration batches. train: batches (input, target), an iterable with a length that is gone
-    through anew every epoch and may augment; loss: (output, target) -> scalar. test: as score, on test data, read
-    once at the end. examples, test_examples: how many examples score and test average over; scores then
-    carry confidence intervals. Raises TaskError if they are not positive integers.
+    Attributes:
+        model: Any nn.Module.
+        example_input: A tensor, or a tuple or dict of the forward's arguments.
+        calibration: An iterable of batches. A batch is a tensor, a tuple or list that begins with the input (as a
+            DataLoader gives), or a dict of keyword arguments.
+        score: Model -> fraction on validation data; higher is better.
+        objective: Model -> number that searches minimise. Default: the KL divergence of the model's predictions from
+            the dense model's on the calibration batches.
+        train: Batches (input, target): an iterable with a length. It is iterated once per epoch and may augment.
+        loss: (output, target) -> scalar.
+        test: Like `score`, on test data; called once at the end.
+        name: A name for reports.
+        examples: How many examples `score` averages over; scores then have confidence intervals.
+        test_examples: How many examples `test` averages over.
+
+    Raises:
+        TaskError: `examples` or `test_examples` is not a positive integer.
     """
 
     model: nn.Module

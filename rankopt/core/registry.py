@@ -1,4 +1,4 @@
-"""Names to things, with those that other packages add through entry points."""
+"""Registries of named classes, to which other packages add theirs through entry points."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T]):
-    """A read-only mapping; an unknown name raises RankoptError listing the valid ones.
+    """Read-only mapping from names to what is registered under them.
 
-    Entry points are looked up on first use. A name that is built in cannot be replaced by a package.
+    Entry points are looked up when a name that is not built in is first asked for. Packages cannot replace a built-in
+    name. Looking up an unknown name raises a RankoptError that lists the valid ones.
+
+    Args:
+        what: What is registered, for messages: "strategy".
+        group: The entry point group in which packages register theirs.
+        built_in: Name -> what rankopt registers itself.
     """
 
     def __init__(self, what: str, group: str, built_in: Mapping[str, T]) -> None:

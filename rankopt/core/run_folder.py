@@ -1,26 +1,47 @@
-"""The run folder: its file names, its lock, and reading result.json safely."""
+"""Run folders: their file names and locks, and reading their JSON files safely."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rankopt.core.errors import RankoptError, StudyError
-
-RESULT_KEYS = {"task", "strategy", "seed", "seconds", "trials", "budget", "cost", "score", "milliseconds", "layers"}
-
-
-LARGEST_JSON = 2**24  # bytes of a JSON file that is read: 10,000 layers take 5 MB
-
+from rankopt.core.files import write_beside
+from rankopt.core.result_record import ResultInfo
 
 PLAN, WEIGHTS, RESULT = "plan.json", "model.safetensors", "result.json"
 
 
+RESULT_KEYS = {"task", "strategy", "seed", "seconds", "trials", "budget", "cost", "score", "milliseconds", "layers"}
+"""Entries that every result.json has."""
+
+
+LARGEST_JSON = 2**24
+"""The largest JSON file that is read, in bytes. A run of 10,000 layers takes 5 MB."""
+
+
+DAMAGE = ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError
+"""Errors that reading an entry of a damaged file may raise."""
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
 def read_json(path: Path, failure: type[RankoptError], if_missing: str) -> Any:
+    """Read a JSON file of a run.
+
+    Args:
+        path: The file.
+        failure: The error to raise if it is missing, unreadable or too large.
+        if_missing: What the user should do if it is missing.
+
+    Raises:
+        RankoptError: `failure`, a subclass.
+    """
     try:
         size = path.stat().st_size
         content = json.loads(path.read_text()) if size <= LARGEST_JSON else None
@@ -33,34 +54,94 @@ def read_json(path: Path, failure: type[RankoptError], if_missing: str) -> Any:
     return content
 
 
-def read_result(folder: str | Path) -> dict[str, Any]:
-    """A run's result.json. Raises StudyError if it is missing or damaged."""
+def write_result(folder: str | Path, info: ResultInfo) -> None:
+    """Write a run's result.json; a reader never sees half of it.
+
+    Args:
+        folder: The run folder.
+        info: The record.
+
+    Raises:
+        RankoptError: The file cannot be written.
+    """
+    write_beside(Path(folder) / RESULT, lambda path: path.write_text(json.dumps(info, indent=1)))
+
+
+def read_result(folder: str | Path) -> ResultInfo:
+    """Read a run's result.json, also that of an earlier version.
+
+    Only the presence of the main entries is checked: put `report_damage` around code that reads the rest.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        StudyError: The file is missing or damaged, or lacks one of RESULT_KEYS.
+    """
     path = Path(folder) / RESULT
     info = read_json(path, StudyError, "name a finished run's folder, or finish it with --resume")
     if not isinstance(info, dict) or not info.keys() >= RESULT_KEYS:
         raise StudyError(f"{path} is damaged: it is not a rankopt result")
-    return info
-
-
-DAMAGE = ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError
+    return cast(ResultInfo, info)
 
 
 @contextmanager
 def report_damage(folder: str | Path) -> Iterator[None]:
-    """Around what reads a result's entries: where one is not what it should be, a StudyError."""
+    """Context in which entries of a result.json are read: damaged ones end in a StudyError.
+
+    Args:
+        folder: The run folder, for the message.
+
+    Raises:
+        StudyError: An entry does not have the type or content that the code expects.
+    """
     try:
         yield
     except RankoptError:
         raise
     except DAMAGE as error:
         path = Path(folder) / RESULT
-        raise StudyError(f"{path} is damaged ({type(error).__name__}: {error}): make it anew with --resume") from error
+        raise StudyError(
+            f"{path} is damaged ({type(error).__name__}: {error}): run the search again with --resume"
+        ) from error
+
+
+def check_same(kept: Mapping[str, Any], asked: Mapping[str, Any], path: str | Path, what: str, remedy: str) -> None:
+    """Check that what was kept belongs to the job that is to be resumed.
+
+    Args:
+        kept: Settings under which the file was written; it may hold further entries.
+        asked: Settings of the job now; each must be the same in `kept`.
+        path: Where `kept` comes from, for the message.
+        what: What it belongs to: "search", "study" or "training".
+        remedy: What the user should do otherwise; a sentence without its full stop.
+
+    Raises:
+        StudyError: A setting differs. The message names the first one.
+    """
+    for key, value in asked.items():
+        if kept.get(key) != value:
+            raise StudyError(
+                f"{path} belongs to another {what}: its {key} is {kept.get(key)!r}, asked is {value!r}. {remedy}"
+            )
+
+
+# --- folders and locks ---------------------------------------------------------------------------
 
 
 def open_folder(out: Path, resume: bool, kept: str = "study.db") -> None:
-    """Make a run folder. Raises StudyError if it holds something already and is not resumed, or cannot be made."""
+    """Make a run folder, or check one that is to be resumed.
+
+    Args:
+        out: The folder.
+        resume: Whether it may hold an earlier run.
+        kept: The file, anywhere below the folder, without which there is nothing to resume.
+
+    Raises:
+        StudyError: The folder is not empty and not resumed, holds nothing to resume, or cannot be made.
+    """
     try:
-        # Of a process that was killed while it wrote its first file, *.part is all there is.
+        # A process that was killed while it wrote its first file leaves nothing but *.part.
         full = out.exists() and (not out.is_dir() or any(".part" not in p.name for p in out.iterdir()))
         if full and not resume:
             raise StudyError(f"{out} is not empty: pass --resume to go on with it, or choose another --out")
@@ -72,20 +153,35 @@ def open_folder(out: Path, resume: bool, kept: str = "study.db") -> None:
 
 
 def process_alive(pid: int) -> bool:
-    """Whether a process of this machine runs."""
+    """Whether a process runs on this machine.
+
+    Args:
+        pid: Its process id.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    with suppress(OSError, IndexError):  # a zombie is dead, too
+    with suppress(OSError, IndexError):  # a zombie has ended, too
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     return True
 
 
 def lock_folder(folder: Path, wait: bool = False) -> int:
-    """Hold a folder against other processes until the descriptor is closed. Raises StudyError, unless it waits."""
+    """Lock a folder against other processes. On a file system without locks, nothing is locked.
+
+    Args:
+        folder: The folder.
+        wait: Wait for a process that has locked it, rather than raise.
+
+    Returns:
+        A file descriptor; closing it ends the lock.
+
+    Raises:
+        StudyError: Another process has locked the folder.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         import fcntl
@@ -94,14 +190,22 @@ def lock_folder(folder: Path, wait: bool = False) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise StudyError(f"another process is at work in {folder}: wait for it, or choose another --out") from None
-    except (ImportError, OSError):  # a file system without locks
+    except (ImportError, OSError):  # no such module (Windows), or no locks on this file system
         pass
     return descriptor
 
 
 @contextmanager
 def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
-    """As `lock`, around what needs it."""
+    """Context: `lock_folder`, until it ends.
+
+    Args:
+        folder: The folder.
+        wait: Wait for a process that has locked it, rather than raise.
+
+    Raises:
+        StudyError: Another process has locked the folder.
+    """
     descriptor = lock_folder(folder, wait)
     try:
         yield

@@ -1,27 +1,40 @@
-"""How far numbers can be trusted: intervals of scores, rank correlations, ties. All intervals are of 95 %."""
+"""95 % confidence intervals of scores and of rank correlations, and whether two scores differ."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from rankopt.core.records import Trial
+from rankopt.core.result_record import CorrelationEntry, ProxyEntry, TieEntry
 
-Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
+Z = 1.959963984540054
+"""The normal distribution's 97.5 % quantile."""
 
 
-MIN_TRIALS = 10  # with fewer, an interval of a rank correlation says next to nothing
+MIN_TRIALS = 10
+"""With fewer pairs, the interval of a rank correlation is too wide to say anything."""
 
 
-POOR = 0.5  # a rank correlation below this is warned of
+POOR = 0.5
+"""Users are warned of rank correlations below this."""
 
 
 Interval = tuple[float, float]
 
 
 def wilson(score: float | None, examples: int | None) -> Interval | None:
-    """The score interval of a fraction of so many examples (Wilson 1927); None if it is no fraction, or unknown."""
+    """Confidence interval of a fraction: Wilson's score interval (Wilson 1927, JASA 22).
+
+        (p + z² / 2n ± z √(p (1 − p) / n + z² / 4n²)) / (1 + z² / n)
+
+    Args:
+        score: The fraction p, for example an accuracy.
+        examples: The number n of examples that it averages over.
+
+    Returns:
+        Lower and upper end; None if the score or the number is unknown, or the score is not within 0 to 1.
+    """
     if score is None or examples is None or not 0 <= score <= 1:
         return None
     middle = (score + Z**2 / (2 * examples)) / (1 + Z**2 / examples)
@@ -30,10 +43,18 @@ def wilson(score: float | None, examples: int | None) -> Interval | None:
 
 
 def difference(first: float | None, second: float | None, examples: int | None) -> Interval | None:
-    """The interval of first − second, two fractions of as many examples each (Newcombe 1998, method 10).
+    """Confidence interval of first − second (Newcombe 1998, Statistics in Medicine 17, method 10).
 
-    Both are taken as independent. Where two models answer the same examples, as here, their scores rise and fall
-    together and the interval is wider than it need be: it errs on the side of calling a difference noise.
+    The method takes the two as independent. Scores of two models on the same examples are positively correlated, so
+    the interval is wider than necessary: it rather calls a difference noise.
+
+    Args:
+        first: A fraction.
+        second: Another fraction.
+        examples: The number of examples that each averages over.
+
+    Returns:
+        Lower and upper end; None where `wilson` gives None.
     """
     a, b = wilson(first, examples), wilson(second, examples)
     if a is None or b is None or first is None or second is None:
@@ -42,48 +63,77 @@ def difference(first: float | None, second: float | None, examples: int | None) 
     return d - math.hypot(first - a[0], b[1] - second), d + math.hypot(a[1] - first, second - b[0])
 
 
-def correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
-    """Spearman's rank correlation with the interval of Bonett and Wright (2000), and a verdict.
+def correlation(x: Sequence[float], y: Sequence[float]) -> CorrelationEntry:
+    """Spearman's rank correlation with the interval of Bonett and Wright (2000, Psychometrika 65), and a verdict.
 
-    verdict: "good" (the whole interval is above 0.5), "poor" (the correlation is below 0.5), "unclear" (between the
-    two), "too few" (under 10 pairs) or "constant" (nothing to rank); for the last two there is no number.
+        tanh(artanh r ± z √((1 + r² / 2) / (n − 3)))
+
+    Args:
+        x: Numbers.
+        y: As many numbers.
+
+    Returns:
+        n, spearman, low, high and verdict: "good" (the whole interval is above POOR), "poor" (the correlation is below
+        POOR), "unclear" (neither), "too few" (fewer than MIN_TRIALS pairs) or "constant" (all x or all y are equal).
+        In the last two cases the other entries but n are None.
     """
-    from scipy.stats import spearmanr  # half a second that `import rankopt` need not take
+    from scipy.stats import spearmanr  # takes half a second: not at `import rankopt`
 
     n = len(x)
-    found: dict[str, Any] = {"n": n, "spearman": None, "low": None, "high": None}
     if n < MIN_TRIALS:
-        return found | {"verdict": "too few"}
+        return {"n": n, "spearman": None, "low": None, "high": None, "verdict": "too few"}
     if min(x) == max(x) or min(y) == max(y):
-        return found | {"verdict": "constant"}
+        return {"n": n, "spearman": None, "low": None, "high": None, "verdict": "constant"}
     r = float(spearmanr(x, y).statistic)
-    # At ±1 the interval would have no width: step half way to the next value that n ranks can have.
+    # At ±1 the interval would have no width: go half way to the next value that is possible with n ranks.
     most = 1 - 6 / (n**3 - n)
     centre = math.atanh(max(-most, min(most, r)))
     half = Z * math.sqrt((1 + r * r / 2) / (n - 3))
     low, high = min(r, math.tanh(centre - half)), max(r, math.tanh(centre + half))
-    verdict = "poor" if r < POOR else "good" if low > POOR else "unclear"
-    return {"n": n, "spearman": r, "low": low, "high": high, "verdict": verdict}
-
-
-def proxy(trials: Sequence[Trial]) -> dict[str, Any]:
-    """How well predicted losses rank the measured objectives of these trials, and objectives their scores.
-
-    Signs are such that 1 means the same order of plans; an entry is None where there are no such numbers.
-    """
-    pairs = {
-        "predicted_objective": [(t.predicted, t.objective) for t in trials],
-        "objective_score": [(None if t.objective is None else -t.objective, t.score) for t in trials],
+    return {
+        "n": n,
+        "spearman": r,
+        "low": low,
+        "high": high,
+        "verdict": "poor" if r < POOR else "good" if low > POOR else "unclear",
     }
-    known = {k: [(a, b) for a, b in v if a is not None and b is not None] for k, v in pairs.items()}
-    return {k: correlation(*map(list, zip(*v, strict=True))) if v else None for k, v in known.items()}
 
 
-def tie(trials: Sequence[Trial], chosen: Trial, examples: int | None) -> dict[str, Any] | None:
-    """Whether the chosen trial's score differs from the runner-up's (by objective) by more than the noise.
+def proxy(trials: Sequence[Trial]) -> ProxyEntry:
+    """How well a cheap number predicts the order of plans by an expensive one.
 
-    verdict: "tie", "better" or "worse" (the chosen one, beyond the interval); tied: how many of the `others` differ
-    from the chosen one by no more than the noise. None without a second scored trial or a number of examples.
+    Args:
+        trials: Trials of a search.
+
+    Returns:
+        The `correlation` of predicted losses with objectives ("predicted_objective"), and of objectives with scores
+        ("objective_score"). Signs are such that 1 means the same order of plans. None where there are no numbers.
+    """
+    return {
+        "predicted_objective": _correlation([(t.predicted, t.objective) for t in trials]),
+        "objective_score": _correlation([(None if t.objective is None else -t.objective, t.score) for t in trials]),
+    }
+
+
+def _correlation(pairs: Sequence[tuple[float | None, float | None]]) -> CorrelationEntry | None:
+    """The correlation of the complete pairs; None if there is none."""
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    return correlation(*map(list, zip(*known, strict=True))) if known else None
+
+
+def tie(trials: Sequence[Trial], chosen: Trial, examples: int | None) -> TieEntry | None:
+    """Whether the chosen trial's score differs from the runner-up's by more than noise.
+
+    Args:
+        trials: Trials of a search.
+        chosen: The trial whose plan is used.
+        examples: The number of examples that scores average over.
+
+    Returns:
+        runner_up: number of the trial with the next best objective; score: its score; low, high: interval of the
+        difference chosen − runner-up; verdict: "better", "worse" or "tie" (the interval holds 0); others: how many
+        further trials have a score; tied: how many of these tie with the chosen one. None without a second trial
+        that has a score, or without a number of examples.
     """
     others = [t for t in trials if t.number != chosen.number and t.objective is not None and t.score is not None]
     if not others or wilson(chosen.score, examples) is None:
@@ -91,6 +141,7 @@ def tie(trials: Sequence[Trial], chosen: Trial, examples: int | None) -> dict[st
     intervals = {t.number: difference(chosen.score, t.score, examples) for t in others}
     second = min(others, key=lambda t: (t.objective, t.number))
     low, high = intervals[second.number] or (math.nan, math.nan)
+    assert second.score is not None
     return {
         "runner_up": second.number,
         "score": second.score,

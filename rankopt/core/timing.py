@@ -1,19 +1,38 @@
-"""Calls timed against each other."""
+"""Timing calls against each other, on a given number of threads."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-# --- time ---------------------------------------------------------------------------------------------
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Context: torch computes on `n` threads of the CPU; the number before is restored.
+
+    Args:
+        n: How many threads. With one, times do not depend on what else keeps the other cores busy.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def medians(functions: Sequence[Callable[[], Any]], seconds: float = 1.0) -> list[float]:
-    """Median seconds of each function, called in turn."""
+    """Median seconds of a call of each function, without gradients; the calls are interleaved.
+
+    Args:
+        functions: What to time.
+        seconds: Go on for at least this long, and for at least 11 calls of each.
+    """
     with torch.inference_mode():
         return [statistics.median(times) / 1e9 for times in in_turn(functions, 11, seconds)]
 
@@ -25,10 +44,20 @@ def in_turn(
     warm_up: int = 1,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> list[list[int]]:
-    """Nanoseconds, by a clock, of each call in each of so many rounds, or of more until so many seconds are over.
+    """Time several calls in rounds, each of which makes every call once.
 
-    A round makes every call once: what slows the machine for a while slows all of them alike. The first `warm_up`
-    rounds do not count. A GPU has done its work when a call ends.
+    Interleaving makes the times comparable: what slows the machine for a while slows all calls alike. On a GPU, a call
+    is timed until its work is done.
+
+    Args:
+        calls: What to time.
+        rounds: The least number of rounds that count.
+        seconds: The least time to go on for.
+        warm_up: How many rounds to make first that do not count.
+        clock: A clock in nanoseconds.
+
+    Returns:
+        For each call its nanoseconds in every round.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else _nothing
     spent: list[list[int]] = [[] for _ in calls]
@@ -44,4 +73,4 @@ def in_turn(
 
 
 def _nothing() -> None:
-    """A CPU has done its work when the call returns."""
+    """On a CPU the work is done when the call returns."""

@@ -1,13 +1,18 @@
-"""What every decomposition is: numbers in, module out.
+"""The base class of all decomposition families.
 
-Notation, per group of a layer: weight W (T, n) with n = C * kh * kw inputs of one output (kinds.py says what kh and
-kw are of layers that have not two axes); S (n, n) second moment of the input patches; H (T, T) second moment of the
-model's response to the layer's outputs. The error of an approximation is, relative to the same of W itself,
+Notation, for each group of a layer:
 
-    ‖W − Ŵ‖² = tr(H (W − Ŵ) S (W − Ŵ)ᵀ)
+    W (T, n)    weight, T outputs, n = C · kh · kw inputs of one output (model/layer_kinds.py maps every kind of layer
+                to these axes)
+    S (n, n)    second moment of the input patches, from the calibration data
+    H (T, T)    output metric: the Gauss-Newton metric of the layer's outputs (candidates/calibration.py)
 
-which is the error of the layer's output, weighted by how much the model's output feels it. Without
-calibration S and H are the identity: the plain weight error.
+The error of an approximation Ŵ is
+
+    ‖W − Ŵ‖² / ‖W‖²    with    ‖A‖² = tr(H A S Aᵀ)
+
+that is, the error of the layer's output, weighted by its effect on the model's output. Without calibration data S and
+H are identities, and the error is the relative squared Frobenius norm.
 """
 
 from __future__ import annotations
@@ -21,31 +26,57 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.core.records import FACTORISED, RECONSTRUCTED, Cost, Layer, Rank
-from rankopt.decompositions.modules import Reconstructed, chain, finish
+from rankopt.decompositions.modules import Reconstructed, build_chain, copy_settings
 from rankopt.decompositions.types import Aspect, Bond, Factors, Fit, Stage
 
 
 class Decomposition(ABC):
-    """A family of replacements for a layer. One instance serves all layers; it holds no state."""
+    """A family of factorised replacements for a layer.
+
+    A family says which ranks a layer can have, what each rank costs, how to fit the factors and how to build the
+    module that replaces the layer. Most families describe their replacement as a chain of convolutions (`stages`), from
+    which shapes, MACs, the dense weight and the module follow. One stateless instance serves all layers.
+
+    Attributes:
+        name: Name of the family in search spaces and plans.
+        exact: Whether full rank reproduces the layer, so that lower ranks are truncations.
+        effort: Factor on the search space's number of optimisation steps.
+        density: Factor on the number of points of the search space's grid of compression rates.
+        aspects: Directions in which ranks grow.
+        forms: Forms of the replacement; the first is the default.
+    """
 
     name: ClassVar[str]
-    exact: ClassVar[bool] = True  # full rank reproduces the layer, so ranks are truncations
-    effort: ClassVar[float] = 1.0  # share of the search space's steps that its fit takes
-    density: ClassVar[float] = 1.0  # fractions tried per point of the search space's grid
-    aspects: ClassVar[tuple[Aspect, ...]] = ((1.0,),)  # the directions in which ranks grow
-    forms: ClassVar[tuple[str, ...]] = (FACTORISED, RECONSTRUCTED)  # those it has; the first is the usual one
+    exact: ClassVar[bool] = True
+    effort: ClassVar[float] = 1.0
+    density: ClassVar[float] = 1.0
+    aspects: ClassVar[tuple[Aspect, ...]] = ((1.0,),)
+    forms: ClassVar[tuple[str, ...]] = (FACTORISED, RECONSTRUCTED)
 
     @abstractmethod
     def full_rank(self, layer: Layer) -> Rank | None:
-        """The rank at which the layer is reproduced exactly; None if this family has no place there.
+        """The rank at which the layer is reproduced exactly.
 
-        Families that are not `exact` name the largest rank that makes sense.
+        Args:
+            layer: Layer to decompose.
+
+        Returns:
+            The full rank, or the largest useful rank of families that are not `exact`; None if the family does not
+            apply to the layer.
         """
 
     def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
-        """The convolutions (1x1 for Linear; of an Embedding a look-up, then 1x1) that replace the layer.
+        """The chain of convolutions that replaces the layer, input first.
 
-        Empty for families of other parts, which say shapes, macs, weight and factorised themselves.
+        Linear layers are chains of 1 x 1 stages; an Embedding starts with a look-up.
+
+        Args:
+            layer: Layer to decompose.
+            rank: A valid rank.
+
+        Returns:
+            The stages; empty for families that are not chains, which override `shapes`, `factorised_macs`, `weight`
+            and `factorised`.
         """
         return ()
 
@@ -59,23 +90,45 @@ class Decomposition(ABC):
         metric: Tensor | None = None,
         steps: int = 100,
     ) -> Iterator[Fit]:
-        """Factors for each rank, which share what work they can.
+        """Fit the factors for each rank; the ranks share work where possible.
 
-        weight: the layer's own. moment: S, float64 (groups, n, n). metric: H, float64 (groups, T, T).
+        Args:
+            layer: Layer to decompose.
+            weight: The module's weight, in its own shape.
+            ranks: Valid ranks.
+            moment: Input moment S (groups, n, n), float64; of an Embedding its diagonal (1, n). None: identity.
+            metric: Output metric H (groups, T, T), float64. None: identity.
+            steps: Optimisation steps, multiplied by `effort`.
+
+        Yields:
+            One fit per rank, in order.
         """
 
     # --- ranks ---
 
     def valid(self, layer: Layer, rank: Rank) -> Rank:
-        """The rank cut to what the layer and its neighbours allow (a bond is at most the modes beside it)."""
+        """Reduce a rank to the largest one that is not redundant.
+
+        A bond can be no larger than the product of the modes and bonds on either side of it.
+
+        Args:
+            layer: Layer to decompose.
+            rank: Any rank of the right length.
+        """
         full = self.full_rank(layer)
         assert full is not None
         return tuple(max(1, min(r, f)) for r, f in zip(rank, full, strict=True))
 
     def ranks(self, layer: Layer, fractions: Sequence[float], nearest: bool = False) -> list[Rank]:
-        """The largest ranks whose weights are at most each fraction of the layer's; cheaper than dense only.
+        """The ranks to try for given compression rates.
 
-        nearest: for families of one rank, the rank nearest to the fraction instead (Python's round).
+        Args:
+            layer: Layer to decompose.
+            fractions: Weights of the replacement over the layer's own. For each the largest rank below is taken.
+            nearest: For families with a single rank, take the rank nearest to the fraction instead (Python's round).
+
+        Returns:
+            Ranks with fewer weights than the layer, in ascending number of weights.
         """
         full = self.full_rank(layer)
         if full is None:
@@ -93,11 +146,15 @@ class Decomposition(ABC):
         return sorted(found, key=lambda r: self.weights(layer, r))
 
     def directions(self, layer: Layer) -> Sequence[Aspect]:
-        """The aspects to try on a layer."""
+        """The aspects to try on a layer.
+
+        Args:
+            layer: Layer to decompose.
+        """
         return self.aspects
 
     def _largest(self, layer: Layer, full: Rank, aspect: Aspect, weights: float) -> Rank:
-        """The largest rank in the direction aspect * full with at most so many weights (or the least there is)."""
+        """The largest rank along aspect * full with at most this many weights; the smallest rank if there is none."""
 
         def at(scale: float) -> Rank:
             pairs = zip(aspect, full, strict=True)
@@ -113,22 +170,41 @@ class Decomposition(ABC):
     # --- cost, in closed form ---
 
     def shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
-        """The shapes of the factors, in order."""
+        """The shapes of the factors, in order.
+
+        Args:
+            layer: Layer to decompose.
+            rank: A valid rank.
+        """
         return tuple(s.shape(layer.groups)[: len(layer.shape)] for s in self.stages(layer, rank))
 
     def weights(self, layer: Layer, rank: Rank) -> int:
-        """Elements of all factors."""
+        """The number of weights of all factors together.
+
+        Args:
+            layer: Layer to decompose.
+            rank: A valid rank.
+        """
         return sum(math.prod(shape) for shape in self.shapes(layer, rank))
 
     def macs(self, layer: Layer, rank: Rank, form: str | None = None) -> int:
-        """Multiply-accumulates for one example, in the usual form or another.
+        """Multiply-accumulates for one example.
 
-        Reconstructed they are the dense layer's: Reconstructed says why building the weight is not among them.
+        Args:
+            layer: Layer to decompose.
+            rank: A valid rank.
+            form: FACTORISED or RECONSTRUCTED; None: the default form. In reconstructed form these are the dense
+                layer's MACs; `modules.Reconstructed` says why building the weight does not count.
         """
         return layer.macs if (form or self.forms[0]) == RECONSTRUCTED else self.factorised_macs(layer, rank)
 
     def factorised_macs(self, layer: Layer, rank: Rank) -> int:
-        """Multiply-accumulates for one example of contracting it with the factors."""
+        """Multiply-accumulates of contracting one example with the factors.
+
+        Args:
+            layer: Layer to decompose.
+            rank: A valid rank.
+        """
         return sum(call.maps * self._macs_of_map(layer, rank, call.size_in, call.size_out) for call in layer.calls)
 
     def _macs_of_map(self, layer: Layer, rank: Rank, size: tuple[int, int], size_out: tuple[int, int]) -> int:
@@ -140,18 +216,34 @@ class Decomposition(ABC):
         return macs
 
     def cost(self, layer: Layer, rank: Rank, form: str | None = None) -> Cost:
-        """Parameters (bias included), MACs for one example and bytes of the replacement."""
+        """Parameters (bias included), MACs for one example and bytes of the replacement.
+
+        Args:
+            layer: Layer to decompose.
+            rank: A valid rank.
+            form: FACTORISED or RECONSTRUCTED; None: the default form.
+        """
         params = self.weights(layer, rank) + (layer.shape[0] if layer.bias else 0)
         return Cost(params, self.macs(layer, rank, form), params * layer.element_size)
 
     def forms_of_use(self, layer: Layer, rank: Rank) -> tuple[str, ...]:
-        """The usual form, and the reconstructed one where it takes fewer MACs: all else is the same."""
+        """The forms worth a candidate: the default, and the reconstructed one where it takes fewer MACs.
+
+        Args:
+            layer: Layer to decompose.
+            rank: A valid rank.
+        """
         return self.forms if self.macs(layer, rank) > layer.macs else self.forms[:1]
 
     # --- bonds ---
 
     def bonds(self, layer: Layer, rank: Rank) -> tuple[Bond, ...]:
-        """Its bonds, from the input on; none where the weight is no contraction of the factors."""
+        """The bonds between the factors, input first; empty where the weight is not a contraction of the factors.
+
+        Args:
+            layer: Layer to decompose.
+            rank: A valid rank.
+        """
         inside: tuple[str, ...] = ("C",)
         found = []
         for stage in self.stages(layer, rank)[:-1]:
@@ -160,7 +252,15 @@ class Decomposition(ABC):
         return tuple(found)
 
     def tensor(self, layer: Layer, weight: Tensor) -> tuple[tuple[str, ...], Tensor]:
-        """Names of the modes that the bonds part, and a weight as a tensor (g, *modes) over them."""
+        """A weight as a tensor over the modes that the bonds separate.
+
+        Args:
+            layer: Layer to decompose.
+            weight: Dense weight of `layer.shape`.
+
+        Returns:
+            The names of the modes, and the weight in the shape (groups, *modes).
+        """
         if len(layer.shape) == 2:
             return ("T", "C"), weight.reshape(1, *layer.shape)
         return ("T", "C", "h", "w"), weight.reshape(layer.groups, layer.out_channels, *layer.shape[1:])
@@ -168,7 +268,17 @@ class Decomposition(ABC):
     # --- modules ---
 
     def weight(self, layer: Layer, factors: Factors) -> Tensor:
-        """The dense weight that the factors stand for, of layer.shape (no stage shares its kernel)."""
+        """The dense weight that the factors represent.
+
+        Families whose stages share a kernel among blocks override this.
+
+        Args:
+            layer: The decomposed layer.
+            factors: As `fit` returns them.
+
+        Returns:
+            The weight in `layer.shape`.
+        """
         g = layer.groups
         first, *others = (f.reshape(g, f.shape[0] // g, f.shape[1], *_kernel(f)) for f in factors)
         product = _all_inputs(first, layer.in_channels)
@@ -177,14 +287,29 @@ class Decomposition(ABC):
         return product.reshape(layer.shape)
 
     def build(self, module: nn.Module, layer: Layer, rank: Rank, form: str | None = None) -> nn.Module:
-        """An empty replacement for the module: same bias, dtype, device, mode and requires_grad."""
+        """Build a replacement for a module, with uninitialised factors (see `modules.load_factors`).
+
+        Bias, dtype, device, training mode and requires_grad are the module's.
+
+        Args:
+            module: Module to replace; it is not changed.
+            layer: Its description.
+            rank: A valid rank.
+            form: FACTORISED or RECONSTRUCTED; None: the default form.
+        """
         if (form or self.forms[0]) == RECONSTRUCTED:
-            return finish(Reconstructed(self, module, layer, rank), module)
-        return finish(self.factorised(module, layer, rank), module)
+            return copy_settings(Reconstructed(self, module, layer, rank), module)
+        return copy_settings(self.factorised(module, layer, rank), module)
 
     def factorised(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
-        """The replacement that contracts its input with the factors."""
-        return chain(module, self.stages(layer, rank), self, rank)
+        """Build the module that contracts its input with the factors one after the other.
+
+        Args:
+            module: Module to replace.
+            layer: Its description.
+            rank: A valid rank.
+        """
+        return build_chain(module, self.stages(layer, rank), self, rank)
 
 
 def _kernel(factor: Tensor) -> tuple[int, int]:
@@ -192,9 +317,9 @@ def _kernel(factor: Tensor) -> tuple[int, int]:
 
 
 def _compose(second: Tensor, first: Tensor) -> Tensor:
-    """The kernel of two convolutions in a row, which must not both extend along an axis.
+    """The kernel (g, out, in, h, w) of two successive convolutions that do not both extend along the same axis.
 
-    (g, out, in, h, w) each; the second's inputs may be those of a block of its outputs.
+    The second one may be grouped: its kernel then takes the inputs of one block.
     """
     blocks = first.shape[1] // second.shape[2]
     second, first = second.unflatten(1, (blocks, -1)), first.unflatten(1, (blocks, -1))
@@ -203,7 +328,7 @@ def _compose(second: Tensor, first: Tensor) -> Tensor:
 
 
 def _all_inputs(stage: Tensor, in_channels: int) -> Tensor:
-    """The same kernel over all inputs, if it is one in blocks: zeros where blocks do not mix."""
+    """A block-diagonal kernel as one over all inputs, with zeros between the blocks."""
     blocks = in_channels // stage.shape[2]
     if blocks == 1:
         return stage

@@ -1,7 +1,6 @@
-"""Block-term Tucker-2 (De Lathauwer 2008; Ye 2020 for networks): a sum of Tucker-2 blocks over the channel modes.
+"""Block-term decomposition into Tucker-2 terms (De Lathauwer 2008; Ye 2020 for networks).
 
-1 x 1 to blocks * R_in, k x k in blocks to blocks * R_out, 1 x 1 to T: blocks (C R_in + kh kw R_in R_out + T R_out)
-weights. Blocks of rank (1, 1) are the components of a merged CP; one block is Tucker-2.
+W(t, c, y, x) = Σ_z Σ_pq U_z(t, q) G_z(q, p, y, x) V_z(p, c)    over z = 1 ... blocks
 """
 
 from __future__ import annotations
@@ -16,11 +15,16 @@ from rankopt.decompositions.variable_projection import OutputSolved, Parameters,
 
 
 class BlockTerm(OutputSolved):
-    """Rank (blocks, R_in, R_out), the same for every block."""
+    """Block-term Tucker-2: 1 x 1 to blocks * R_in, kh x kw in blocks to blocks * R_out, 1 x 1 to T.
+
+    Blocks of rank (1, 1) are the components of a cp_merged; one block is tucker2.
+
+    Rank (blocks, R_in, R_out), the same for every block; blocks (C R_in + kh kw R_in R_out + T R_out) weights.
+    """
 
     name = "btt"
     effort = 0.5
-    density = 0.5  # several aspects at each
+    density = 0.5  # there are several aspects for each point
     aspects = ((2, 0.5, 1.0), (4, 0.5, 1.0), (8, 0.5, 1.0))
 
     def full_rank(self, layer: Layer) -> Rank | None:
@@ -48,7 +52,7 @@ class BlockTerm(OutputSolved):
         if r_in == r_out == 1:
             vectors, spatial = rank_one_rows(layer, target, blocks)
             return vectors.unsqueeze(2), spatial[:, :, None, None]
-        # Block after block on what the ones before leave over: (g, T, C, kh * kw)
+        # One block after the other, each fitted to the residual of those before: (g, T, C, kh * kw)
         rest = target.weight.unflatten(-1, (layer.in_channels, -1))
         channels: list[Tensor] = []
         cores: list[Tensor] = []

@@ -1,7 +1,8 @@
-"""Linear layers as networks of cores on a factorised shape: C = C1 C2 inputs, T = T1 T2 outputs.
+"""Families that are chains of convolutions on a convolution and networks of cores on a Linear.
 
-Such a family is linear in the core that holds T2; everything else is searched. With the weight seen as
-(T2, T1 n), the input moment is H1 ⊗ S, where H ≈ H1 ⊗ H2 from its partial traces.
+A Linear is seen as a tensor over C = C1 C2 inputs and T = T1 T2 outputs. Such a family is linear in the core that holds
+T2; all others are searched. The weight is then arranged as (T2, T1 n) with the input moment H1 ⊗ S, where H ≈ H1 ⊗ H2
+follows from partial traces of H.
 """
 
 from __future__ import annotations
@@ -17,47 +18,58 @@ from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.types import Bond, Factors, Target
 from rankopt.decompositions.variable_projection import OutputSolved, full_target, roots
 
-
-def square_factors(n: int) -> tuple[int, int]:
-    """n = a * b with a <= b as near as can be."""
-    a = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
-    return a, n // a
-
-
-def linear_modes(layer: Layer) -> tuple[int, int, int, int] | None:
-    """(C1, C2, T1, T2), the most square factorisations; None for two primes, and for an Embedding."""
-    if layer.kind == "Embedding":
-        return None
-    c, t = square_factors(layer.in_channels), square_factors(layer.out_channels)
-    return None if c[0] == 1 and t[0] == 1 else (*c, *t)
-
-
 TRAIN = (("C1",), ("C1", "C2"), ("C1", "C2", "T1"))
-"""The modes before each bond of a train over C1, C2, T1, T2."""
+"""The modes on the input's side of each bond of a train over C1, C2, T1, T2."""
 
 
 class CoreNetwork(OutputSolved):
-    """A family that is a chain of convolutions on a Conv2d and a network of cores on a Linear."""
+    """Base class of families that are chains of stages on a convolution and networks of cores on a Linear."""
 
     @abstractmethod
     def core_shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
-        """Of a Linear's cores."""
+        """The shapes of a Linear's cores.
+
+        Args:
+            layer: Layer to decompose.
+            rank: A valid rank.
+        """
 
     @abstractmethod
     def linear_macs(self, layer: Layer, rank: Rank) -> int:
-        """Multiply-accumulates of `contract` for one vector."""
+        """Multiply-accumulates of `contract` for one vector.
+
+        Args:
+            layer: Layer to decompose.
+            rank: A valid rank.
+        """
 
     @abstractmethod
     def contract(self, x: Tensor, cores: Factors) -> Tensor:
-        """x (N, C) -> (N, T)."""
+        """Contract vectors with the cores.
+
+        Args:
+            x: Tensor (N, C).
+            cores: Cores of `core_shapes`.
+
+        Returns:
+            Tensor (N, T).
+        """
 
     @abstractmethod
     def linear_weight(self, cores: Factors) -> Tensor:
-        """The dense weight, (T1, T2, C1, C2)."""
+        """The dense weight (T1, T2, C1, C2).
+
+        Args:
+            cores: Cores of `core_shapes`.
+        """
 
     @abstractmethod
     def linear_bonds(self, rank: Rank) -> tuple[Bond, ...]:
-        """Bonds that part the modes C1, C2, T1, T2."""
+        """The bonds of a Linear, which split the modes C1, C2, T1, T2.
+
+        Args:
+            rank: A valid rank.
+        """
 
     def bonds(self, layer: Layer, rank: Rank) -> tuple[Bond, ...]:
         return super().bonds(layer, rank) if len(layer.shape) == 4 else self.linear_bonds(rank)
@@ -100,7 +112,14 @@ class CoreNetwork(OutputSolved):
 
 
 class CoreNetworkLinear(nn.Module):
-    """y = x Wᵀ + bias with W a network of cores; x (..., C) -> (..., T)."""
+    """A Linear y = x Wᵀ + b that contracts x (..., C) with a network of cores.
+
+    Args:
+        family: The decomposition.
+        layer: Description of the original layer.
+        rank: The rank.
+        like: The original layer.
+    """
 
     def __init__(self, family: CoreNetwork, layer: Layer, rank: Rank, like: nn.Linear) -> None:
         super().__init__()
@@ -122,3 +141,31 @@ class CoreNetworkLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"method={self.method}, rank={self.rank}"
+
+
+# --- factorising channels -------------------------------------------------------------------------
+
+
+def square_factors(n: int) -> tuple[int, int]:
+    """Factors a <= b of n that are as close as possible.
+
+    Args:
+        n: A positive number.
+    """
+    a = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
+    return a, n // a
+
+
+def linear_modes(layer: Layer) -> tuple[int, int, int, int] | None:
+    """The most even factorisations of a Linear's channels.
+
+    Args:
+        layer: Layer to decompose.
+
+    Returns:
+        (C1, C2, T1, T2); None if both sizes are prime, and for an Embedding.
+    """
+    if layer.kind == "Embedding":
+        return None
+    c, t = square_factors(layer.in_channels), square_factors(layer.out_channels)
+    return None if c[0] == 1 and t[0] == 1 else (*c, *t)

@@ -1,12 +1,12 @@
-"""Hierarchical Tucker (Hackbusch and Kühn 2009) on a dimension tree of one's choice.
+"""Hierarchical Tucker (Hackbusch and Kühn 2009) on one dimension tree per kind of layer.
 
-Conv2d, tree ((C, kernel), T): 1 x 1 to R_c, every channel through the same R_s filters of k x k, 1 x 1 (the node)
-to R, 1 x 1 to T; C R_c + kh kw R_s + R_c R_s R + R T weights. The kernel is one leaf, as in cp_merged: for as large
-a node it can express more than the R_h x R_w filters of `tucker`, and R_s is any number. The other tree,
-((C, kh), (kw, T)), is `tt` once leaves as small as kh and kw are absorbed: no candidate of its own.
+    convolution    tree ((C, kernel), T)           W = Σ_rps U(t, r) B(r, p, s) V(p, c) K(s, y x)
+    Linear         tree ((C1, C2), (T1, T2))       W = Σ B(r, p, q) V1(p, c1) V2(q, c2) D(v, u, r) U1(u, t1) U2(t2, v)
 
-Linear, tree ((C1, C2), (T1, T2)) with C = C1 C2 and T = T1 T2 as square as they go:
-C1 R_1 + C2 R_2 + R_1 R_2 R + R R_3 R_4 + T1 R_3 + T2 R_4 weights, the root absorbed into a node.
+The kernel is a single leaf, as in cp_merged: for a node of the same size it can express more than the R_h x R_w filters
+of `tucker`, and R_s need not be a product. The other tree of a convolution, ((C, kh), (kw, T)), is `tt` once leaves as
+small as kh and kw are absorbed, and no family of its own. The root of a Linear's tree is absorbed into a node;
+C = C1 C2 and T = T1 T2 are factorised as evenly as possible.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from rankopt.decompositions.variable_projection import Parameters, balanced_bond
 
 
 class HierarchicalTucker(CoreNetwork):
-    """Rank (R_c, R_s, R) of a Conv2d, (R_1, R_2, R, R_3, R_4) of a Linear."""
+    """Hierarchical Tucker: 1 x 1 to R_c, every channel through the same R_s filters of kh x kw, 1 x 1 to R, 1 x 1 to T.
+
+    Convolution: rank (R_c, R_s, R); C R_c + kh kw R_s + R_c R_s R + R T weights.
+    Linear: rank (R_1, R_2, R, R_3, R_4); C1 R_1 + C2 R_2 + R_1 R_2 R + R R_3 R_4 + T1 R_3 + T2 R_4 weights.
+    """
 
     name = "ht"
     effort = 0.2
-    density = 0.5  # several aspects at each
+    density = 0.5  # there are several aspects for each point
 
     def directions(self, layer: Layer) -> Sequence[Aspect]:
         if len(layer.shape) == 2:
@@ -58,7 +62,7 @@ class HierarchicalTucker(CoreNetwork):
         r_c, r_s, r = super().valid(layer, rank)
         return min(r_c, r_s * r), min(r_s, r_c * r), min(r, r_c * r_s)
 
-    # --- Conv2d: Tucker on the modes (C, kernel, T) ---
+    # --- convolutions: Tucker on the modes (C, kernel, T) ---
 
     def stages(self, layer: Layer, rank: Rank) -> tuple[Stage, ...]:
         r_c, r_s, r = rank
@@ -147,17 +151,37 @@ class HierarchicalTucker(CoreNetwork):
         return torch.einsum("cdr,rab->cdab", outside, inside)
 
 
+# --- both modes of a matrix ---------------------------------------------------------------------
+
+
 Pair = tuple[int, int]
 
 
 def pair_macs(before: Pair, after: Pair) -> tuple[int, bool]:
-    """MACs of taking both modes of a matrix to new sizes in the cheaper order, and whether the second goes first."""
+    """The cost of multiplying both modes of a matrix in the cheaper order.
+
+    Args:
+        before: Sizes of the modes.
+        after: Their new sizes.
+
+    Returns:
+        The multiply-accumulates, and whether the second mode goes first.
+    """
     (i, j), (k, m) = before, after
     first, second = i * j * k + k * j * m, i * j * m + m * i * k
     return min(first, second), second < first
 
 
 def contract_pair(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """x (N, i, j) with first (k, i) and second (m, j): (N, k, m)."""
+    """Multiply both modes of a batch of matrices in the cheaper order.
+
+    Args:
+        x: Tensor (N, i, j).
+        first: Matrix (k, i).
+        second: Matrix (m, j).
+
+    Returns:
+        Tensor (N, k, m).
+    """
     _, second_first = pair_macs((x.shape[1], x.shape[2]), (len(first), len(second)))
     return ((x @ second.T).mT @ first.T).mT if second_first else (x.mT @ first.T).mT @ second.T

@@ -1,4 +1,7 @@
-"""Plan <-> module: applying a plan, saving it, and rebuilding from a folder."""
+"""Applying a plan to a model, saving it, and loading a compressed model from a folder.
+
+A folder holds plan.json (the choice for every layer) and model.safetensors (the weights of the compressed model).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,16 @@ FORMAT, VERSION = "rankopt-plan", 3
 
 
 def replace(model: nn.Module, layer: Layer, new: nn.Module) -> nn.Module:
-    """Put a module in a layer's place, under each of its names; returns the model (the new one, if it is the root)."""
+    """Replace a layer's module in place, under each of its names.
+
+    Args:
+        model: Model that contains the layer.
+        layer: Layer to replace.
+        new: Its replacement.
+
+    Returns:
+        The model; `new` if the layer is the whole model.
+    """
     if layer.name == "":
         return new
     for name in (layer.name, *layer.aliases):
@@ -44,9 +56,15 @@ def replace(model: nn.Module, layer: Layer, new: nn.Module) -> nn.Module:
 def apply(
     model: nn.Module, layers: Sequence[Layer], candidates: Sequence[Candidate], factors: FactorLookup
 ) -> nn.Module:
-    """A copy of the model with each layer in its candidate's form. The input model is unchanged.
+    """Build a compressed copy of a model.
 
-    Of modules that hold several maps, those with a map that changes are unfolded.
+    Composite modules (attention, recurrent layers) of which a part changes are expanded into their parts.
+
+    Args:
+        model: The dense model; it is not changed.
+        layers: Its layers.
+        candidates: One candidate per layer.
+        factors: Factors by `Candidate.key`.
     """
 
     def fill(new: nn.Module, candidate: Candidate) -> None:
@@ -65,7 +83,14 @@ def assemble(
     candidates: Sequence[Candidate],
     fill: Callable[[nn.Module, Candidate], Any],
 ) -> nn.Module:
-    """As apply; fill(replacement, candidate) writes the factors."""
+    """As `apply`, with the factors written by a callback.
+
+    Args:
+        model: The dense model; it is not changed.
+        layers: Its layers.
+        candidates: One candidate per layer.
+        fill: Called with each new module and its candidate; writes the factors.
+    """
     pairs = zip(layers, candidates, strict=True)
     model = expand_composites(copy.deepcopy(model), [layer.name for layer, c in pairs if not c.unchanged])
     for layer, candidate in zip(layers, candidates, strict=True):
@@ -83,7 +108,16 @@ def assemble(
 
 
 def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
-    """Write model.safetensors and plan.json (which holds the weights' checksum) into a folder."""
+    """Write model.safetensors and plan.json, which holds the checksum of the weights.
+
+    Args:
+        folder: Folder to write to; created if missing.
+        model: The compressed model.
+        plan: Its plan.
+
+    Raises:
+        PlanError: If the folder cannot be created.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +142,17 @@ def _sha256(path: Path) -> str:
 
 
 def read_plan(folder: str | Path) -> tuple[Plan, str]:
-    """The plan in a folder and its weights' checksum. Raises PlanError if it is missing, damaged or too new."""
+    """Read plan.json.
+
+    Args:
+        folder: A folder that `save` wrote.
+
+    Returns:
+        The plan, and the SHA-256 of its weights.
+
+    Raises:
+        PlanError: If the plan is missing, damaged or of a newer version.
+    """
     path = Path(folder) / PLAN
     content = read_json(path, PlanError, "name the folder that a search wrote")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -125,12 +169,13 @@ def read_plan(folder: str | Path) -> tuple[Plan, str]:
 
 
 def _with_form(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry of a plan of version 1, where every family had but its usual form."""
+    """Add the form to an entry of a version 1 plan, where every family had only its default form."""
     method = entry["method"]
     return {**entry, "form": DECOMPOSITIONS[method].forms[0] if method in DECOMPOSITIONS else DENSE}
 
 
 def _choice(entry: Mapping[str, Any]) -> Choice:
+    """Parse and check an entry; raises TypeError or ValueError if it is malformed."""
     choice = Choice(**entry)
     numbers = (*choice.shape, *choice.rank, choice.params, choice.macs)
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
@@ -156,45 +201,73 @@ def _cost(entry: Mapping[str, Any]) -> Cost:
 
 
 def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
-    """The model, in place, in the plan's form, its factors still empty. Raises PlanError for another model's plan."""
+    """Replace a model's layers, in place, as a plan says; the factors are left uninitialised.
+
+    Args:
+        model: The dense model.
+        plan: A plan for this model.
+
+    Returns:
+        The model, or its replacement if the plan replaces the whole model.
+
+    Raises:
+        PlanError: If the plan is for another model.
+    """
     model = expand_composites(model, [c.name for c in plan.choices if not c.unchanged])
     modules = dict(model.named_modules(remove_duplicate=False))
-    folded = {part for name, module in modules.items() for part in parts(module, name)}
+    unexpanded = {part for name, module in modules.items() for part in parts(module, name)}
     for choice in plan.choices:
         module = modules.get(choice.name)
-        if module is None and choice.name in folded and choice.unchanged:
+        if module is None and choice.name in unexpanded and choice.unchanged:
             continue
         if module is None:
             raise PlanError(f"the plan is for another model: this one has no layer {choice.name!r}")
         if choice.unchanged:
             continue
-        kind = type(module).__name__
-        layer = describe(module, choice.name) if type(module) in KINDS else Layer(choice.name, kind, ())
-        if (kind, layer.own_shape) != (choice.kind, choice.shape):
-            raise PlanError(
-                f"the plan is for another model: layer {choice.name!r} is {kind} with weight {layer.own_shape}, "
-                f"the plan has {choice.kind} {choice.shape}"
-            )
+        aliases = tuple(n for n, m in modules.items() if m is module and n != choice.name)
+        layer = dataclasses.replace(_checked_layer(module, choice), aliases=aliases)
         if choice.method == DENSE:
             quantize_(module, choice.precision)
-            continue
-        aliases = tuple(n for n, m in modules.items() if m is module and n != choice.name)
-        layer = dataclasses.replace(layer, aliases=aliases)
-        family = DECOMPOSITIONS[choice.method]
-        full = family.full_rank(layer)
-        if full is None or len(full) != len(choice.rank) or family.valid(layer, choice.rank) != choice.rank:
-            raise PlanError(
-                f"layer {choice.name!r}: {choice.method} cannot have rank {choice.rank} (full rank: {full})"
-            )
-        new = family.build(module, layer, choice.rank, choice.form)
-        model = replace(model, layer, quantize_(new, choice.precision))
+        else:
+            model = replace(model, layer, quantize_(_replacement(module, layer, choice), choice.precision))
     return take_ordinary_path(model)
 
 
-def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.Module:
-    """The compressed model of a folder: plan.json + model.safetensors on a dense model or its builder.
+def _checked_layer(module: nn.Module, choice: Choice) -> Layer:
+    """The description of a module; raises PlanError if the choice was made for another one."""
+    kind = type(module).__name__
+    layer = describe(module, choice.name) if type(module) in KINDS else Layer(choice.name, kind, ())
+    if (kind, layer.own_shape) != (choice.kind, choice.shape):
+        raise PlanError(
+            f"the plan is for another model: layer {choice.name!r} is {kind} with weight {layer.own_shape}, "
+            f"the plan has {choice.kind} {choice.shape}"
+        )
+    return layer
 
-    Nothing is unpickled. Raises PlanError if a file is missing or damaged, or belongs to another model.
+
+def _replacement(module: nn.Module, layer: Layer, choice: Choice) -> nn.Module:
+    """The uninitialised replacement of a module; raises PlanError if the family cannot have the rank."""
+    family = DECOMPOSITIONS[choice.method]
+    full = family.full_rank(layer)
+    if full is None or len(full) != len(choice.rank) or family.valid(layer, choice.rank) != choice.rank:
+        raise PlanError(f"layer {choice.name!r}: {choice.method} cannot have rank {choice.rank} (full rank: {full})")
+    return family.build(module, layer, choice.rank, choice.form)
+
+
+def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.Module:
+    """Load a compressed model from plan.json and model.safetensors.
+
+    Nothing is unpickled.
+
+    Args:
+        model: The dense model, which is copied, or a function that builds it.
+        folder: A folder that a search wrote, or `save`.
+
+    Returns:
+        The compressed model.
+
+    Raises:
+        PlanError: If a file is missing or damaged, or belongs to another model.
     """
     plan, checksum = read_plan(folder)
     try:
@@ -219,7 +292,12 @@ def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.M
 
 @torch.no_grad()
 def multiplied_out(dense: nn.Module, small: nn.Module) -> nn.Module:
-    """A copy of the dense model with the compressed one's weights, each layer's factors multiplied out."""
+    """A copy of the dense model with the compressed model's weights, its factors multiplied out.
+
+    Args:
+        dense: The dense model; only its architecture matters.
+        small: Its compressed version.
+    """
     model = copy.deepcopy(dense)
     for name, module in model.named_modules():
         other = small.get_submodule(name)

@@ -1,4 +1,8 @@
-"""The registry of decompositions: add a family by a file and a line here (or an entry point of another package)."""
+"""The registry of decompositions.
+
+To add a family, write a module with a `Decomposition` and add a line here. Other packages register theirs with an entry
+point of the group `rankopt.decompositions`.
+"""
 
 from __future__ import annotations
 

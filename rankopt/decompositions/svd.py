@@ -1,4 +1,12 @@
-"""Matrix decompositions of a layer's weight by SVD, of four foldings."""
+"""Low-rank matrix decompositions of a weight W(t, c, y, x) with T outputs, C inputs and a kernel of kh x kw.
+
+    svd_out        W(t, c y x) = Σ_r U(t, r) V(r, c y x)    kh x kw to R channels, 1 x 1 to T
+    svd_in         W(t y x, c) = Σ_r U(t y x, r) V(r, c)    1 x 1 to R, kh x kw to T
+    svd_spatial    W(t x, c y) = Σ_r U(t x, r) V(r, c y)    kh x 1 to R, 1 x kw to T (Jaderberg 2014)
+    svd_grouped    [U₁ V₁ … U_b V_b], svd_out of the slice of each of b blocks of input channels (Liebenwein 2021)
+
+Numbers of weights here and in the other families' docstrings are those of one group.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +21,27 @@ from rankopt.decompositions.types import Aspect, Factors, Fit, Stage, Target
 from rankopt.decompositions.variable_projection import (
     OutputSolved,
     Parameters,
+    absorb_metric,
     balanced,
-    declare,
     leading_rows,
-    prepare,
+    stored_fit,
 )
+
+BLOCKS = (16, 8, 4, 2)
+"""Numbers of blocks that svd_grouped tries."""
 
 
 class SvdOut(Decomposition):
+    """SVD of the weight unfolded along its output channels; of an Embedding, rows of R entries and a Linear.
+
+    In the norm of base.py this is reduced-rank regression (Izenman 1975), solved in closed form: Ŵ = U Uᵀ W with U the
+    leading eigenvectors of W S Wᵀ. One eigendecomposition serves every rank.
+
+    Rank (R,); R (C kh kw + T) weights.
+    """
+
     name = "svd_out"
-    density = 4.0  # a further rank costs next to nothing
+    density = 4.0  # further ranks are almost free to fit
 
     def full_rank(self, layer: Layer) -> Rank | None:
         return (min(layer.out_channels, layer.patch),)
@@ -40,7 +59,7 @@ class SvdOut(Decomposition):
         metric: Tensor | None = None,
         steps: int = 100,
     ) -> Iterator[Fit]:
-        target, undo = prepare(layer, weight, moment, metric)
+        target, undo = absorb_metric(layer, weight, moment, metric)
         vectors = torch.linalg.eigh(target.times_moment(target.weight) @ target.weight.mT)[1].flip(-1)
         for rank in ranks:
             u = vectors[..., : rank[0]]
@@ -49,30 +68,15 @@ class SvdOut(Decomposition):
             second = left.reshape(-1, rank[0], 1, 1)
             if len(layer.shape) == 2:
                 first, second = first.flatten(1), second.flatten(1)
-            yield declare(self, layer, weight, (first, second), rank, moment, metric)
-
-
-def input_start(layer: Layer, target: Target, rank: int) -> Tensor:
-    """(g, rank, C): the leading combinations of input channels."""
-    unfolded = target.weight.unflatten(-1, (layer.in_channels, -1)).transpose(-1, -2).flatten(1, 2)
-    return leading_rows(unfolded, rank)
-
-
-def input_rows(layer: Layer, channels: Tensor) -> Tensor:
-    """K = V ⊗ I over kernel positions: (g, R, C) -> (g, R * kh * kw, n)."""
-    eye = torch.eye(layer.patch // layer.in_channels, dtype=channels.dtype, device=channels.device)
-    return torch.einsum("grc,kl->grkcl", channels, eye).flatten(3, 4).flatten(1, 2)
-
-
-def split_input(layer: Layer, channels: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Balance V (g, R, C) against B (g, T, R * kh * kw); returns them in the same shapes."""
-    g, r, _ = channels.shape
-    left = output.view(g, layer.out_channels, r, -1).transpose(-1, -2)  # (g, T, k, R)
-    new_left, new_right = balanced(left.flatten(1, 2), channels)
-    return new_right, new_left.view(left.shape).transpose(-1, -2).flatten(2)
+            yield stored_fit(self, layer, weight, (first, second), rank, moment, metric)
 
 
 class SvdIn(OutputSolved):
+    """SVD of the weight unfolded along its input channels.
+
+    Rank (R,); R (C + kh kw T) weights.
+    """
+
     name = "svd_in"
     effort = 0.2
 
@@ -100,6 +104,11 @@ class SvdIn(OutputSolved):
 
 
 class SvdSpatial(OutputSolved):
+    """Separable kernels (Jaderberg 2014): the kernel's height goes with the inputs, its width with the outputs.
+
+    Rank (R,); R (C kh + kw T) weights.
+    """
+
     name = "svd_spatial"
     effort = 0.2
 
@@ -135,29 +144,31 @@ class SvdSpatial(OutputSolved):
         )
 
 
-def width_rows(layer: Layer, columns: Tensor) -> Tensor:
-    """K = A ⊗ I over the kernel's width: (g, R, C * kh) -> (g, R * kw, n)."""
-    eye = torch.eye(layer.kernel[1], dtype=columns.dtype, device=columns.device)
-    return torch.einsum("gra,jl->grjal", columns, eye).flatten(3, 4).flatten(1, 2)
-
-
-BLOCKS = (16, 8, 4, 2)
-
-
 class SvdGrouped(OutputSolved):
-    """Rank (blocks, R of each)."""
+    """SVD of each block of input channels (ALDS, Liebenwein 2021): kh x kw in blocks to blocks * R, then 1 x 1.
+
+    One block is svd_out; one block per channel is a depthwise separable convolution. ALDS fits each slice alone in
+    closed form, which is where this search starts (in the metric of the slice's inputs). As inputs of different slices
+    are correlated, all U are then solved together.
+
+    Rank (blocks, R of each block); R (C kh kw + blocks T) weights.
+    """
 
     name = "svd_grouped"
     effort = 0.2
-    density = 0.5  # several aspects at each
+    density = 0.5  # there are several aspects for each point
 
     def blocks(self, layer: Layer) -> list[int]:
-        """Into how many blocks the input channels may fall."""
+        """The numbers of blocks that divide the input channels, in descending order.
+
+        Args:
+            layer: Layer to decompose.
+        """
         return [b for b in BLOCKS if layer.in_channels % b == 0]
 
     def directions(self, layer: Layer) -> Sequence[Aspect]:
         most, *fewer = self.blocks(layer)
-        return (most, 1.0), *((b, most / b) for b in fewer)  # fewer blocks, more rank in each
+        return (most, 1.0), *((b, most / b) for b in fewer)  # fewer blocks with a higher rank each
 
     def full_rank(self, layer: Layer) -> Rank | None:
         blocks = [] if layer.kind == "Embedding" else self.blocks(layer)
@@ -196,3 +207,57 @@ class SvdGrouped(OutputSolved):
         first = right.reshape(-1, layer.in_channels // blocks, *layer.kernel)
         last = left.unflatten(0, (-1, blocks)).transpose(1, 2).reshape(-1, blocks * r, 1, 1)
         return (first, last) if len(layer.shape) == 4 else (first.flatten(1), last.flatten(1))
+
+
+# --- shared with other families -------------------------------------------------------------------
+
+
+def input_start(layer: Layer, target: Target, rank: int) -> Tensor:
+    """The leading combinations of input channels, (g, rank, C).
+
+    Args:
+        layer: Layer to decompose.
+        target: What is fitted.
+        rank: Number of combinations.
+    """
+    unfolded = target.weight.unflatten(-1, (layer.in_channels, -1)).transpose(-1, -2).flatten(1, 2)
+    return leading_rows(unfolded, rank)
+
+
+def input_rows(layer: Layer, channels: Tensor) -> Tensor:
+    """K = V ⊗ I over kernel positions, (g, R * kh * kw, n).
+
+    Args:
+        layer: Layer to decompose.
+        channels: V (g, R, C).
+    """
+    eye = torch.eye(layer.patch // layer.in_channels, dtype=channels.dtype, device=channels.device)
+    return torch.einsum("grc,kl->grkcl", channels, eye).flatten(3, 4).flatten(1, 2)
+
+
+def split_input(layer: Layer, channels: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Balance V and B (see `variable_projection.balanced`).
+
+    Args:
+        layer: Layer to decompose.
+        channels: V (g, R, C).
+        output: B (g, T, R * kh * kw).
+
+    Returns:
+        V and B in the same shapes.
+    """
+    g, r, _ = channels.shape
+    left = output.view(g, layer.out_channels, r, -1).transpose(-1, -2)  # (g, T, k, R)
+    new_left, new_right = balanced(left.flatten(1, 2), channels)
+    return new_right, new_left.view(left.shape).transpose(-1, -2).flatten(2)
+
+
+def width_rows(layer: Layer, columns: Tensor) -> Tensor:
+    """K = A ⊗ I over the kernel's width, (g, R * kw, n).
+
+    Args:
+        layer: Layer to decompose.
+        columns: A (g, R, C * kh).
+    """
+    eye = torch.eye(layer.kernel[1], dtype=columns.dtype, device=columns.device)
+    return torch.einsum("gra,jl->grjal", columns, eye).flatten(3, 4).flatten(1, 2)

@@ -1,9 +1,8 @@
-"""Tensor ring (Zhao 2016; Wang 2018 for networks): a train whose ends are joined by a bond R0.
+"""Tensor ring (Zhao 2016; Wang 2018 for networks): a tensor train whose ends are joined by a bond R0.
 
-Conv2d, modes (C, kh, kw, T): 1 x 1 to R0 * R1; each of the R0 parts through the same k x 1 to R2 and 1 x k to R3;
-1 x 1 from R0 * R3 to T, which sums the parts. R0 C R1 + R1 kh R2 + R2 kw R3 + R0 R3 T weights.
-Linear: modes (C1, C2, T1, T2) with C = C1 C2 and T = T1 T2 as square as they go; the same cores.
-R0 = 1 is `tt`. Every core but the last is searched; the literature's TR-SVD starts it.
+    W(m₁, m₂, m₃, m₄) = Σ_zpqr G₁(z, p, m₁) G₂(q, p, m₂) G₃(r, q, m₃) G₄(m₄, z, r)
+
+The modes are those of the tensor train: C, kh, kw, T, or C1, C2, T1, T2 of a Linear.
 """
 
 from __future__ import annotations
@@ -18,15 +17,25 @@ from rankopt.decompositions.variable_projection import Parameters, balanced_bond
 
 
 class TensorRing(CoreNetwork):
-    """Rank (R0, R1, R2, R3)."""
+    """Tensor ring: 1 x 1 to R0 R1; each of R0 blocks through the same kh x 1 to R2 and 1 x kw to R3; 1 x 1 to T.
+
+    The last stage sums the blocks. R0 = 1 is `tt`. Every core but the last is searched, starting from the TR-SVD.
+
+    Rank (R0, R1, R2, R3); R0 C R1 + kh R1 R2 + kw R2 R3 + R0 R3 T weights of a convolution,
+    R0 C1 R1 + C2 R1 R2 + T1 R2 R3 + R0 R3 T2 of a Linear.
+    """
 
     name = "tr"
     effort = 0.5
-    density = 0.5  # several aspects at each
+    density = 0.5  # there are several aspects for each point
     aspects = ((2, 0.75, 0.35, 1.0), (4, 0.6, 0.4, 1.0), (8, 0.65, 0.6, 1.0))
 
     def modes(self, layer: Layer) -> tuple[int, int, int, int] | None:
-        """The four modes, in the order of the ring; None if the layer has no place for it."""
+        """The sizes of the four modes in the order of the ring; None if the family does not apply to the layer.
+
+        Args:
+            layer: Layer to decompose.
+        """
         if len(layer.shape) == 2:
             return linear_modes(layer)
         return None if min(layer.kernel) == 1 else (layer.in_channels, *layer.kernel, layer.out_channels)
@@ -39,7 +48,7 @@ class TensorRing(CoreNetwork):
         return 1, min(a, b * c * d), min(a * b, c * d), min(a * b * c, d)
 
     def valid(self, layer: Layer, rank: Rank) -> Rank:
-        """Beside tt's bounds: R0 R1 and R0 R3 are at most the channels that they share."""
+        """Besides the bounds of `tt`, R0 R1 is at most the first mode and R0 R3 at most the last."""
         modes = self.modes(layer)
         assert modes is not None
         a, b, c, d = modes
@@ -49,7 +58,7 @@ class TensorRing(CoreNetwork):
         r2 = min(r2, r1 * b, r3 * c)
         return r0, min(r1, b * r2), r2, min(r3, c * r2)
 
-    # --- the fit is the same for both kinds: weight (g, T, C, kh, kw), or (1, T2, C1, C2, T1) ---
+    # --- fit, of a weight (g, T, C, kh, kw), or (1, T2, C1, C2, T1) of a Linear ---
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         modes = self.modes(layer)
@@ -60,7 +69,7 @@ class TensorRing(CoreNetwork):
         else:
             weight = target.weight.view(1, d, c, a, b).movedim(2, -1)
         first = leading_rows(weight.movedim(2, -1).flatten(1, -2), r0 * r1)
-        first = first.unflatten(1, (r1, r0)).transpose(1, 2)  # strong and weak directions in every part
+        first = first.unflatten(1, (r1, r0)).transpose(1, 2)  # so that every block has strong and weak directions
         rest = torch.einsum("gtabc,gzpa->gtzcpb", weight, first)
         second = leading_rows(rest.flatten(4).flatten(1, 3), r2)
         rest = torch.einsum("gtzcn,gqn->gtzqc", rest.flatten(4), second)
@@ -124,7 +133,8 @@ class TensorRing(CoreNetwork):
         return (r0 * r1, a), (r2, r1, b), (r3, r2, c), (d, r0 * r3)
 
     def linear_bonds(self, rank: Rank) -> tuple[Bond, ...]:
-        return tuple(Bond(rank[0] * r, inside) for r, inside in zip(rank[1:], TRAIN, strict=True))  # R0 is always cut
+        # every split of the ring also cuts R0
+        return tuple(Bond(rank[0] * r, inside) for r, inside in zip(rank[1:], TRAIN, strict=True))
 
     def linear_macs(self, layer: Layer, rank: Rank) -> int:
         modes = self.modes(layer)

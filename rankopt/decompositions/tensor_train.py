@@ -1,7 +1,9 @@
-"""Tensor train (Oseledets 2011).
+"""Tensor train over four modes (Oseledets 2011).
 
-Conv2d, modes (C, kh, kw, T): 1 x 1 to R1, k x 1 to R2, 1 x k to R3, 1 x 1 to T.
-Linear, modes (C1, C2, T1, T2) with C = C1 C2 and T = T1 T2, the most square factorisations.
+    W(m₁, m₂, m₃, m₄) = Σ_pqr G₁(p, m₁) G₂(q, p, m₂) G₃(r, q, m₃) G₄(m₄, r)
+
+The modes of a convolution are C, kh, kw, T; those of a Linear C1, C2, T1, T2 with C = C1 C2 and T = T1 T2 factorised as
+evenly as possible.
 """
 
 from __future__ import annotations
@@ -18,13 +20,23 @@ from rankopt.decompositions.variable_projection import OutputSolved, Parameters,
 
 
 class TensorTrain(CoreNetwork):
+    """Tensor train (Oseledets 2011): 1 x 1 to R1, kh x 1 to R2, 1 x kw to R3, 1 x 1 to T.
+
+    Rank (R1, R2, R3); C R1 + kh R1 R2 + kw R2 R3 + T R3 weights of a convolution,
+    C1 R1 + C2 R1 R2 + T1 R2 R3 + T2 R3 of a Linear.
+    """
+
     name = "tt"
     effort = 0.2
-    density = 0.5  # several aspects at each
+    density = 0.5  # there are several aspects for each point
     aspects = ((1.0, 0.33, 1.0), (1.0, 0.66, 1.0))
 
     def modes(self, layer: Layer) -> tuple[int, int, int, int] | None:
-        """The four modes, in the order of the train; None if the layer has no place for it."""
+        """The sizes of the four modes in the order of the train; None if the family does not apply to the layer.
+
+        Args:
+            layer: Layer to decompose.
+        """
         if len(layer.shape) == 2:
             return linear_modes(layer)
         if min(layer.kernel) == 1:
@@ -56,7 +68,7 @@ class TensorTrain(CoreNetwork):
             Stage(r3, layer.out_channels),
         )
 
-    # --- fit: the two input cores are searched ---
+    # --- fit: the first two cores are searched ---
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         modes = self.modes(layer)
@@ -68,7 +80,7 @@ class TensorTrain(CoreNetwork):
         else:
             first = input_start(layer, target, rank[0])
         first = torch.linalg.qr(first.mT)[0].mT.contiguous()
-        # W projected on the first core's rows, unfolded as (T, width) x (R1, height)
+        # W in the basis of the first core, unfolded as (T, width) x (R1, height)
         projected = torch.einsum("gtabk,gra->gtkrb", target.weight.unflatten(-1, (a, b, -1)), first)
         return first, leading_rows(projected.flatten(3, 4).flatten(1, 2), rank[1])
 
@@ -109,7 +121,7 @@ class TensorTrain(CoreNetwork):
 
     # --- Linear ---
 
-    target = OutputSolved.target  # B spans T1 and T2 whole: the output metric need not factorise
+    target = OutputSolved.target  # B spans T1 and T2, so the output metric need not factorise
 
     def core_shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
         modes = self.modes(layer)

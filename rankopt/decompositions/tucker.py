@@ -1,4 +1,10 @@
-"""Tucker decompositions, over the channel modes only or over all modes."""
+"""Tucker decompositions of a weight W(t, c, y, x).
+
+    tucker2    W = Σ_pq U(t, q) G(q, p, y, x) V(p, c)                      over the channel modes (Kim 2016)
+    tucker     W = Σ_pijq U(t, q) G(q, p, i, j) V(p, c) A(i, y) B(j, x)    over all modes (Tucker 1966)
+
+Only the input side is searched; core and output factor follow by reduced-rank regression.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +28,14 @@ from rankopt.decompositions.variable_projection import (
 
 
 class Tucker2(OutputSolved):
+    """Tucker-2 (Kim 2016): 1 x 1 to R_in, the core of kh x kw to R_out, 1 x 1 to T.
+
+    Rank (R_in, R_out); C R_in + kh kw R_in R_out + R_out T weights.
+    """
+
     name = "tucker2"
     effort = 0.2
-    density = 0.5  # several aspects at each
+    density = 0.5  # there are several aspects for each point
     aspects = ((1.0, 1.0), (0.7, 1.0), (1.0, 0.7))
 
     def full_rank(self, layer: Layer) -> Rank | None:
@@ -69,18 +80,19 @@ class Tucker2(OutputSolved):
         )
 
 
-def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A matrix (g, a, b) of at most this rank as balanced factors (g, a, rank) and (g, rank, b)."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return balanced(u[..., :rank], s[..., :rank].unsqueeze(-1) * vh[..., :rank, :])
-
-
 class Tucker(OutputSolved):
-    """Rank (R_in, R_h, R_w, R_out)."""
+    """Tucker over all four modes (Tucker 1966): 1 x 1, shared kh x 1, shared 1 x kw, 1 x 1 core, 1 x 1.
+
+    Each of the R_in channels passes the same R_h vertical and then the same R_w horizontal filters. (Absorbing the
+    spatial factors into the core would give a Tucker-2.)
+
+    Rank (R_in, R_h, R_w, R_out); C R_in + kh R_h + kw R_w + R_in R_h R_w R_out + R_out T weights, fewer than Tucker-2
+    where R_h R_w < kh kw.
+    """
 
     name = "tucker"
     effort = 0.2
-    density = 0.5  # several aspects at each
+    density = 0.5  # there are several aspects for each point
 
     def directions(self, layer: Layer) -> Sequence[Aspect]:
         height, width = layer.kernel
@@ -89,7 +101,7 @@ class Tucker(OutputSolved):
 
     def full_rank(self, layer: Layer) -> Rank | None:
         if min(layer.kernel) == 1:
-            return None  # ht
+            return None  # the same as ht
         area = layer.patch // layer.in_channels
         inputs = min(layer.in_channels, layer.out_channels * area)
         return inputs, *layer.kernel, min(layer.out_channels, layer.patch)
@@ -133,36 +145,76 @@ class Tucker(OutputSolved):
         return tucker_weight(layer, factors)
 
 
-# --- Tucker in general, for any number of input modes ------------------------------------------------
+# --- Tucker with any number of input modes --------------------------------------------------------
 
 
 def mode_bases(weight: Tensor, ranks: Sequence[int]) -> Parameters:
-    """The leading directions (g, rank, mode) of each input mode of a weight (g, T, modes...): HOSVD."""
+    """The leading directions of each input mode: HOSVD (De Lathauwer 2000).
+
+    Args:
+        weight: Tensor (g, T, *modes).
+        ranks: One rank per leading input mode.
+
+    Returns:
+        One basis (g, rank, mode) per rank.
+    """
     return tuple(leading_rows(weight.movedim(i + 2, -1).flatten(1, -2), r) for i, r in enumerate(ranks))
 
 
 def kronecker(factors: Sequence[Tensor]) -> Tensor:
-    """The Kronecker product over (g, rank, mode) each: (g, product of ranks, product of modes)."""
+    """The Kronecker product of input factors, (g, product of ranks, product of modes).
+
+    Args:
+        factors: Tensors (g, rank, mode).
+    """
     product = factors[0]
     for factor in factors[1:]:
         product = torch.einsum("gra,gsb->grsab", product, factor).flatten(3, 4).flatten(1, 2)
     return product
 
 
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of a matrix of a given rank, by SVD, as balanced factors.
+
+    Args:
+        matrix: Tensor (g, a, b).
+        rank: The rank.
+
+    Returns:
+        Factors (g, a, rank) and (g, rank, b).
+    """
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return balanced(u[..., :rank], s[..., :rank].unsqueeze(-1) * vh[..., :rank, :])
+
+
 def balanced_tucker(theta: Parameters, output: Tensor, rank: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Output factor (g, T, rank), core (g, rank, ranks...) and input factors, balanced along every bond."""
+    """Split B into core and output factor, and balance all factors.
+
+    Args:
+        theta: Input factors (g, rank, mode).
+        output: B (g, T, product of ranks).
+        rank: Rank over T.
+
+    Returns:
+        Output factor (g, T, rank), core (g, rank, *ranks) and the input factors.
+    """
     last, core = low_rank(output, rank)
     core = core.unflatten(-1, tuple(f.shape[1] for f in theta))
     balanced_factors = []
     for i, factor in enumerate(theta):
-        core, factor = balanced_bond(core, i + 2, factor, 1)
-        balanced_factors.append(factor)
+        core, new = balanced_bond(core, i + 2, factor, 1)
+        balanced_factors.append(new)
     last, core = balanced_bond(last, 2, core, 1)
     return last, core, balanced_factors
 
 
 def tucker_weight(layer: Layer, factors: Factors) -> Tensor:
-    """The dense weight of a chain of input factor, shared spatial factors, core and output factor."""
+    """The dense weight of a Tucker decomposition with shared spatial stages.
+
+    Args:
+        layer: The decomposed layer.
+        factors: Input factor, spatial factors, core and output factor, as stage weights.
+    """
     g = layer.groups
     channels, *spatial, core, last = (f.reshape(g, f.shape[0] // g, -1) for f in factors)
     return (last @ core @ kronecker([channels, *spatial])).reshape(layer.shape)

@@ -1,4 +1,4 @@
-"""The records that decompositions share: stages, bonds, fits and the target of a fit."""
+"""Types shared by all decompositions: stages, bonds, fits and fit targets."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from torch import Tensor
 from rankopt.core.records import Layer, Rank
 
 Aspect = tuple[float, ...]
-"""A direction in which ranks grow: proportions of full rank; an int is a rank that stays as it is."""
-
+"""A direction in which ranks grow: per rank a float, the proportion of the full rank, or an int, a fixed rank."""
 
 Factors = tuple[Tensor, ...]
-"""The weights of a replacement's stages, in order and in the layout of their modules."""
+"""The weights of a replacement's stages or its cores, in the order and layout of the module's parameters."""
 
 
 class Stage(NamedTuple):
-    """One convolution of a replacement; channels per group of the original layer.
+    """One convolution of a replacement.
 
-    axes: whose stride, padding and dilation of the original it takes over, and whose kernel: "hw", "h", "w" or "".
-    Of an Embedding a stage of "hw" is the look-up. Of a transposed convolution, stages of any axis are transposed.
-    blocks: into how many equal parts the channels fall that do not mix; as many as channels is depthwise.
-    shared: all blocks have one kernel; it is stored once.
+    Attributes:
+        in_channels: Input channels per group of the original layer.
+        out_channels: Output channels per group of the original layer.
+        kernel: Kernel size (height, width).
+        axes: Axes along which the stage has the original's kernel, stride, padding and dilation: "hw", "h", "w" or "".
+            The "hw" stage of an Embedding is the look-up; with a transposed convolution, stages with axes are
+            transposed.
+        blocks: Number of equal blocks of channels that do not mix; equal to the channels it is depthwise.
+        shared: Whether all blocks use the same kernel, stored once.
     """
 
     in_channels: int
@@ -34,26 +38,53 @@ class Stage(NamedTuple):
     shared: bool = False
 
     def shape(self, groups: int) -> tuple[int, ...]:
+        """Shape of the stage's weight, (out, in, height, width).
+
+        Args:
+            groups: Groups of the original layer.
+        """
         out_channels = self.out_channels // self.blocks if self.shared else self.out_channels
         return (groups * out_channels, self.in_channels // self.blocks, *self.kernel)
 
     def weights(self, groups: int) -> int:
+        """Number of weights.
+
+        Args:
+            groups: Groups of the original layer.
+        """
         return math.prod(self.shape(groups))
 
     def macs(self, groups: int) -> int:
-        """Multiply-accumulates for one position."""
+        """Multiply-accumulates for one position.
+
+        Args:
+            groups: Groups of the original layer.
+        """
         return self.weights(groups) * (self.blocks if self.shared else 1)
 
 
 class Bond(NamedTuple):
-    """A bond between factors, of one group: it parts the modes of the weight in two, and bounds the rank there."""
+    """A bond between factors of one group.
+
+    It splits the modes of the weight in two; the rank of the weight's unfolding along that split is at most its size.
+
+    Attributes:
+        size: Dimension of the bond.
+        inside: Names of the modes on the input's side.
+    """
 
     size: int
-    inside: tuple[str, ...]  # the modes on the input's side
+    inside: tuple[str, ...]
 
 
 class Fit(NamedTuple):
-    """A fitted candidate: its factors in the weight's dtype, and their relative error."""
+    """A fitted decomposition.
+
+    Attributes:
+        rank: The rank.
+        factors: Factors in the weight's dtype.
+        error: Relative squared error of these factors (see base.py).
+    """
 
     rank: Rank
     factors: Factors
@@ -61,12 +92,15 @@ class Fit(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a fit approximates, float64: weight (g, T, n), input moment S (g, n, n), output metric H (g, T, T).
+    """The weight that a fit approximates and the norm of its error; tensors are float64.
 
-    moment: of an Embedding, whose input is one-hot, only its diagonal (1, n).
-    outer: where the weight is seen as (g, t2, t1 * n), because t1 of its T = t1 * t2 belong to what is searched,
-    the metric of t1, (g, t1, t1); the input moment is then outer ⊗ S.
-    plain: S is the identity, and products with it are left out.
+    Attributes:
+        weight: W (g, T, n).
+        moment: Input moment S (g, n, n); of an Embedding, whose input is one-hot, its diagonal (1, n).
+        metric: Output metric H (g, T, T).
+        outer: Metric of t1 (g, t1, t1), if the weight is arranged as (g, t2, t1 * n) with T = t1 * t2 so that t1
+            belongs to the searched side of the fit; the input moment is then outer ⊗ S.
+        plain: Whether S is the identity; products with it are then skipped.
     """
 
     weight: Tensor
@@ -76,7 +110,11 @@ class Target(NamedTuple):
     plain: bool = False
 
     def times_moment(self, rows: Tensor) -> Tensor:
-        """rows (g, m, n or t1 * n) times the input moment."""
+        """Multiply rows by the input moment.
+
+        Args:
+            rows: Tensor (g, m, n), or (g, m, t1 * n) if `outer` is set.
+        """
         if self.moment.ndim == 2:
             return rows * self.moment.unsqueeze(1)
         product = rows.reshape(len(rows), -1, self.moment.shape[-1])
@@ -86,14 +124,18 @@ class Target(NamedTuple):
         return product.view(rows.shape)
 
     def error(self, approximation: Tensor) -> float:
-        """Relative squared error of an approximation (g, T, n)."""
+        """Relative squared error of an approximation; 0 for a weight of zeros.
+
+        Args:
+            approximation: Ŵ (g, T, n).
+        """
         difference = self.weight - approximation
         whole = self.norm
         return self._square(difference) / whole if whole > 0 else 0.0
 
     @property
     def norm(self) -> float:
-        """Squared norm of the weight itself."""
+        """Squared norm of the weight, tr(H W S Wᵀ)."""
         return self._square(self.weight)
 
     def _square(self, w: Tensor) -> float:
@@ -101,19 +143,23 @@ class Target(NamedTuple):
 
 
 class Family(Protocol):
-    """What a replacement module keeps of the decomposition that built it: enough to rebuild its dense weight."""
+    """The part of a decomposition that a replacement module keeps, to rebuild its dense weight."""
 
     name: ClassVar[str]
 
     def shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
-        """The shapes of the factors, in order."""
+        """As `Decomposition.shapes`."""
 
     def weight(self, layer: Layer, factors: Factors) -> Tensor:
-        """The dense weight that the factors stand for, of layer.shape."""
+        """As `Decomposition.weight`."""
 
 
 class FactorLookup(Protocol):
-    """Where a plan's factors come from: a dictionary, or the candidate cache."""
+    """Source of a plan's factors: a dictionary or the candidate cache."""
 
     def __getitem__(self, key: str, /) -> Factors:
-        """The factors stored under a candidate's key."""
+        """The factors stored under a candidate's key.
+
+        Args:
+            key: `Candidate.key`.
+        """

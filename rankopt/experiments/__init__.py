@@ -1,1 +1,1 @@
-"""Experiments described by files: cases, hyperparameters, built-in tasks."""
+"""Experiments described by TOML files: single searches, lists of cases and tuned hyperparameters; built-in tasks."""

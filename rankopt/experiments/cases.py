@@ -1,4 +1,21 @@
-"""`rankopt run` of a study with cases: each searched and trained in a folder of its own, one table of them all."""
+"""Studies with cases: each is searched and trained in a folder of its own, and all go into one cases.json.
+
+A case has a name, and states the settings in which it differs from the rest of the file:
+
+```toml
+task = "digits"
+training = { epochs = 5 }
+
+[[cases]]
+name = "half"
+budget.params = 0.5
+
+[[cases]]
+name = "quarter"
+budget.params = 0.25
+training.epochs = 10
+```
+"""
 
 from __future__ import annotations
 
@@ -8,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
@@ -16,6 +33,7 @@ from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.files import write_beside
 from rankopt.core.progress import Display, StopCondition
 from rankopt.core.records import Task
+from rankopt.core.result_record import Bounds, Part
 from rankopt.core.run_folder import RESULT, folder_lock, read_result
 from rankopt.experiments.config import Case, StudyFile
 from rankopt.experiments.experiment import TRAINED, run_in_folder
@@ -24,18 +42,56 @@ from rankopt.search.loop import Runner, RunUntil
 
 JSON = "cases.json"
 
-Row = Mapping[str, Any]
-"""A finished case, as in cases.json."""
+
+class CaseRow(TypedDict):
+    """A finished case, as in cases.json.
+
+    Attributes:
+        case: Name of the case.
+        part: The data that the scores below are of: "test" if the task has a test score.
+        params: Parameters of the compressed model, as a share of the dense model's.
+        macs: Multiply-accumulates, likewise.
+        dense: Score of the dense model; None from scratch, where the task's model may never have been trained.
+        untrained: Score after the search, before the training; None from scratch.
+        score: Score of the result.
+        interval: 95 % interval of that score; None if the task does not give its number of examples.
+        seconds: Duration of the search and the training.
+        date: Day on which the case was finished.
+        machine: Threads, architecture and torch version.
+        settings: The case's settings, which say on a later call whether it is still the same case.
+    """
+
+    case: str
+    part: Part
+    params: float
+    macs: float
+    dense: float | None
+    untrained: float | None
+    score: float | None
+    interval: Bounds | None
+    seconds: float
+    date: str
+    machine: str
+    settings: dict[str, Any]
 
 
 class CaseStarted(NamedTuple):
-    """A case begins: it was not finished before."""
+    """A case begins, or is resumed.
+
+    Attributes:
+        name: Name of the case.
+    """
 
     name: str
 
 
 class CaseFinished(NamedTuple):
-    """A case is done; folder holds its result."""
+    """A case is done.
+
+    Attributes:
+        name: Name of the case.
+        folder: The run folder that holds its result.
+    """
 
     name: str
     folder: Path
@@ -46,47 +102,70 @@ def run_cases(
     out: Path,
     runner: Runner,
     cache_folder: Path | None,
-    patience: StopCondition,
+    stop: StopCondition,
     display: Display,
     only: Sequence[str] = (),
 ) -> Iterator[CaseStarted | CaseFinished]:
-    """Do the cases in their order, or go on with them. Yields an event where one begins and where it is done.
+    """Do the cases that are not finished, in their order; those that were stopped are resumed.
 
-    patience: asked before every case and after every step of a training. only: the names of those to do, if not all:
-    so several processes may share a study's folder. Raises RankoptError for a name that no case has.
+    Args:
+        study: The study.
+        out: Folder of the study, in which every case has a folder of its own.
+        runner: Runs the searches.
+        cache_folder: Folder of fitted candidates; None for the default.
+        stop: Whether to stop, asked before every case and after every step of a training.
+        display: Shows progress.
+        only: Names of the cases to do; empty for all. Several processes may so share a study's folder.
+
+    Yields:
+        An event where a case begins and one where it is done.
+
+    Raises:
+        RankoptError: If no case has one of the names.
+        StudyError: If cases.json is damaged, or a case's folder holds other settings.
     """
     names = [case.name for case in study.cases]
     if unknown := [name for name in only if name not in names]:
         raise RankoptError(f"unknown case {unknown[0]!r}; the cases are {', '.join(names)}")
-    task = cache(load_task)
-    rows = _known(out)
+    load = cache(load_task)  # several cases may share a task
+    rows = _read_rows(out)
     for case in study.cases:
         folder = out / case.name
         if only and case.name not in only:
             continue
-        if rows.get(case.name, {}).get("settings") == case.request.described(case.task) and _finished(case, folder):
+        known = rows.get(case.name)
+        if known and known.get("settings") == case.experiment.as_json(case.task) and _is_finished(case, folder):
             continue
-        if patience():
+        if stop():
             break
         yield CaseStarted(case.name)
-        until = RunUntil(runner, patience.end)
-        found = run_in_folder(case.request, task(case.task), folder, until, cache_folder, patience, display)
+        task, until = load(case.task), RunUntil(runner, stop.end)
+        found = run_in_folder(case.experiment, task, folder, until, cache_folder, stop, display)
         if found is None:
             break
-        row = _row(case, task(case.task), folder, found)
+        row = _case_row(case, task, folder, found)
         with folder_lock(out, wait=True):
-            rows = _known(out) | {case.name: row}  # other processes may have written theirs
-            _write(study, out, rows)
+            rows = _read_rows(out) | {case.name: row}  # other processes may have written theirs
+            _write_rows(study, out, rows)
         yield CaseFinished(case.name, found)
 
 
-def finished_cases(study: StudyFile, out: Path) -> list[Row]:
-    """The study's finished cases in the order of its file. Raises StudyError if cases.json is damaged."""
-    rows = _known(out)
+def finished_cases(study: StudyFile, out: Path) -> list[CaseRow]:
+    """Read the study's finished cases, in the order of its file.
+
+    Args:
+        study: The study.
+        out: Folder of the study.
+
+    Raises:
+        StudyError: If cases.json is damaged.
+    """
+    rows = _read_rows(out)
     return [rows[case.name] for case in study.cases if case.name in rows]
 
 
-def _known(out: Path) -> dict[str, Row]:
+def _read_rows(out: Path) -> dict[str, CaseRow]:
+    """Read cases.json: name -> row."""
     path = out / JSON
     try:
         return {row["case"]: row for row in json.loads(path.read_text())["cases"]} if path.is_file() else {}
@@ -94,35 +173,32 @@ def _known(out: Path) -> dict[str, Row]:
         raise StudyError(f"{path} is damaged: remove it, the folders beside it hold what it says") from error
 
 
-def _finished(case: Case, folder: Path) -> bool:
-    return (folder / TRAINED / RESULT if case.request.training.trains else folder / RESULT).is_file()
+def _is_finished(case: Case, folder: Path) -> bool:
+    return (folder / TRAINED / RESULT if case.experiment.training.trains else folder / RESULT).is_file()
 
 
-def _row(case: Case, task: Task, folder: Path, found: Path) -> Row:
-    """A finished case: shares of the dense model's costs, scores (test ones if there are) and where it was made.
-
-    From scratch there is neither an untrained score nor a dense one: the task's own model may never have been trained.
-    """
+def _case_row(case: Case, task: Task, folder: Path, found: Path) -> CaseRow:
+    """Summarise a finished case, of which `folder` holds the search and `found` the result."""
     info, search = read_result(found), read_result(folder)
-    part = "test" if task.test else "validation"
+    part: Part = "test" if task.test else "validation"
     cost = info["cost"]
     return {
         "case": case.name,
         "part": part,
         "params": cost["compressed"]["params"] / cost["dense"]["params"],
         "macs": cost["compressed"]["macs"] / cost["dense"]["macs"],
-        "dense": None if case.request.from_scratch else info["score"]["dense"][part],
-        "untrained": None if case.request.from_scratch else search["score"]["compressed"][part],
+        "dense": None if case.experiment.from_scratch else info["score"]["dense"][part],
+        "untrained": None if case.experiment.from_scratch else search["score"]["compressed"][part],
         "score": info["score"]["compressed"][part],
         "interval": info["intervals"]["compressed"][part],
         "seconds": sum(search["seconds"].values()) + (info["training"]["seconds"] if found != folder else 0),
         "date": date.today().isoformat(),
         "machine": f"{torch.get_num_threads()} thread(s), {platform.machine()}, torch {torch.__version__}",
-        "settings": case.request.described(case.task),
+        "settings": case.experiment.as_json(case.task),
     }
 
 
-def _write(study: StudyFile, out: Path, rows: Mapping[str, Row]) -> None:
+def _write_rows(study: StudyFile, out: Path, rows: Mapping[str, CaseRow]) -> None:
     """Write cases.json."""
     own = [rows[case.name] for case in study.cases if case.name in rows]
     content = {"study": study.path.name, "cases": own}

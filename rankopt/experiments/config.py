@@ -1,4 +1,20 @@
-"""A study's TOML file: one search, a list of cases, or hyperparameters in ranges. See `read_study` for its keys."""
+"""Reading a study's TOML file: one search, a list of cases, or hyperparameters in ranges.
+
+```toml
+task = "mytasks.py:resnet"
+budget = { params = 0.3 }
+training = { epochs = 5 }
+searches = 40
+objectives = ["score", "params"]
+
+[hyperparameters]
+budget.params = { low = 0.2, high = 0.5, log = true }
+space.families = [["svd_out", "cp_merged"], ["svd_out"]]
+training.rate = { low = 0.0001, high = 0.01, log = true }
+```
+
+`read_study` lists the keys.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +33,16 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.options import parse_pairs
 from rankopt.core.records import METRICS
 from rankopt.experiments.experiment import NO_TRAINING, Experiment
-from rankopt.search.evaluator import FULL_FIDELITY, FidelitySchedule
-from rankopt.strategies.registry import read_options
+from rankopt.search.settings import SearchSettings
 from rankopt.training.recipe import Recipe
 
 OBJECTIVES = {"score": "maximize", "objective": "minimize"} | dict.fromkeys((*METRICS, "milliseconds"), "minimize")
 
 
-RANGE = {"low", "high", "log", "step"}
+RANGE_KEYS = {"low", "high", "log", "step"}
 
 
-TYPES: dict[str, Any] = {  # of the file's keys
+KEY_TYPES: dict[str, Any] = {  # the file's keys, and what their values are
     "task": str,
     "budget": (str, list, dict),
     "strategy": str,
@@ -49,30 +64,52 @@ TYPES: dict[str, Any] = {  # of the file's keys
 }
 
 
-OF_ALL = ("cases", "hyperparameters", "searches", "objectives", "out", "workers")  # what a case has no own of
+STUDY_KEYS = (
+    "cases",
+    "hyperparameters",
+    "searches",
+    "objectives",
+    "out",
+    "workers",
+)  # of the whole study, not of a case
 
 
-NAME = r"[\w.,%+-]*[\w%]"  # of a case, which names a folder
+CASE_NAME = r"[\w.,%+-]*[\w%]"  # of a case: also the name of its folder
 
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """What one may be. A choice stands in the study as text, since Optuna's stores keep no lists."""
+    """A setting that is searched for, with the values that it may have.
+
+    Attributes:
+        name: Name of the setting, as "training.rate".
+        distribution: Optuna's description of the values. Choices are texts in it, since Optuna stores no lists.
+        choices: Text -> value; empty for a range.
+    """
 
     name: str
     distribution: BaseDistribution
     choices: Mapping[str, Any] = field(default_factory=dict)  # text -> value; empty for ranges
 
-    def value(self, drawn: Any) -> Any:
-        return self.choices[drawn] if self.choices else drawn
+    def from_optuna(self, stored: Any) -> Any:
+        """Return the setting's value for a value of the distribution.
 
-    def ends(self) -> list[Any]:
-        """The values to check: every choice, or both ends of the range."""
+        Args:
+            stored: What Optuna drew or has stored.
+        """
+        return self.choices[stored] if self.choices else stored
+
+    def values_to_check(self) -> list[Any]:
+        """List every choice, or both ends of the range: if these are valid, all values are."""
         d = self.distribution
         return list(self.choices.values()) if self.choices else [d.low, d.high]  # type: ignore[attr-defined]
 
-    def drawn(self, value: Any) -> Any:
-        """What stands for a value; None if it lies outside."""
+    def to_optuna(self, value: Any) -> Any:
+        """Return the distribution's value for a value of the setting; None if the setting may not have it.
+
+        Args:
+            value: The setting's value.
+        """
         if self.choices:
             return choice_text(value) if choice_text(value) in self.choices else None
         inside = isinstance(value, (int, float)) and self.distribution._contains(value)
@@ -80,20 +117,38 @@ class Hyperparameter:
 
 
 class Case(NamedTuple):
-    """One of a study's searches."""
+    """One of a study's cases.
+
+    Attributes:
+        name: Name of the case and of its folder.
+        task: Name of its task.
+        experiment: Its settings.
+    """
 
     name: str
     task: str
-    request: Experiment
+    experiment: Experiment
 
 
 @dataclass(frozen=True)
 class StudyFile:
-    """What a study's TOML says. searches: how many, where there are hyperparameters; workers: of each search."""
+    """The content of a study's TOML file.
+
+    Attributes:
+        path: The file.
+        task: Name of the task; with cases that of the first.
+        experiment: The settings; with cases those of the first.
+        out: Folder for results.
+        workers: Number of Ray workers of each search; 0 for none.
+        searches: Number of searches, if there are hyperparameters.
+        objectives: What these searches optimise, the most important first; empty for the default.
+        hyperparameters: The settings that are searched for.
+        cases: The cases.
+    """
 
     path: Path
     task: str
-    request: Experiment
+    experiment: Experiment
     out: Path
     workers: int = 0
     searches: int = 40
@@ -103,7 +158,11 @@ class StudyFile:
 
 
 def choice_text(value: Any) -> str:
-    """ "svd_out cp" for a list, the plain value as text else."""
+    """Write a choice as text: "svd_out cp" for a list, "none" for an empty one.
+
+    Args:
+        value: The choice.
+    """
     return " ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -111,14 +170,27 @@ def choice_text(value: Any) -> str:
 
 
 def read_study(path: Path) -> StudyFile:
-    """A study from its file. Raises RankoptError for unknown keys, and for values that cannot be.
+    """Read a study's file.
 
-    task, budget, strategy, options, space, trials, seed, refine, fidelities, workers: as `rankopt search` has them
-    (budget also as a table, options always; space also as a table of settings, with the name of the space that they
-    change as `base`); training: a table of `Recipe`; from_scratch: of the plan on an untrained network; teacher: a task
-    whose model's predictions are learnt instead of the dense model's; out: the folder for results. With
-    hyperparameters: how many searches, and the objectives. cases: a list of tables with a name and what is other than
-    above. Paths are relative to the file's folder.
+    The keys are:
+
+    - task, strategy, trials, seed, refine, fidelities, workers: as the options of `rankopt search`.
+    - budget: text as for `rankopt search`, a list of such texts, or a table { metric = limit }.
+    - options: a table of the strategy's options.
+    - space: name of a search space or its file, or a table of settings that differ from those of the space `base`.
+    - training: a table of `Recipe`'s fields; without it nothing is trained.
+    - from_scratch: true to train the plan on an untrained network.
+    - teacher: a task whose model is distilled from instead of the dense one.
+    - out: the folder for results.
+    - hyperparameters: a table of settings -> list of choices, or a range { low, high, log, step }; with it searches,
+      how many to make, and objectives, what they optimise.
+    - cases: a list of tables, each with a name and the keys that differ from the above.
+
+    Args:
+        path: The file. Paths in it are relative to its folder.
+
+    Raises:
+        RankoptError: If the file cannot be read, a key is unknown or a value invalid.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -131,7 +203,8 @@ def read_study(path: Path) -> StudyFile:
 
 
 def _study(path: Path, content: Mapping[str, Any]) -> StudyFile:
-    _check_keys(content, TYPES)
+    """Check a file's content as a whole, and read its parts."""
+    _check_keys(content, KEY_TYPES)
     folder = path.parent / content["out"] if "out" in content else Path("runs") / path.stem
     if "hyperparameters" not in content and ("searches" in content or "objectives" in content):
         raise RankoptError("searches and objectives go with a table [hyperparameters]")
@@ -143,42 +216,42 @@ def _study(path: Path, content: Mapping[str, Any]) -> StudyFile:
             raise RankoptError("cases and [hyperparameters] do not go together: make two studies of it")
         if len({case.name for case in cases}) < len(cases):
             raise RankoptError("two cases have one name")
-        return StudyFile(path, cases[0].task, cases[0].request, folder, cases=cases, **given)
-    task, request = _from(path, _needed(content, "task")), _request(path, content)
-    hyperparameters = tuple(_hyperparameters(request, content.get("hyperparameters", {})))
+        return StudyFile(path, cases[0].task, cases[0].experiment, folder, cases=cases, **given)
+    task, experiment = _beside(path, _required(content, "task")), _experiment(path, content)
+    hyperparameters = tuple(_hyperparameters(experiment, content.get("hyperparameters", {})))
     return StudyFile(
-        path, task, request, folder, objectives=_objectives(content), hyperparameters=hyperparameters, **given
+        path, task, experiment, folder, objectives=_objectives(content), hyperparameters=hyperparameters, **given
     )
 
 
-def _request(path: Path, content: Mapping[str, Any]) -> Experiment:
-    strategy, budget = content.get("strategy", "knapsack"), _needed(content, "budget")
+def _experiment(path: Path, content: Mapping[str, Any]) -> Experiment:
+    """Read the settings of one search and its training."""
+    budget = _required(content, "budget")
     if not isinstance(budget, dict):
         budget = {k: _number(v) for k, v in parse_pairs(budget if isinstance(budget, list) else [budget]).items()}
     check_metrics(budget)
-    plain = {k: content[k] for k in ("trials", "seed", "refine", "from_scratch") if k in content}
-    plain |= {"teacher": _from(path, content["teacher"])} if "teacher" in content else {}
-    ladder = FidelitySchedule.parse(content["fidelities"]) if "fidelities" in content else FULL_FIDELITY
+    keys = ("strategy", "options", "fidelities", "trials", "seed", "refine")
+    search = SearchSettings.parse(**{k: content[k] for k in keys if k in content})
     space = content.get("space", "default")
     own = {k: v for k, v in space.items() if k != "base"} if isinstance(space, dict) else {}
-    base = load_space(_from(path, space.get("base", "default") if isinstance(space, dict) else space))
-    options = read_options(strategy, content.get("options", {}))
+    base = load_space(_beside(path, space.get("base", "default") if isinstance(space, dict) else space))
     trains = "training" in content or "training" in content.get("hyperparameters", {})
     training = Recipe() if trains else NO_TRAINING
-    request = Experiment(budget, strategy, options, base, ladder=ladder, training=training, **plain)
+    teacher = _beside(path, content["teacher"]) if "teacher" in content else ""
+    experiment = Experiment(budget, search, base, training, content.get("from_scratch", False), teacher)
     settings = {f"space.{k}": v for k, v in own.items()}
     settings |= {f"training.{k}": v for k, v in content.get("training", {}).items()}
-    _check_known("setting", settings, request)
-    request = request.changed(settings)
-    if request.teacher and not request.training.distill and "hyperparameters" not in content:
+    _check_tunable("setting", settings, experiment)
+    experiment = experiment.with_values(settings)
+    if experiment.teacher and not experiment.training.distill and "hyperparameters" not in content:
         raise RankoptError("the teacher is not listened to with distill = 0: give training.distill = 0.5, say")
-    if request.space.rounds > 1:
-        raise RankoptError(f"search space {base.name!r} asks for {request.space.rounds} rounds: use rankopt search")
-    return request
+    if experiment.space.rounds > 1:
+        raise RankoptError(f"search space {base.name!r} asks for {experiment.space.rounds} rounds: use rankopt search")
+    return experiment
 
 
 def _number(text: str) -> Any:
-    """A number, of those that hyperparameters may take, or the text as it is, as "30%"."""
+    """Return the text's number, so that it can be compared with those of ranges, or a text like "30%" as it is."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -187,40 +260,40 @@ def _number(text: str) -> Any:
     return text
 
 
-def _check_known(what: str, names: Iterable[str], request: Experiment) -> None:
-    known = request.known()
+def _check_tunable(what: str, names: Iterable[str], experiment: Experiment) -> None:
+    known = experiment.tunable()
     for name in names:
         if name not in known:
             table = [k for k in known if k.partition(".")[0] == name.partition(".")[0]]
             raise RankoptError(f"unknown {what} {name!r}; known are {', '.join(table or known)}")
 
 
-def _from(path: Path, name: str) -> str:
-    """A task's or search space's name; a file's is taken from the study's folder on."""
+def _beside(path: Path, name: str) -> str:
+    """Resolve the name of a task or search space: a file lies relative to the study's folder."""
     file, colon, function = name.partition(":")
     return str(path.parent / file) + colon + function if Path(file).suffix in (".py", ".toml") else name
 
 
 def _cases(path: Path, content: Mapping[str, Any]) -> Iterator[Case]:
-    """Each case is the file with its own keys; of options and training only what it names is other."""
-    common = {k: v for k, v in content.items() if k not in OF_ALL}
+    """Read the cases: each is the file with its own keys; its options and training are merged with the file's."""
+    common = {k: v for k, v in content.items() if k not in STUDY_KEYS}
     for table in content.get("cases", []):
         name = table.get("name") if isinstance(table, dict) else None
-        if not isinstance(name, str) or not re.fullmatch(NAME, name):
+        if not isinstance(name, str) or not re.fullmatch(CASE_NAME, name):
             raise RankoptError(f"a case is a table with a name of letters, digits and . , % + - only, not {name!r}")
         own = {k: v for k, v in table.items() if k != "name"}
         try:
-            _check_keys(own, [k for k in TYPES if k not in OF_ALL])
+            _check_keys(own, [k for k in KEY_TYPES if k not in STUDY_KEYS])
             merged = {**common, **own}
             for key in ("options", "training"):
                 if key in common and key in own:
                     merged[key] = {**common[key], **own[key]}
-            yield Case(name, _from(path, _needed(merged, "task")), _request(path, merged))
+            yield Case(name, _beside(path, _required(merged, "task")), _experiment(path, merged))
         except RankoptError as error:
             raise RankoptError(f"case {name}: {error}") from error
 
 
-def _needed(content: Mapping[str, Any], key: str) -> Any:
+def _required(content: Mapping[str, Any], key: str) -> Any:
     if key not in content:
         raise RankoptError(f"{key} is missing")
     return content[key]
@@ -230,8 +303,8 @@ def _check_keys(content: Mapping[str, Any], known: Iterable[str]) -> None:
     for key, value in content.items():
         if key not in known:
             raise RankoptError(f"unknown key {key!r}; the keys are {', '.join(known)}")
-        if not isinstance(value, TYPES[key]) or (isinstance(value, bool) and TYPES[key] is int):
-            raise RankoptError(f"{key} = {value!r} is not what it should be: see the README's section on studies")
+        if not isinstance(value, KEY_TYPES[key]) or (isinstance(value, bool) and KEY_TYPES[key] is int):
+            raise RankoptError(f"{key} = {value!r} is not what it should be: see docs/reference/study-file.md")
 
 
 def _objectives(content: Mapping[str, Any]) -> tuple[str, ...]:
@@ -241,48 +314,49 @@ def _objectives(content: Mapping[str, Any]) -> tuple[str, ...]:
         if not isinstance(name, str) or name not in OBJECTIVES:
             raise RankoptError(f"unknown objective {name!r}: choose from {', '.join(OBJECTIVES)}")
     if len(set(objectives)) < len(objectives):
-        raise RankoptError(f"objectives {', '.join(objectives)}: each but once")
+        raise RankoptError(f"objectives {', '.join(objectives)}: name each only once")
     return objectives
 
 
-def _hyperparameters(request: Experiment, table: Mapping[str, Any]) -> Iterator[Hyperparameter]:
-    known = request.known()
+def _hyperparameters(experiment: Experiment, table: Mapping[str, Any]) -> Iterator[Hyperparameter]:
+    usual = experiment.tunable()
     for name, given in _leaves(table):
-        _check_known("hyperparameter", [name], request)
-        found = _hyperparameter(name, given, known[name])
-        for value in found.ends():
-            request.changed({name: value})
+        _check_tunable("hyperparameter", [name], experiment)
+        found = _hyperparameter(name, given, usual[name])
+        for value in found.values_to_check():
+            experiment.with_values({name: value})
         yield found
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Flatten nested tables into dotted names; ranges are tables that stay as they are."""
     for key, value in table.items():
-        if isinstance(value, dict) and not value.keys() & RANGE:
+        if isinstance(value, dict) and not value.keys() & RANGE_KEYS:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
 def _hyperparameter(name: str, given: Any, usual: Any) -> Hyperparameter:
-    """usual: what it is without a range; that says whether it may lie between whole numbers."""
+    """Read a hyperparameter. Its usual value, without a range, says whether fractions are allowed."""
     wrong = (
         f"hyperparameter {name}: give choices as [a, b] or a range as {{low = 1, high = 9}}, with log = true or step"
     )
     if isinstance(given, list) and given:
         choices = {choice_text(value): value for value in given}
         return Hyperparameter(name, CategoricalDistribution(list(choices)), choices)
-    if not isinstance(given, dict) or not {"low", "high"} <= given.keys() <= RANGE:
+    if not isinstance(given, dict) or not {"low", "high"} <= given.keys() <= RANGE_KEYS:
         raise RankoptError(wrong)
     low, high, log, step = given["low"], given["high"], given.get("log", False), given.get("step")
     numbers = [x for x in (low, high, step) if x is not None]
     if any(not isinstance(x, (int, float)) or isinstance(x, bool) for x in numbers) or not isinstance(log, bool):
         raise RankoptError(wrong)
-    # A budget may be a share or a number; what else is usually a fraction has no ranges of whole numbers.
-    between = any(isinstance(x, float) for x in numbers) or (
+    # low = 0, high = 1 is a range of fractions where the usual value is one; a budget may be a share or a number.
+    fractions = any(isinstance(x, float) for x in numbers) or (
         isinstance(usual, float) and not name.startswith("budget.")
     )
     try:
-        if between:
+        if fractions:
             return Hyperparameter(name, FloatDistribution(float(low), float(high), log, step))
         return Hyperparameter(name, IntDistribution(low, high, log, step or 1))
     except ValueError as error:

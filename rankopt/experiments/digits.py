@@ -1,6 +1,6 @@
 """The built-in task: a small CNN on scikit-learn's 1,797 handwritten digits (8 x 8, real scans).
 
-The weights beside this file were made by `python -m rankopt.experiments.digits` (seed 0, two CPU cores, a minute).
+The weights beside this file were made by `python -m rankopt.experiments.digits` (seed 0, a minute on two CPU cores).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEST = slice(1400, 1797)
 
 
 class DigitsNet(nn.Module):
-    """(b, 1, 8, 8) -> (b, 10): three convolutions and two linear layers, 38,218 parameters."""
+    """A network of three convolutions and two linear layers, 38,218 parameters; (b, 1, 8, 8) -> (b, 10)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,14 +44,25 @@ class DigitsNet(nn.Module):
 
 
 def data(part: slice) -> tuple[Tensor, Tensor]:
-    """Images (n, 1, 8, 8) in [0, 1] and labels (n,), in a fixed shuffled order."""
+    """Load a part of the digits, in a fixed shuffled order.
+
+    Args:
+        part: `TRAIN`, `VALIDATION` or `TEST`.
+
+    Returns:
+        Images (n, 1, 8, 8) in [0, 1] and labels (n,).
+    """
     x, y = load_digits(return_X_y=True)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[part]
     return torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8)[order], torch.tensor(y)[order]
 
 
 class Accuracy:
-    """Top-1 accuracy, a fraction, on one part of the digits."""
+    """Top-1 accuracy of a model on one part of the digits, as a fraction.
+
+    Args:
+        part: `TRAIN`, `VALIDATION` or `TEST`.
+    """
 
     def __init__(self, part: slice) -> None:
         self.x, self.y = data(part)
@@ -62,7 +73,7 @@ class Accuracy:
 
 
 def digits() -> Task:
-    """The task. Calibration on 1,000 training images, validation on 400, test on 397."""
+    """Return the task: calibration and training on 1,000 images, validation on 400, test on 397."""
     model = DigitsNet()
     model.load_state_dict(load_file(WEIGHTS))
     model.eval()
@@ -81,7 +92,11 @@ def digits() -> Task:
 
 
 def train(epochs: int = 60) -> DigitsNet:
-    """Train the network on the 1,000 training images with small shifts; deterministic."""
+    """Train the network on the 1,000 training images, shifted by up to one pixel; deterministic.
+
+    Args:
+        epochs: Passes over the images.
+    """
     torch.manual_seed(0)
     model = DigitsNet()
     x, y = data(TRAIN)

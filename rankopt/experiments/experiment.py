@@ -1,4 +1,7 @@
-"""One search with everything that it takes, training included: what hyperparameters and cases change."""
+"""An experiment: one search and the training of the plan that it finds.
+
+Cases of a study are experiments that differ in some settings; hyperparameters are settings that a study searches for.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,14 @@ from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.files import write_beside
 from rankopt.core.progress import Display, StopCondition, graceful_interrupt
 from rankopt.core.records import METRICS, Task
+from rankopt.core.result_record import TrainingSource
 from rankopt.core.run_folder import RESULT, open_folder
 from rankopt.experiments.tasks import load_task
 from rankopt.model.objective import call
 from rankopt.search.compress import run_search
-from rankopt.search.evaluator import FULL_FIDELITY, FidelitySchedule, Settings
 from rankopt.search.loop import Runner
 from rankopt.search.result import Result
+from rankopt.search.settings import SearchSettings
 from rankopt.search.train_run import train_run, untrained_network, with_training
 from rankopt.strategies.registry import read_options, strategy_options
 from rankopt.training.finetune import finetune
@@ -31,30 +35,31 @@ from rankopt.training.recipe import Recipe
 NO_TRAINING = Recipe(epochs=0)
 
 
-TABLES = ("budget", "options", "space", "training")  # of settings that hyperparameters may change
+TUNABLE_TABLES = ("budget", "options", "space", "training")  # tables whose settings may be hyperparameters
 
 
 TRAINED = "trained"  # the folder of the trained model, in a run folder
 
 
-EXPERIMENT_FILE = "request.json"  # what was asked, beside it
+EXPERIMENT_FILE = "request.json"  # the experiment's settings, beside it
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One search, with everything that it takes but the task. Fields as in `Settings` and the command line.
+    """A search and the training of its plan: everything except the task.
 
-    from_scratch: the plan is trained on an untrained network. teacher: the name of a task whose model is learnt from.
+    Attributes:
+        budget: Metric -> limit, as `parse_budget` reads them.
+        search: How to search. Its seed is also the training's.
+        space: The search space.
+        training: How to train the plan's model; without epochs it is not trained.
+        from_scratch: Whether to train the plan on an untrained network.
+        teacher: Name of a task whose model is distilled from; empty for the dense model itself.
     """
 
     budget: Mapping[str, Any]
-    strategy: str = "knapsack"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    search: SearchSettings = field(default_factory=SearchSettings)
     space: SearchSpace = field(default_factory=SearchSpace)
-    trials: int | None = None
-    seed: int = 0
-    refine: bool = False
-    ladder: FidelitySchedule = FULL_FIDELITY
     training: Recipe = NO_TRAINING
     from_scratch: bool = False
     teacher: str = ""
@@ -63,117 +68,175 @@ class Experiment:
         if (self.from_scratch or self.teacher) and not self.training.epochs:
             raise RankoptError("from_scratch and teacher need a training: give epochs")
 
-    def known(self) -> dict[str, Any]:
-        """The names that hyperparameters may have, with what they are without one."""
+    def tunable(self) -> dict[str, Any]:
+        """List the settings that may be hyperparameters.
+
+        Returns:
+            Name as "training.rate" -> its present value.
+        """
         space = {f.name: getattr(self.space, f.name) for f in dataclasses.fields(SearchSpace)}
-        tables = {
+        tables: dict[str, dict[str, Any]] = {
             "budget": {m: self.budget.get(m, 1.0) for m in METRICS},
-            "options": {**strategy_options(self.strategy), **self.options},
+            "options": {**strategy_options(self.search.strategy), **self.search.options},
             "space": {k: v for k, v in space.items() if k not in ("name", "description", "rounds", "round_steps")},
             "training": {k: v for k, v in dataclasses.asdict(self.training).items() if k != "seed"},
         }
         return {f"{table}.{k}": v for table, values in tables.items() for k, v in values.items()}
 
-    def changed(self, values: Mapping[str, Any]) -> Experiment:
-        """With hyperparameters set. Raises RankoptError for a value that cannot be."""
-        parts: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
+    def with_values(self, values: Mapping[str, Any]) -> Experiment:
+        """Return the experiment with other values of some settings.
+
+        Args:
+            values: Names, as `tunable` has them -> values.
+
+        Raises:
+            RankoptError: For a value that the setting cannot have.
+        """
+        parts: dict[str, dict[str, Any]] = {table: {} for table in TUNABLE_TABLES}
         for name, value in values.items():
             table, _, key = name.partition(".")
             parts[table][key] = tuple(value) if isinstance(value, list) else value
         try:
+            options = read_options(self.search.strategy, {**self.search.options, **parts["options"]})
             return dataclasses.replace(
                 self,
                 budget={**self.budget, **parts["budget"]},
-                options=read_options(self.strategy, {**self.options, **parts["options"]}),
+                search=dataclasses.replace(self.search, options=options),
                 space=dataclasses.replace(self.space, **parts["space"]),
                 training=dataclasses.replace(self.training, **parts["training"]),
             )
         except TypeError as error:
             raise RankoptError(f"{', '.join(f'{k}={v}' for k, v in values.items())}: {error}") from error
 
-    def described(self, task: str | None) -> dict[str, Any]:
-        """What it asks for of a task, as JSON gives it back; of tasks the file's name, wherever it lies."""
-        asked = {"task": task and _without_folder(task), **dataclasses.asdict(self)}
-        return json.loads(json.dumps({**asked, "teacher": _without_folder(self.teacher)}, default=str))
+    def as_json(self, task: str | None) -> dict[str, Any]:
+        """Describe the experiment as JSON content, by which stored results are recognised.
 
-    @property
-    def settings(self) -> Settings:
-        """Those of its search."""
-        return Settings(self.strategy, self.trials, self.seed, False, self.refine, self.options, self.ladder)
+        Args:
+            task: Name of the task. Of tasks in files only the file's name counts, not its folder.
+        """
+        content = {
+            "task": task and _without_folder(task),
+            "budget": dict(self.budget),
+            "strategy": self.search.strategy,
+            "options": dict(self.search.options),
+            "space": dataclasses.asdict(self.space),
+            "trials": self.search.trials,
+            "seed": self.search.seed,
+            "refine": self.search.refine,
+            "ladder": dataclasses.asdict(self.search.fidelities),
+            "training": dataclasses.asdict(self.training),
+            "from_scratch": self.from_scratch,
+            "teacher": _without_folder(self.teacher),
+        }
+        return json.loads(json.dumps(content, default=str))
 
     @property
     def recipe(self) -> Recipe:
-        """That of its training."""
-        return dataclasses.replace(self.training, seed=self.seed)
+        """The training with the search's seed."""
+        return dataclasses.replace(self.training, seed=self.search.seed)
 
 
 def _without_folder(task: str) -> str:
+    """The task's name without the folder of its file: studies may move, and be run from anywhere."""
     file, colon, function = task.rpartition(":")
     return Path(file).name + colon + function
 
 
-def run_experiment(request: Experiment, prepared: Prepared, runner: Runner) -> Result:
-    """Search, then train what was found; nothing is kept on disk."""
-    result = run_search(prepared, prepared.problem(request.budget), request.settings, runner=runner)
-    if not request.training.trains or result.info["trials"]["interrupted"]:
+def run_experiment(experiment: Experiment, prepared: Prepared, runner: Runner) -> Result:
+    """Search, then train the model of the plan that was found; nothing is kept on disk.
+
+    Args:
+        experiment: What to do.
+        prepared: The task, prepared with the experiment's search space.
+        runner: Runs the search.
+
+    Returns:
+        The result of the training, or of the search if there is no training or the search was interrupted.
+    """
+    result = run_search(prepared, prepared.problem(experiment.budget), experiment.search, runner=runner)
+    if not experiment.training.trains or result.info["trials"]["interrupted"]:
         return result
-    model = untrained_network(prepared.task, result.plan, request.seed) if request.from_scratch else result.model
-    teacher = _teacher(request.teacher)
-    about = {"run": "the search", "from_scratch": request.from_scratch, "teacher": request.teacher or None}
-    trained = finetune(model, prepared.task, request.recipe, teacher=None if teacher is None else teacher.model)
-    result = with_training(result, trained, prepared.task, about)
-    result.info["objective"] |= {"best": call("the objective", prepared.objective, result.model)}
+    model = (
+        untrained_network(prepared.task, result.plan, experiment.search.seed)
+        if experiment.from_scratch
+        else result.model
+    )
+    teacher = _load_teacher(experiment.teacher)
+    origin: TrainingSource = {
+        "run": "the search",
+        "from_scratch": experiment.from_scratch,
+        "teacher": experiment.teacher or None,
+    }
+    trained = finetune(model, prepared.task, experiment.recipe, teacher=None if teacher is None else teacher.model)
+    result = with_training(result, trained, prepared.task, origin)
+    objective = call("the objective", prepared.objective, result.model)
+    assert objective is not None
+    result.info["objective"]["best"] = objective
     return result
 
 
 @functools.cache
-def _teacher(name: str) -> Task | None:
-    """Loaded once: each search of a study learns from the same."""
+def _load_teacher(name: str) -> Task | None:
+    """Load a teacher's task; it is kept, since all searches of a study share it."""
     return load_task(name) if name else None
 
 
 def run_in_folder(
-    request: Experiment,
+    experiment: Experiment,
     task: Task,
     out: Path,
     runner: Runner,
     cache: Path | None,
-    patience: StopCondition,
+    stop: StopCondition,
     display: Display,
 ) -> Path | None:
-    """Search in a run folder, or go on with it, then train what was found in the folder `trained` in it.
+    """Do an experiment in a run folder, or resume it: search there, then train in the folder `trained` within.
 
-    Returns the folder that holds the result; None if it was stopped before there was one: the same call goes on, and
-    repeats nothing that is finished. The runner is what stops a search.
+    The same call resumes what was stopped or killed, and repeats nothing that is finished.
+
+    Args:
+        experiment: What to do.
+        task: The task.
+        out: The run folder.
+        runner: Runs the search, and decides when to stop it.
+        cache: Folder of fitted candidates; None for the default.
+        stop: Whether to stop the training, asked after every step.
+        display: Shows progress.
+
+    Returns:
+        The folder that holds the result: `out`, or `trained` in it. None if it was stopped before there was one.
+
+    Raises:
+        StudyError: If the folder holds a search or a training with other settings.
     """
     trained, settings_file = out / TRAINED, out / EXPERIMENT_FILE
-    about = json.dumps(request.described(task.name), indent=1)
+    settings_text = json.dumps(experiment.as_json(task.name), indent=1)
     if not trained.is_dir():
         resume = out.is_dir() and any(out.rglob("study.db"))
         open_folder(out, resume)
-        prepared = prepare(task, request.space, cache, display, budget=request.budget)
-        settings = dataclasses.replace(request.settings, resume=resume)
-        result = run_search(prepared, prepared.problem(request.budget), settings, out, runner, display)
+        prepared = prepare(task, experiment.space, cache, display, budget=experiment.budget)
+        settings = dataclasses.replace(experiment.search, resume=resume)
+        result = run_search(prepared, prepared.problem(experiment.budget), settings, out, runner, display)
         if result.info["trials"]["interrupted"]:
             return None
-        if not request.training.trains:
+        if not experiment.training.trains:
             return out
-        write_beside(settings_file, lambda p: p.write_text(about))
-    elif not settings_file.is_file() or settings_file.read_text() != about:
+        write_beside(settings_file, lambda p: p.write_text(settings_text))
+    elif not settings_file.is_file() or settings_file.read_text() != settings_text:
         raise StudyError(f"{out} holds a training with other settings: remove it, or give another --out")
     if (trained / RESULT).is_file():
         return trained
     try:
-        with graceful_interrupt(patience, display.say):
+        with graceful_interrupt(stop, display.say):
             train_run(
                 out,
                 task,
-                request.recipe,
+                experiment.recipe,
                 trained,
-                teacher=_teacher(request.teacher),
-                from_scratch=request.from_scratch,
+                teacher=_load_teacher(experiment.teacher),
+                from_scratch=experiment.from_scratch,
                 resume=True,
-                stop=patience,
+                stop=stop,
                 progress=display,
                 note=display.note,
             )

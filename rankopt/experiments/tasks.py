@@ -1,4 +1,8 @@
-"""Finding tasks: built-in names, or the user's own FILE.py:function."""
+"""Loading tasks by name: built-in ones, or a function of the user's own file.
+
+`digits` is built in; `mytasks.py:resnet` runs the file mytasks.py and calls its function `resnet`, which returns a
+`rankopt.Task`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,14 @@ HELP = f"name a built-in task ({', '.join(BUILT_IN)}) or FILE.py:function"
 
 
 def load_task(name: str) -> Task:
-    """The task of a name. FILE.py is the user's own code and is run. Raises TaskError."""
+    """Load a task.
+
+    Args:
+        name: A built-in task, or FILE.py:function. The file is the user's own code and is run.
+
+    Raises:
+        TaskError: If there is no such task, its code fails, or it returns something else than a `Task` of a module.
+    """
     if name in BUILT_IN:
         function = getattr(importlib.import_module(f"rankopt.experiments.{name}"), name)
     else:
@@ -43,6 +54,7 @@ def load_task(name: str) -> Task:
 
 
 def _load_module(path: Path) -> ModuleType:
+    """Run a file as a module of its own."""
     if not path.is_file():
         raise TaskError(f"there is no file {path}: {HELP}")
     name = f"rankopt_task_{path.stem}"

@@ -1,1 +1,1 @@
-"""Leaving rankopt: fusing layers, ONNX, torch.export and plain weights."""
+"""Fusing layers for inference and exporting models: ONNX, torch.export and plain weights."""

@@ -1,4 +1,4 @@
-"""Which module's output goes where, seen in one forward pass: also of models that cannot be traced."""
+"""The data flow between modules, observed in one forward pass; works for models that cannot be traced."""
 
 from __future__ import annotations
 
@@ -10,38 +10,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rankopt.core.errors import TaskError
-from rankopt.model.forward import inference, run
+from rankopt.model.forward import hooked, inference, run
 from rankopt.model.inventory import obstacle, weight_owners
 
 
 class Dataflow(TorchDispatchMode):
-    """The modules of a model in the order of their calls, and which modules used each tensor.
+    """The modules of a model in the order of their calls, and the modules that use each tensor.
 
-    A tensor is used by the innermost module in whose forward an operation reads it, and by None where anything else
-    may see it: as the model's output, or in a hook. What a forward does with other inputs is not seen: where it
-    goes depends on the data, this is the way of the example alone.
+    A tensor's user is the innermost module whose forward reads it in an operation; None stands for users outside of
+    modules' forwards: the model's output and hooks. Only the path of the given example is seen: control flow that
+    depends on the data may take others.
+
+    Args:
+        model: The model; it is run once in eval mode.
+        x: An example input.
+
+    Raises:
+        TaskError: If the model does not run on the example.
     """
 
     def __init__(self, model: nn.Module, x: Any) -> None:
-        """Runs the model, in eval mode, on one example. Raises TaskError where that fails."""
         super().__init__()
         owners = weight_owners(model)
         self.free = {m for m in model.modules() if obstacle(m, ["called"], owners) is None}  # type: ignore[list-item]
         self.calls: dict[nn.Module, list[tuple[Tensor, Tensor] | None]] = defaultdict(list)
         self.users: dict[int, set[nn.Module | None]] = defaultdict(set)
-        self._alive: list[Any] = []  # every tensor seen, so that no id comes twice
+        self._alive: list[Any] = []  # keeps every tensor alive, so that ids are unique
         self._stack = [model]
         self._hooked = {m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks}
-        handles = [m.register_forward_pre_hook(self._enter, prepend=True) for m in model.modules()]
-        handles += [m.register_forward_hook(self._leave, with_kwargs=True, always_call=True) for m in model.modules()]
+        hooks = hooked(model, model.modules(), on_input=self._enter, on_output=self._leave, outermost=True)
         try:
-            with inference(model), self:
+            with hooks, inference(model), self:
                 self._use(run(model, x), None)
         except Exception as error:
             raise TaskError(f"the model does not run on example_input: {type(error).__name__}: {error}") from error
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._use((args, kwargs), self._stack[-1])
@@ -65,17 +67,33 @@ class Dataflow(TorchDispatchMode):
                 self.users[id(value)].add(user)
                 self._alive.append(value)
 
-    # --- what may be joined ---
+    # --- what may be replaced or joined ---
 
     def call(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
-        """Input and output of a module that is called once, with one tensor, and that nothing forbids to replace."""
+        """Input and output of a module that may be replaced.
+
+        Args:
+            module: A module of the model.
+
+        Returns:
+            (input, output); None unless the module is called once, with a single tensor, and no other module reads
+            its parameters.
+        """
         own = [*module.parameters(), *module.buffers()]
         read_elsewhere = any(self.users[id(t)] - set(module.modules()) for t in own)
         calls = self.calls[module]
         return calls[0] if len(calls) == 1 and module in self.free and not read_elsewhere else None
 
     def follower(self, module: nn.Module) -> nn.Module | None:
-        """The module that alone uses a module's output, as its own input; None if there is no such pair to join."""
+        """The module that a module can be joined with.
+
+        Args:
+            module: A module of the model.
+
+        Returns:
+            The only user of the module's output, which takes it as its input; None if there is none, or one of the two
+            may not be replaced.
+        """
         call = self.call(module)
         if call is None or len(self.users[id(call[1])]) != 1:
             return None

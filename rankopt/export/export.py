@@ -1,10 +1,8 @@
-"""How far two outputs of a model are apart.
+"""Export to ONNX, torch.export and safetensors; every file is loaded again and compared with the model.
 
-Leaving rankopt and PyTorch: ONNX, torch.export and plain weights, each file checked against the model.
-
-ONNX is made from torch.export's graph (dynamo=True), for small models of every family in 0.6 to 1.7 s. The exporter
-before it (dynamo=False) takes 0.01 to 0.08 s, but knows no aten::mT, which Linears made of cores and generated weights
-need, and fixes the batch in shared filters (tucker).
+ONNX is written from torch.export's graph (dynamo=True), which takes 0.6 to 1.7 s for small models. The older exporter
+(dynamo=False) takes 0.01 to 0.08 s, but does not support aten::mT, which cores of Linear layers and generated weights
+need, and fixes the batch size of stages with shared kernels (tucker).
 """
 
 from __future__ import annotations
@@ -12,10 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,56 +24,51 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import write_beside
 from rankopt.core.records import Task
-from rankopt.core.timing import medians
+from rankopt.core.timing import medians, threads
 from rankopt.decompositions.plan import multiplied_out
 from rankopt.export.fuse import fuse
-from rankopt.model.forward import batch_size, collect_batches, inference, map_tensors, one_example, run
+from rankopt.export.onnx_session import check_exporter, open_session, quiet_exporter
+from rankopt.model.forward import batch_size, collect_batches, hooked, inference, map_tensors, one_example, run, take
 from rankopt.model.recurrent import Recurrent
+
+SUFFIXES = {"onnx": ".onnx", "torch.export": ".pt2", "state_dict": ".safetensors"}
+"""Formats and the suffixes of their files."""
+
+TOLERANCE = 1e-4
+"""Largest difference of an output, relative to the output's largest value."""
+
+EXAMPLES = 8
+"""Examples that are compared, and traced if the batch is dynamic."""
+
+Forward = Callable[[Any], Any]
+"""A program: maps a model's input to its outputs."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """The largest difference of outputs from the PyTorch model's, and the same over each output's largest value."""
+    """Difference of outputs from the PyTorch model's.
+
+    Attributes:
+        absolute: The largest absolute difference.
+        relative: The largest difference relative to the output's largest value.
+        examples: Number of examples compared.
+    """
 
     absolute: float
     relative: float
     examples: int
 
 
-def compare(outputs: Any, expected: Any, examples: int) -> Parity:
-    """The differences of all tensors of two outputs; infinite where their number, shapes or infinities differ."""
-    pairs = [[t for t in tree_leaves(out) if isinstance(t, Tensor)] for out in (outputs, expected)]
-    worst = Parity(0.0, 0.0, examples)
-    if len(pairs[0]) != len(pairs[1]) or any(a.shape != b.shape for a, b in zip(*pairs, strict=True)):
-        return Parity(torch.inf, torch.inf, examples)
-    for a, b in zip(*pairs, strict=True):
-        a, b = a.double().flatten(), b.double().flatten()
-        same = (a == b) | (a.isnan() & b.isnan())
-        absolute = (a - b)[~same].abs().nan_to_num(torch.inf, torch.inf).max().item() if not same.all() else 0.0
-        largest = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
-        relative = absolute / largest if largest else absolute and torch.inf
-        worst = Parity(max(worst.absolute, absolute), max(worst.relative, relative), examples)
-    return worst
-
-
-SUFFIXES = {"onnx": ".onnx", "torch.export": ".pt2", "state_dict": ".safetensors"}
-
-
-TOLERANCE = 1e-4
-
-
-EXAMPLES = 8  # are compared, and traced where the batch is dynamic
-
-
-Forward = Callable[[Any], Any]
-"""An exported program: a model's input -> its outputs."""
-
-
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written and found to compute what the model does. forward: what was loaded from it.
+    """A file that was written and checked.
 
-    milliseconds: of a forward pass of `batch` examples, by what runs it; one thread, medians of calls in turn.
+    Attributes:
+        path: The file.
+        parity: Difference of its outputs from the model's.
+        forward: The program loaded from the file.
+        milliseconds: Median time of a forward pass of `batch` examples on one thread, by program.
+        batch: Number of examples that were timed.
     """
 
     path: Path
@@ -89,7 +79,20 @@ class Exported:
 
 
 def check_request(to: str, fuse: bool, batch: str, dense: bool) -> int | str:
-    """The batch size asked for, or "dynamic". Raises RankoptError for what does not go together."""
+    """Check the options of an export.
+
+    Args:
+        to: Format, a key of SUFFIXES.
+        fuse: Whether to fuse layers; for programs only.
+        batch: A number, or "dynamic".
+        dense: Whether to multiply factors out; for weights only.
+
+    Returns:
+        The batch size, or "dynamic".
+
+    Raises:
+        RankoptError: If an option is invalid or does not go with another.
+    """
     if to not in SUFFIXES:
         raise RankoptError(f"unknown format {to!r}: choose from {', '.join(SUFFIXES)}")
     if to == "state_dict" and fuse:
@@ -104,7 +107,20 @@ def check_request(to: str, fuse: bool, batch: str, dense: bool) -> int | str:
 def export_run(
     task: Task, small: nn.Module, to: str, path: Path, fused: bool, batch: int | str, multiply: bool
 ) -> Exported:
-    """Export a task's compressed model, checked on the task's calibration inputs; programs are timed, too."""
+    """Export a task's compressed model, check it on the task's calibration inputs, and time it if it is a program.
+
+    Args:
+        task: The task with the dense model.
+        small: The compressed model.
+        to: Format, a key of SUFFIXES.
+        path: File to write.
+        fused: Whether to write what `fuse` makes of the model.
+        batch: Batch size, or "dynamic".
+        multiply: Whether to multiply factors out ("state_dict" only).
+
+    Raises:
+        RankoptError: As `export` and `export_weights`.
+    """
     inputs = collect_batches(task.calibration, EXAMPLES if batch == "dynamic" else int(batch))[0]
     if to == "state_dict":
         return export_weights(task.model, small, path, inputs, multiply)
@@ -119,13 +135,20 @@ def export_run(
 def export(
     model: nn.Module, to: str, path: str | Path, inputs: Any, batch: int | str = "dynamic", fused: bool = False
 ) -> Exported:
-    """Write a model as "onnx" or "torch.export", load the file and compare it with the model on real inputs.
+    """Write a model as a program, load the file and compare its outputs with the model's.
 
-    inputs: a batch, as the model takes it: its first 8 examples are traced and compared. batch: of what size the
-    program takes inputs, or "dynamic": any, the first dimension of every tensor that has the batch's. fused: write
-    what `fuse` makes of the model.
-    Raises RankoptError where the model cannot be traced or an output differs by more than 1e-4, relative to the
-    output's largest value; no file is then left.
+    Args:
+        model: Model to export; it is not changed.
+        to: "onnx" or "torch.export".
+        path: File to write.
+        inputs: A batch as the model takes it; its first 8 examples are traced and compared.
+        batch: Batch size of the program, or "dynamic": any size, along the first dimension of every tensor whose
+            first dimension is the batch's.
+        fused: Whether to write what `fuse` makes of the model.
+
+    Raises:
+        RankoptError: If the model cannot be traced, or an output differs by more than 1e-4 relative to its largest
+            value. No file is left then.
     """
     small = copy.deepcopy(model).eval().cpu().requires_grad_(requires_grad=False)
     dynamic = batch == "dynamic"
@@ -134,16 +157,24 @@ def export(
         raise RankoptError(f"a calibration batch holds {batch_size(x)} examples, too few to check batches of {batch}")
     write = {"onnx": _write_onnx, "torch.export": _write_program}[to]
     written = fuse(small, x) if fused else small
-    with inference(small), inference(written), _quiet():
+    with inference(small), inference(written), quiet_exporter(FutureWarning):
         program = _trace(written, x, dynamic)
         cases = [x, one_example(x)] if dynamic else [x]
         return _checked(Path(path), lambda p: write(program, p), LOADERS[to], lambda y: run(small, y), cases)
 
 
 def export_weights(dense: nn.Module, small: nn.Module, path: str | Path, inputs: Any, multiply: bool) -> Exported:
-    """Write a compressed model's weights as safetensors: its factors, or, multiplied out, for the dense architecture.
+    """Write a compressed model's weights as safetensors, load and compare them.
 
-    dense: the model before compression. Loaded again and compared as by `export`. Raises RankoptError likewise.
+    Args:
+        dense: The model before compression.
+        small: The compressed model.
+        path: File to write.
+        inputs: A batch as the model takes it; its first 8 examples are compared.
+        multiply: Whether to multiply the factors out, so that the file fits the dense model.
+
+    Raises:
+        RankoptError: As `export`.
     """
     dense, small = (copy.deepcopy(m).eval().cpu() for m in (dense, small))
     written = multiplied_out(dense, small) if multiply else small
@@ -159,23 +190,30 @@ def export_weights(dense: nn.Module, small: nn.Module, path: str | Path, inputs:
 
 
 def first_examples(inputs: Any, n: int) -> Any:
-    """The first n examples of a batch, or all if it has fewer, on the CPU; copies, as programs keep their examples."""
-    size = batch_size(inputs)
-    return map_tensors(inputs, lambda t: (t[:n] if t.ndim and len(t) == size else t).cpu().clone())
+    """The first n examples of a batch, on the CPU.
+
+    Args:
+        inputs: A batch as a model takes it.
+        n: Number of examples; all if the batch has fewer.
+
+    Returns:
+        Copies, so that programs do not keep the whole batch alive.
+    """
+    return map_tensors(take(inputs, slice(n)), lambda t: t.cpu().clone())
 
 
 # --- writing and reading -----------------------------------------------------------------------------
 
 
 def _trace(model: nn.Module, x: Any, dynamic: bool) -> torch.export.ExportedProgram:
-    """The model as a graph. Raises RankoptError that says what stands in the way."""
+    """Trace a model; raises RankoptError if it cannot be traced."""
     n = batch_size(x)
     if dynamic and n < 2:
         raise RankoptError("one example cannot show which dimension is the batch: give --batch 1, or larger batches")
     args, kwargs = ((), x) if isinstance(x, dict) else (tuple(x) if isinstance(x, (tuple, list)) else (x,), {})
 
     def sizes(value: Any) -> dict[int, Any] | None:
-        """Which dimensions of an input may have any size."""
+        """The dynamic dimensions of an input."""
         if not isinstance(value, Tensor):
             return None
         return {0: torch.export.Dim.DYNAMIC} if dynamic and value.ndim and len(value) == n else {}
@@ -194,20 +232,16 @@ def _trace(model: nn.Module, x: Any, dynamic: bool) -> torch.export.ExportedProg
 
 
 def _given_packed_sequences(model: nn.Module, x: Any) -> str:
-    """The first recurrent module that is called with a PackedSequence; empty if none is."""
+    """The name of the first recurrent module called with a PackedSequence; empty if there is none."""
     found: list[str] = []
 
-    def look(name: str, given: Any) -> None:
-        if isinstance(given, PackedSequence):
+    def look(name: str, args: tuple[Any, ...]) -> None:
+        if isinstance(args[0], PackedSequence):
             found.append(name)
 
-    recurrent = {n: m for n, m in model.named_modules() if isinstance(m, (nn.RNNBase, Recurrent))}
-    handles = [m.register_forward_pre_hook(lambda _, args, n=n: look(n, args[0])) for n, m in recurrent.items()]
-    try:
+    recurrent = [n for n, m in model.named_modules() if isinstance(m, (nn.RNNBase, Recurrent))]
+    with hooked(model, recurrent, on_input=look):
         run(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found[0] if found else ""
 
 
@@ -217,7 +251,7 @@ def _write_program(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    _needs_onnx()
+    check_exporter()
     try:
         written = torch.onnx.export(program, dynamo=True, verbose=False)
         assert written is not None
@@ -230,15 +264,12 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message.
+
+    Args:
+        error: The error.
+    """
     return str(error).strip().split("\n")[0]
-
-
-def _needs_onnx() -> None:
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise RankoptError(f"ONNX needs packages that are not here ({error}): pip install 'rankopt[export]'") from None
 
 
 def _load_program(path: Path) -> Forward:
@@ -248,13 +279,18 @@ def _load_program(path: Path) -> Forward:
 
 
 def load_onnx(path: Path) -> Forward:
-    """A file as onnxruntime runs it, on one thread of the CPU: a model's input -> list of its output tensors."""
-    _needs_onnx()
-    import onnxruntime
+    """Load an ONNX file into onnxruntime, on one thread of the CPU.
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    Args:
+        path: The file.
+
+    Returns:
+        A function from a model's input to the list of its output tensors.
+
+    Raises:
+        RankoptError: If onnxruntime is not installed.
+    """
+    session = open_session(path)
     names = [i.name for i in session.get_inputs()]
 
     def forward(x: Any) -> list[Tensor]:
@@ -267,19 +303,7 @@ def load_onnx(path: Path) -> Forward:
 
 
 LOADERS: dict[str, Callable[[Path], Forward]] = {"onnx": load_onnx, "torch.export": _load_program}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that are not installed, and on torch's own code."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            yield
-    finally:
-        logger.setLevel(level)
+"""Loaders of programs by format."""
 
 
 # --- checking ----------------------------------------------------------------------------------------
@@ -288,7 +312,7 @@ def _quiet() -> Iterator[None]:
 def _checked(
     path: Path, write: Callable[[Path], None], load: Callable[[Path], Forward], model: Forward, cases: Sequence[Any]
 ) -> Exported:
-    """Write a file, load it, compare it; it gets its name only if it computes what the model does."""
+    """Write a file, load and compare it; it is moved to `path` only if its outputs are the model's."""
     found: list[tuple[Forward, Parity]] = []
 
     def write_and_check(beside: Path) -> None:
@@ -315,14 +339,45 @@ def _checked(
     return Exported(path, parity, forward)
 
 
+def compare(outputs: Any, expected: Any, examples: int) -> Parity:
+    """Compare all tensors of two outputs.
+
+    Args:
+        outputs: Any nesting of tensors.
+        expected: The outputs to compare with.
+        examples: Number of examples, for the record.
+
+    Returns:
+        The differences; infinite where the number or shapes of the tensors, or their infinities, differ.
+    """
+    pairs = [[t for t in tree_leaves(out) if isinstance(t, Tensor)] for out in (outputs, expected)]
+    worst = Parity(0.0, 0.0, examples)
+    if len(pairs[0]) != len(pairs[1]) or any(a.shape != b.shape for a, b in zip(*pairs, strict=True)):
+        return Parity(torch.inf, torch.inf, examples)
+    for output, reference in zip(*pairs, strict=True):
+        a, b = output.double().flatten(), reference.double().flatten()
+        same = (a == b) | (a.isnan() & b.isnan())
+        absolute = (a - b)[~same].abs().nan_to_num(torch.inf, torch.inf).max().item() if not same.all() else 0.0
+        largest = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
+        relative = absolute / largest if largest else absolute and torch.inf
+        worst = Parity(max(worst.absolute, absolute), max(worst.relative, relative), examples)
+    return worst
+
+
 def latencies(models: Sequence[nn.Module], exported: Forward, x: Any, seconds: float = 2.0) -> list[float]:
-    """Median milliseconds of a forward pass of each model, eager, and of an exported one: on one thread, in turn."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Time forward passes of models and of an exported program, in turns, on one thread.
+
+    Args:
+        models: Models, run eagerly.
+        exported: The program.
+        x: Input of all of them.
+        seconds: Least duration of the measurement.
+
+    Returns:
+        The median milliseconds of each model and, last, of the program.
+    """
     copies = [copy.deepcopy(m).eval().cpu() for m in models]
     x = map_tensors(x, lambda t: t.cpu())
-    try:
-        calls: list[Callable[[], Any]] = [lambda m=m: run(m, x) for m in copies]  # type: ignore[misc]
+    calls: list[Callable[[], Any]] = [lambda m=m: run(m, x) for m in copies]  # type: ignore[misc]
+    with threads(1):
         return [1e3 * s for s in medians([*calls, lambda: exported(x)], seconds)]
-    finally:
-        torch.set_num_threads(threads)

@@ -1,9 +1,9 @@
-"""A copy of a model for inference, in fewer and faster operations: the same function.
+"""Fusing a model for inference: the same function in fewer and faster operations.
 
-Built once    a layer whose weight is built from factors, and one whose factors take more MACs than the dense layer
-Folded        a batch norm into the convolution or Linear before it:  Ŵ = γ W / σ,  b̂ = γ (b − μ) / σ + β
-Merged        CP's k × 1 and 1 × k depthwise pair into one k × k;  two adjacent Linears or 1 × 1 convolutions, with
-              nothing between them, into one where that takes fewer MACs:  Ŵ = W₂ W₁,  b̂ = W₂ b₁ + b₂
+Multiplied out    a layer in reconstructed form, and one whose factors take more MACs than its dense weight
+Folded            a batch norm into the convolution or Linear before it:  Ŵ = γ W / σ,  b̂ = γ (b − μ) / σ + β
+Merged            the depthwise k × 1 and 1 × k convolutions of CP into one k × k;  two adjacent Linears or 1 × 1
+                  convolutions into one where that takes fewer MACs:  Ŵ = W₂ W₁,  b̂ = W₂ b₁ + b₂
 """
 
 from __future__ import annotations
@@ -31,29 +31,34 @@ from rankopt.model.quantization import QuantizedMixin
 
 REPLACEMENTS = (Factorised, Reconstructed, CoreNetworkLinear, TensorTrainMatrixLinear)
 
-
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
+CLEARLY = 0.95
+"""A dense layer counts as faster below this share of the factorised layer's time."""
 
-CLEARLY = 0.95  # of the factorised layer's time: a dense one above it is no gain
-
-
-LARGEST = 25  # positions of a depthwise kernel: 7 x 7 is slower merged in channels_last (studies/results/fused.md)
+LARGEST = 25
+"""Positions of a merged depthwise kernel: 7 x 7 is slower merged in channels_last (studies/results/fused.md)."""
 
 
 def fuse(model: nn.Module, example_input: Any, *, channels_last: bool = False, measured: bool = False) -> nn.Module:
-    """A copy for inference, in eval mode, its parameters frozen: the same outputs from fewer operations.
+    """Copy a model for inference, with the same outputs from fewer operations.
 
-    example_input: as of Task; one example of it is run to see which layer follows on which. measured: also give
-    layers their dense form where that is faster here and now, on this example. channels_last: keep weights so.
-    Layers that are shared, hooked, parametrised or called more than once stay as they are. A batch norm that was
-    folded is an nn.Identity; to train on, take the original.
-    Raises RankoptError if the copy's output is not the model's, which a forward that goes by other ways than its
-    submodules' may cause.
+    Layers that are shared, hooked, parametrised or called more than once stay as they are. A folded batch norm becomes
+    an nn.Identity. The copy is in eval mode and its parameters are frozen; for further training use the original.
+
+    Args:
+        model: Model to fuse; it is not changed.
+        example_input: As in Task; one example of it is run to see which layer follows which.
+        channels_last: Whether to store weights in channels_last format.
+        measured: Whether to also multiply layers out that are measured to be faster so, on this machine and example.
+
+    Raises:
+        RankoptError: If the copy's output is not the model's, for example because a forward uses layers other than by
+            calling them.
     """
     fused = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
     x = to_device(one_example(example_input), fused)
-    fused = _built_once(fused, Dataflow(fused, x), measured)
+    fused = _multiply_out(fused, Dataflow(fused, x), measured)
     while _join(fused, Dataflow(fused, x)):
         pass
     if channels_last:
@@ -63,7 +68,7 @@ def fuse(model: nn.Module, example_input: Any, *, channels_last: bool = False, m
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Put a module in another's place, under each of its names; returns the model (the new one, if it was all)."""
+    """Replace a module under each of its names; returns the model (`new`, if the module is the whole model)."""
     new = new.eval().requires_grad_(requires_grad=False)
     if old is model:
         return new
@@ -85,15 +90,15 @@ def _check(model: nn.Module, fused: nn.Module, x: Any) -> None:
         )
 
 
-# --- dense weights, built once -----------------------------------------------------------------------
+# --- multiplying out ---------------------------------------------------------------------------------
 
 
-def _built_once(model: nn.Module, flow: Dataflow, measured: bool) -> nn.Module:
+def _multiply_out(model: nn.Module, flow: Dataflow, measured: bool) -> nn.Module:
     for module, calls in flow.calls.items():
         if not isinstance(module, REPLACEMENTS) or module not in flow.free or calls[0] is None:
             continue
         if any(isinstance(part, QuantizedMixin) for part in module.modules()):
-            continue  # its weights are kept small on purpose
+            continue  # its weights are meant to stay small
         x, dense = calls[0][0], dense_twin(module)
         if isinstance(module, Reconstructed) or _better(module, dense, x, measured):
             model = _put(model, module, dense)
@@ -101,7 +106,7 @@ def _built_once(model: nn.Module, flow: Dataflow, measured: bool) -> nn.Module:
 
 
 def _better(module: nn.Module, dense: nn.Module, x: Tensor, measured: bool) -> bool:
-    """Whether the dense form takes fewer MACs, or is measured to be faster."""
+    """Whether the dense layer takes fewer MACs or is measured to be faster."""
     if count(module, x).macs > count(dense, x).macs:
         return True
     if not measured:
@@ -111,7 +116,11 @@ def _better(module: nn.Module, dense: nn.Module, x: Tensor, measured: bool) -> b
 
 
 def dense_twin(module: nn.Module) -> nn.Module:
-    """The ordinary layer that a replacement stands for: an nn.Conv2d, nn.Linear, ... with its dense weight."""
+    """The ordinary layer (nn.Conv2d, nn.Linear, ...) with a replacement's dense weight.
+
+    Args:
+        module: A replacement, of one of the classes in REPLACEMENTS.
+    """
     weight: Tensor = module.weight  # type: ignore[assignment]
     bias: Tensor | None = getattr(module, "bias", None)
     kind = module.layer.kind if isinstance(module, (Factorised, Reconstructed)) else "Linear"
@@ -134,11 +143,11 @@ def dense_twin(module: nn.Module) -> nn.Module:
     return new
 
 
-# --- pairs as one -------------------------------------------------------------------------------------
+# --- joining pairs ------------------------------------------------------------------------------------
 
 
 def _join(model: nn.Module, flow: Dataflow) -> bool:
-    """Replace, in place, pairs of modules by one; whether there was any. A module is in one pair at a time."""
+    """Replace pairs of modules by one each, in place, every module in at most one pair. Returns whether any was."""
     taken: set[nn.Module] = set()
     for first in list(flow.calls):
         second = flow.follower(first)
@@ -154,33 +163,47 @@ def _join(model: nn.Module, flow: Dataflow) -> bool:
 
 
 Shapes = Sequence[torch.Size]
-"""Of the outputs of both modules."""
+"""The shapes of both modules' outputs."""
 
 
 def fold_batch_norm(first: Any, second: Any, shapes: Shapes) -> nn.Module | None:
-    """A layer and the batch norm behind it as one; None if they are not that, or the norm has no running statistics."""
+    """Fold a batch norm into the layer before it.
+
+    Args:
+        first: A module.
+        second: Its follower.
+        shapes: The shapes of both outputs.
+
+    Returns:
+        The joined layer; None if the two are not such a pair, or the norm has no running statistics.
+    """
     if type(second) not in NORMS or second.running_mean is None:
         return None
     if type(first) in CONVOLUTIONS.values():
         return fuse_conv_bn_eval(first, second)
     if type(first) in TRANSPOSED.values() and first.groups == 1:
         return fuse_conv_bn_eval(first, second, transpose=True)
-    if type(first) is nn.Linear and len(shapes[0]) == 2:  # else the norm's channels are not the Linear's
+    if (
+        type(first) is nn.Linear and len(shapes[0]) == 2
+    ):  # of other inputs the norm's channels are not the Linear's outputs
         return fuse_linear_bn_eval(first, second)
     return None
 
 
 def merge_depthwise(first: Any, second: Any, _: Shapes, largest: int = LARGEST) -> nn.Module | None:
-    """Two depthwise convolutions along different axes as one along both; None if they are not that, or one is larger.
+    """Merge two depthwise convolutions along different axes.
 
-    largest: how many positions the kernel of the one may have.
+    Args:
+        first: A module.
+        second: Its follower.
+        largest: Largest number of positions of the merged kernel.
+
+    Returns:
+        The merged convolution; None if the two are not such a pair, or the kernel would be larger.
     """
-    kinds = (*CONVOLUTIONS.values(), *TRANSPOSED.values())
-    if type(first) is not type(second) or type(first) not in kinds or first.bias is not None:
+    if not _depthwise_pair(first, second) or not _separate(first, second):
         return None
-    if any(c.groups != c.in_channels or c.groups != c.out_channels for c in (first, second)):
-        return None
-    if not _separate(first, second) or (first.weight[0] * second.weight[0]).numel() > largest:
+    if (first.weight[0] * second.weight[0]).numel() > largest:
         return None
 
     def both(name: str, neutral: int) -> Any:
@@ -205,8 +228,16 @@ def merge_depthwise(first: Any, second: Any, _: Shapes, largest: int = LARGEST) 
     return new
 
 
+def _depthwise_pair(first: Any, second: Any) -> bool:
+    """Whether both are depthwise convolutions of the same kind, the first without bias."""
+    kinds = (*CONVOLUTIONS.values(), *TRANSPOSED.values())
+    if type(first) is not type(second) or type(first) not in kinds or first.bias is not None:
+        return False
+    return all(c.groups == c.in_channels == c.out_channels for c in (first, second))
+
+
 def _separate(first: _ConvNd, second: _ConvNd) -> bool:
-    """Whether along every axis at most one of two convolutions does anything."""
+    """Whether along every axis at most one of two convolutions has a kernel, stride or padding."""
     named = any(isinstance(c.padding, str) for c in (first, second))
     if first.padding_mode != second.padding_mode or (named and first.padding != second.padding):
         return False
@@ -221,7 +252,16 @@ def _idle_axes(conv: _ConvNd) -> list[bool]:
 
 
 def merge_pointwise(first: Any, second: Any, shapes: Shapes) -> nn.Module | None:
-    """Two Linears, or 1 x 1 convolutions, as one; None if they are not that, or one takes as many MACs."""
+    """Merge two Linears or two 1 x 1 convolutions.
+
+    Args:
+        first: A module.
+        second: Its follower.
+        shapes: The shapes of both outputs.
+
+    Returns:
+        The merged layer; None if the two are not such a pair, or it would not take fewer MACs.
+    """
     if type(first) is not type(second) or not (type(first) is nn.Linear or _pointwise_pair(first, second)):
         return None
     linear = type(first) is nn.Linear
@@ -248,6 +288,7 @@ def merge_pointwise(first: Any, second: Any, shapes: Shapes) -> nn.Module | None
 
 
 def _pointwise_pair(first: Any, second: Any) -> bool:
+    """Whether both are 1 x 1 convolutions with the same groups, the second without padding."""
     if type(first) not in CONVOLUTIONS.values() or first.groups != second.groups:
         return False
     padded = not isinstance(second.padding, str) and any(second.padding)

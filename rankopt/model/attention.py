@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention and fused query-key-value Linears as separate Linear modules: the same function."""
+"""nn.MultiheadAttention and fused query-key-value Linears, rebuilt from separate Linears: the same function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A Linear that holds copies of a weight (out, in) and bias (out,), with their requires_grad."""
+    """A Linear with copies of a weight and a bias, with their requires_grad.
+
+    Args:
+        weight: (out, in).
+        bias: (out,), or None.
+    """
     new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     new.weight = copied(weight)
     if bias is not None:
@@ -19,19 +24,32 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def copied(tensor: Tensor) -> nn.Parameter:
+    """A copy of a parameter, with its requires_grad.
+
+    Args:
+        tensor: The parameter, or a part of it.
+    """
     return nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
 
 
 def thirds(weight: Tensor, bias: Tensor | None) -> list[nn.Linear]:
-    """Three Linears, for the thirds of a weight's rows. Each third requires gradients as the whole does."""
+    """Split a weight with the rows of three maps into three Linears.
+
+    Args:
+        weight: (3 out, in).
+        bias: (3 out,), or None.
+    """
     biases: Any = [None] * 3 if bias is None else bias.chunk(3)
     return [linear(w, b) for w, b in zip(weight.chunk(3), biases, strict=True)]
 
 
 class FusedLinear(nn.Module):
-    """A Linear of 3 n outputs as three of n, their outputs one after the other.
+    """A Linear of 3 n outputs, as three Linears q, k and v of n outputs each, which are concatenated.
 
-    Reads of weight and bias get the whole ones, rebuilt where a part was factorised.
+    `weight` and `bias` are those of the whole map, rebuilt if a part is factorised.
+
+    Args:
+        module: The Linear.
     """
 
     def __init__(self, module: nn.Linear) -> None:
@@ -46,17 +64,23 @@ class FusedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """(out_features, in_features)."""
         return torch.cat([self.q.weight, self.k.weight, self.v.weight])
 
     @property
     def bias(self) -> Tensor | None:
+        """(out_features,), or None."""
         return None if self.q.bias is None else torch.cat([self.q.bias, self.k.bias, self.v.bias])
 
 
 class Attention(nn.Module):
-    """The nn.MultiheadAttention it is made from, its maps the Linears q_proj, k_proj, v_proj and out_proj.
+    """An nn.MultiheadAttention whose maps are the Linears q_proj, k_proj, v_proj and out_proj.
 
-    Same arguments, same outputs, in the arithmetic of F.multi_head_attention_forward; there is no fused path.
+    It takes the same arguments and computes the same outputs, with the operations of
+    F.multi_head_attention_forward; there is no fused path.
+
+    Args:
+        module: The attention that it replaces.
     """
 
     bias_k: nn.Parameter | None
@@ -100,7 +124,7 @@ class Attention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention. Raises ValueError for nested tensors and for a causal hint without a mask."""
+        """As nn.MultiheadAttention, but nested tensors, and is_causal without a mask, raise a ValueError."""
         if query.is_nested or key.is_nested or value.is_nested:
             raise ValueError("a factorised attention takes no nested tensors: pad them and give key_padding_mask")
         if is_causal and attn_mask is None:
@@ -108,7 +132,7 @@ class Attention(nn.Module):
         batched = query.ndim == 3
 
         def first(x: Tensor) -> Tensor:
-            """(batch, length, features)."""
+            """In any layout -> (batch, length, features)."""
             return x.unsqueeze(0) if not batched else x if self.batch_first else x.transpose(0, 1)
 
         q, k, v = self.q_proj(first(query)), self.k_proj(first(key)), self.v_proj(first(value))
@@ -131,14 +155,14 @@ class Attention(nn.Module):
         return y if self.batch_first else y.transpose(0, 1), weights
 
     def _extended(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Keys or values (batch, length, features) with those that add_bias_kv and add_zero_attn append."""
+        """Append to keys or values (batch, length, features) what add_bias_kv and add_zero_attn ask for."""
         more = [] if bias is None else [bias.expand(x.shape[0], 1, -1)]
         if self.add_zero_attn:
             more.append(torch.zeros_like(x[:, :1]))
         return torch.cat([x, *more], 1) if more else x
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, length: int) -> Tensor | None:
-        """Both masks as one to add to the scores, (batch or 1, heads or 1, L or 1, S + appended keys)."""
+        """Both masks as one that is added to the scores: (batch or 1, heads or 1, L or 1, S + appended keys)."""
         parts = []
         if attn_mask is not None:
             mask = _additive(attn_mask, q)
@@ -152,7 +176,7 @@ class Attention(nn.Module):
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask that is true where nothing may look, as 0 and -inf; one of numbers as it is."""
+    """A mask to add to scores: 0 and -inf for one of booleans (True: not to be attended to); others as they are."""
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)

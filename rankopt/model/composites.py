@@ -1,8 +1,8 @@
-"""Modules that hold several maps in one, as modules made of ordinary Linears, so that each map can be factorised.
+"""Composites: modules that hold several linear maps, rebuilt from ordinary Linears so that each can be factorised.
 
-An nn.LSTM named `lstm` becomes the parts `lstm.ih_l0`, `lstm.hh_l0`, ...; an attention q_proj, k_proj, v_proj and
-out_proj; a Linear that computes queries, keys and values at once q, k and v. The outputs stay the same. A module
-is unfolded only where one of its parts is to change: what stays dense keeps its own kind, speed and state dict.
+An nn.LSTM named `lstm` gets the parts `lstm.ih_l0`, `lstm.hh_l0`, ...; an attention gets q_proj, k_proj, v_proj and
+out_proj; a Linear that computes queries, keys and values at once gets q, k and v. The outputs stay the same. A module
+is expanded only if one of its parts is to change: other modules keep their class, speed and state dict.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ from rankopt.model.recurrent import Recurrent, part_names
 COMPOSITES = (nn.LSTM, nn.GRU, nn.RNN, nn.MultiheadAttention)
 
 
-FUSED = re.compile(r"qkv|in_proj|c_attn|query_key_value")  # in the last part of a Linear's name, in lower case
+FUSED = re.compile(r"qkv|in_proj|c_attn|query_key_value")
+"""Found in the last part of the names, in lower case, of Linears that compute queries, keys and values at once."""
 
 
 def is_composite(module: nn.Module, name: str, split_qkv: bool = True) -> bool:
-    """Whether a module is one to unfold: of exactly these kinds, or a Linear whose name and shape say so."""
+    """Whether a module is a composite: exactly of one of the classes COMPOSITES, or a fused Linear.
+
+    Args:
+        module: The module.
+        name: Its name in the model. A Linear is fused if its name matches FUSED and it has three outputs per input.
+        split_qkv: Count fused Linears.
+    """
     if type(module) is nn.Linear:
         named = FUSED.search(name.rpartition(".")[2].lower()) is not None
         return split_qkv and named and module.out_features == 3 * module.in_features
@@ -32,7 +39,15 @@ def is_composite(module: nn.Module, name: str, split_qkv: bool = True) -> bool:
 
 
 def parts(module: nn.Module, name: str) -> list[str]:
-    """The names of the Linears that a module named `name` unfolds to; none if it does not."""
+    """The names of the Linears that a composite is expanded to.
+
+    Args:
+        module: A module.
+        name: Its name in the model; empty for the model itself.
+
+    Returns:
+        Names in the model; none if the module is not a composite.
+    """
     found: list[str] = []
     if type(module) in COMPOSITES:
         found = part_names(module) if isinstance(module, nn.RNNBase) else ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -42,9 +57,14 @@ def parts(module: nn.Module, name: str) -> list[str]:
 
 
 def expand_composites(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """Unfold, in place, the modules that have one of these names among their parts; returns the model.
+    """Expand composites in place.
 
-    The model it returns is a new one only if it is itself such a module.
+    Args:
+        model: The model.
+        names: Names of parts, as `parts` gives them. The composites that these belong to are expanded.
+
+    Returns:
+        The model; a new module if the model is itself such a composite.
     """
     wanted = set(names)
     aliases: dict[nn.Module, list[str]] = defaultdict(list)
@@ -69,9 +89,9 @@ def expand_composites(model: nn.Module, names: Collection[str]) -> nn.Module:
 
 
 class OrdinaryEncoderLayer(nn.TransformerEncoderLayer):
-    """One that takes its ordinary path, also for nested tensors: they are padded for it and cut again.
+    """An encoder layer without the fused path, also for nested tensors: these are padded and cut again.
 
-    torch's nn.TransformerEncoder makes such tensors of padded inputs, and leaves zeros where the padding was.
+    torch's nn.TransformerEncoder turns padded inputs into nested tensors, and returns zeros where the padding was.
     """
 
     def forward(
@@ -81,7 +101,7 @@ class OrdinaryEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """(batch, length, features) or nested, as it was given."""
+        """As nn.TransformerEncoderLayer: (batch, length, features), or nested, to the same."""
         if not src.is_nested:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         lengths = [len(x) for x in src.unbind()]
@@ -93,20 +113,28 @@ class OrdinaryEncoderLayer(nn.TransformerEncoderLayer):
 
 
 def take_ordinary_path(model: nn.Module) -> nn.Module:
-    """Keep nn.TransformerEncoderLayers, in place, off their fused path once a part of theirs is not what it reads."""
+    """Switch off, in place, the fused path of encoder layers with replaced parts, which it could not read.
+
+    Args:
+        model: A model with any number of nn.TransformerEncoderLayers.
+
+    Returns:
+        The model.
+    """
     changed = {x for x in model.modules() if isinstance(x, nn.TransformerEncoderLayer) and not _fusable(x)}
     for layer in changed:
-        layer.activation_relu_or_gelu = 0  # torch's own sign of a layer that its fused path cannot compute
+        layer.activation_relu_or_gelu = 0  # marks, in torch, a layer that the fused path cannot compute
         if type(layer) is nn.TransformerEncoderLayer:
             layer.__class__ = OrdinaryEncoderLayer
-    strange = {x for x in changed if type(x) is not OrdinaryEncoderLayer}  # subclasses, whose forward is their own
+    subclasses = {x for x in changed if type(x) is not OrdinaryEncoderLayer}  # with a forward of their own
     for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder) and not strange.isdisjoint(encoder.layers):
+        if isinstance(encoder, nn.TransformerEncoder) and not subclasses.isdisjoint(encoder.layers):
             encoder.use_nested_tensor = False
     return model
 
 
 def _fusable(layer: nn.TransformerEncoderLayer) -> bool:
+    """Whether the parts that the fused path reads are torch's own."""
     return isinstance(layer.self_attn, nn.MultiheadAttention) and all(
         isinstance(x, nn.Linear) for x in (layer.linear1, layer.linear2)
     )

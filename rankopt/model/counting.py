@@ -1,4 +1,4 @@
-"""What a model costs: parameters, MACs and bytes, counted on the model itself."""
+"""The cost of a model as it is: parameters, MACs and bytes, counted on the model itself."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from rankopt.core.records import Cost
 from rankopt.model.forward import inference, one_example, run, to_device
 
-# --- counting ------------------------------------------------------------------------------------
-
 
 def count(model: nn.Module, example_input: Any) -> Cost:
-    """What the model really costs: unique parameters, torch's flop counter / 2, bytes as stored."""
+    """Count a model's cost.
+
+    Args:
+        model: The model.
+        example_input: A tensor, or a tuple or dict of the forward's arguments; the first example is run.
+
+    Returns:
+        Unique parameters, MACs (half of what torch's FlopCounterMode counts), and bytes of parameters and buffers.
+    """
     with inference(model), _visible_recurrence(), FlopCounterMode(display=False) as flops:
         run(model, to_device(one_example(example_input), model))
     tensors = [*model.parameters(), *model.buffers()]
@@ -30,7 +36,7 @@ def count(model: nn.Module, example_input: Any) -> Cost:
 
 @contextmanager
 def _visible_recurrence() -> Iterator[None]:
-    """Recurrent layers step by step in torch's own operations: the counter knows none of the backends' kernels."""
+    """Context: recurrent layers run in torch's own operations, as the counter does not see the backends' kernels."""
     mkldnn = torch.backends.mkldnn
     with torch.backends.cudnn.flags(enabled=False), mkldnn.flags(False, mkldnn.deterministic, mkldnn.allow_tf32):
         yield

@@ -1,6 +1,6 @@
-"""Joules of an inference, where the machine tells: NVML on Nvidia's GPUs, RAPL on Intel's and AMD's CPUs under Linux.
+"""Energy of an inference, measured by NVML (Nvidia GPUs) or RAPL (Intel and AMD CPUs, on Linux).
 
-Both count all that the GPU, or the CPU's package, draws: idle power and what else runs there included.
+Both count all that the GPU or the CPU package draws, including idle power and what other processes use.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rankopt.core.errors import RankoptError
+from rankopt.core.result_record import EnergyEntry
 from rankopt.model.forward import inference, one_example, run, to_device
 
 RAPL = Path("/sys/class/powercap")
@@ -26,12 +27,19 @@ GRAMS_PER_KWH = 481.0
 
 
 Meter = Callable[[], float]
-"""Joules since some fixed time, never falling; to be read more often than every minute."""
+"""A counter of joules, which never falls; counters of CPUs wrap around, so it must be read at least every minute."""
 
 
 @dataclass(frozen=True)
 class Energy:
-    """What one inference takes. joules, grams (of CO₂): None where the machine does not tell; source then says why."""
+    """Energy of one inference.
+
+    Attributes:
+        joules: None if the machine has no readable counter.
+        grams: Grams of CO₂ equivalents; None like `joules`.
+        source: What measured it, or why it could not be measured.
+        inferences: How many inferences it is the mean of.
+    """
 
     joules: float | None
     grams: float | None
@@ -45,7 +53,7 @@ class Energy:
 
 
 class NotHereError(RankoptError):
-    """A machine that does not tell its energy; the message says why."""
+    """This machine has no energy counter that can be read; the message says why."""
 
 
 def per_inference(
@@ -56,10 +64,14 @@ def per_inference(
     grams_per_kwh: float = GRAMS_PER_KWH,
     rapl: str | Path = RAPL,
 ) -> Energy:
-    """Energy of one call of a function, from calls for so many seconds (counters move every few to 100 ms).
+    """Measure the energy of one call of a function: the mean of repeated calls, after one to warm up.
 
-    gpu: the index of the GPU that computes; None for the CPU. grams_per_kwh: of your electricity's CO₂.
-    rapl: the folder of the kernel's power-capping framework.
+    Args:
+        inference: The function.
+        seconds: How long to repeat it; counters are updated every few to 100 milliseconds.
+        gpu: Index of the GPU that computes; None for the CPU.
+        grams_per_kwh: Grams of CO₂ equivalents per kilowatt-hour of electricity.
+        rapl: Folder of the kernel's power-capping framework.
     """
     try:
         source, meter = ("NVML", nvml_meter(gpu)) if gpu is not None else ("RAPL, CPU package", rapl_meter(Path(rapl)))
@@ -79,8 +91,17 @@ def per_inference(
     return Energy(joules, joules / 3.6e6 * grams_per_kwh, source, done)
 
 
-def of_models(models: Sequence[nn.Module], example_input: Any) -> dict[str, Any]:
-    """Joules and grams of CO₂ of one example, dense and compressed; None where the machine does not tell."""
+def of_models(models: Sequence[nn.Module], example_input: Any) -> EnergyEntry:
+    """Measure the energy of one example in two models, on the device they are on.
+
+    Args:
+        models: The dense and the compressed model.
+        example_input: A tensor, or a tuple or dict of the forward's arguments; the first example is used.
+
+    Returns:
+        dense, compressed (joules), dense_grams, compressed_grams (CO₂ equivalents; each None if it cannot be measured
+        here) and source (what measured it, or why not).
+    """
     x = to_device(one_example(example_input), models[0])
     device = next(models[0].parameters()).device
     gpu = device.index or 0 if device.type == "cuda" else None
@@ -89,17 +110,30 @@ def of_models(models: Sequence[nn.Module], example_input: Any) -> dict[str, Any]
         with inference(model, fused=True):
             found.append(per_inference(partial(run, model, x), seconds=1.0, gpu=gpu))
     dense, small = found
-    grams = {"dense_grams": dense.grams, "compressed_grams": small.grams}
-    return {"dense": dense.joules, "compressed": small.joules, **grams, "source": small.source}
+    return {
+        "dense": dense.joules,
+        "compressed": small.joules,
+        "dense_grams": dense.grams,
+        "compressed_grams": small.grams,
+        "source": small.source,
+    }
 
 
 def _wait(gpu: int | None) -> None:
+    """Wait until the GPU, if any, has done its work."""
     if gpu is not None:
         torch.cuda.synchronize(gpu)
 
 
 def nvml_meter(gpu: int) -> Meter:
-    """Total energy of a GPU since its driver was loaded. Raises NotHereError without package, driver or counter."""
+    """Total energy of a GPU since its driver was loaded.
+
+    Args:
+        gpu: Its index in torch.
+
+    Raises:
+        NotHereError: The package, the driver or the counter is missing.
+    """
     try:
         import pynvml
     except ImportError:
@@ -115,7 +149,14 @@ def nvml_meter(gpu: int) -> Meter:
 
 
 def rapl_meter(folder: Path) -> Meter:
-    """Energy of all CPU packages. Raises NotHereError where the kernel shows no counter, or not to this user."""
+    """Total energy of all CPU packages since the call.
+
+    Args:
+        folder: Folder of the kernel's power-capping framework.
+
+    Raises:
+        NotHereError: The kernel shows no counter, or not to this user.
+    """
     counters = list(_packages(folder))
     if not counters:
         raise NotHereError(f"no RAPL counter of a CPU package in {folder} (virtual machines and other CPUs have none)")
@@ -131,7 +172,7 @@ def rapl_meter(folder: Path) -> Meter:
     total = 0.0
 
     def meter() -> float:
-        """Counters begin at 0 again after max_energy_range_uj."""
+        """Counters wrap around to 0 after max_energy_range_uj."""
         nonlocal last, total
         now = read()
         total += sum((b - a) % (size + 1) for a, b, size in zip(last, now, ranges, strict=True)) * 1e-6
@@ -142,7 +183,7 @@ def rapl_meter(folder: Path) -> Meter:
 
 
 def _packages(folder: Path) -> Iterator[Path]:
-    """Zones of whole CPU packages: their parts (cores, memory) would count twice."""
+    """Folders of whole CPU packages. Those of their parts (cores, memory) would count twice."""
     for zone in sorted(folder.glob("*-rapl:*")):
         name = zone / "name"
         if name.is_file() and name.read_text().startswith("package") and (zone / "energy_uj").exists():

@@ -1,4 +1,4 @@
-"""Model + example input -> layers: what may be factorised, at what dense cost, and what not and why."""
+"""The layers of a model: their dense costs, and which may be factorised or why not."""
 
 from __future__ import annotations
 
@@ -14,21 +14,35 @@ from torch.nn.utils import parametrize
 from rankopt.core.errors import TaskError
 from rankopt.core.records import Call, Cost, Layer
 from rankopt.model.composites import COMPOSITES, expand_composites, is_composite, parts, take_ordinary_path
-from rankopt.model.forward import inference, one_example, run, to_device
+from rankopt.model.forward import hooked, inference, one_example, run, to_device
 from rankopt.model.layer_kinds import KINDS, describe, pair
 from rankopt.model.quantization import QuantizedMixin
+
+UNKNOWN = Call(0, (0, 0), (0, 0))
+"""A call with more than one argument, or of a module that cannot be factorised: its sizes are not recorded."""
+
+
+PARAMETRISED = "its weight is parametrised (weight_norm, spectral_norm, ...): remove the parametrisation first"
+
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 
-# --- finding layers ------------------------------------------------------------------------------
-
-
 def unfolded(model: nn.Module, example_input: Any, split_qkv: bool = True) -> nn.Module:
-    """A copy whose recurrent and attention modules and fused Linears are made of Linears; the model if it has none.
+    """A copy of a model in which recurrent and attention modules and fused Linears are made of ordinary Linears.
 
-    What must stay as it is (shared, parametrised, hooked, not called, ...) is left; the inventory says why.
-    split_qkv: whether a Linear that computes queries, keys and values at once is split.
+    Modules that must stay as they are (shared, parametrised, hooked, not called, ...) do; the inventory says why.
+
+    Args:
+        model: The model, which is not changed.
+        example_input: A tensor, or a tuple or dict of the forward's arguments.
+        split_qkv: Also split Linears that compute queries, keys and values at once.
+
+    Returns:
+        The copy; the model itself if it has no such modules.
+
+    Raises:
+        TaskError: The model does not run on the example.
     """
     found = {m: names for m, names in names_of(model).items() if is_composite(m, names[0], split_qkv)}
     if not found:
@@ -41,9 +55,17 @@ def unfolded(model: nn.Module, example_input: Any, split_qkv: bool = True) -> nn
 
 
 def inventory(model: nn.Module, example_input: Any) -> tuple[Layer, ...]:
-    """Every module that owns a weight of two or more dimensions, in the model's order.
+    """List the layers of a model: all modules but norms that own a weight of two or more dimensions.
 
-    Raises TaskError for a model that does not run on the example, or with a NaN or infinite weight.
+    Args:
+        model: The model.
+        example_input: A tensor, or a tuple or dict of the forward's arguments; the first example is run.
+
+    Returns:
+        The layers in the model's order.
+
+    Raises:
+        TaskError: The model does not run on the example, or has a NaN or infinite weight.
     """
     names = names_of(model)
     calls = _record_calls(model, example_input)
@@ -60,7 +82,14 @@ def inventory(model: nn.Module, example_input: Any) -> tuple[Layer, ...]:
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Module -> every name that leads to it, in the model's order."""
+    """The names of every module; a shared module has several.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Module -> its names, in the model's order.
+    """
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
@@ -77,7 +106,14 @@ def _main_weight(module: nn.Module) -> Tensor | None:
 
 
 def weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Parameter id -> names under which distinct modules own it (more than one: tied)."""
+    """Which modules own each parameter.
+
+    Args:
+        model: The model.
+
+    Returns:
+        id of the parameter -> its names in different modules; more than one if it is tied.
+    """
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -86,30 +122,23 @@ def weight_owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _record_calls(model: nn.Module, example_input: Any) -> dict[nn.Module, list[Call]]:
-    """Run one example and note the sizes at every call of a layer."""
+    """Run one example and record every call of a module with a weight."""
     calls: dict[nn.Module, list[Call]] = defaultdict(list)
 
     def note(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], out: Any) -> None:
-        alone = len(args) == 1 and not options  # else seen, but not described
-        calls[module].append(_call(module, args[0], out) if alone else UNKNOWN)
+        calls[module].append(_call(module, args[0], out) if len(args) == 1 and not options else UNKNOWN)
 
     weighted = [m for m in model.modules() if _main_weight(m) is not None]
-    handles = [m.register_forward_hook(note, with_kwargs=True) for m in weighted]
     try:
-        with inference(model):
+        with hooked(model, weighted, on_output=note), inference(model):
             run(model, to_device(one_example(example_input), model))
     except Exception as error:
         raise TaskError(f"the model does not run on example_input: {type(error).__name__}: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 
-UNKNOWN = Call(0, (0, 0), (0, 0))
-
-
 def _call(module: nn.Module, x: Any, out: Any) -> Call:
+    """The sizes of a call."""
     if type(module) not in KINDS:
         return UNKNOWN
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -149,42 +178,52 @@ def _reason(module: nn.Module, calls: list[Call], owners: dict[int, list[str]]) 
         return PARAMETRISED
     if type(module) in COMPOSITES:
         return obstacle(module, calls, owners) or f"{type(module).__name__} holds several maps: unfold it first"
-    if isinstance(module, QuantizedMixin):
-        return f"its weight is stored in {module.precision} already"
     if type(module) not in KINDS:
-        base = next((c.__name__ for c in (*KINDS, *COMPOSITES) if isinstance(module, c)), None)
-        if base:
-            return f"a subclass of {base} may do something else with its weight"
-        return f"{type(module).__name__} cannot be factorised yet"
+        return _kind_reason(module)
     if any(c.maps == 0 for c in calls):
         return "called with more than its input, or with keywords, which the replacement does not take"
     table = _table_reason(module) if isinstance(module, nn.Embedding) else None
     return table or obstacle(module, calls, owners)
 
 
-PARAMETRISED = "its weight is parametrised (weight_norm, spectral_norm, ...): remove the parametrisation first"
+def _kind_reason(module: nn.Module) -> str:
+    """Why a module of a class that is not in KINDS must stay dense."""
+    if isinstance(module, QuantizedMixin):
+        return f"its weight is stored in {module.precision} already"
+    base = next((c.__name__ for c in (*KINDS, *COMPOSITES) if isinstance(module, c)), None)
+    if base:
+        return f"a subclass of {base} may do something else with its weight"
+    return f"{type(module).__name__} cannot be factorised yet"
 
 
 def obstacle(module: nn.Module, calls: list[Call], owners: dict[int, list[str]]) -> str | None:
-    """What forbids to replace a module, whatever its kind; None if nothing does."""
-    inside = list(module.modules())
-    if any(parametrize.is_parametrized(m) for m in inside):
-        return PARAMETRISED
-    for parameter in module.parameters():
-        if len(owners[id(parameter)]) > 1:
-            return f"its weight or bias is shared: {', '.join(owners[id(parameter)])}"
-    if any("forward" in vars(m) for m in inside):
-        return "its forward was replaced on the instance, which the replacement would lose"
-    if not calls:
-        return "not called as a module by the example input (unused, or its weight is read directly)"
-    strange = next((p for p in module.parameters() if not p.is_floating_point()), None)
-    if strange is not None:
-        return f"its weight is {strange.dtype}"
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside):
-        return "it carries hooks, which the replacement would lose"
-    if any(p.numel() == 0 for p in module.parameters()):
-        return "its weight is empty"
-    return None
+    """Why a module of any kind cannot be replaced by another one.
+
+    Args:
+        module: The module.
+        calls: Its calls by the example input.
+        owners: As `weight_owners` gives them.
+
+    Returns:
+        The reason, in words; None if it can be replaced.
+    """
+    inside, weights = list(module.modules()), list(module.parameters())
+    shared = next((owners[id(p)] for p in weights if len(owners[id(p)]) > 1), [])
+    other_types = [p.dtype for p in weights if not p.is_floating_point()]
+    reasons = {
+        PARAMETRISED: any(parametrize.is_parametrized(m) for m in inside),
+        f"its weight or bias is shared: {', '.join(shared)}": bool(shared),
+        "its forward was replaced on the instance, which the replacement would lose": any(
+            "forward" in vars(m) for m in inside
+        ),
+        "not called as a module by the example input (unused, or its weight is read directly)": not calls,
+        f"its weight is {other_types[0] if other_types else ''}": bool(other_types),
+        "it carries hooks, which the replacement would lose": any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside
+        ),
+        "its weight is empty": any(p.numel() == 0 for p in weights),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _table_reason(module: nn.Embedding) -> str | None:

@@ -1,11 +1,11 @@
-"""What every kind of layer is to a decomposition: a convolution over two axes, or a matrix.
+"""The kinds of layers, reduced to the two that decompositions know: 2-d convolutions and matrices.
 
-A family sees a weight (out, in // groups, height, width) or (out, in), and nothing of how many axes there are:
+A decomposition sees a weight as (out, in // groups, height, width) or (out, in):
 
 Conv1d              height 1, its axis is the width
-Conv3d              its depth is the height, its plane the width: what splits the axes splits depth from plane
-ConvTranspose       a convolution of the same axes over the input with zeros in between; kept input first
-Embedding           a Linear of one-hot vectors, (dim, vocabulary); kept input first
+Conv3d              its depth is the height, its plane the width: spatial decompositions split depth from plane
+ConvTranspose       a convolution with the same kernel over the input with zeros in between; stored input first
+Embedding           a Linear of one-hot vectors, (dim, vocabulary); stored input first
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRANSPOSED: dict[int, type[_ConvNd]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspo
 
 
 KINDS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS.values(), *TRANSPOSED.values(), nn.Linear, nn.Embedding)
-"""The modules that may be factorised, by number of axes where they have any."""
+"""The modules that may be factorised: exactly these classes, not their subclasses."""
 
 
 AXES: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -36,24 +36,41 @@ AXES: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
     2: ((0,), (1,)),
     3: ((0,), (1, 2)),
 }
-"""Number of a module's axes -> which of them are the height and which the width."""
+"""Number of a module's spatial axes -> (those that are the height, those that are the width)."""
 
 
 def pair(sizes: Sequence[int]) -> tuple[int, int]:
-    """Sizes along a module's axes as (height, width)."""
+    """Sizes along a module's spatial axes as (height, width).
+
+    Args:
+        sizes: One size per axis, 0 to 3 of them.
+    """
     height, width = (math.prod(sizes[i] for i in axes) for axes in AXES[len(sizes)])
     return height, width
 
 
 def extended(module: _ConvNd, axes: str) -> list[bool]:
-    """For each axis of a convolution, whether it belongs to these of "hw"."""
+    """Which spatial axes of a convolution make up its height, its width or both.
+
+    Args:
+        module: The convolution.
+        axes: "h", "w", "hw" or "".
+
+    Returns:
+        For each axis of the module, whether it is among them.
+    """
     height, width = AXES[len(module.kernel_size)]
     taken = (*height, *width) if axes == "hw" else {"h": height, "w": width, "": ()}[axes]
     return [i in taken for i in range(len(height + width))]
 
 
 def describe(module: nn.Module, name: str = "") -> Layer:
-    """A layer's kind and shapes: what can be said without running the model. For KINDS and what replaces them."""
+    """The kind and shapes of a layer, which are known without running the model.
+
+    Args:
+        module: A module of one of KINDS, or one that replaces such a module.
+        name: Its name in the model.
+    """
     weight: Tensor = module.weight  # type: ignore[assignment]
     kind, groups = "Embedding" if isinstance(module, nn.Embedding) else type(module).__name__, 1
     if isinstance(module, _ConvNd):
@@ -68,26 +85,48 @@ def describe(module: nn.Module, name: str = "") -> Layer:
 
 
 def as_matrix(layer: Layer, weight: Tensor) -> Tensor:
-    """A weight of the layer's own shape as one matrix for each group, (groups, out, in * height * width)."""
+    """A weight as one matrix per group.
+
+    Args:
+        layer: The layer.
+        weight: A tensor of the layer's own shape.
+
+    Returns:
+        (groups, out // groups, in // groups * height * width).
+    """
     if layer.input_first:
         weight = _swapped(weight, layer.groups)
     return weight.reshape(layer.groups, layer.out_channels, layer.patch)
 
 
 def in_own_shape(layer: Layer, weight: Tensor) -> Tensor:
-    """A weight as families see it, or as `matricise` gives it, in the layer's own shape."""
+    """The inverse of `as_matrix`.
+
+    Args:
+        layer: The layer.
+        weight: A tensor of the shape that `as_matrix` gives, or of `layer.shape`.
+
+    Returns:
+        The weight in the layer's own shape.
+    """
     if layer.input_first:
         weight = _swapped(weight.reshape(layer.shape[0], layer.in_channels, -1), layer.groups)
     return weight.reshape(layer.own_shape)
 
 
 def _swapped(weight: Tensor, groups: int) -> Tensor:
-    """(groups * a, b, ...) -> (groups * b, a, ...); its own inverse."""
+    """(groups * a, b, ...) -> (groups * b, a, ...). It is its own inverse."""
     return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def convolve(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """What a convolution does, with another weight of its own shape. module: whatever has its attributes."""
+    """Apply a convolution with another weight.
+
+    Args:
+        module: A convolution, or an object with the attributes of one (stride, padding, ...).
+        x: Its input.
+        weight: A weight of the convolution's own shape.
+    """
     axes = weight.ndim - 2
     if not module.transposed:
         return CONVOLUTIONS[axes]._conv_forward(module, x, weight, module.bias)

@@ -1,4 +1,4 @@
-"""Memory while a model runs, and on disk: counted, the same on every machine."""
+"""Memory of a model while it runs and on disk: counted, not measured, hence the same on every machine."""
 
 from __future__ import annotations
 
@@ -28,15 +28,20 @@ NAMES = {
     torch.bool: "BOOL",
     torch.complex64: "C64",
 }
-"""How a safetensors file calls what it holds."""
+"""Names of dtypes in safetensors files."""
 
 
 def peak_memory(model: nn.Module, example_input: Any) -> int:
-    """Bytes of all tensors that live at once, at most, in a forward pass of one example in eval mode.
+    """Peak bytes of all tensors that live at the same time in a forward pass of one example in eval mode.
 
-    Weights, buffers, the input, activations, and what is widened or built of weights on the way, by the sizes of
-    their storages; not what a kernel takes and gives back inside, nor torch itself. Attention takes its ordinary path.
-    (torch.distributed._tools.mem_tracker finds the same, but fails on weights that take no gradient.)
+    Weights, buffers, the input, activations and tensors built from weights on the way (dequantized or reconstructed
+    ones) count with the sizes of their storages; workspace inside kernels and torch itself do not. Attention takes
+    its ordinary path. torch.distributed._tools.mem_tracker gives the same numbers, but fails on weights that take no
+    gradient.
+
+    Args:
+        model: The model.
+        example_input: A tensor, or a tuple or dict of the forward's arguments; the first example is used.
     """
     x = map_tensors(to_device(one_example(example_input), model), lambda t: t.clone())  # with a storage of its own
     live = Live()
@@ -47,7 +52,12 @@ def peak_memory(model: nn.Module, example_input: Any) -> int:
 
 
 class Live(TorchDispatchMode):
-    """Adds up the storages that operations return, while they live."""
+    """Dispatch mode that adds up the sizes of living storages.
+
+    Attributes:
+        now: Bytes of all storages seen that live.
+        peak: The largest `now` so far.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,6 +65,11 @@ class Live(TorchDispatchMode):
         self.seen = WeakIdKeyDictionary()
 
     def see(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once, until it is freed.
+
+        Args:
+            tensor: The tensor.
+        """
         storage = tensor.untyped_storage()
         if storage in self.seen:
             return
@@ -73,23 +88,28 @@ class Live(TorchDispatchMode):
 
 
 class Entry(NamedTuple):
-    """What a file says of a tensor."""
+    """A tensor's entry in a safetensors file."""
 
     dtype: torch.dtype
     shape: Sequence[int]
 
     @property
     def bytes(self) -> int:
+        """Size of the tensor's data."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def file_size(model: nn.Module) -> int:
-    """Bytes of the model.safetensors that `save` writes."""
+    """Bytes of the model.safetensors that `decompositions.plan.save` would write.
+
+    Args:
+        model: The model.
+    """
     return size_of_file(*_saved(model))
 
 
 def _saved(model: nn.Module) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors in a model's file, and the names of those that are the same as another (its metadata)."""
+    """The tensors in a model's file, and its metadata: the names of those that share another's memory."""
     from safetensors.torch import _remove_duplicate_names
 
     state = model.state_dict()
@@ -98,7 +118,12 @@ def _saved(model: nn.Module) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def size_of_file(tensors: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> int:
-    """Bytes of a safetensors file: 8, a JSON header that is filled up to a multiple of 8, and the tensors."""
+    """Bytes of a safetensors file: 8 for a length, a JSON header padded to a multiple of 8, and the tensors.
+
+    Args:
+        tensors: Name -> entry.
+        metadata: The file's metadata.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, entry in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):

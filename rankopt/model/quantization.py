@@ -1,17 +1,17 @@
-"""Weights kept in int8, bfloat16 or float16, and widened to the layer's own dtype wherever they are used.
+"""Weight-only quantization: weights stored in int8, bfloat16 or float16, and dequantized wherever they are used.
 
-    int8:  w ≈ scale · q,  q in -127..127,  scale = max |w| / 127 in bfloat16, for each output of a factor
+    int8:  w ≈ scale · q,  q in -127..127,  scale = max |w| / 127 in bfloat16, one per output of a factor
 
-Only storage changes: activations, biases, norms and the arithmetic stay in the model's dtype, so MACs are those of
-the wide weights. A factor whose outputs have fewer than ROW weights each has one scale: more would take more bytes
-than they save error (ResNet-20 at 6 % of its bytes: predicted loss 0.251 with a scale for every output, 0.213 with
-ROW 64, 0.207 with 200 or one for each factor, which loses twice as much at 25 %). Counted as parameters are the
-weights, once; scales are buffers and count in bytes alone.
+Only storage changes: activations, biases, norms and the arithmetic stay in the model's dtype, so MACs do not change.
+Factors with fewer than ROW weights per output have a single scale, as further scales would take more bytes than their
+accuracy is worth (ResNet-20 at 6 % of its bytes: predicted loss 0.251 with one scale per output, 0.213 with ROW 64,
+0.207 with ROW 200 or one scale per factor; the last loses twice as much at 25 %). Weights count once as parameters;
+scales are buffers, which count as bytes only.
 
-Widening takes time at every call, most where few positions share the weight. Faster kernels do not serve (one thread
-of a CPU with AMX, torch 2.13): torch's _weight_int8pack_mm takes 0.3 to 1.5 times the float32 layer's time at batch 1
-with bfloat16 inputs, but up to 89 times with float32 ones; dynamic quantisation rounds the activations too; torchao
-0.18 is weight-only for Linear alone, no faster than this, and its tensors cannot be saved with safetensors.
+Dequantizing takes time at every call, relatively most if a weight is applied at few positions. Faster kernels do not
+help (one thread of a CPU with AMX, torch 2.13): torch's _weight_int8pack_mm takes 0.3 to 1.5 times the float32 layer's
+time at batch 1 with bfloat16 inputs, but up to 89 times with float32 ones; dynamic quantization rounds the activations,
+too; torchao 0.18 quantizes weights of Linears only, is no faster, and its tensors cannot be saved with safetensors.
 """
 
 from __future__ import annotations
@@ -34,28 +34,40 @@ DTYPES = {INT8: torch.int8, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}
 
 
 SCALE = torch.bfloat16
+"""The dtype of scales."""
 
 
 LARGEST = 127
+"""The largest int8 value that is used; -128 is not, so that the range is symmetric."""
 
 
 ROW = 128
+"""The least number of weights per output with which each output has its own scale."""
 
 
 Encoded = tuple[Tensor, ...]
-"""A factor as it is stored, in the shape in which families see it: (values,), of int8 (values, scales)."""
+"""A factor as it is stored, in the shape that decompositions use: (values,), or for int8 (values, scales)."""
 
 
 # --- numbers -----------------------------------------------------------------------------------------
 
 
 def scales(shape: Sequence[int]) -> int:
-    """How many scales an int8 factor of this shape, outputs first, has."""
+    """The number of scales of an int8 factor.
+
+    Args:
+        shape: The factor's shape, outputs first.
+    """
     return shape[0] if math.prod(shape[1:]) >= ROW else 1
 
 
 def encode(factor: Tensor, precision: str) -> Encoded:
-    """Round a factor, outputs first, to nearest: no weight moves by more than half its scale."""
+    """Round a factor to nearest, so that no weight changes by more than half its scale.
+
+    Args:
+        factor: The factor, outputs first.
+        precision: INT8, BFLOAT16 or FLOAT16.
+    """
     if precision != INT8:
         return (factor.detach().to(DTYPES[precision]),)
     rows = factor.detach().reshape(len(factor), -1)
@@ -67,20 +79,36 @@ def encode(factor: Tensor, precision: str) -> Encoded:
 
 
 def to_grid(rows: Tensor, scale: Tensor) -> Tensor:
-    """int8 values of rows (..., outputs, n) at the scales (outputs,) or (1,)."""
+    """Round rows to int8 values.
+
+    Args:
+        rows: (..., outputs, n).
+        scale: (outputs,) or (1,).
+    """
     return (rows / scale.to(rows.dtype).unsqueeze(-1)).round().clamp(-LARGEST, LARGEST).to(torch.int8)
 
 
 def decode(encoded: Encoded, dtype: torch.dtype) -> Tensor:
-    """The factor as it is used."""
+    """The inverse of `encode`, up to rounding.
+
+    Args:
+        encoded: A stored factor.
+        dtype: The dtype of the result.
+    """
     values, *scale = encoded
     return dequantize(values, scale[0].view(-1, *[1] * (values.ndim - 1)) if scale else None, dtype)
 
 
 def dequantize(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """values in dtype, times the scale if there is one: (values.ndim dims), or one more dimension, groups, in front.
+    """Convert stored values to a dtype and multiply them by their scales.
 
-    The product of 7 bits and a scale's 8 is exact in float32.
+    The product of a value's 7 bits and a scale's 8 is exact in float32.
+
+    Args:
+        values: The stored values.
+        scale: None, or a tensor that broadcasts with the values; it may have one more dimension in front, of groups,
+            which split the values' first dimension.
+        dtype: The dtype of the result.
     """
     if scale is None:
         return values.to(dtype)
@@ -90,7 +118,14 @@ def dequantize(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
 
 
 def cost_at(layer: Layer, shapes: Sequence[Sequence[int]], cost: Cost, precision: str) -> Cost:
-    """The cost of a layer whose factors of these shapes are stored in another precision; its bias stays."""
+    """The cost of a layer if its factors are stored in another precision. Its bias stays as it is.
+
+    Args:
+        layer: The layer.
+        shapes: The shapes of its factors, outputs first.
+        cost: The cost with factors in the model's dtype.
+        precision: INT8, BFLOAT16 or FLOAT16.
+    """
     weights = sum(map(math.prod, shapes))
     stored = weights * DTYPES[precision].itemsize
     if precision == INT8:
@@ -102,11 +137,18 @@ def cost_at(layer: Layer, shapes: Sequence[Sequence[int]], cost: Cost, precision
 
 
 class QuantizedMixin(nn.Module):
-    """A module whose weights are stored in another precision. Reads of .weight (or of a core) get it widened.
+    """A module whose weights are stored in another precision; reading `.weight` (or a core) dequantizes it.
 
-    The parameter NAME is gone; there are NAME_int8 (or NAME_bfloat16, ...), which takes no gradient, and for int8 a
-    buffer NAME_scale. The class is made for its base: `store` changes a module's class in place, as torch's
-    parametrize does, so whatever else the module is and has stays.
+    In place of a parameter NAME there is NAME_int8 (or NAME_bfloat16, NAME_float16), which takes no gradient, and for
+    int8 a buffer NAME_scale. There is a class for each base: `quantize_` changes a module's class in place, as torch's
+    parametrize does, so that everything else about the module stays.
+
+    Attributes:
+        base: The class before.
+        names: The names of the weights that are stored so.
+        precision: INT8, BFLOAT16 or FLOAT16.
+        wide: The dtype in which the weights are used.
+        trainable: Whether the weights took gradients before.
     """
 
     base: ClassVar[type[nn.Module]]
@@ -116,12 +158,16 @@ class QuantizedMixin(nn.Module):
     trainable: bool
 
     def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """The values and, of int8, the scale of a weight."""
+        """The stored values of a weight and, for int8, its scales.
+
+        Args:
+            name: The weight's name.
+        """
         return self._parameters[f"{name}_{self.precision}"], self._buffers.get(f"{name}_scale")  # type: ignore[return-value]
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedMixin:
         super()._apply(fn, recurse)
-        self.wide = fn(torch.empty(0, dtype=self.wide)).dtype  # .to(dtype) and the like
+        self.wide = fn(torch.empty(0, dtype=self.wide)).dtype  # .to(dtype), .half() etc. change it, too
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -129,7 +175,7 @@ class QuantizedMixin(nn.Module):
 
 
 class QuantizedEmbedding(QuantizedMixin):
-    """Widens the rows that are read, not the whole table."""
+    """A QuantizedMixin that dequantizes only the rows that are read, not the whole table."""
 
     def forward(self, x: Tensor) -> Tensor:
         values, scale = self.stored("weight")
@@ -138,11 +184,13 @@ class QuantizedEmbedding(QuantizedMixin):
 
 
 def _dequantized(name: str, module: QuantizedMixin) -> Tensor:
+    """Getter of the property that takes a weight's name."""
     return dequantize(*module.stored(name), module.wide)
 
 
 @cache
 def _quantized_class(base: type[nn.Module], names: tuple[str, ...], precision: str) -> type[QuantizedMixin]:
+    """The class of modules of `base` whose weights of these names are stored in a precision."""
     mixin = QuantizedEmbedding if issubclass(base, nn.Embedding) else QuantizedMixin
     members: dict[str, Any] = {name: property(partial(_dequantized, name)) for name in names}
     members |= {"base": base, "names": names, "precision": precision, "__module__": __name__}
@@ -150,14 +198,21 @@ def _quantized_class(base: type[nn.Module], names: tuple[str, ...], precision: s
 
 
 def _empty(base: type[nn.Module], names: tuple[str, ...], precision: str) -> QuantizedMixin:
+    """An object without state, for unpickling: classes made at run time cannot be found by name."""
     made = _quantized_class(base, names, precision)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
 def quantize_(module: nn.Module, precision: str, encoded: Sequence[Tensor] = ()) -> nn.Module:
-    """Keep the weights of a layer, or of what replaced it, in a precision, in place; biases stay as they are.
+    """Store the weights of a layer, or of the module that replaced it, in a precision, in place. Biases stay.
 
-    encoded: what the factors are, in order, one after the other; without it they are rounded to nearest.
+    Args:
+        module: The module.
+        precision: One of PRECISIONS; with SAME, weights are dequantized.
+        encoded: The stored factors' tensors, one factor after the other. Without it, weights are rounded to nearest.
+
+    Returns:
+        The module.
     """
     dequantize_all(module)
     rest = list(encoded)
@@ -174,21 +229,22 @@ def quantize_(module: nn.Module, precision: str, encoded: Sequence[Tensor] = ())
 
 
 def _own(part: nn.Module) -> Layer | None:
-    """What the part is to families, if they see its weight otherwise than it is kept."""
+    """The layer that a part is, if decompositions see its weight in another shape than it is kept in."""
     return describe(part) if isinstance(part, (_ConvNd, nn.Embedding)) else None
 
 
 def _as_seen(part: nn.Module, weight: Tensor) -> Tensor:
-    """A part's weight, outputs first."""
+    """A part's weight in the shape that decompositions use, outputs first."""
     layer = _own(part)
     return weight if layer is None else as_matrix(layer, weight).flatten(0, 1)
 
 
 def _quantize_one(part: nn.Module, names: tuple[str, ...], precision: str, factors: Sequence[Encoded]) -> None:
+    """Replace the weights of one module by stored factors, and its class."""
     layer, wide = _own(part), part.get_parameter(names[0])
-    for name, (values, *scale) in zip(names, factors, strict=True):
+    for name, (seen, *scale) in zip(names, factors, strict=True):
         device = part.get_parameter(name).device
-        values = values if layer is None else in_own_shape(layer, values)
+        values = seen if layer is None else in_own_shape(layer, seen)
         delattr(part, name)
         part.register_parameter(
             f"{name}_{precision}", nn.Parameter(values.to(device, copy=True).contiguous(), requires_grad=False)
@@ -201,7 +257,7 @@ def _quantize_one(part: nn.Module, names: tuple[str, ...], precision: str, facto
 
 
 def _beside(layer: Layer | None, scale: Tensor, ndim: int) -> Tensor:
-    """Scales (outputs,) or (1,) in a shape that `widen` takes for a weight of so many dimensions."""
+    """Scales, (outputs,) or (1,), in a shape that `dequantize` takes for a weight of `ndim` dimensions."""
     if len(scale) == 1 or layer is None or not layer.input_first:
         return scale.view(-1, *[1] * (ndim - 1))
     shape = (1, -1, *[1] * (ndim - 2))
@@ -209,7 +265,14 @@ def _beside(layer: Layer | None, scale: Tensor, ndim: int) -> Tensor:
 
 
 def dequantize_all(module: nn.Module) -> dict[str, str]:
-    """Back to weights in the dtype that they are used in, in place; returns the names of parts, and what they had."""
+    """Turn all stored weights back into ordinary parameters, in place.
+
+    Args:
+        module: A model or a part of one.
+
+    Returns:
+        Name of each module that was quantized -> its precision, for `requantize_all`.
+    """
     stored = {name: m for name, m in module.named_modules() if isinstance(m, QuantizedMixin)}
     kept = {name: part.precision for name, part in stored.items()}
     for part in stored.values():
@@ -225,14 +288,23 @@ def dequantize_all(module: nn.Module) -> dict[str, str]:
 
 
 def requantize_all(module: nn.Module, kept: Mapping[str, str]) -> None:
-    """The opposite of `widen_all`, in place: parts of these names rounded to nearest again."""
+    """Undo `dequantize_all`, in place: weights are rounded to nearest.
+
+    Args:
+        module: The module that was dequantized.
+        kept: What `dequantize_all` returned.
+    """
     for name, precision in kept.items():
         quantize_(module.get_submodule(name), precision)
 
 
 @contextmanager
 def dequantized(model: nn.Module) -> Iterator[None]:
-    """Around what trains: weights are wide and take gradients, and are rounded to nearest again at the end."""
+    """Context for training: weights are dequantized and take gradients; at the end they are rounded again.
+
+    Args:
+        model: The model.
+    """
     kept = dequantize_all(model)
     try:
         yield

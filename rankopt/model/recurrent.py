@@ -1,4 +1,4 @@
-"""nn.LSTM, nn.GRU and nn.RNN as ordinary Linear modules and a loop over time: the same function, its maps in sight."""
+"""nn.LSTM, nn.GRU and nn.RNN, rebuilt from ordinary Linears and a loop over time: the same function."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from rankopt.model.attention import linear
 
 
 class Recurrent(nn.Module):
-    """The recurrent network it is made from: same arguments, same outputs, each weight the Linear of a submodule.
+    """A recurrent network with the same arguments and outputs as the torch module, in which each weight is a Linear.
 
-    `ih_l0` maps the inputs of layer 0, all time steps at once; `hh_l0` its state, one step at a time; `hr_l0`
-    projects its output (proj_size). `_reverse` is the other direction. Reads of weight_ih_l0, bias_hh_l0, ... get
-    the dense tensors, rebuilt where a map was factorised.
+    `ih_l0` maps the inputs of layer 0, for all time steps at once; `hh_l0` maps its state, one step at a time; `hr_l0`
+    projects its output (proj_size). The other direction's names end in `_reverse`. The attributes weight_ih_l0,
+    bias_hh_l0, ... are the dense tensors, rebuilt if a map is factorised.
+
+    Args:
+        module: The nn.LSTM, nn.GRU or nn.RNN that it replaces.
     """
 
     def __init__(self, module: nn.RNNBase) -> None:
@@ -36,13 +39,18 @@ class Recurrent(nn.Module):
         return super().__getattr__(name)
 
     def flatten_parameters(self) -> None:
-        """Nothing to do; models call it."""
+        """Does nothing: models call it for torch's modules."""
 
     def extra_repr(self) -> str:
         return f"{self.mode}, {self.input_size}, {self.hidden_size}"
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:  # noqa: A002
-        """As nn.LSTM: input (batch, time, features), its other layouts or a PackedSequence; hx the states or None."""
+        """As nn.LSTM, nn.GRU or nn.RNN.
+
+        Args:
+            input: (time, batch, features), (batch, time, features), (time, features) or a PackedSequence.
+            hx: The states at the start; None for zeros.
+        """
         if isinstance(input, PackedSequence):
             x, sizes = input.data, input.batch_sizes.tolist()
             h, c = self._initial(hx, sizes[0], x)
@@ -66,7 +74,7 @@ class Recurrent(nn.Module):
         return y.transpose(0, 1) if swapped else y, self._state(h, c)
 
     def _initial(self, hx: Any, batch: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The states h and c, (layers * directions, batch, size) each; zeros where none are given."""
+        """The states h and c at the start, (layers * directions, batch, size) each; zeros if none are given."""
         rows = self.num_layers * (2 if self.bidirectional else 1)
         zeros = tuple(x.new_zeros(rows, batch, n) for n in (self.proj_size or self.hidden_size, self.hidden_size))
         h, c = zeros if hx is None else hx if self.mode == "LSTM" else (hx, zeros[1])
@@ -79,7 +87,7 @@ class Recurrent(nn.Module):
         return (h, c) if self.mode == "LSTM" else h
 
     def _layers(self, x: Tensor, sizes: list[int], h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (steps' rows one below the other, features), sizes[t] rows at step t, never growing."""
+        """All layers on x: (rows, features), of which sizes[t] rows, never more than before, belong to step t."""
         states: list[tuple[Tensor, Tensor]] = []
         for layer in range(self.num_layers):
             outputs = []
@@ -96,7 +104,7 @@ class Recurrent(nn.Module):
     def _direction(
         self, suffix: str, x: Tensor, sizes: list[int], h: Tensor, c: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One layer in one direction. Rows beyond sizes[t] have ended, or not begun in reverse: their state stays."""
+        """One layer in one direction. Rows beyond sizes[t] have ended (in reverse: not begun) and keep their state."""
         step = {"LSTM": _lstm, "GRU": _gru, "RNN_TANH": _rnn_tanh, "RNN_RELU": _rnn_relu}[self.mode]
         hidden, project = getattr(self, f"hh_{suffix}"), getattr(self, f"hr_{suffix}", None)
         inputs = getattr(self, f"ih_{suffix}")(x).split(sizes)
@@ -110,18 +118,19 @@ class Recurrent(nn.Module):
         return torch.cat(outputs), (h, c)
 
 
-# One step: the maps of the input and of the state (n, gates * size), the states (n, size) -> the new states.
+# One step: the maps of the input and of the state, (n, gates * size) each, and the states h and c, (n, size) each ->
+# the new states.
 
 
 def _lstm(x: Tensor, y: Tensor, _: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """i, f, g, o = x + y;  c' = σ(f) c + σ(i) tanh(g);  h' = σ(o) tanh(c') (Hochreiter 1997, as torch has it)."""
+    """i, f, g, o = x + y;  c' = σ(f) c + σ(i) tanh(g);  h' = σ(o) tanh(c') (Hochreiter 1997, as in torch)."""
     i, f, g, o = (x + y).chunk(4, 1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
 def _gru(x: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """r, z = σ(x + y);  n = tanh(x + r y);  h' = (1 − z) n + z h (Cho 2014, as torch has it)."""
+    """r, z = σ(x + y);  n = tanh(x + r y);  h' = (1 − z) n + z h (Cho 2014, as in torch)."""
     (xr, xz, xn), (yr, yz, yn) = x.chunk(3, 1), y.chunk(3, 1)
     n = (xn + (xr + yr).sigmoid() * yn).tanh()
     return n + (xz + yz).sigmoid() * (h - n), c
@@ -136,11 +145,20 @@ def _rnn_relu(x: Tensor, y: Tensor, _: Tensor, c: Tensor) -> tuple[Tensor, Tenso
 
 
 def directions(module: Any, layer: int) -> list[str]:
-    """What torch calls the directions of a layer: l0, and l0_reverse where there are two."""
+    """torch's suffixes for the directions of a layer: l0, and l0_reverse if there are two.
+
+    Args:
+        module: A recurrent network.
+        layer: The layer's number.
+    """
     return [f"l{layer}", f"l{layer}_reverse"] if module.bidirectional else [f"l{layer}"]
 
 
 def part_names(module: nn.RNNBase) -> list[str]:
-    """ih_l0, hh_l0, ... in torch's order."""
+    """The names of the Linears of a recurrent network, in torch's order: ih_l0, hh_l0, ...
+
+    Args:
+        module: The torch module.
+    """
     kinds = ("ih", "hh", "hr") if module.proj_size else ("ih", "hh")
     return [f"{k}_{d}" for layer in range(module.num_layers) for d in directions(module, layer) for k in kinds]

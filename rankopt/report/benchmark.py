@@ -1,4 +1,4 @@
-"""A benchmark of strategies as Markdown, CSV and a picture."""
+"""A benchmark of strategies as Markdown, a CSV file and a picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rankopt.core.files import write_beside
 from rankopt.core.records import METRICS
 from rankopt.core.statistics import difference
 from rankopt.report import pictures
-from rankopt.search.benchmark import Cell, curve, ranks
+from rankopt.search.benchmark import Benchmark, Cell, ScoreRow, curve, ranks
 from rankopt.search.summary import percent, render, with_interval
 
 MARKDOWN, CSV, PNG = "benchmark.md", "benchmark.csv", "benchmark.png"
@@ -28,13 +28,20 @@ TIMES = ("evaluation_seconds", "repeated", "copied_from", "error", "plan")
 
 
 HEAD = ("strategy", "mean rank", "evaluations", "seconds before", "proposing", "evaluating")
+"""Columns of the table over all budgets."""
 
 
 PROBLEM_HEAD = ("strategy", "objective, median", "least to most", "score of the best")
+"""Columns of the table of one budget."""
 
 
-def write(folder: Path, data: dict[str, Any]) -> None:
-    """Write benchmark.md, benchmark.csv (one row a trial) and benchmark.png."""
+def write(folder: Path, data: Benchmark) -> None:
+    """Write benchmark.md, benchmark.csv (one row a trial) and benchmark.png.
+
+    Args:
+        folder: Where to write them.
+        data: The content of benchmark.json.
+    """
     write_beside(folder / MARKDOWN, lambda p: p.write_text(markdown(data), encoding="utf-8"))
     write_beside(folder / CSV, lambda p: _write_csv(p, data))
     budgets, strategies = len(data["settings"]["budgets"]), len(data["settings"]["strategies"])
@@ -42,7 +49,7 @@ def write(folder: Path, data: dict[str, Any]) -> None:
     write_beside(folder / PNG, lambda p: pictures.png(p, _paint, data, size))
 
 
-def _write_csv(path: Path, data: dict[str, Any]) -> None:
+def _write_csv(path: Path, data: Benchmark) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow((*COLUMNS, *TIMES))
@@ -58,8 +65,15 @@ def _write_csv(path: Path, data: dict[str, Any]) -> None:
 # --- tables --------------------------------------------------------------------------------------------
 
 
-def overall(data: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of HEAD, best mean rank first; evaluations and seconds are the mean of one run."""
+def overall(data: Benchmark) -> list[tuple[str, ...]]:
+    """The table over all budgets.
+
+    Args:
+        data: The content of benchmark.json.
+
+    Returns:
+        Rows under HEAD, best mean rank first; evaluations and seconds are means of one run.
+    """
     found = ranks(data)
     rows = []
     for name in data["settings"]["strategies"]:
@@ -71,36 +85,48 @@ def overall(data: dict[str, Any]) -> list[tuple[str, ...]]:
     return [row for _, row in sorted(rows, key=lambda x: x[0])]
 
 
-def problem_rows(data: dict[str, Any], budget: str) -> list[tuple[str, ...]]:
-    """Rows of PROBLEM_HEAD of one budget, least median objective first."""
+def problem_rows(data: Benchmark, budget: str) -> list[tuple[str, ...]]:
+    """The table of one budget.
+
+    Args:
+        data: The content of benchmark.json.
+        budget: One of its budgets.
+
+    Returns:
+        Rows under PROBLEM_HEAD, least median objective first.
+    """
     scores = {s["strategy"]: s for s in data["scores"] if s["budget"] == budget}
-    top = max((s["score"] for s in scores.values() if s["score"] is not None), default=None)
-    rows = []
+    top = max((score for s in scores.values() if (score := s["score"]) is not None), default=None)
+    rows: list[tuple[float, str, str, str]] = []
     for name in data["settings"]["strategies"]:
         last = _ends(data, budget, name)
-        score = _score_text(scores[name], top) if name in scores else "–"
+        shown = _score_text(scores[name], top) if name in scores else "–"
         spread = f"{min(last):.4g} to {max(last):.4g}" if last else "–"
-        rows.append((median(last) if last else math.inf, name, spread, score))
-    return [(name, f"{m:.4g}", spread, score) for m, name, spread, score in sorted(rows)]
+        rows.append((median(last) if last else math.inf, name, spread, shown))
+    return [(name, f"{m:.4g}", spread, shown) for m, name, spread, shown in sorted(rows)]
 
 
-def _ends(data: dict[str, Any], budget: str, name: str) -> list[float]:
+def _ends(data: Benchmark, budget: str, name: str) -> list[float]:
     cells = [c for c in data["cells"] if (c["budget"], c["strategy"]) == (budget, name)]
     return [curve(c, data["settings"]["trials"])[-1] for c in cells]
 
 
-def _score_text(row: dict[str, Any], top: float | None) -> str:
-    """The score with its interval; = marks what differs from the best by no more than the noise."""
+def _score_text(row: ScoreRow, top: float | None) -> str:
+    """The score with its interval; "=" marks scores that differ from the best by no more than the noise."""
     if row["score"] is None or row["interval"] is None:
         return percent(row["score"])
     gap = difference(top, row["score"], row.get("examples"))
     return with_interval(row["score"], row["interval"]) + (" =" if gap and gap[0] <= 0 else "")
 
 
-def notes(data: dict[str, Any]) -> list[str]:
-    """What a reader must know of the tables."""
+def notes(data: Benchmark) -> list[str]:
+    """Sentences that explain the tables, and the failed runs.
+
+    Args:
+        data: The content of benchmark.json.
+    """
     s, cells = data["settings"], data["cells"]
-    part = (data.get("dense") or {}).get("part")
+    dense = data.get("dense")
     copied = sorted({c["strategy"] for c in cells if c["copied_from"] is not None})
     failed = [f"{c['budget']} {c['strategy']} seed {c['seed']}: {c['error']}" for c in cells if c["error"]]
     fewer = sorted({c["strategy"] for c in cells if 1 < len(c["trials"]) < s["trials"]})
@@ -109,11 +135,11 @@ def notes(data: dict[str, Any]) -> list[str]:
         "Less is better: the objective, and the rank of the best objective among the strategies.",
         "A plan is measured once, whoever proposes it, and counts for each with its seconds.",
     ]
-    if part:
-        dense = with_interval(data["dense"]["score"], data["dense"]["interval"])
+    if dense:
+        score = with_interval(dense["score"], dense["interval"])
         found.append(
-            f"Score: {part}, of the best plan over all seeds, with its 95 % interval; = differs from the best score by "
-            f"no more than the noise. Dense: {dense}."
+            f"Score: {dense['part']}, of the best plan over all seeds, with its 95 % interval; = differs from the best "
+            f"score by no more than the noise. Dense: {score}."
         )
     if copied:
         found.append(
@@ -124,8 +150,12 @@ def notes(data: dict[str, Any]) -> list[str]:
     return [*found, *(f"FAILED {text}" for text in failed)]
 
 
-def text(data: dict[str, Any]) -> str:
-    """The benchmark for the terminal, at most 100 columns wide."""
+def text(data: Benchmark) -> str:
+    """The benchmark as text for the terminal, at most 100 columns wide.
+
+    Args:
+        data: The content of benchmark.json.
+    """
     tables = [_table(f"{data['settings']['task'] or 'model'}: strategies, mean of a run", HEAD, overall(data))]
     tables += [_table(b, PROBLEM_HEAD, problem_rows(data, b)) for b in data["settings"]["budgets"]]
     return render(*tables, *notes(data))
@@ -140,7 +170,12 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Ta
     return table
 
 
-def markdown(data: dict[str, Any]) -> str:
+def markdown(data: Benchmark) -> str:
+    """The benchmark as a Markdown page.
+
+    Args:
+        data: The content of benchmark.json.
+    """
     parts = [f"# Strategies on {data['settings']['task'] or 'a model'}", _markdown_table(HEAD, overall(data))]
     parts += [f"![best objective so far]({PNG})", *notes(data)]
     for budget in data["settings"]["budgets"]:
@@ -156,8 +191,8 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # --- the picture ---------------------------------------------------------------------------------------
 
 
-def _paint(figure: Any, data: dict[str, Any]) -> None:
-    """A panel a budget: the best objective so far against evaluations, median over seeds, least to most shaded."""
+def _paint(figure: Any, data: Benchmark) -> None:
+    """Draw the best objective so far over the evaluations: a panel a budget, median over seeds, range shaded."""
     settings = data["settings"]
     axes = figure.subplots(len(settings["budgets"]), 1, sharex=True, squeeze=False)[:, 0]
     for ax, budget in zip(axes, settings["budgets"], strict=True):
@@ -171,8 +206,9 @@ def _paint(figure: Any, data: dict[str, Any]) -> None:
     figure.legend(handles, labels, loc="outside right upper")
 
 
-def _panel(ax: Any, data: dict[str, Any], budget: str) -> None:
-    settings, seen = data["settings"], []
+def _panel(ax: Any, data: Benchmark, budget: str) -> None:
+    settings = data["settings"]
+    seen: list[float] = []
     for i, name in enumerate(settings["strategies"]):
         curves = [curve(c, settings["trials"]) for c in data["cells"] if (c["budget"], c["strategy"]) == (budget, name)]
         if not curves:
@@ -182,7 +218,7 @@ def _panel(ax: Any, data: dict[str, Any], budget: str) -> None:
         one_shot = all(len(c["trials"]) == 1 for c in data["cells"] if c["strategy"] == name)
         colour = pictures.COLOURS[i % len(pictures.COLOURS)]
         style = ":" if one_shot else "-" if i < len(pictures.COLOURS) else "--"
-        label, z = name + (" (one plan)" * one_shot), 3 if one_shot else 2  # dots can be seen on a line
+        label, z = name + (" (one plan)" * one_shot), 3 if one_shot else 2  # a dotted line is visible above a solid one
         ax.step(x, middle, where="post", color=colour, lw=1.8, ls=style, label=label, zorder=z)
         ax.fill_between(
             x, [min(v) for v in columns], [max(v) for v in columns], step="post", color=colour, alpha=0.15, lw=0
@@ -192,8 +228,12 @@ def _panel(ax: Any, data: dict[str, Any], budget: str) -> None:
 
 
 def cell_line(cell: Cell) -> str:
-    """A finished run in one line."""
-    values = [t["objective"] for t in cell["trials"] if t["objective"] is not None]
+    """A finished run in one line.
+
+    Args:
+        cell: The run.
+    """
+    values = [objective for t in cell["trials"] if (objective := t["objective"]) is not None]
     best = f"best objective {min(values):.5g}" if values else "nothing finished"
     seconds = sum(cell["seconds"].values())
     tail = f", failed: {cell['error']}" if cell["error"] else ""

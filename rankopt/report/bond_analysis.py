@@ -1,4 +1,7 @@
-"""The bonds of a whole compressed model: of a run folder, or of a task and a search space."""
+"""The bonds of a whole compressed model, from a run folder or from a task and a search space.
+
+A bond is where two factors of a layer meet; `rankopt.report.bond_spectra` defines it.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,26 @@ from rankopt.model.inventory import inventory
 from rankopt.report.bond_channels import Channel, Watch, as_images, channel_shares, find_channels, first_channels
 from rankopt.report.bond_spectra import BondSpectrum, spectra
 
-EXAMPLES = 512  # calibration examples that statistics and pictures are taken from
+EXAMPLES = 512
+"""Calibration examples that statistics and pictures are taken from."""
 
 
 LayerStatistics = Mapping[str, tuple[Tensor | None, Tensor | None]]
+"""By layer, the input moment S and the output metric H of `rankopt.candidates.calibration`."""
 
 
 @dataclass
 class LayerBonds:
-    """What there is to say about one layer. note: why it has no bond, or no picture."""
+    """The bonds of one layer.
+
+    Attributes:
+        name: Name of the layer.
+        method: Its decomposition, or "dense".
+        rank: Its rank.
+        spectra: One spectrum for each bond.
+        channels: The strongest channels of the first bond, with the images that they respond to.
+        note: Why it has no bond, or no pictures of channels.
+    """
 
     name: str
     method: str
@@ -41,7 +55,16 @@ class LayerBonds:
 
 
 def bonds_of_run(folder: Path, task: Task, progress: Progress = silent) -> list[LayerBonds]:
-    """The layers of a run's model. Raises PlanError if the folder holds none, or another task's."""
+    """Analyse the layers of a run's model.
+
+    Args:
+        folder: The run folder.
+        task: The task that was compressed.
+        progress: Shows the calibration.
+
+    Raises:
+        PlanError: If the folder holds no model, or that of another task.
+    """
     plan, _ = read_plan(folder)
     small = load(task.model, folder)
     replaced = {c.name: (c.method, c.rank) for c in plan.choices if c.method != DENSE}
@@ -55,7 +78,14 @@ def bonds_of_run(folder: Path, task: Task, progress: Progress = silent) -> list[
 def bonds_of_space(
     task: Task, space: SearchSpace, cache: str | Path | None = None, progress: Progress = silent
 ) -> list[LayerBonds]:
-    """Each layer as the most accurate candidate that a search space has for it."""
+    """Analyse each layer as the most accurate candidate of a search space.
+
+    Args:
+        task: The task.
+        space: The search space.
+        cache: Folder of the cache of fits; None for the default one.
+        progress: Shows calibration and fitting.
+    """
     prepared = prepare(task, space, cache, progress)
     menus = {x: [c for c in prepared.candidates[x.name] if c.precision == SAME] for x in prepared.free}
     chosen = {x: min(menu, key=lambda c: c.error) for x, menu in menus.items() if menu}
@@ -73,9 +103,18 @@ def inspect_bonds(
     statistics: LayerStatistics,
     batches: Sequence[Any],
 ) -> list[LayerBonds]:
-    """Spectra and pictures of every factorised layer of a compressed model; what has none says why.
+    """Analyse every layer of a compressed model.
 
-    layers: all of the inventory. replaced: name -> (method, rank) of those that are factorised.
+    Args:
+        dense: The dense model, its composite modules expanded.
+        small: The compressed model.
+        layers: All layers of the inventory.
+        replaced: Name -> (method, rank) of the factorised layers.
+        statistics: Input moment and output metric of these layers.
+        batches: Calibration batches; pictures need images.
+
+    Returns:
+        One row for each layer, in their order; one without spectra says why in its note.
     """
     found: list[LayerBonds] = []
     watches: dict[str, Watch] = {}

@@ -1,4 +1,4 @@
-"""What the channels of a layer's first bond answer to: the images, and where in them."""
+"""What the channels of a layer's first bond respond to: which images, and where in them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,31 @@ from torch import Tensor, nn
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import Bond, Factors
-from rankopt.model.forward import inference, run, to_device
+from rankopt.model.forward import hooked, inference, run, to_device
 from rankopt.report.bond_spectra import inner_moment
 
-CHANNELS, IMAGES = 4, 4  # the strongest channels, and so many images with their highest and with their lowest responses
+CHANNELS = 4
+"""Channels shown for each layer, the strongest ones."""
 
 
-ENERGY = 0.8  # of the gradient, within an image's box
+IMAGES = 4
+"""Images shown for each channel with its highest responses, and with its lowest."""
+
+
+ENERGY = 0.8
+"""Share of the response's gradient that lies within an image's box, along either axis."""
 
 
 @dataclass(frozen=True)
 class Channel:
-    """A channel of a layer's first bond. share: energy of the output that comes through it alone, over the whole's.
+    """A channel of a layer's first bond.
 
-    images: (n, c, h, w) in [0, 1]: those with the highest responses, and then those with the lowest, IMAGES each.
-    boxes: for each (top, bottom, left, right), inclusive, where most of the response's gradient lies. responses: (n,).
+    Attributes:
+        number: Its index in the bond.
+        share: Energy of the output that comes through this channel alone, over that of the whole output.
+        images: (n, c, h, w) in [0, 1]: those with the highest responses, then those with the lowest, IMAGES of each.
+        boxes: For each image (top, bottom, left, right), inclusive, where most of the response's gradient lies.
+        responses: The response to each image.
     """
 
     number: int
@@ -37,22 +47,45 @@ class Channel:
 
 
 def as_images(batches: Sequence[Any]) -> Tensor | None:
-    """All inputs as one batch of images (n, 1 or 3, h, w), if that is what they are."""
+    """All inputs as one batch of images.
+
+    Args:
+        batches: Batches of inputs.
+
+    Returns:
+        (n, c, h, w) with 1 or 3 channels; None if the inputs are not images of one size.
+    """
     if not all(isinstance(b, Tensor) and b.ndim == 4 and b.shape[1] in (1, 3) for b in batches):
         return None
     return torch.cat([b.cpu() for b in batches]) if len({b.shape[1:] for b in batches}) == 1 else None
 
 
 def first_channels(layer: Layer, method: str, rank: Rank) -> bool:
-    """Whether a layer starts with a 1 x 1 convolution, whose output channels are its first bond."""
+    """Whether a layer starts with a 1 x 1 convolution, whose output channels are its first bond.
+
+    Args:
+        layer: The layer.
+        method: Its decomposition.
+        rank: Its rank.
+    """
     stages = DECOMPOSITIONS[method].stages(layer, rank)
     return layer.kind.endswith("2d") and len(stages) > 1 and stages[0].kernel == (1, 1)
 
 
 def channel_shares(layer: Layer, method: str, factors: Factors, moment: Any, metric: Any) -> Tensor:
-    """(g, R): the energy of the output that comes through each channel of the first bond alone, over the whole's.
+    """The energy of the output that comes through each channel of the first bond alone, over that of the whole.
 
-    Channels overlap and may cancel: the shares do not add up to 1.
+    Channels overlap and may cancel, so the shares do not add up to 1.
+
+    Args:
+        layer: The layer, with g groups.
+        method: Its decomposition.
+        factors: Its factors.
+        moment: Input moment S; None for the identity.
+        metric: Output metric H; None for the identity.
+
+    Returns:
+        Shares (g, R) of the R channels of each group.
     """
     g, family = layer.groups, DECOMPOSITIONS[method]
     first = factors[0].double().cpu().reshape(g, -1, layer.in_channels)
@@ -71,7 +104,13 @@ def channel_shares(layer: Layer, method: str, factors: Factors, moment: Any, met
 
 
 class Watch:
-    """The responses of some channels of a layer's first bond, on its inputs in the compressed model."""
+    """Computes the responses of a layer's strongest channels from the layer's input in the compressed model.
+
+    Args:
+        layer: The layer.
+        first: The factor before the first bond, (g * R, C, 1, 1).
+        shares: Shares (g, R), from `channel_shares`.
+    """
 
     def __init__(self, layer: Layer, first: Tensor, shares: Tensor) -> None:
         self.shares, size = shares.flatten(), shares.shape[1]
@@ -79,14 +118,20 @@ class Watch:
         self.filters = [(row // size * layer.in_channels, first[row].flatten()) for row in self.rows]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Maps (b, CHANNELS, h, w) of an input (b, groups * C, h, w)."""
+        """Responses (b, CHANNELS, h, w) to an input (b, g * C, h, w)."""
         return torch.stack([torch.einsum("nchw,c->nhw", x[:, at : at + len(f)], f) for at, f in self.filters], 1)
 
 
 def find_channels(model: nn.Module, watches: Mapping[str, Watch], images: Tensor) -> dict[str, tuple[Channel, ...]]:
-    """The images (n, c, h, w) that each watched channel answers to most, one pass for all layers.
+    """Find the images that each watched channel responds to most, in one pass for all layers.
 
-    A layer that does not see one map per image is left out.
+    Args:
+        model: The compressed model.
+        watches: The watched channels, by layer.
+        images: Images (n, c, h, w).
+
+    Returns:
+        The channels by layer; a layer whose input is not one map per image is left out.
     """
     seen: dict[str, list[Tensor]] = {name: [] for name in watches}
     for part in images.split(128):
@@ -115,17 +160,13 @@ def _responses(model: nn.Module, x: Tensor, watches: Mapping[str, Watch]) -> dic
     """Maps (b, CHANNELS, positions) of the watched channels at their layer's first call."""
     found: dict[str, Tensor] = {}
 
-    def note(name: str, seen: Tensor) -> None:
+    def note(name: str, args: tuple[Any, ...]) -> None:
+        seen: Tensor = args[0]
         if name not in found and seen.ndim == 4 and len(seen) == len(x):
             found[name] = watches[name](seen).flatten(2).cpu()
 
-    handles = [model.get_submodule(n).register_forward_pre_hook(lambda _, a, n=n: note(n, a[0])) for n in watches]
-    try:
-        with inference(model), torch.set_grad_enabled(x.requires_grad):
-            run(model, to_device(x, model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(model, watches, on_input=note), inference(model), torch.set_grad_enabled(x.requires_grad):
+        run(model, to_device(x, model))
     return found
 
 
@@ -145,7 +186,7 @@ def _boxes(
 
 
 def _middle(energy: Tensor) -> list[tuple[int, int]]:
-    """First and last index of each row (n, size) between which ENERGY of it lies."""
+    """The first and last index of each row (n, size) between which the middle ENERGY of its sum lies."""
     share = energy.cumsum(1) / energy.sum(1, keepdim=True).clamp_min(1e-30)
     tail = (1 - ENERGY) / 2
     first, last = ((share < bound).sum(1).clamp_max(energy.shape[1] - 1).tolist() for bound in (tail, 1 - tail))

@@ -1,17 +1,18 @@
 """The bonds of factorised layers: how many of their directions are used.
 
-A bond is where two factors of a layer meet. It parts the modes of the weight in an input side and an output side, and
-its size R bounds the rank of the weight unfolded so. Bond indices are latent spaces that a dense network does not have
-(Hamreras et al. 2025): the singular spectrum across one says how many of its directions count.
+A bond is where two factors of a layer meet. It separates the modes of the weight into an input side and an output side,
+and its size R bounds the rank of the weight as a matrix between the two. Bond indices are latent spaces that a dense
+network does not have (Hamreras et al. 2025): the singular spectrum across a bond shows how many directions are used.
 
-Where one side is the input channels and some kernel positions, and the other the output channels and the rest, it is
-the spectrum of
+If one side holds the input channels and some kernel positions, and the other the output channels and the rest, the
+spectrum is that of
 
     (H^½ ⊗ I) Ŵ S^½,    Ŵ unfolded into (T, outer positions) x (C, inner positions)
 
-with S and H of calibration.py, S averaged over the outer positions, whose inputs count as uncorrelated. This is the
-metric in which layers are fitted; for a bond with nothing but T behind it, it is the metric itself. Other sides
-(the modes of a Linear on a factorised shape) have the plain spectrum of the unfolded weight.
+with the input moment S and the output metric H of `rankopt.candidates.calibration`, S averaged over the outer
+positions, whose inputs count as uncorrelated. This approximates the metric in which layers are fitted, and equals it
+for a bond with only T on its output side. Bonds between other modes (of a Linear on a factorised shape) have the plain
+spectrum of the unfolded weight.
 """
 
 from __future__ import annotations
@@ -32,21 +33,30 @@ from rankopt.model.layer_kinds import as_matrix
 
 @dataclass(frozen=True)
 class BondSpectrum:
-    """Singular values across a bond, groups together, descending: of the dense layer and of the compressed one."""
+    """Singular values across a bond.
 
-    bond: str  # its modes, "inner | outer"
-    size: int  # of all groups together
-    metric: str  # "output" or "plain"
+    Attributes:
+        bond: Its modes, as "inner | outer".
+        size: Size of the bond, all groups together.
+        metric: "output" (weighted by S and H) or "plain".
+        dense: Singular values of the dense layer, all groups together, descending.
+        small: Singular values of the compressed layer, likewise.
+    """
+
+    bond: str
+    size: int
+    metric: str
     dense: tuple[float, ...]
     small: tuple[float, ...]
 
     @property
     def possible(self) -> int:
-        """The highest rank there can be: components of a CP can outnumber the directions."""
+        """The largest possible rank. The components of a CP can outnumber the directions that there are."""
         return min(self.size, len(self.dense))
 
     @property
     def effective(self) -> float:
+        """Effective rank of the compressed layer."""
         return effective_rank(self.small)
 
     @property
@@ -56,7 +66,14 @@ class BondSpectrum:
 
 
 def effective_rank(values: Sequence[float]) -> float:
-    """exp of the entropy of the normalised squared singular values (after Roy and Vetterli 2007); 0 of zeros."""
+    """The effective rank: exp of the entropy of the normalised squared singular values.
+
+    After Roy and Vetterli (2007), who normalise the values themselves. 1 if one direction carries all energy, n if n
+    directions carry the same.
+
+    Args:
+        values: Singular values; of zeros the rank is 0.
+    """
     energy = [v * v for v in values if v > 0]
     total = sum(energy)
     return math.exp(-sum(e / total * math.log(e / total) for e in energy)) if total > 0 else 0.0
@@ -65,7 +82,17 @@ def effective_rank(values: Sequence[float]) -> float:
 def spectra(
     layer: Layer, family: str, rank: Rank, dense: Tensor, small: Tensor, moment: Any, metric: Any
 ) -> tuple[BondSpectrum, ...]:
-    """The spectrum of every bond of a layer. dense, small: weights in its own shape; moment, metric: S and H."""
+    """The spectrum of every bond of a layer.
+
+    Args:
+        layer: The layer.
+        family: Its decomposition.
+        rank: Its rank.
+        dense: The dense weight, in the layer's own shape.
+        small: The weight that the factors make, in the same shape.
+        moment: Input moment S; None for the identity.
+        metric: Output metric H; None for the identity.
+    """
     decomposition = DECOMPOSITIONS[family]
     weights = [as_matrix(layer, w.detach().double().cpu()).reshape(layer.shape) for w in (dense, small)]
     (names, a), (_, b) = (decomposition.tensor(layer, w) for w in weights)
@@ -84,7 +111,7 @@ def spectra(
 def _singular_values(
     names: tuple[str, ...], tensor: Tensor, bond: Bond, outside: tuple[str, ...], roots: tuple[Any, Any]
 ) -> tuple[float, ...]:
-    """Of a tensor (g, *modes) unfolded across a bond, with H^½ and S^½ on either side (None: the identity)."""
+    """Singular values of a tensor (g, *modes) across a bond, with H^½ and S^½ on either side (None: the identity)."""
     order = [0, *(1 + names.index(n) for n in (*outside, *bond.inside))]
     split = 1 + len(outside)
     turned = tensor.permute(order)
@@ -98,12 +125,22 @@ def _singular_values(
 
 
 def inner_moment(layer: Layer, bond: Bond, moment: Tensor | None) -> Tensor | None:
-    """The part of S (g, n, n) that the input side of a bond sees, averaged over the other kernel positions."""
+    """The part of the input moment that the input side of a bond sees, averaged over the other kernel positions.
+
+    Args:
+        layer: The layer.
+        bond: The bond.
+        moment: Input moment S, (g, patch, patch); a diagonal (g, n) for an Embedding, which is returned as it is.
+
+    Returns:
+        (g, n, n), n the size of the input side.
+    """
     if moment is None or moment.ndim == 2:  # an Embedding's is a diagonal
         return moment
     sizes = (layer.in_channels, *layer.kernel)
     inner = (True, "h" in bond.inside, "w" in bond.inside)
-    other = "".join(b if on else a for a, b, on in zip("chw", "dyx", inner, strict=True))  # the diagonal, if outer
+    # Of outer positions only the diagonal: one index for both sides of S.
+    other = "".join(b if on else a for a, b, on in zip("chw", "dyx", inner, strict=True))
     kept = "".join(a for a, on in zip("chw", inner, strict=True) if on)
     also = "".join(b for b, on in zip(other, inner, strict=True) if on)
     summed = torch.einsum(f"gchw{other}->g{kept}{also}", moment.double().cpu().reshape(-1, *sizes, *sizes))
@@ -112,6 +149,7 @@ def inner_moment(layer: Layer, bond: Bond, moment: Tensor | None) -> Tensor | No
 
 
 def _root(m: Tensor | None) -> Tensor | None:
+    """The symmetric square root of matrices (g, n, n), or of a diagonal (g, n)."""
     if m is None:
         return None
     if m.ndim == 2:

@@ -1,4 +1,4 @@
-"""The bonds of a compressed model: a table for the terminal, and one HTML page that loads nothing."""
+"""The bonds of a compressed model: a table for the terminal, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -23,14 +23,29 @@ from rankopt.search.summary import percent, render
 FILE, TEMPLATE = "bonds.html", "bonds.html.j2"
 
 
-LEAST_PATCH, MOST_PATCH = 10, 48  # pixels along a side: of an image, and drawn
+LEAST_PATCH = 10
+"""Side of the smallest patch of an image that is shown, in pixels of the image."""
 
 
-FLOOR = 1e-6  # least share of energy that is drawn
+MOST_PATCH = 48
+"""Side of the largest patch as it is drawn, in pixels; larger ones are averaged down."""
+
+
+FLOOR = 1e-6
+"""The least share of energy that is drawn."""
 
 
 def write_bonds(path: Path, title: str, rows: Sequence[LayerBonds]) -> Path:
-    """Write the page and return its path."""
+    """Write the page.
+
+    Args:
+        path: The file to write; its folder is made.
+        title: Name of the run or task.
+        rows: The layers.
+
+    Returns:
+        The path.
+    """
     source = page(title, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_beside(path, lambda p: p.write_text(source, encoding="utf-8", errors="replace"))
@@ -38,7 +53,15 @@ def write_bonds(path: Path, title: str, rows: Sequence[LayerBonds]) -> Path:
 
 
 def page(title: str, rows: Sequence[LayerBonds]) -> str:
-    """The page. Names and reasons are not ours: the template escapes whatever is not Markup."""
+    """Render the page. Names and reasons come from users' files; the template escapes them.
+
+    Args:
+        title: Name of the run or task.
+        rows: The layers.
+
+    Returns:
+        The page's source.
+    """
     shown = [row for row in rows if row.spectra]
     pictures = [_pictures(row, i) for i, row in enumerate(shown)]
     env = environment()
@@ -59,7 +82,11 @@ def page(title: str, rows: Sequence[LayerBonds]) -> str:
 
 
 def verdict(rows: Sequence[LayerBonds]) -> str:
-    """All bonds in one sentence."""
+    """All bonds in one sentence.
+
+    Args:
+        rows: The layers.
+    """
     bonds = [s for row in rows for s in row.spectra]
     if not bonds:
         return "No layer has a bond."
@@ -79,7 +106,11 @@ LEGEND = (
 
 
 def table(rows: Sequence[LayerBonds]) -> str:
-    """The same as text, at most 100 columns wide."""
+    """The bonds as text, at most 100 columns wide.
+
+    Args:
+        rows: The layers.
+    """
     found = Table(title="bonds", title_justify="left")
     for name in ("layer", "method", "bond"):
         found.add_column(name, overflow="fold")
@@ -107,7 +138,12 @@ def _pictures(row: LayerBonds, number: int) -> dict[str, Markup]:
 
 
 def overview(ax: Any, rows: Sequence[LayerBonds]) -> None:
-    """A bar per bond: its size (light), its effective rank (solid) and the dense layer's there (line)."""
+    """Draw a bar per bond: its size (light), its effective rank (solid) and that of the dense layer (line).
+
+    Args:
+        ax: Matplotlib axes.
+        rows: The layers that have bonds.
+    """
     y, ticks = 0.0, []
     for row in rows:
         ticks.append((y + (len(row.spectra) - 1) / 2, short(row.name)))
@@ -124,7 +160,12 @@ def overview(ax: Any, rows: Sequence[LayerBonds]) -> None:
 
 
 def spectra(ax: Any, bonds: Sequence[BondSpectrum]) -> None:
-    """A panel per bond: the energy of each singular direction, of the dense layer (grey) and of what is kept."""
+    """Draw a panel per bond: the energy of each singular direction, dense (grey) and compressed.
+
+    Args:
+        ax: Matplotlib axes, which the panels replace.
+        bonds: The bonds of one layer.
+    """
     figure, columns = ax.figure, min(3, len(bonds))
     ax.remove()
     panels = figure.subplots(-(-len(bonds) // columns), columns, sharey=True, squeeze=False).flat
@@ -146,7 +187,12 @@ def spectra(ax: Any, bonds: Sequence[BondSpectrum]) -> None:
 
 
 def channels(ax: Any, found: Sequence[Channel]) -> None:
-    """A line per channel: patches of the images with its highest and lowest responses; boxes where it looks."""
+    """Draw a line per channel: patches of the images with its highest and lowest responses, and boxes where it looks.
+
+    Args:
+        ax: Matplotlib axes.
+        found: The channels of one layer.
+    """
     side = _patch(found)
     shown = min(side, MOST_PATCH)  # of a large image fewer pixels
     step, middle = shown + max(1, shown // 16), shown // 4  # from patch to patch, and between highest and lowest
@@ -179,11 +225,11 @@ def channels(ax: Any, found: Sequence[Channel]) -> None:
 
 
 def _patch(found: Sequence[Channel]) -> int:
-    """Pixels along the side of a layer's patches: the boxes with what is around them."""
+    """Side of a layer's patches in pixels of the images: the boxes with some room around them."""
     sides = [max(b[1] - b[0], b[3] - b[2]) + 1 for c in found for b in c.boxes]
     return min(max(LEAST_PATCH, round(2.5 * statistics.median(sides))), *found[0].images.shape[2:])
 
 
 def _start(first: int, last: int, side: int, size: int) -> int:
-    """Where a patch with the box first..last in its middle starts, inside an image of this size."""
+    """Where a patch starts that has the box first..last in its middle, and lies inside an image of this size."""
     return min(max(0, (first + last + 1 - side) // 2), size - side)

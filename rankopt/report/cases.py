@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
 from rankopt.core.files import write_beside
-from rankopt.experiments.cases import Row
+from rankopt.experiments.cases import CaseRow
 from rankopt.report import pictures
 from rankopt.search.summary import percent, render, with_interval
 
@@ -19,8 +19,12 @@ MARKDOWN, PNG = "cases.md", "cases.png"
 HEAD = ("case", "params", "MACs", "dense", "untrained", "result (95 %)", "points", "seconds")
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The cases, as many columns wide as a terminal has."""
+def table(rows: Sequence[CaseRow]) -> str:
+    """The cases as text, at most 100 columns wide.
+
+    Args:
+        rows: The finished cases.
+    """
     drawn = Table()
     for column in HEAD:
         first = column == HEAD[0]
@@ -30,8 +34,15 @@ def table(rows: Sequence[Row]) -> str:
     return render(drawn)
 
 
-def write(folder: Path, study: Path, rows: Sequence[Row], total: int) -> None:
-    """cases.md, and cases.png if there are scores."""
+def write(folder: Path, study: Path, rows: Sequence[CaseRow], total: int) -> None:
+    """Write cases.md, and cases.png if there are scores.
+
+    Args:
+        folder: Where to write them.
+        study: Path of the study's file, which the text names.
+        rows: The finished cases, at least one.
+        total: Number of cases that the study has.
+    """
     lines = [
         f"# {study.stem}: {len(rows)} of {total} cases",
         "",
@@ -49,8 +60,9 @@ def write(folder: Path, study: Path, rows: Sequence[Row], total: int) -> None:
         write_beside(folder / PNG, lambda p: pictures.png(p, _paint, scored, size))
 
 
-def _cells(row: Row) -> list[str]:
-    change = None if None in (row["score"], row["dense"]) else 100 * (row["score"] - row["dense"])
+def _cells(row: CaseRow) -> list[str]:
+    score, dense = row["score"], row["dense"]
+    change = None if score is None or dense is None else 100 * (score - dense)
     return [
         row["case"],
         percent(row["params"], 1),
@@ -63,20 +75,20 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _paint(figure: Any, rows: Sequence[Row]) -> None:
-    """A line per case: dense, untrained and trained score."""
+def _paint(figure: Any, rows: Sequence[CaseRow]) -> None:
+    """Draw a line per case: dense, untrained and trained score. Every row has a score."""
     ax = figure.add_subplot()
     y = range(len(rows))
     for at, row in enumerate(rows):
-        low, high = row["interval"] or (row["score"], row["score"])
+        low, high = row["interval"] or [row["score"] or 0.0] * 2
         ax.plot([100 * low, 100 * high], [at, at], color=pictures.POINT, lw=4, alpha=0.3, solid_capstyle="butt")
-    marks = (
+    marks: tuple[tuple[Literal["dense", "untrained", "score"], str, dict[str, Any]], ...] = (
         ("dense", "dense", {"marker": "|", "s": 160, "color": pictures.INK}),
         ("untrained", "untrained", {"marker": "o", "s": 36, "facecolor": "white", "edgecolor": pictures.POINT}),
         ("score", "result (bar: 95 %)", {"marker": "o", "s": 40, "color": pictures.ACCENT, "lw": 0}),
     )
     for key, label, style in marks:
-        points = [(100 * row[key], at) for at, row in enumerate(rows) if row[key] is not None]
+        points = [(100 * value, at) for at, row in enumerate(rows) if (value := row[key]) is not None]
         if points:
             ax.scatter(*zip(*points, strict=True), label=label, zorder=3, **style)
     ax.set_yticks(

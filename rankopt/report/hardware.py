@@ -1,4 +1,4 @@
-"""What `rankopt hardware` prints: how fast layers are, and what may make them faster."""
+"""The table that `rankopt hardware` prints: latencies of layers and of their candidates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from rankopt.search.summary import percent, render
 
 
 def table(layers: Sequence[Layer], found: Latencies) -> str:
-    """Per layer its time, the candidates timed, and those that are faster, with the fastest."""
+    """For each layer its latency, how many candidates were timed, how many are faster, and the fastest.
+
+    Args:
+        layers: The layers timed.
+        found: Their latencies and those of their candidates.
+    """
     rows = Table(title=f"on {found.conditions} ({found.machine})", title_justify="left")
     for name in ("layer", "dense", "timed", "faster", "the fastest", "of dense"):
         rows.add_column(name, justify="left" if name in ("layer", "the fastest") else "right", overflow="fold")

@@ -1,10 +1,13 @@
-"""A study with hyperparameters as a page, a CSV and pictures: importance, parallel coordinates, slices, the front."""
+"""A study of hyperparameters as a page, a CSV file and pictures.
+
+The pictures show importance (fANOVA), parallel coordinates, slices and the Pareto front.
+"""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +17,7 @@ from markupsafe import Markup
 from rankopt.core.files import write_beside
 from rankopt.core.records import METRICS
 from rankopt.experiments.config import OBJECTIVES, Hyperparameter
-from rankopt.experiments.tuning import Searches
+from rankopt.experiments.tuning import TuningStudy
 from rankopt.report import pictures
 from rankopt.report.html import environment
 from rankopt.report.pictures import ACCENT, FAINT, INK, NAMES, POINT, short
@@ -33,42 +36,76 @@ LABELS = {
 }
 
 
+class SearchRow(NamedTuple):
+    """A finished search.
+
+    Attributes:
+        number: Its number.
+        settings: Its hyperparameters, by name.
+        values: Its objectives, by name.
+    """
+
+    number: int
+    settings: dict[str, Any]
+    values: dict[str, float]
+
+
 class SearchTable(NamedTuple):
-    """What the pictures show. rows: a finished search each, with number, settings and its value by objective."""
+    """What the pictures show.
+
+    Attributes:
+        hyperparameters: The hyperparameters of the study.
+        objectives: Names of its objectives.
+        rows: The finished searches.
+        best: Number of the best search.
+        front: Numbers of the searches on the Pareto front.
+        importance: By objective and hyperparameter, its share in the variance; empty with few searches.
+    """
 
     hyperparameters: tuple[Hyperparameter, ...]
     objectives: tuple[str, ...]
-    rows: list[dict[str, Any]]
+    rows: list[SearchRow]
     best: int
     front: set[int]
     importance: dict[str, dict[str, float]]
 
-    def signed(self, row: dict[str, Any], objective: str) -> float:
-        """The value as something to minimise."""
-        return -row[objective] if OBJECTIVES[objective] == "maximize" else row[objective]
+    def signed(self, row: SearchRow, objective: str) -> float:
+        """A search's value of an objective, negated if it is maximised: less is better."""
+        return -row.values[objective] if OBJECTIVES[objective] == "maximize" else row.values[objective]
 
 
-def table(searches: Searches) -> SearchTable:
-    """Raises no error with few searches: importances are then empty."""
+def table(searches: TuningStudy) -> SearchTable:
+    """Collect what the pictures show.
+
+    Args:
+        searches: The searches of a study, at least one of them finished.
+    """
     rows = [
-        {"number": t.number, "settings": t.params, **dict(zip(searches.objectives, t.values, strict=True))}
+        SearchRow(t.number, t.params, dict(zip(searches.objectives, t.values, strict=True)))
         for t in searches.finished()
     ]
     importance = {name: searches.importance(i) for i, name in enumerate(searches.objectives)}
     front = {t.number for t in searches.study.best_trials}
-    hyperparameters = searches.file.hyperparameters
+    hyperparameters = searches.study_file.hyperparameters
     return SearchTable(hyperparameters, searches.objectives, rows, searches.best().number, front, importance)
 
 
-def write(searches: Searches) -> list[Path]:
-    """Write hyperparameters.csv (one row a search), .html and the pictures as PNG; returns the paths."""
+def write(searches: TuningStudy) -> list[Path]:
+    """Write hyperparameters.csv (one row a search), hyperparameters.html and the pictures as PNG.
+
+    Args:
+        searches: The searches of a study, at least one of them finished.
+
+    Returns:
+        The paths of the files, the page first.
+    """
     out, found = searches.out, table(searches)
     write_beside(out / CSV, lambda p: _write_csv(p, searches))
     write_beside(out / PAGE, lambda p: p.write_text(render(searches, found), encoding="utf-8", errors="replace"))
     paths = [out / PAGE, out / CSV]
     for name, (paint, size) in _pictures(found).items():
         paths.append(out / f"{name}.png")
-        write_beside(paths[-1], lambda p, paint=paint, size=size: pictures.png(p, _alone, (paint, found), size))
+        write_beside(paths[-1], partial(pictures.png, paint=_alone, content=(paint, found), size=size))
     slices = len(found.hyperparameters)
     paths.append(out / "slices.png")
     size = (3.0 * min(slices, 3), 2.3 * math.ceil(slices / 3))
@@ -76,7 +113,7 @@ def write(searches: Searches) -> list[Path]:
     return paths
 
 
-def _write_csv(path: Path, searches: Searches) -> None:
+def _write_csv(path: Path, searches: TuningStudy) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("search", *searches.distributions, *KEPT))
@@ -86,8 +123,16 @@ def _write_csv(path: Path, searches: Searches) -> None:
             )
 
 
-def render(searches: Searches, found: SearchTable) -> str:
-    """The page."""
+def render(searches: TuningStudy, found: SearchTable) -> str:
+    """Render the page.
+
+    Args:
+        searches: The searches of a study.
+        found: The same, as the pictures show them.
+
+    Returns:
+        The page's source.
+    """
     best = searches.best()
     drawn = {name: pictures.draw(paint, found, height=h, width=w) for name, (paint, (w, h)) in _pictures(found).items()}
     slices = [
@@ -100,7 +145,7 @@ def render(searches: Searches, found: SearchTable) -> str:
         .get_template(TEMPLATE)
         .render(
             title=searches.task.name or "model",
-            strategy=searches.file.request.strategy,
+            strategy=searches.study_file.experiment.search.strategy,
             verdict=_verdict(searches, found),
             objectives=found.objectives,
             names=[h.name for h in found.hyperparameters],
@@ -115,15 +160,19 @@ def render(searches: Searches, found: SearchTable) -> str:
     )
 
 
-def _verdict(searches: Searches, found: SearchTable) -> str:
+def _verdict(searches: TuningStudy, found: SearchTable) -> str:
     best = searches.best()
     values = ", ".join(f"{label(n)} {text(v)}" for n, v in zip(found.objectives, best.values, strict=True))
-    one = f"{len(searches.done())} of {searches.file.searches} searches; the best, number {best.number}: {values}"
+    one = f"{len(searches.done())} of {searches.study_file.searches} searches; the best, number {best.number}: {values}"
     return f"{one}; {len(found.front)} on the Pareto front." if len(found.objectives) > 1 else one + "."
 
 
 def text(value: Any) -> str:
-    """A setting or value as a person writes it."""
+    """A setting or value as text: numbers with separators of thousands, or four digits.
+
+    Args:
+        value: The value.
+    """
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") if isinstance(value, float) else str(value)
@@ -133,7 +182,7 @@ def text(value: Any) -> str:
 
 
 def _pictures(found: SearchTable) -> dict[str, tuple[Any, tuple[float, float]]]:
-    """Name -> painter (ax, table) and size in inches, of those that have something to show."""
+    """The pictures that have something to show: name -> (painter of (ax, table), size in inches)."""
     axes = len(found.hyperparameters) + len(found.objectives)
     shown: dict[str, tuple[Any, tuple[float, float]]] = {"parallel": (parallel, (max(4.2, 1.25 * axes), 3.4))}
     if any(found.importance.values()):
@@ -151,7 +200,12 @@ def _alone(figure: Any, content: tuple[Any, SearchTable]) -> None:
 
 
 def importance(ax: Any, found: SearchTable) -> None:
-    """Bars per hyperparameter, the most important for the first objective at the top."""
+    """Draw bars per hyperparameter, the most important for the first objective at the top.
+
+    Args:
+        ax: Matplotlib axes.
+        found: The searches.
+    """
     first = next(v for v in found.importance.values() if v)
     names = sorted(first, key=lambda n: first[n])
     colours = (POINT, ACCENT, FAINT, INK, *pictures.COLOURS[1:])
@@ -172,13 +226,18 @@ def importance(ax: Any, found: SearchTable) -> None:
 
 
 def parallel(ax: Any, found: SearchTable) -> None:
-    """A line per search through its settings and values: the best quarter dark, the best with its colour."""
+    """Draw a line per search through its settings and values: the best quarter dark, the best in the accent colour.
+
+    Args:
+        ax: Matplotlib axes.
+        found: The searches.
+    """
     order = sorted(found.rows, key=lambda r: -found.signed(r, found.objectives[0]))
     dark = len(order) - max(1, len(order) // 4)
     columns: list[Hyperparameter | str] = [*found.hyperparameters, *found.objectives]
     for i, row in enumerate(order):
         y = [_height(found, column, row, i) for column in columns]
-        best = row["number"] == found.best
+        best = row.number == found.best
         colour, width = (ACCENT, 2.2) if best else (POINT, 1.2) if i >= dark else (FAINT, 0.8)
         ax.plot(range(len(columns)), y, color=colour, lw=width, alpha=1 if best else 0.7 if i >= dark else 0.35)
     for x, column in enumerate(columns):
@@ -196,12 +255,12 @@ def parallel(ax: Any, found: SearchTable) -> None:
 HALO = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
 
 
-def _height(found: SearchTable, column: Hyperparameter | str, row: dict[str, Any], at: int) -> float:
+def _height(found: SearchTable, column: Hyperparameter | str, row: SearchRow, at: int) -> float:
     """Where a search passes an axis, from 0 to 1; choices are spread a little, so that lines stay apart."""
     if isinstance(column, str):
-        values = [r[column] for r in found.rows]
-        return (row[column] - min(values)) / ((max(values) - min(values)) or 1)
-    value = row["settings"][column.name]
+        values = [r.values[column] for r in found.rows]
+        return (row.values[column] - min(values)) / ((max(values) - min(values)) or 1)
+    value = row.settings[column.name]
     if column.choices:
         names = list(column.choices)
         return names.index(value) / max(len(names) - 1, 1) + 0.06 * _spread(at)
@@ -218,7 +277,7 @@ def _spread(at: int) -> float:
 def _marks(found: SearchTable, column: Hyperparameter | str) -> list[tuple[float, str]]:
     """Heights and labels on an axis."""
     if isinstance(column, str):
-        values = [r[column] for r in found.rows]
+        values = [r.values[column] for r in found.rows]
         return [(0.0, text(min(values))), (1.0, text(max(values)))]
     if column.choices:
         names = list(column.choices)
@@ -228,20 +287,30 @@ def _marks(found: SearchTable, column: Hyperparameter | str) -> list[tuple[float
 
 
 def label(column: Hyperparameter | str) -> str:
-    """What an axis is called: "rate" for training.rate."""
+    """What an axis is called: "rate" for training.rate.
+
+    Args:
+        column: A hyperparameter, or the name of an objective.
+    """
     if isinstance(column, str):
         return LABELS[column].split(" (")[0]
     return column.name if column.name.startswith("budget.") else column.name.partition(".")[2]
 
 
 def slice_of(ax: Any, found: SearchTable, column: Hyperparameter) -> None:
-    """The first objective over one hyperparameter."""
+    """Draw the first objective over one hyperparameter.
+
+    Args:
+        ax: Matplotlib axes.
+        found: The searches.
+        column: The hyperparameter.
+    """
     objective, names = found.objectives[0], list(column.choices)
     shown = _within(found, objective)
     for i, row in enumerate(found.rows):
-        value = row["settings"][column.name]
+        value = row.settings[column.name]
         x = names.index(value) + 0.3 * _spread(i) if names else value
-        _point(ax, x, row, shown, chosen=row["number"] == found.best)
+        _point(ax, x, row, shown, chosen=row.number == found.best)
     if names:
         ax.set_xticks(range(len(names)), [n.replace(" ", "\n") for n in names], fontsize=7.5)
         ax.set_xlim(-0.5, len(names) - 0.5)
@@ -259,20 +328,20 @@ def slice_of(ax: Any, found: SearchTable, column: Hyperparameter) -> None:
 
 
 def _within(found: SearchTable, objective: str) -> dict[int, tuple[float, str]]:
-    """Search -> where it is drawn, and its marker: what is far below four fifths, on the edge."""
+    """Each search's height and marker. One much worse than the best four fifths is drawn on the edge, as a triangle."""
     sign = -1 if OBJECTIVES[objective] == "maximize" else 1
-    values = sorted(sign * r[objective] for r in found.rows)
+    values = sorted(sign * r.values[objective] for r in found.rows)
     good = values[: math.ceil(0.8 * len(values))]
     edge = good[-1] + 0.15 * (good[-1] - good[0])
     beyond = "v" if sign < 0 else "^"
     return {
-        r["number"]: (sign * min(sign * r[objective], edge), "o" if sign * r[objective] <= edge else beyond)
+        r.number: (sign * min(sign * r.values[objective], edge), "o" if sign * r.values[objective] <= edge else beyond)
         for r in found.rows
     }
 
 
-def _point(ax: Any, x: float, row: dict[str, Any], shown: dict[int, tuple[float, str]], *, chosen: bool) -> None:
-    y, marker = shown[row["number"]]
+def _point(ax: Any, x: float, row: SearchRow, shown: dict[int, tuple[float, str]], *, chosen: bool) -> None:
+    y, marker = shown[row.number]
     size, colour, marker, alpha, order = (110, ACCENT, "*", 1, 3) if chosen else (26, POINT, marker, 0.6, 2)
     ax.scatter(x, y, s=size, color=colour, marker=marker, alpha=alpha, zorder=order, lw=0)
 
@@ -290,16 +359,21 @@ def _slices(figure: Any, found: SearchTable) -> None:
 
 
 def front(ax: Any, found: SearchTable) -> None:
-    """The first two objectives; a line along the searches that none beats in all."""
+    """Draw the first two objectives against each other, and the Pareto front.
+
+    Args:
+        ax: Matplotlib axes.
+        found: The searches of a study with two or more objectives.
+    """
     one, two = found.objectives[:2]
     shown = _within(found, one)
     for row in found.rows:
-        _point(ax, row[two], row, shown, chosen=False)
-    best = sorted((r for r in found.rows if r["number"] in found.front), key=lambda r: r[two])
-    x, y = [r[two] for r in best], [shown[r["number"]][0] for r in best]
+        _point(ax, row.values[two], row, shown, chosen=False)
+    best = sorted((r for r in found.rows if r.number in found.front), key=lambda r: r.values[two])
+    x, y = [r.values[two] for r in best], [shown[r.number][0] for r in best]
     for at, height, row in zip(x, y, best, strict=True):
-        ax.plot(at, height, shown[row["number"]][1], color=ACCENT, ms=5)
-    # With more than two objectives the front is no line in two of them.
+        ax.plot(at, height, shown[row.number][1], color=ACCENT, ms=5)
+    # With more than two objectives the front is not a line in the plane of the first two.
     ax.plot(x, y, "-" if len(found.objectives) == 2 else "", color=ACCENT, lw=1.2)
     ax.plot([], [], "o-" if len(found.objectives) == 2 else "o", color=ACCENT, lw=1.2, ms=5, label="Pareto front")
     ax.set(xlabel=LABELS[two], ylabel=LABELS[one])
@@ -310,14 +384,18 @@ def front(ax: Any, found: SearchTable) -> None:
 
 
 def progress(ax: Any, found: SearchTable) -> None:
-    """The objective over the searches, with the best so far."""
+    """Draw the objective over the searches, with the best so far.
+
+    Args:
+        ax: Matplotlib axes.
+        found: The searches.
+    """
     objective = found.objectives[0]
-    rows: Sequence[dict[str, Any]] = found.rows
-    values = [r[objective] for r in rows]
+    x, values = [r.number for r in found.rows], [r.values[objective] for r in found.rows]
     pick = max if OBJECTIVES[objective] == "maximize" else min
-    ax.scatter([r["number"] for r in rows], values, s=26, color=POINT, alpha=0.6, lw=0, label="search")
-    ax.step([r["number"] for r in rows], [pick(values[: i + 1]) for i in range(len(values))], where="post",
-            color=ACCENT, lw=1.5, label="best so far")  # fmt: skip
+    ax.scatter(x, values, s=26, color=POINT, alpha=0.6, lw=0, label="search")
+    best = [pick(values[: i + 1]) for i in range(len(values))]
+    ax.step(x, best, where="post", color=ACCENT, lw=1.5, label="best so far")
     ax.set(xlabel="search", ylabel=LABELS[objective])
     ax.locator_params(axis="x", nbins=6, integer=True)
     ax.figure.legend(loc="outside upper left", ncols=2)

@@ -1,4 +1,7 @@
-"""The report's pictures: matplotlib figures as inline SVG, narrow enough for a phone."""
+"""The report's pictures: matplotlib figures as inline SVG, narrow enough for a phone, or as PNG.
+
+A painter is a function (ax, *content) that draws on matplotlib axes; `draw` and `png` give it the figure.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import style
@@ -18,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from rankopt.core.records import BUDGETS, DENSE
+from rankopt.core.result_record import LayerRow, ResultInfo, TrialRow
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.search.summary import percent, rank_text
 
@@ -29,9 +33,11 @@ NAMES = {
     "memory": "memory",
     "disk": "file size",
 }
+"""What a metric is called in texts and on axes."""
 
 
-WIDTH = 4.2  # inches: on a phone 10 pt text stays about as large as the page's small print
+WIDTH = 4.2
+"""Width of a picture in inches: on a phone, 10 pt text stays about as large as the page's small print."""
 
 
 INK, FAINT, GRID, ACCENT, BAD = "#24292f", "#7d8690", "#e6e8eb", "#c2410c", "#b91c1c"
@@ -47,12 +53,17 @@ COLOURS = (
 
 
 LONGEST_NAME = 19
+"""Characters of a layer's name that are shown in a picture."""
+
+
+Number = Literal["objective", "predicted", "score"]
+"""A key of a trial under which there is a number, or None."""
 
 
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rankopt",
-    "text.parse_math": False,  # names are not ours: a $ is a $
+    "text.parse_math": False,  # a $ in a user's name is no formula
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -74,7 +85,11 @@ STYLE = {
 
 
 def colours(methods: Sequence[str]) -> dict[str, str]:
-    """A method's colour; the same in every report, whichever methods a plan uses."""
+    """The colour of each method; the same in every report, whichever methods a plan uses.
+
+    Args:
+        methods: The methods of a plan; families that are not registered here get colours, too.
+    """
     known = [*DECOMPOSITIONS, *sorted(set(methods) - set(DECOMPOSITIONS) - {DENSE})]
     return {DENSE: FAINT} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(known)}
 
@@ -82,13 +97,21 @@ def colours(methods: Sequence[str]) -> dict[str, str]:
 def draw(
     paint: Callable[..., None], *arguments: Any, height: float = 3.1, width: float = WIDTH, name: str | None = None
 ) -> str:
-    """Run a painter on a fresh figure and return an <svg> element whose ids no other picture shares.
+    """Run a painter on new axes.
 
-    name: needed where a page has several pictures of one painter.
+    Args:
+        paint: The painter, called as paint(ax, *arguments).
+        arguments: What it shows.
+        height: Height of the picture in inches.
+        width: Its width in inches.
+        name: Prefix of the ids; needed where a page has several pictures of one painter.
+
+    Returns:
+        An <svg> element whose ids no other picture of the page shares.
     """
     file = io.StringIO()
     with style.context(["default", STYLE]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name in a script that matplotlib has no font for: the browser has one
+        warnings.simplefilter("ignore")  # matplotlib may lack a font for a name's script; the browser has one
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         paint(figure.add_subplot(), *arguments)
@@ -99,7 +122,14 @@ def draw(
 
 
 def png(path: Path, paint: Callable[..., None], content: Any, size: tuple[float, float] = (6.4, 5.6)) -> None:
-    """Run a painter, (figure, content), on a fresh white figure of a size in inches and write it as PNG."""
+    """Run a painter on a new white figure and write it as PNG.
+
+    Args:
+        path: The file to write.
+        paint: The painter, called as paint(figure, content).
+        content: What it shows.
+        size: Width and height in inches.
+    """
     with style.context(["default", STYLE]):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
@@ -107,13 +137,33 @@ def png(path: Path, paint: Callable[..., None], content: Any, size: tuple[float,
         figure.savefig(path, format="png", dpi=150, transparent=False)
 
 
-def finished(trials: Sequence[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
-    """Trials with a finite number under every key."""
-    return [t for t in trials if all(t[k] is not None and math.isfinite(t[k]) for k in keys)]
+def finished(trials: Sequence[TrialRow], *keys: Number) -> list[TrialRow]:
+    """The trials that have a finite number under every key.
+
+    Args:
+        trials: The trials of a run.
+        keys: What is to be shown of them.
+    """
+    return [t for t in trials if all((x := t[k]) is not None and math.isfinite(x) for k in keys)]
 
 
-def chosen_trial(info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The trial that the search chose: the best one, unless that missed a latency budget when it was measured."""
+def numbers(trials: Sequence[TrialRow], key: Number) -> list[float]:
+    """What trials have under a key.
+
+    Args:
+        trials: Trials that `finished` returned for this key.
+        key: The key.
+    """
+    return [x for t in trials if (x := t[key]) is not None]
+
+
+def chosen_trial(info: ResultInfo, trials: Sequence[TrialRow]) -> TrialRow:
+    """The trial that the search chose: the best one, unless that missed a latency budget when it was measured.
+
+    Args:
+        info: The content of result.json.
+        trials: The trials with an objective, at least one.
+    """
     number = info["objective"].get("trial")
     return min(trials, key=lambda t: (t["number"] != number, t["objective"], t["number"]))
 
@@ -125,13 +175,21 @@ def _time(ns: float, _: int) -> str:
     return EngFormatter("s", sep=" ")(ns / 1e9)
 
 
-def size(ax: Any, info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> None:
-    """Score (without one: objective) against the budget's first metric."""
+def size(ax: Any, info: ResultInfo, trials: Sequence[TrialRow]) -> None:
+    """Draw score (objective, if there is no score) against the budget's first metric.
+
+    Args:
+        ax: Matplotlib axes.
+        info: The content of result.json.
+        trials: The trials; may be empty.
+    """
     metric, budget = next(iter(info["budget"].items()))
-    dense, chosen = (info["score"][k]["validation"] for k in ("dense", "compressed"))
-    key = "objective" if chosen is None else "score"
-    chosen = info["objective"]["best"] if chosen is None else chosen
-    points = [(t["cost"][BUDGETS.index(metric)], t[key]) for t in finished(trials, key)]
+    dense, score = info["score"]["dense"]["validation"], info["score"]["compressed"]["validation"]
+    key: Number = "objective" if score is None else "score"
+    chosen = info["objective"]["best"] if score is None else score
+    done = finished(trials, key)
+    costs = [float(t["cost"][BUDGETS.index(metric)]) for t in done]
+    points = list(zip(costs, numbers(done, key), strict=True))
     ax.axvline(budget["target"], color=ACCENT, lw=1, ls="--")
     ax.text(budget["target"], 1.02, "budget", color=ACCENT, ha="center", transform=ax.get_xaxis_transform())
     if key == "score":
@@ -155,23 +213,27 @@ def size(ax: Any, info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> Non
     ax.xaxis.set_major_formatter(FuncFormatter(_time) if metric == "latency" else EngFormatter(sep=""))
 
 
-def progress(ax: Any, info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> None:
-    """Objective over trial number, with the best so far and what failed."""
+def progress(ax: Any, info: ResultInfo, trials: Sequence[TrialRow]) -> None:
+    """Draw the objective over the trials, with the best so far and the failed ones.
+
+    Args:
+        ax: Matplotlib axes.
+        info: The content of result.json.
+        trials: The trials, at least one with an objective.
+    """
     done = finished(trials, "objective")
-    values = [t["objective"] for t in done]
-    numbers = [t["number"] for t in done]
-    ax.scatter(numbers, values, s=32, color=POINT, alpha=0.6, lw=0, label="trial")
+    values = numbers(done, "objective")
+    x = [t["number"] for t in done]
+    ax.scatter(x, values, s=32, color=POINT, alpha=0.6, lw=0, label="trial")
     least = [min(values[: i + 1]) for i in range(len(values))]
-    ax.step(
-        [*numbers, trials[-1]["number"]], [*least, least[-1]], where="post", color=POINT, lw=1.5, label="best so far"
-    )
+    ax.step([*x, trials[-1]["number"]], [*least, least[-1]], where="post", color=POINT, lw=1.5, label="best so far")
     failed = [t["number"] for t in trials if t["state"] == "failed"]
     if failed:
         ax.scatter(
             failed, [0.97] * len(failed), marker="x", color=BAD, transform=ax.get_xaxis_transform(), label="failed"
         )
     chosen = chosen_trial(info, done)
-    _star(ax, chosen["number"], chosen["objective"], "chosen")
+    _star(ax, chosen["number"], *numbers([chosen], "objective"), label="chosen")
     objective_axis(ax, "y", values)
     ax.margins(y=0.1)
     ax.set(xlabel="trial", ylabel="objective (less is better)")
@@ -179,23 +241,34 @@ def progress(ax: Any, info: dict[str, Any], trials: Sequence[dict[str, Any]]) ->
     _legend(ax, 4)
 
 
-def prediction(ax: Any, info: dict[str, Any], trials: Sequence[dict[str, Any]]) -> None:
-    """What the layers' losses added up to, and what the rebuilt model's objective was."""
+def prediction(ax: Any, info: ResultInfo, trials: Sequence[TrialRow]) -> None:
+    """Draw the measured objective of each trial against the predicted rise, the sum of its layers' losses.
+
+    Args:
+        ax: Matplotlib axes.
+        info: The content of result.json.
+        trials: The trials, at least one with both numbers.
+    """
     done = finished(trials, "objective", "predicted")
-    x, y = [t["predicted"] for t in done], [t["objective"] for t in done]
+    x, y = numbers(done, "predicted"), numbers(done, "objective")
     ends = [min(x + y), max(x + y)]
     ax.plot(ends, ends, color=FAINT, lw=1, ls="--", label="as predicted")
     ax.scatter(x, y, s=32, color=POINT, alpha=0.6, lw=0, label="trial")
     chosen = chosen_trial(info, done)
-    _star(ax, chosen["predicted"], chosen["objective"], "chosen")
+    _star(ax, *numbers([chosen], "predicted"), *numbers([chosen], "objective"), label="chosen")
     objective_axis(ax, "x", x + y)
     objective_axis(ax, "y", x + y)
     ax.set(xlabel="predicted rise of the objective", ylabel="measured objective")
     _legend(ax, 3)
 
 
-def layers(ax: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """A bar per layer: what it had (light), what it keeps (solid), the rank at its end."""
+def layers(ax: Any, rows: Sequence[LayerRow]) -> None:
+    """Draw a bar per layer: dense parameters (light), parameters kept (solid), and the rank at its end.
+
+    Args:
+        ax: Matplotlib axes.
+        rows: The layers of result.json.
+    """
     colour = colours([x["method"] for x in rows])
     least, most = min(max(1, min(x["params"], x["dense_params"])) for x in rows), max(x["dense_params"] for x in rows)
     scale = "linear" if most < 20 * least else "square-root" if most < 2000 * least else "logarithmic"
@@ -214,7 +287,12 @@ def layers(ax: Any, rows: Sequence[dict[str, Any]]) -> None:
     ax.grid(visible=False, axis="y")
 
 
-def layers_height(rows: Sequence[dict[str, Any]]) -> float:
+def layers_height(rows: Sequence[LayerRow]) -> float:
+    """Height in inches of the picture of the layers.
+
+    Args:
+        rows: The layers of result.json.
+    """
     return 0.6 + 0.235 * len(rows)
 
 
@@ -222,7 +300,7 @@ def layers_height(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def _length_axis(ax: Any, scale: str, least: int, most: int) -> None:
-    """An x axis on which both the least and the most parameters of a layer can be seen."""
+    """Scale the x axis such that both the least and the most parameters of a layer can be seen."""
     if scale == "logarithmic":
         ax.set_xscale("log")
         ax.set_xlim(least / 3, most)
@@ -237,7 +315,10 @@ def _length_axis(ax: Any, scale: str, least: int, most: int) -> None:
 
 
 def _score_axis(ax: Any, points: list[tuple[float, float]], shown: Sequence[float]) -> list[tuple[float, float]]:
-    """Show the scores near the chosen and the dense model's; the rest would flatten them: on the edge, counted."""
+    """Limit the axis to scores near those `shown`, so that they stay apart; lower ones are counted on the edge.
+
+    Returns the points within the limits.
+    """
     scores = [y for _, y in points]
     top = max([*scores, *shown])
     low = min(shown)
@@ -255,7 +336,13 @@ def _score_axis(ax: Any, points: list[tuple[float, float]], shown: Sequence[floa
 
 
 def objective_axis(ax: Any, which: str, values: Sequence[float]) -> None:
-    """Logarithmic where values are positive and far apart, and with plain numbers."""
+    """Scale an axis of objectives: logarithmic if the values are positive and far apart, with plain numbers.
+
+    Args:
+        ax: Matplotlib axes.
+        which: "x" or "y".
+        values: What is drawn along the axis.
+    """
     axis = getattr(ax, f"{which}axis")
     if values and min(values) > 0 and max(values) > 10 * min(values):
         getattr(ax, f"set_{which}scale")("log")
@@ -266,12 +353,12 @@ def objective_axis(ax: Any, which: str, values: Sequence[float]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
 
 
-def _star(ax: Any, x: float, y: float, label: str | None = None) -> None:
+def _star(ax: Any, x: float, y: float, *, label: str | None = None) -> None:
     ax.scatter(x, y, s=150, color=ACCENT, marker="*", lw=0.8, edgecolor="white", zorder=4, label=label)
 
 
 def _name(ax: Any, at: tuple[float, float], text: str, side: str, above: bool) -> None:
-    """Write beside a point, towards the middle, clear of the line between the dense and the chosen model."""
+    """Write a text beside a point, on the side that the line between dense and chosen model leaves free."""
     offset = (8 if side == "left" else 4, 8 if above else -8)
     ax.annotate(text, at, offset, textcoords="offset points", ha=side, va="bottom" if above else "top")
 
@@ -281,6 +368,10 @@ def _legend(ax: Any, columns: int) -> None:
 
 
 def short(name: str) -> str:
-    """A name's end: layers of a block differ there. The table has it in full."""
-    name = (name or "(the model)").encode(errors="replace").decode()  # half characters have no glyph
+    """Shorten a layer's name to its end, in which the layers of a block differ.
+
+    Args:
+        name: The full name.
+    """
+    name = (name or "(the model)").encode(errors="replace").decode()  # lone surrogates have no glyph
     return name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :]

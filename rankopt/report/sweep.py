@@ -1,4 +1,4 @@
-"""A sweep as a table, a CSV and a picture."""
+"""A sweep over budgets as a table, a CSV file and a picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ COLUMNS = ("budget", "target", "kind", *METRICS, *MEASURED, "score_low", "score_
 
 
 def write(folder: Path, found: Sweep) -> None:
-    """Write sweep.csv (one row a budget, in the order asked) and sweep.png."""
+    """Write sweep.csv (one row a budget, in the order asked) and sweep.png.
+
+    Args:
+        folder: Where to write them.
+        found: The sweep.
+    """
     write_beside(folder / CSV, lambda p: _write_csv(p, found))
     write_beside(folder / PNG, lambda p: pictures.png(p, _paint, found))
 
@@ -37,7 +42,7 @@ def _write_csv(path: Path, found: Sweep) -> None:
 
 
 def _row(point: Point) -> dict[str, Any]:
-    """A budget's row; empty where it was not measured or cannot be met. plan: layer:method:rank:precision, in order."""
+    """A budget's row, empty where nothing was measured. Its plan is layer:method:rank:precision, layer by layer."""
     row: dict[str, Any] = {k: getattr(point, k) for k in ("budget", "kind", *MEASURED)}
     row |= {"target": point.limit.target, "reason": point.reason}
     if point.plan:
@@ -54,7 +59,11 @@ def _choice(c: Choice) -> str:
 
 
 def table(found: Sweep) -> str:
-    """The sweep as text, at most 100 columns wide."""
+    """The sweep as text, at most 100 columns wide.
+
+    Args:
+        found: The sweep.
+    """
     metric = found.metric
     shown = Table(title=f"{found.task or 'model'}: the exact allocation for each budget", title_justify="left")
     shown.add_column("budget", overflow="fold")
@@ -78,7 +87,7 @@ def table(found: Sweep) -> str:
 
 
 def _paint(figure: Any, found: Sweep) -> None:
-    """Score (if there is one) and objective against size."""
+    """Draw the score (if there is one) and the objective against the size."""
     met = sorted((p for p in found.points if p.plan), key=lambda p: p.limit.target)
     scored = [p for p in met if p.score is not None]
     axes = figure.subplots(2 if scored else 1, 1, sharex=True, squeeze=False)[:, 0]

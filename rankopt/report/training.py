@@ -1,17 +1,24 @@
-"""What a training did, as text and pictures."""
+"""A training as text and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from rankopt.core.result_record import Part, ResultInfo, TrainingEntry
 from rankopt.report.pictures import ACCENT, FAINT, INK, POINT, objective_axis
 from rankopt.search.summary import percent
 from rankopt.training.recipe import Recipe
 
 
-def lines(info: Mapping[str, Any]) -> list[str]:
-    """The training of a result.json in sentences; none if there was none."""
+def lines(info: ResultInfo) -> list[str]:
+    """The training of a result in words.
+
+    Args:
+        info: The content of result.json.
+
+    Returns:
+        Sentences without a full stop; none if the result was not trained.
+    """
     t = info.get("training")
     if not t:
         return []
@@ -27,10 +34,11 @@ def lines(info: Mapping[str, Any]) -> list[str]:
         parts.append("from predictions alone, as the task has no train and loss")
     start = "from scratch" if t["from_scratch"] else f"from {t['run']}"
     found = [f"trained {start}: {'; '.join(parts)}; {t['seconds']:.0f} s"]
-    for part, before in (("validation", t["before"]), ("test", t["test_before"])):
-        if after[part] is not None:
-            found.append(f"{part} score {'' if before is None else percent(before) + ' -> '}{percent(after[part])}")
-            if part == "validation" and before is not None and after[part] < before:
+    scores: tuple[tuple[Part, float | None], ...] = (("validation", t["before"]), ("test", t["test_before"]))
+    for part, before in scores:
+        if (now := after[part]) is not None:
+            found.append(f"{part} score {'' if before is None else percent(before) + ' -> '}{percent(now)}")
+            if part == "validation" and before is not None and now < before:
                 found[-1] += f": less than before; try {_gentler(recipe)}"
     if changed := {k: v for k, v in recipe.changed().items() if k not in ("epochs", "rate", "layerwise")}:
         found.append(f"other settings: {', '.join(f'{k}={v}' for k, v in changed.items())}")
@@ -38,13 +46,19 @@ def lines(info: Mapping[str, Any]) -> list[str]:
 
 
 def _gentler(recipe: Recipe) -> str:
+    """Settings to try where a training lowered the score."""
     if not recipe.epochs:
         return "a lower layerwise_rate, or fewer steps"
     return "a lower rate" + ("" if recipe.eval_mode else ", or eval_mode=true, which keeps batch norms as they are")
 
 
-def losses(ax: Any, training: Mapping[str, Any]) -> None:
-    """The training loss of each stage over its steps."""
+def losses(ax: Any, training: TrainingEntry) -> None:
+    """Draw the training loss of each stage over its steps.
+
+    Args:
+        ax: Matplotlib axes.
+        training: The entry of result.json.
+    """
     colours = {"layerwise": ACCENT, "whole": POINT}
     for name, points in training["losses"].items():
         steps, values = zip(*points, strict=True)
@@ -54,8 +68,14 @@ def losses(ax: Any, training: Mapping[str, Any]) -> None:
     ax.figure.legend(loc="outside upper left", ncols=2)
 
 
-def scores(ax: Any, training: Mapping[str, Any], dense: float | None) -> None:
-    """The validation score before training and after each epoch."""
+def scores(ax: Any, training: TrainingEntry, dense: float | None) -> None:
+    """Draw the validation score before the training and after each epoch.
+
+    Args:
+        ax: Matplotlib axes.
+        training: The entry of result.json.
+        dense: Validation score of the dense model.
+    """
     before = [] if training["before"] is None else [(0.0, training["before"])]
     rows = [*before, *((e["epoch"], e["score"]) for e in training["epochs"] if e["score"] is not None)]
     ax.plot(*zip(*rows, strict=True), color=POINT, lw=1.5, marker="o", ms=4, label="compressed")

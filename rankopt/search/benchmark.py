@@ -1,4 +1,4 @@
-"""Which strategy: all with as many evaluations, on the same problems, with the same seeds."""
+"""Comparing strategies: the same number of evaluations, on the same problems, with the same seeds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from rankopt.core.files import write_beside
 from rankopt.core.options import parse_pairs
 from rankopt.core.problem import Problem
 from rankopt.core.progress import Clock, Progress, silent
-from rankopt.core.records import Proposal, Trial
+from rankopt.core.records import METRICS, Proposal, Trial
+from rankopt.core.result_record import Bounds, Part
 from rankopt.core.run_folder import open_folder
 from rankopt.core.statistics import wilson
 from rankopt.model.objective import call
@@ -30,20 +31,174 @@ from rankopt.strategies.registry import STRATEGIES, make_strategy, read_options,
 FILE = "benchmark.json"
 
 
-Cell = dict[str, Any]
-"""One run: budget, strategy, seed, trials (objective, predicted, cost, proposal, seconds, repeated, error), seconds
-(measure: what the strategy did before its first proposal; strategy: proposing and learning; evaluation), error, and
-copied_from: the seed whose run this repeats, for one-shot strategies that do not look at theirs."""
+# --- benchmark.json ------------------------------------------------------------------------------------
+
+
+class BenchmarkTrial(TypedDict):
+    """A trial of a run.
+
+    Attributes:
+        objective: Measured objective; None if the evaluation failed.
+        predicted: Predicted rise of the objective.
+        seconds: Duration of the evaluation; of a plan that was known, of its first one.
+        error: Why the evaluation failed.
+        proposal: One frontier index per free layer.
+        cost: Cost of the plan, in the order of METRICS.
+        repeated: Whether the plan was measured before, in this run or another.
+    """
+
+    objective: float | None
+    predicted: float | None
+    seconds: float
+    error: str | None
+    proposal: list[int]
+    cost: list[int]
+    repeated: bool
+
+
+class Cell(TypedDict):
+    """One run: a strategy on a budget with a seed.
+
+    Attributes:
+        budget: The budget, as text.
+        strategy: The strategy with its options, as text.
+        seed: The seed.
+        copied_from: The seed whose run this one repeats, for one-shot strategies that do not use their seed.
+        error: Why the run failed.
+        seconds: "measure" (before the first proposal), "strategy" (proposing and learning) and "evaluation".
+        trials: The trials, in their order.
+    """
+
+    budget: str
+    strategy: str
+    seed: int
+    copied_from: int | None
+    error: str | None
+    seconds: dict[str, float]
+    trials: list[BenchmarkTrial]
+
+
+class BenchmarkSettings(TypedDict):
+    """What a benchmark compares.
+
+    Attributes:
+        task: Name of the task.
+        space: Name of the search space.
+        trials: Evaluations for each run.
+        budgets: The budgets, as text.
+        strategies: The strategies with their options, as text.
+        seeds: Number of seeds: 0, 1, ...
+        candidates: Fingerprint of the candidates of each budget.
+    """
+
+    task: str
+    space: str
+    trials: int
+    budgets: list[str]
+    strategies: list[str]
+    seeds: int
+    candidates: dict[str, str]
+
+
+class Winner(TypedDict):
+    """The best trial of a strategy on a budget, over its seeds.
+
+    Attributes:
+        budget: The budget.
+        strategy: The strategy.
+        seed: Seed of the run.
+        trial: Number of the trial in its run.
+        objective: Its objective.
+        cost: Cost of its plan, in the order of METRICS.
+        proposal: One frontier index per free layer.
+    """
+
+    budget: str
+    strategy: str
+    seed: int
+    trial: int
+    objective: float
+    cost: list[int]
+    proposal: list[int]
+
+
+class ScoreRow(Winner):
+    """The score of a winner.
+
+    Attributes:
+        part: The data it was measured on: "test" if the task has a test score.
+        examples: Examples that it averages over; None if the task does not say.
+        score: The score.
+        interval: Its 95 % interval.
+    """
+
+    part: Part
+    examples: NotRequired[int | None]
+    score: float | None
+    interval: Bounds | None
+
+
+class DenseScore(TypedDict):
+    """The score of the dense model.
+
+    Attributes:
+        part: The data it was measured on.
+        score: The score.
+        interval: Its 95 % interval.
+    """
+
+    part: Part
+    score: float | None
+    interval: Bounds | None
+
+
+class Benchmark(TypedDict):
+    """The content of benchmark.json.
+
+    Attributes:
+        settings: What is compared.
+        cells: The finished runs.
+        scores: Scores of the winners.
+        dense: Score of the dense model; absent until the winners are scored.
+    """
+
+    settings: BenchmarkSettings
+    cells: list[Cell]
+    scores: list[ScoreRow]
+    dense: NotRequired[DenseScore]
+
+
+# --- running -------------------------------------------------------------------------------------------
 
 
 def read_strategy(text: str) -> tuple[str, dict[str, Any]]:
-    """ "optuna:sampler=gp:..." -> the name and its options. Raises RankoptError."""
+    """Read a strategy with its options.
+
+    Args:
+        text: For example "optuna:sampler=gp:width=0.7".
+
+    Returns:
+        The name and the options.
+
+    Raises:
+        RankoptError: For an unknown strategy or option.
+    """
     name, *pairs = text.strip().split(":")
     return name, read_options(name, parse_pairs(pairs))
 
 
 def read_strategies(text: str) -> list[str]:
-    """ "all", or "knapsack,random,optuna:sampler=gp". Raises RankoptError for what is not known."""
+    """Read a list of strategies.
+
+    Args:
+        text: "all", or for example "knapsack,random,optuna:sampler=gp".
+
+    Returns:
+        Each strategy with its options, as text.
+
+    Raises:
+        RankoptError: For an unknown strategy or option, or an empty list.
+    """
     labels = list(STRATEGIES) if text == "all" else list(dict.fromkeys(x.strip() for x in text.split(",") if x.strip()))
     if not labels:
         raise RankoptError(f"no strategies: give all, or some of {', '.join(STRATEGIES)}")
@@ -52,7 +207,7 @@ def read_strategies(text: str) -> list[str]:
     return labels
 
 
-def benchmark(
+def benchmark(  # noqa: PLR0913  # all but three are optional
     prepared: Prepared,
     budgets: Sequence[str],
     strategies: Sequence[str],
@@ -62,23 +217,44 @@ def benchmark(
     resume: bool = False,
     report: Callable[[Cell], None] = lambda cell: None,
     progress: Progress = silent,
-) -> dict[str, Any]:
-    """Run every strategy on every budget with seeds 0, 1, ...; returns the content of benchmark.json.
+) -> Benchmark:
+    """Run every strategy on every budget with seeds 0, 1, ...
 
-    budgets: "params=0.3", or several limits of one problem as "params=0.3,macs=0.5". strategies: names, with options
-    as "optuna:sampler=gp". trials: distinct plans for each; one-shot strategies have one. Only the objective is
-    measured. A plan is measured once, whoever proposes it, and counts for each, with its seconds. At the end the best
-    plan of each strategy and budget is scored, on test data where the task has some.
-    out: benchmark.json is written there after every run; resume: finished runs are taken from it, failed ones are
-    run again, and budgets, strategies and seeds that are new are added to those it has. Raises RankoptError.
+    Only the objective is measured. A plan is measured once, whichever strategy proposes it, and counts for each with
+    its seconds. At the end the best plan of each strategy and budget is scored, on test data if the task has some.
+
+    Args:
+        prepared: The task with its candidates.
+        budgets: Problems as text: "params=0.3", or with several limits "params=0.3,macs=0.5".
+        strategies: Strategies as text, as "optuna:sampler=gp".
+        trials: Distinct plans per run; one for strategies that propose a single plan.
+        seeds: Number of seeds.
+        out: Folder for benchmark.json, which is written after every run.
+        resume: Whether to keep the finished runs in `out`. Failed ones are run again, and new budgets, strategies and
+            seeds are added.
+        report: Called with every run that ends.
+        progress: Shows long work.
+
+    Returns:
+        The content of benchmark.json.
+
+    Raises:
+        RankoptError: For arguments that make no sense, or a benchmark in `out` that cannot be continued.
     """
     if trials < 1 or seeds < 1:
         raise RankoptError(f"trials is {trials}, seeds is {seeds}: give 1 or more of each")
     if out:
         open_folder(out, resume, FILE)
-    same = {"task": prepared.task.name, "space": prepared.space.name, "trials": trials}
-    asked = {"budgets": list(dict.fromkeys(budgets)), "strategies": list(dict.fromkeys(strategies)), "seeds": seeds}
-    data = {"settings": {**same, **asked, "candidates": {}}, "cells": [], "scores": []}
+    asked: BenchmarkSettings = {
+        "task": prepared.task.name,
+        "space": prepared.space.name,
+        "trials": trials,
+        "budgets": list(dict.fromkeys(budgets)),
+        "strategies": list(dict.fromkeys(strategies)),
+        "seeds": seeds,
+        "candidates": {},
+    }
+    data: Benchmark = {"settings": asked, "cells": [], "scores": []}
     book = _Book(out, _joined(read(out / FILE), data) if resume and out and (out / FILE).is_file() else data)
     settings = book.data["settings"]
     problems = {b: prepared.problem(b.split(",")) for b in settings["budgets"]}
@@ -105,9 +281,9 @@ def benchmark(
 
 
 class _Book:
-    """benchmark.json: the cells by budget, strategy and seed."""
+    """The file benchmark.json, with its cells by budget, strategy and seed."""
 
-    def __init__(self, out: Path | None, data: dict[str, Any]) -> None:
+    def __init__(self, out: Path | None, data: Benchmark) -> None:
         self.path, self.data = None if out is None else out / FILE, data
         self.index = {(c["budget"], c["strategy"], c["seed"]): c for c in data["cells"]}
 
@@ -128,12 +304,19 @@ class _Book:
             write_beside(self.path, lambda p: p.write_text(text))
 
 
-def read(path: Path) -> dict[str, Any]:
-    """benchmark.json. Raises StudyError if it is missing or damaged."""
+def read(path: Path) -> Benchmark:
+    """Read benchmark.json.
+
+    Args:
+        path: The file.
+
+    Raises:
+        StudyError: If it is missing or damaged.
+    """
     try:
         data = json.loads(path.read_text())
         if data.keys() >= {"settings", "cells", "scores"}:
-            return dict(data)
+            return cast(Benchmark, data)
     except FileNotFoundError:
         raise StudyError(f"there is no {path}: there is nothing to resume") from None
     except (OSError, ValueError, AttributeError) as error:
@@ -141,23 +324,24 @@ def read(path: Path) -> dict[str, Any]:
     raise StudyError(f"{path} is no benchmark of rankopt: choose another --out")
 
 
-def _joined(before: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """A benchmark that goes on, with what is asked for now. Raises StudyError if the two cannot be compared."""
+def _joined(before: Benchmark, data: Benchmark) -> Benchmark:
+    """Add new budgets, strategies and seeds to a benchmark. Raises StudyError if the two cannot be compared."""
     old, new = before["settings"], data["settings"]
-    for key in ("task", "space", "trials"):
+    fixed: tuple[Literal["task", "space", "trials"], ...] = ("task", "space", "trials")
+    for key in fixed:
         if old[key] != new[key]:
             raise StudyError(
                 f"the benchmark has {key} {old[key]!r}, asked is {new[key]!r}: "
                 "resume with the same, or choose another --out"
             )
-    for key in ("budgets", "strategies"):
-        old[key] = list(dict.fromkeys(old[key] + new[key]))
+    old["budgets"] = list(dict.fromkeys(old["budgets"] + new["budgets"]))
+    old["strategies"] = list(dict.fromkeys(old["strategies"] + new["strategies"]))
     old["seeds"] = max(old["seeds"], new["seeds"])
     return before
 
 
 def _copied(book: _Book, budget: str, label: str, seed: int) -> Cell | None:
-    """A one-shot strategy that gave the same plan for seeds 0 and 1 does not look at its seed."""
+    """The run of seed 0, if the strategy does not use its seed: it is one-shot and seeds 0 and 1 gave one plan."""
     if seed < 2 or not strategy_class(read_strategy(label)[0]).one_shot:
         return None
     first, second = (book.cell(budget, label, s) for s in (0, 1))
@@ -178,7 +362,7 @@ class _Runs:
     known: dict[PlanKey, Outcome] = field(default_factory=dict)
 
     def remember(self, cell: Cell) -> None:
-        """Take up what a cell measured; what failed may have been the machine's fault, and is tried again."""
+        """Reuse a cell's measurements, except failed ones, which may have been transient."""
         if problem := self.problems.get(cell["budget"]):
             for t in cell["trials"]:
                 key = plan_key(problem, tuple(t["proposal"]))
@@ -186,7 +370,7 @@ class _Runs:
                     self.known.setdefault(key, Outcome(t["objective"], None, t["seconds"]))
 
     def run(self, budget: str, label: str, seed: int) -> Cell:
-        """One strategy on one problem; whatever it raises is the cell's error, and the benchmark goes on."""
+        """Run one strategy on one problem. Whatever it raises is the cell's error, and the benchmark goes on."""
         clock, problem, error = Clock(measure=0.0, strategy=0.0, evaluation=0.0), self.problems[budget], None
         study, repeated = None, []
         try:
@@ -207,12 +391,19 @@ class _Runs:
                 clock["evaluation"] += outcome.seconds
                 with clock.stage("strategy"):
                     study.finish(proposal, outcome)
-        except Exception as caught:
+        except Exception as caught:  # noqa: BLE001  # whatever a strategy raises is its cell's error
             error = f"{type(caught).__name__}: {caught}"
-        told = study.trials if study else []
-        rows = [_row(t, r) for t, r in zip(told, repeated, strict=False)]
-        about = {"budget": budget, "strategy": label, "seed": seed, "copied_from": None, "error": error}
-        return {**about, "seconds": {k: round(v, 4) for k, v in clock.items()}, "trials": rows}
+        finished = study.trials if study else []
+        rows = [_row(t, r) for t, r in zip(finished, repeated, strict=False)]
+        return {
+            "budget": budget,
+            "strategy": label,
+            "seed": seed,
+            "copied_from": None,
+            "error": error,
+            "seconds": {k: round(v, 4) for k, v in clock.items()},
+            "trials": rows,
+        }
 
     def _evaluate(self, problem: Problem, proposal: Proposal) -> Outcome:
         key = plan_key(problem, proposal)
@@ -221,17 +412,21 @@ class _Runs:
             self.known[key] = attempt(Evaluator(problem, p.task.model, p.factors, p.objective, None), proposal)
         return self.known[key]
 
-    def score(self, book: _Book) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The dense model's score, and that of the best plan of each strategy and budget; each plan once."""
+    def score(self, book: _Book) -> tuple[DenseScore, list[ScoreRow]]:
+        """Score the dense model and the best plan of each strategy and budget, each distinct plan once."""
         task = self.prepared.task
-        part, function, examples = ("test", task.test, task.test_examples)
+        part: Part = "test"
+        function, examples = task.test, task.test_examples
         if function is None:
             part, function, examples = ("validation", task.score, task.examples)
-        value = (book.data.get("dense") or {}).get("score")
+        known = book.data.get("dense")
+        value = known["score"] if known else None
         value = call(f"the {part} score", function, task.model) if value is None else value
-        dense = {"part": part, "score": value, "interval": wilson(value, examples)}
+        dense: DenseScore = {"part": part, "score": value, "interval": wilson(value, examples)}
         kept = {(s["budget"], *s["proposal"]): s["score"] for s in book.data["scores"]}
-        rows, best = [], winners(book.cells())
+        rows: list[ScoreRow] = []
+        best = winners(book.cells())
+        row: Winner
         for row in self.progress(best, "scoring", len(best)):
             key = (row["budget"], *row["proposal"])
             if key not in kept:
@@ -243,37 +438,69 @@ class _Runs:
         return dense, rows
 
 
-def _row(trial: Trial, repeated: bool) -> dict[str, Any]:
-    keys = ("objective", "predicted", "seconds", "error")
-    cost = [trial.cost.params, trial.cost.macs, trial.cost.bytes]
-    about = {"proposal": [int(i) for i in trial.proposal], "cost": cost, "repeated": repeated}
-    return {**{k: getattr(trial, k) for k in keys}, **about}
+def _row(trial: Trial, repeated: bool) -> BenchmarkTrial:
+    return {
+        "objective": trial.objective,
+        "predicted": trial.predicted,
+        "seconds": trial.seconds,
+        "error": trial.error,
+        "proposal": [int(i) for i in trial.proposal],
+        "cost": [trial.cost[metric] for metric in METRICS],
+        "repeated": repeated,
+    }
 
 
 # --- what the runs say ---------------------------------------------------------------------------------
 
 
-def winners(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The best trial of each budget and strategy over its seeds."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+def winners(cells: Sequence[Cell]) -> list[Winner]:
+    """Find the best trial of each budget and strategy over its seeds.
+
+    Args:
+        cells: The runs.
+    """
+    found: dict[tuple[str, str], Winner] = {}
     for cell in cells:
         for number, t in enumerate(cell["trials"]):
             key = (cell["budget"], cell["strategy"])
-            if t["objective"] is not None and (key not in found or t["objective"] < found[key]["objective"]):
-                place = {k: cell[k] for k in ("budget", "strategy", "seed")}
-                found[key] = {**place, "trial": number, **{k: t[k] for k in ("objective", "cost", "proposal")}}
+            objective = t["objective"]
+            if objective is not None and (key not in found or objective < found[key]["objective"]):
+                found[key] = {
+                    "budget": cell["budget"],
+                    "strategy": cell["strategy"],
+                    "seed": cell["seed"],
+                    "trial": number,
+                    "objective": objective,
+                    "cost": t["cost"],
+                    "proposal": t["proposal"],
+                }
     return list(found.values())
 
 
 def curve(cell: Cell, trials: int) -> list[float]:
-    """The least objective after 1, 2, ... evaluations; infinite before the first that finished, flat after the last."""
-    values = [math.inf if t["objective"] is None else t["objective"] for t in cell["trials"]]
+    """Compute the least objective after 1, 2, ... evaluations.
+
+    Args:
+        cell: The run.
+        trials: Length of the curve.
+
+    Returns:
+        The curve: infinite before the first evaluation that finished, constant after the last.
+    """
+    values = [math.inf if (objective := t["objective"]) is None else objective for t in cell["trials"]]
     values += [math.inf] * (trials - len(values))
     return [float(v) for v in np.minimum.accumulate(values)]
 
 
-def ranks(data: dict[str, Any]) -> dict[str, list[float]]:
-    """Per strategy its rank (1 is best, equals share) in every budget and seed that all strategies have run."""
+def ranks(data: Benchmark) -> dict[str, list[float]]:
+    """Rank the strategies in every budget and seed that all of them have run.
+
+    Args:
+        data: The content of benchmark.json.
+
+    Returns:
+        Strategy -> its ranks; 1 is best, and equals share the mean rank.
+    """
     from scipy.stats import rankdata
 
     settings = data["settings"]

@@ -1,4 +1,7 @@
-"""The loop: ask, project, evaluate, tell, store. Trials run in this process."""
+"""The search loop: ask the strategy, project onto the budget, evaluate, store, tell the strategy.
+
+`Study` holds the state, for runners in this process (`search`) and on Ray (`rankopt.search.ray.runner`).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -18,22 +21,31 @@ from rankopt.core.records import Proposal, Rank, Trial
 from rankopt.strategies.allocation import project
 from rankopt.strategies.base import Strategy
 
-ALL_FAILED = 5  # so many failures and no success: the search stops
+if TYPE_CHECKING:
+    from rankopt.search.storage.local import Store
+
+ALL_FAILED = 5  # failures without a success after which the search stops
 
 
-ETA = 3  # one in so many goes on from a low fidelity to the next
+ETA = 3  # the best 1 / ETA of trials go on from a low fidelity to the next
 
 
-WAIT = 1.0  # seconds between looks at what other processes do
+WAIT = 1.0  # seconds between looks at the results of other processes
 
 
-REPEATS = 100  # so many proposals in a row that were evaluated already: the strategy has run dry
+REPEATS = 100  # known proposals in a row after which the strategy counts as exhausted
 
 
 class Outcome(NamedTuple):
-    """What an evaluation gives. Of an unfinished one there are only `rungs`, the objective at lower fidelities.
+    """The result of evaluating a plan, or of as many fidelities as were measured so far.
 
-    error: why it failed. transient: the machine's fault perhaps, and worth a second attempt.
+    Attributes:
+        objective: The objective at full fidelity; None while it is unfinished, or if it failed.
+        score: The validation score, if the task has one.
+        seconds: Duration so far.
+        error: Why the evaluation failed.
+        rungs: The objective at each lower fidelity that was measured.
+        transient: True for errors that may not recur (I/O, out of memory); the trial is retried once.
     """
 
     objective: float | None = None
@@ -45,16 +57,29 @@ class Outcome(NamedTuple):
 
     @property
     def finished(self) -> bool:
+        """Whether the evaluation came to its end, by success or failure."""
         return self.objective is not None or self.error is not None
 
 
 Evaluate = Callable[[Proposal], tuple[float, float | None]]
-"""A proposal within the budget -> (objective, score). One with a method `stages` is evaluated at several fidelities:
-it yields the objective at each lower one, then (objective, score)."""
+"""Evaluates a plan: a proposal within the budget -> (objective, score or None).
+
+If it also has a method `stages(proposal)`, that is used instead: it yields the objective at each lower fidelity, then
+(objective, score).
+"""
 
 
 def stages(evaluate: Evaluate, proposal: Proposal) -> Iterator[Outcome]:
-    """Evaluate, one fidelity after the other; an exception or a number that is not finite is a failure."""
+    """Evaluate a plan, one fidelity after the other.
+
+    Args:
+        evaluate: Evaluates plans.
+        proposal: The plan.
+
+    Yields:
+        The outcome after every fidelity; the last one is finished. Exceptions, and objectives that are not finite, are
+        failed outcomes.
+    """
     start = time.perf_counter()
     rungs: tuple[float, ...] = ()
     try:
@@ -69,107 +94,151 @@ def stages(evaluate: Evaluate, proposal: Proposal) -> Iterator[Outcome]:
                 return
             rungs = (*rungs, objective)
             yield Outcome(seconds=seconds, rungs=rungs)
-    except Exception as error:  # whatever a user's model or score raises must not end the search
+    except Exception as error:  # noqa: BLE001  # whatever a user's model or score raises must not end the search
         text = f"{type(error).__name__}: {error}"
         yield Outcome(seconds=time.perf_counter() - start, error=text, rungs=rungs, transient=_is_transient(error))
 
 
 def _is_transient(error: BaseException | None) -> bool:
-    """Whether an error may pass: a disk or network that was away, a GPU that others had filled."""
+    """Whether an error may not recur: a disk or network that was away, a GPU that others had filled."""
     return error is not None and (isinstance(error, OSError | torch.OutOfMemoryError) or _is_transient(error.__cause__))
 
 
 def attempt(evaluate: Evaluate, proposal: Proposal) -> Outcome:
-    """Evaluate to full fidelity."""
+    """Evaluate a plan at full fidelity.
+
+    Args:
+        evaluate: Evaluates plans.
+        proposal: The plan.
+
+    Returns:
+        The finished outcome; a failure is an outcome, too.
+    """
     *_, outcome = stages(evaluate, proposal)
     return outcome
 
 
 @dataclass
 class Study:
-    """What the loop keeps: the trials of distinct plans. Shared by the runners in this process and on Ray.
+    """The state of a search: the trials of distinct plans.
 
-    limit: distinct plans to evaluate in total, failures and resumed ones included.
+    Attributes:
+        problem: The candidates of every layer, and the limits.
+        strategy: Proposes plans.
+        limit: Distinct plans to evaluate in total; failed ones and those of a resumed study count.
+        store: Where trials are kept; None for nowhere.
+        report: Called with every trial that ends.
+        trials: The trials that ended.
+        pending: Plan being evaluated -> number of its ask.
+        reached: Plan -> its objective at each lower fidelity so far.
+        retried: Plans that were evaluated again after a transient error.
+        stopping: Set it to True to start no more trials.
+        outside: Stored trials whose plans lie outside a latency limit that was tightened since.
+        awaited: Plans that other processes were evaluating at the last look.
     """
 
     problem: Problem
     strategy: Strategy
     limit: int
-    store: Any = None
+    store: Store | None = None
     report: Callable[[Trial], None] = lambda trial: None
     trials: list[Trial] = field(default_factory=list)
-    pending: dict[Proposal, int] = field(default_factory=dict)  # -> the number of its ask
-    reached: dict[Proposal, tuple[float, ...]] = field(default_factory=dict)  # -> its objective at each rung so far
+    pending: dict[Proposal, int] = field(default_factory=dict)
+    reached: dict[Proposal, tuple[float, ...]] = field(default_factory=dict)
     retried: set[Proposal] = field(default_factory=set)
-    stopping: bool = False  # set it, and nothing more is started
-    outside: int = 0  # trials that the store holds, but that a limit on latency, moved since, leaves out
-    awaited: set[Proposal] = field(default_factory=set)  # what other processes evaluated at the last look
+    stopping: bool = False
+    outside: int = 0
+    awaited: set[Proposal] = field(default_factory=set)
 
     def resume(self) -> None:
-        """Take up what the store holds. Where every trial failed, they are made again: what was wrong may be mended."""
+        """Load the store's trials. If all of them failed they are made again: the cause may be mended by now."""
         if not self.store:
             return
-        found, asked = self.store.trials()
-        self.trials = [t for t in found if self.problem.fits(t.proposal)]
-        self.outside = len(found) - len(self.trials)
+        stored, n_asked = self.store.trials()
+        self.trials = [t for t in stored if self.problem.fits(t.proposal)]
+        self.outside = len(stored) - len(self.trials)
         if self.trials and all(t.state == "failed" for t in self.trials):
             self.store.restart()
-            self.trials, asked = [], 0
+            self.trials, n_asked = [], 0
         self.reached = {t.proposal: t.rungs for t in self.trials}
-        self.strategy.restore(self.trials, asked)
+        self.strategy.restore(self.trials, n_asked)
 
     def next(self) -> Proposal | None:
-        """The next distinct plan to evaluate; None if there is none (now: `pending` tells)."""
-        others = self.others()  # before the news: what they tell in between is in both
-        self._catch_up()
+        """Choose the next plan to evaluate.
+
+        Returns:
+            A plan that nobody has evaluated or is evaluating; None if there is none. If plans are `pending` or
+            `awaited`, their results may change that.
+        """
+        others = self.others()  # read before the results: a plan that finishes in between is then in both
+        self._read_results()
         seen = {t.proposal for t in self.trials} | self.pending.keys() | others
         self.awaited = others - {t.proposal for t in self.trials}
         if self.stopping or len(seen) >= self.limit:
             return None
         for _ in range(REPEATS):
-            number = self.strategy.asked
-            wanted = self.strategy.ask()
-            if wanted is None:
+            number = self.strategy.n_asked
+            asked = self.strategy.ask()
+            if asked is None:
                 return None
-            proposal = project(self.problem, wanted)
+            proposal = project(self.problem, asked)
             if proposal in seen:
                 continue
             if self.store and not self.store.claim(proposal, self.limit):
-                return self.next()  # another process was faster: there is something new to learn
+                return self.next()  # another process was faster: look at its results first
             self.pending[proposal] = number
             return proposal
         return None
 
     def others(self) -> set[Proposal]:
-        """What other processes evaluate now, on a study that they share."""
+        """The plans that other processes sharing the study are evaluating."""
         return self.store.claimed() if self.store else set()
 
-    def _catch_up(self) -> None:
-        for trial in self.store.news() if self.store else ():
+    def _read_results(self) -> None:
+        """Tell the strategy the trials of other processes."""
+        for trial in self.store.new_trials() if self.store else ():
             self.reached[trial.proposal] = trial.rungs
             self.trials.append(dataclasses.replace(trial, number=self.outside + len(self.trials)))
             self.strategy.tell(self.trials[-1])
 
     def promote(self, proposal: Proposal, rungs: tuple[float, ...]) -> bool:
-        """Whether an evaluation goes on from the rung that it has just reached: asynchronous successive halving.
+        """Decide whether a trial goes on to the next fidelity, by asynchronous successive halving.
 
-        It does if it is among the best 1/ETA, rounded up, of those that reached this rung so far (Li et al. 2020,
-        in the variant that never takes up again what it stopped), or one of the first ETA, which have little beside.
+        It goes on if it is among the best 1/ETA (rounded up) of the trials that reached this rung so far, or among the
+        first ETA. This is ASHA (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning") in the variant
+        where a stopped trial is never resumed.
+
+        Args:
+            proposal: The plan.
+            rungs: Its objective at each fidelity so far; the last one is new.
         """
         self.reached[proposal] = rungs
         level = len(rungs) - 1
         values = [r[level] for r in self.reached.values() if len(r) > level]
         return len(values) <= ETA or sum(value < rungs[-1] for value in values) < math.ceil(len(values) / ETA)
 
-    def again(self, proposal: Proposal, outcome: Outcome) -> bool:
-        """Whether to evaluate once more what failed: once, where the reason may pass."""
+    def should_retry(self, proposal: Proposal, outcome: Outcome) -> bool:
+        """Decide whether to evaluate a plan again: once, after a transient error.
+
+        Args:
+            proposal: The plan.
+            outcome: The outcome of its evaluation.
+        """
         if not outcome.transient or proposal in self.retried:
             return False
         self.retried.add(proposal)
         return True
 
     def finish(self, proposal: Proposal, outcome: Outcome) -> Trial:
-        """Record an evaluation, given up where it is unfinished: store first, then tell."""
+        """Record the end of a trial: in the store first, then with the strategy.
+
+        Args:
+            proposal: The plan.
+            outcome: The outcome; an unfinished one was stopped at a low fidelity.
+
+        Raises:
+            StudyError: If the trial cannot be stored, or if all trials so far failed.
+        """
         trial = Trial(
             number=self.outside + len(self.trials),
             proposal=proposal,
@@ -184,8 +253,8 @@ class Study:
             rungs=outcome.rungs,
         )
         self.pending.pop(proposal, None)
-        if self.store:  # after a stop, what was running is asked for again
-            self.store.add(trial, min(self.pending.values(), default=self.strategy.asked))
+        if self.store:  # a resumed study asks again for the plans that were running
+            self.store.add(trial, min(self.pending.values(), default=self.strategy.n_asked))
         self.trials.append(trial)
         self.strategy.tell(trial)
         self.report(trial)
@@ -199,17 +268,34 @@ class Study:
 
 
 def search(study: Study, evaluate: Evaluate) -> list[Trial]:
-    """Evaluate until the limit or the strategy's end, one trial at a time. Returns all trials."""
+    """Run a study in this process, one trial at a time, until its limit or the strategy's end.
+
+    Args:
+        study: The study.
+        evaluate: Evaluates plans.
+
+    Returns:
+        All trials of the study.
+    """
     for proposal in proposals(study):
         outcome = evaluate_until_stopped(study, evaluate, proposal)
-        study.finish(
-            proposal, evaluate_until_stopped(study, evaluate, proposal) if study.again(proposal, outcome) else outcome
-        )
+        if study.should_retry(proposal, outcome):
+            outcome = evaluate_until_stopped(study, evaluate, proposal)
+        study.finish(proposal, outcome)
     return study.trials
 
 
 def evaluate_until_stopped(study: Study, evaluate: Evaluate, proposal: Proposal) -> Outcome:
-    """Evaluate, from fidelity to fidelity, as far as the study lets it."""
+    """Evaluate a plan from fidelity to fidelity, until the study stops it.
+
+    Args:
+        study: Decides at every fidelity whether the trial goes on.
+        evaluate: Evaluates plans.
+        proposal: The plan.
+
+    Returns:
+        The last outcome.
+    """
     for outcome in stages(evaluate, proposal):
         if not outcome.finished and not study.promote(proposal, outcome.rungs):
             break
@@ -217,7 +303,14 @@ def evaluate_until_stopped(study: Study, evaluate: Evaluate, proposal: Proposal)
 
 
 def proposals(study: Study) -> Iterator[Proposal]:
-    """What to evaluate, until there is nothing more; waits for other processes, whose trials may change that."""
+    """Iterate over the plans to evaluate; waits for other processes, whose results may lead to more.
+
+    Args:
+        study: The study.
+
+    Yields:
+        Plans, each to be passed to `study.finish`.
+    """
     while True:
         if (proposal := study.next()) is not None:
             yield proposal
@@ -228,7 +321,14 @@ def proposals(study: Study) -> Iterator[Proposal]:
 
 
 def best(trials: list[Trial]) -> Trial:
-    """The finished trial with the least objective, the first of equals. Raises StudyError if none finished."""
+    """Find the finished trial with the least objective, the first of equals.
+
+    Args:
+        trials: The trials of a study.
+
+    Raises:
+        StudyError: If none finished.
+    """
     finished = [t for t in trials if t.objective is not None]
     if not finished:
         first = next((t.error for t in trials if t.error), None)
@@ -238,7 +338,15 @@ def best(trials: list[Trial]) -> Trial:
 
 
 def front(trials: Sequence[Trial], metric: str) -> list[Trial]:
-    """The finished trials that no other beats in both objective and cost, by rising cost."""
+    """Find the finished trials that no other beats in both objective and cost.
+
+    Args:
+        trials: The trials of a study.
+        metric: The metric of the cost.
+
+    Returns:
+        The trials by rising cost.
+    """
     finished = [t for t in trials if t.objective is not None]
     kept: list[Trial] = []
     for trial in sorted(finished, key=lambda t: (t.cost[metric], t.objective, t.number)):
@@ -247,19 +355,33 @@ def front(trials: Sequence[Trial], metric: str) -> list[Trial]:
     return kept
 
 
-# --- searching ---------------------------------------------------------------------------------------
-
-
 PlanKey = tuple[tuple[str, Rank, str, str], ...]
+"""Every layer's family, rank, form and precision."""
 
 
 def plan_key(problem: Problem, proposal: Proposal) -> PlanKey:
-    """What a proposal builds, whatever the frontiers it is given in: equal plans have equal keys."""
+    """Identify a plan independently of the frontiers that its proposal indexes.
+
+    Args:
+        problem: The problem with its frontiers.
+        proposal: One frontier index per layer.
+
+    Returns:
+        A key; equal plans of problems with different budgets have equal keys.
+    """
     return tuple((c.method, c.rank, c.form, c.precision) for c in problem.candidates(proposal))
 
 
-def trial_limit(strategy: Any, trials: int | None) -> int:
-    """How many distinct plans to evaluate: one for strategies with a single proposal, else as asked (30)."""
+def trial_limit(strategy: Strategy, trials: int | None) -> int:
+    """Decide how many distinct plans to evaluate.
+
+    Args:
+        strategy: The strategy; one that proposes a single plan has one trial.
+        trials: The number asked for; None for the default of 30.
+
+    Raises:
+        RankoptError: If trials is less than 1.
+    """
     if trials is not None and trials < 1:
         raise RankoptError(f"trials is {trials}: give 1 or more")
     if strategy.one_shot:
@@ -267,15 +389,20 @@ def trial_limit(strategy: Any, trials: int | None) -> int:
     return 30 if trials is None else trials
 
 
-# --- the whole job -----------------------------------------------------------------------------------
-
 Runner = Callable[[Study, Evaluate], list[Trial]]
+"""Evaluates a study's plans until its limit or the strategy's end, and returns all its trials."""
 
 
 class RunUntil:
-    """A runner that starts no trial after a moment of time.monotonic()."""
+    """A runner that starts no trial after a deadline."""
 
     def __init__(self, runner: Runner, deadline: float) -> None:
+        """Wrap a runner.
+
+        Args:
+            runner: The runner that does the work.
+            deadline: A value of `time.monotonic()`.
+        """
         self.runner, self.deadline = runner, deadline
 
     def __call__(self, study: Study, evaluate: Evaluate) -> list[Trial]:

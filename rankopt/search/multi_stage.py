@@ -1,8 +1,8 @@
-"""Multi-stage compression (Gusak 2019, MUSCO): a part of the way to the budget, a short training, estimate again.
+"""Multi-stage compression (MUSCO, Gusak et al. 2019): compress part of the way, train briefly, and repeat.
 
-Each round searches a plan for a budget between dense and the goal (geometric steps), trains that plan's model for
-a little, and multiplies its factors out again: the next round calibrates, fits and measures on weights that have
-already adapted. The objective stays the divergence from the model that was given.
+Each round searches a plan for a budget on the way from dense to the goal (in geometric steps), trains the plan's model
+briefly and multiplies its factors out. So the next round calibrates, fits and measures on weights that have adapted.
+The objective remains the divergence from the original model.
 """
 
 from __future__ import annotations
@@ -20,40 +20,59 @@ from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.budget import Limit, parse_budget
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Cost, Task
+from rankopt.core.result_record import RoundEntry, ScoreEntry, ScoresEntry
 from rankopt.core.run_folder import RESULT, read_result
 from rankopt.decompositions.plan import load, multiplied_out
 from rankopt.model.counting import count
 from rankopt.model.forward import CALIBRATION_EXAMPLES, collect_batches
 from rankopt.model.objective import Divergence, call
 from rankopt.search.compress import run_search
-from rankopt.search.evaluator import Settings
 from rankopt.search.loop import Runner, search
-from rankopt.search.result import Result, with_intervals
+from rankopt.search.result import Result, set_scores
+from rankopt.search.settings import SearchSettings
 from rankopt.training.loop import search_batches, train_briefly
 
 
-def run_multi_stage(
+def run_multi_stage(  # noqa: PLR0913  # a search's arguments and its preparation's
     task: Task,
     space: SearchSpace,
     budget: Mapping[str, Any] | Sequence[str],
-    settings: Settings,
+    settings: SearchSettings,
     out: Path | None = None,
     cache: str | Path | None = None,
     runner: Runner = search,
     progress: Progress = silent,
     workers: int | None = None,
 ) -> Result:
-    """`space.rounds` searches with `space.round_steps` steps of training after each; result.json lists them.
+    """Compress in `space.rounds` rounds, each a search and `space.round_steps` steps of training.
 
-    Earlier rounds are kept in out/round-1, ...; with settings.resume finished ones are not repeated. Training uses
-    the task's train and loss where it has both, else distillation from the dense model on the calibration batches.
-    Raises BudgetError, before anything is fitted, for a budget that cannot be met.
+    Training uses the task's `train` and `loss` if it has both, otherwise distillation from the dense model on the
+    calibration batches.
+
+    Args:
+        task: The task.
+        space: The search space, with the number of rounds.
+        budget: The goal, as `parse_budget` takes it.
+        settings: How to search. With `resume`, finished rounds are not repeated.
+        out: Run folder; earlier rounds are kept in its folders round-1, ...
+        cache: Folder for fitted candidates; None for the default one.
+        runner: Evaluates plans.
+        progress: Shows long work.
+        workers: Processes that fit candidates; None for the default.
+
+    Returns:
+        The result of the last round; its `info["rounds"]` lists the rounds.
+
+    Raises:
+        BudgetError: If the budget cannot be met.
+        KeyboardInterrupt: If a search was stopped.
     """
     dense = count(task.model, task.example_input)
     limits = parse_budget(budget, dense)
     batches = collect_batches(task.calibration, CALIBRATION_EXAMPLES)
     objective = task.objective or Divergence(task.model, batches)
-    model, history = task.model, []
+    model = task.model
+    history: list[RoundEntry] = []
     for number in range(1, space.rounds + 1):
         last = number == space.rounds
         folder = None if out is None else out if last else out / f"round-{number}"
@@ -67,19 +86,25 @@ def run_multi_stage(
         prepared = prepare(stage, space, cache, progress, workers, budget=goal)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        again = dataclasses.replace(settings, resume=bool(folder and (folder / "study.db").is_file()))
-        result = run_search(prepared, prepared.problem(goal), again, folder, runner, progress)
+        round_settings = dataclasses.replace(settings, resume=bool(folder and (folder / "study.db").is_file()))
+        result = run_search(prepared, prepared.problem(goal), round_settings, folder, runner, progress)
         if result.info["trials"]["interrupted"]:
             raise KeyboardInterrupt
         before = result.info["objective"]["best"]
         result.model, after = _trained(
             task, result.model, batches, objective, space.round_steps, settings.seed, progress
         )
-        history.append({"round": number, "budget": {x.metric: x.target for x in result.limits}})
-        history[-1] |= {"objective": before, "objective_after_training": after}
+        history.append(
+            {
+                "round": number,
+                "budget": {x.metric: x.target for x in result.limits},
+                "objective": before,
+                "objective_after_training": after,
+            }
+        )
         result.info["rounds"] = history
         if last:
-            result.info |= with_intervals(task, _scores(task, result.model))
+            set_scores(result.info, task, _scores(task, result.model))
         if folder:
             result.save(folder)
         model = multiplied_out(task.model, result.model)
@@ -87,12 +112,12 @@ def run_multi_stage(
 
 
 def _trained_already(folder: Path) -> bool:
-    """Whether a round's result is the one from after its training: a search ends with a result of its own."""
+    """Whether a round's folder holds the result of its training, and not only that of its search."""
     return (folder / RESULT).is_file() and "rounds" in read_result(folder)
 
 
 def _on_the_way(limit: Limit, dense: Cost, share: float) -> int:
-    """The budget at this share of the way, in logarithms, from dense to the goal."""
+    """The budget at a share of the logarithmic way from dense to the goal."""
     whole = dense[limit.metric]
     return max(limit.target, math.floor(whole * (limit.target / whole) ** share))
 
@@ -106,7 +131,7 @@ def _trained(
     seed: int,
     progress: Progress,
 ) -> tuple[nn.Module, float | None]:
-    """A copy after a short training, and its objective; the model as it was where training does not help."""
+    """Train a copy briefly. Returns it with its objective, or the model as it was if training does not help."""
     before = call("the objective", objective, small)
     if steps == 0:
         return small, before
@@ -117,7 +142,13 @@ def _trained(
     return (changed, after) if better else (small, before)
 
 
-def _scores(task: Task, small: nn.Module) -> dict[str, Any]:
-    functions = {"validation": ("the score", task.score), "test": ("the test score", task.test)}
-    models = {"dense": task.model, "compressed": small}
-    return {who: {part: call(*f, model) for part, f in functions.items()} for who, model in models.items()}
+def _scores(task: Task, small: nn.Module) -> ScoresEntry:
+    """Validation and test scores of the dense and the compressed model."""
+
+    def of(model: nn.Module) -> ScoreEntry:
+        return {
+            "validation": call("the score", task.score, model),
+            "test": call("the test score", task.test, model),
+        }
+
+    return {"dense": of(task.model), "compressed": of(small)}

@@ -1,19 +1,18 @@
-"""What a search comes to: the chosen plan's model rebuilt, counted, polished and scored."""
+"""The result of a search: the chosen plan's model rebuilt, counted, refined and scored."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
-import torch
 from torch import nn
 
 from rankopt.candidates.memory import measured
@@ -21,21 +20,41 @@ from rankopt.candidates.pareto import dense_candidate
 from rankopt.candidates.prepare import Prepared
 from rankopt.core.budget import Limit
 from rankopt.core.errors import RankoptError
-from rankopt.core.files import write_beside
 from rankopt.core.problem import Problem
 from rankopt.core.progress import Progress, silent
-from rankopt.core.records import SAME, Candidate, Choice, Layer, Plan, Proposal, Task, Trial
-from rankopt.core.run_folder import RESULT
+from rankopt.core.records import SAME, Candidate, Choice, Cost, Layer, Plan, Proposal, Task, Trial
+from rankopt.core.result_record import (
+    PARTS,
+    BudgetEntry,
+    ChangeRecord,
+    CostEntry,
+    ExamplesEntry,
+    FrontRow,
+    IntervalEntry,
+    IntervalsEntry,
+    LayerRow,
+    Metric,
+    MillisecondsEntry,
+    ResultInfo,
+    ScoreEntry,
+    ScoreRecord,
+    ScoresEntry,
+    SearchMetadata,
+    TrialsEntry,
+)
+from rankopt.core.run_folder import write_result
 from rankopt.core.statistics import proxy, tie, wilson
-from rankopt.core.timing import in_turn
+from rankopt.core.timing import in_turn, threads
 from rankopt.decompositions.plan import save
 from rankopt.model.counting import count
 from rankopt.model.energy import of_models
 from rankopt.model.forward import inference, one_example, run, to_device
 from rankopt.model.objective import call
-from rankopt.search.evaluator import Evaluator, Settings, fidelity_rows
+from rankopt.search.evaluator import Evaluator
+from rankopt.search.fidelity import fidelity_rows
 from rankopt.search.latency_check import Check, latency_entry, latency_limit, with_target
 from rankopt.search.loop import front
+from rankopt.search.settings import SearchSettings
 from rankopt.strategies.allocation import allocate, relative_gap
 from rankopt.training.batch_norm import recalibrate
 from rankopt.training.loop import train_briefly
@@ -46,12 +65,19 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Result:
-    """What a compression gives: `model` is an ordinary nn.Module."""
+    """What a compression returns.
+
+    Attributes:
+        model: The compressed model, an ordinary `nn.Module`.
+        plan: The decision for every layer.
+        limits: The budget in absolute numbers.
+        info: The content of result.json; `rankopt.core.result_record` documents every key.
+    """
 
     model: nn.Module
     plan: Plan
     limits: tuple[Limit, ...]
-    info: dict[str, Any]  # the content of result.json
+    info: ResultInfo
 
     def summary(self) -> str:
         """The result as text, at most 100 columns wide."""
@@ -60,44 +86,93 @@ class Result:
         return summary(self.info)
 
     def save(self, folder: str | Path) -> None:
-        """Write plan.json, model.safetensors and result.json."""
+        """Write plan.json, model.safetensors and result.json.
+
+        Args:
+            folder: Where to write them; made if it is missing.
+
+        Raises:
+            RankoptError: If a file cannot be written.
+        """
         save(folder, self.model, self.plan)
-        write_beside(Path(folder) / RESULT, lambda p: p.write_text(json.dumps(self.info, indent=1)))
+        write_result(folder, self.info)
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """What a search ended with.
+
+    Attributes:
+        problem: The problem that was searched last.
+        trials: The trials within its limits.
+        chosen: The trial whose plan is the result.
+        asked: Proposals that the strategy made.
+        check: The check of a latency budget, if there was one. It knows the limit that was asked for; the problem's
+            own may have been tightened since.
+        outside: Trials evaluated before a limit was tightened, whose plans lie outside the new one.
+        interrupted: Whether the search was stopped before all its trials were done.
+    """
+
+    problem: Problem
+    trials: Sequence[Trial]
+    chosen: Trial
+    asked: int
+    check: Check | None = None
+    outside: int = 0
+    interrupted: bool = False
+
+    def with_asked_limits(self) -> SearchOutcome:
+        """The same outcome, its problem with the limit on latency that was asked for."""
+        if self.check is None:
+            return self
+        limits = with_target(self.problem.limits, self.check.limit)
+        return dataclasses.replace(self, problem=dataclasses.replace(self.problem, limits=limits))
+
+
+# --- the plan ----------------------------------------------------------------------------------------
 
 
 def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
-    """Every layer's decision with its reason."""
+    """Write a proposal out as a plan: every layer's decision with its reason, and the predicted cost.
+
+    Args:
+        prepared: The task with its candidates.
+        problem: The problem whose frontiers the proposal indexes.
+        proposal: One frontier index per free layer.
+
+    Returns:
+        A plan with a choice for every layer of the inventory, also for those that must stay dense.
+    """
     chosen = {layer.name: (f, i) for layer, f, i in zip(problem.layers, problem.frontiers, proposal, strict=True)}
     choices = []
     for layer in prepared.layers:
         if layer.name in chosen:
             candidates, at = chosen[layer.name]
-            candidate, reason = candidates[at], _why(candidates, at, problem.limits)
+            candidate, reason = candidates[at], _reason(candidates, at, problem.limits[0].metric)
         else:
             candidate, reason = dense_candidate(layer), layer.reason or ""
         choices.append(
             Choice(
-                layer.name,
-                layer.kind,
-                layer.own_shape,
-                candidate.method,
-                candidate.rank,
-                candidate.cost.params,
-                candidate.cost.macs,
-                candidate.error,
-                reason,
-                candidate.form,
-                candidate.precision,
+                name=layer.name,
+                kind=layer.kind,
+                shape=layer.own_shape,
+                method=candidate.method,
+                rank=candidate.rank,
+                params=candidate.cost.params,
+                macs=candidate.cost.macs,
+                error=candidate.error,
+                reason=reason,
+                form=candidate.form,
+                precision=candidate.precision,
             )
         )
     limited = prepared.latencies is not None and latency_limit(problem) is not None
-    where = str(prepared.latencies.conditions) if prepared.latencies and limited else ""
-    return Plan(tuple(choices), problem.cost(proposal), prepared.dense, where)
+    conditions = str(prepared.latencies.conditions) if prepared.latencies and limited else ""
+    return Plan(tuple(choices), problem.cost(proposal), prepared.dense, conditions)
 
 
-def _why(candidates: Sequence[Candidate], at: int, limits: Sequence[Limit]) -> str:
-    """Why a layer got this candidate: what it gives up for what it saves, and the step beside it."""
-    metric = limits[0].metric
+def _reason(candidates: Sequence[Candidate], at: int, metric: str) -> str:
+    """Why a layer got the candidate at this index: what it saves, its loss, and that of the next cheaper one."""
     chosen, dense = candidates[at], candidates[-1]
 
     def share(candidate: Candidate) -> float:
@@ -108,10 +183,10 @@ def _why(candidates: Sequence[Candidate], at: int, limits: Sequence[Limit]) -> s
     if chosen.unchanged:
         below = candidates[at - 1]
         return (
-            f"dense: the mildest candidate ({_kind(below)}) would save {1 - share(below):.0%} "
+            f"dense: the mildest candidate ({_label(below)}) would save {1 - share(below):.0%} "
             f"and raise the objective by {below.loss:.2g}"
         )
-    families = sorted({_kind(c) for c in candidates if not c.unchanged})
+    families = sorted({_label(c) for c in candidates if not c.unchanged})
     text = (
         f"keeps {share(chosen):.0%} of its {metric} for a predicted rise of {chosen.loss:.2g}; "
         f"best of {len(candidates)} on its frontier ({', '.join(families)})"
@@ -119,166 +194,305 @@ def _why(candidates: Sequence[Candidate], at: int, limits: Sequence[Limit]) -> s
     return text if at == 0 else f"{text}; the next cheaper would cost {candidates[at - 1].loss:.2g}"
 
 
-def _kind(candidate: Candidate) -> str:
+def _label(candidate: Candidate) -> str:
     return candidate.method if candidate.precision == SAME else f"{candidate.method} {candidate.precision}"
+
+
+# --- the result --------------------------------------------------------------------------------------
 
 
 def build_result(
     prepared: Prepared,
-    problem: Problem,
-    trials: Sequence[Trial],
-    chosen: Trial,
-    about: Mapping[str, Any],
-    asked: int,
-    settings: Settings,
-    kept: Check | None = None,
+    outcome: SearchOutcome,
+    *,
+    metadata: SearchMetadata,
+    settings: SearchSettings,
     progress: Progress = silent,
 ) -> Result:
-    """Rebuild the chosen plan's model, count its cost again, score it (test data once) and put it all together.
+    """Rebuild the chosen plan's model, count its cost, score it and assemble the record.
 
-    kept: the check of a latency budget; problem's own limit may have been moved since.
+    This is the only place where test data is used in a search, once for each model.
+
+    Args:
+        prepared: The task with its candidates.
+        outcome: What the search ended with.
+        metadata: What was searched, for result.json.
+        settings: The settings of the search.
+        progress: Shows training and refinement.
+
+    Raises:
+        RankoptError: If the rebuilt model misses the budget.
+        TaskError: If a score raises an error or is not a finite number.
     """
-    task, clock = prepared.task, prepared.clock
-    if kept:
-        problem = dataclasses.replace(problem, limits=with_target(problem.limits, kept.limit))
-    plan = make_plan(prepared, problem, chosen.proposal)
-    model = prepared.apply(problem, chosen.proposal)
-    evaluator = Evaluator.of(prepared, problem, settings.ladder)
-    if evaluator.training_data:  # again, as in the trial: trials keep no weights
+    outcome = outcome.with_asked_limits()
+    plan = make_plan(prepared, outcome.problem, outcome.chosen.proposal)
+    model, changes = _rebuild(prepared, outcome, settings, progress)
+    achieved = _count(prepared, model, outcome.check.measured.latency if outcome.check else plan.cost.latency)
+    _check_budget(outcome.problem.limits, planned=plan.cost, achieved=achieved)
+    score = _score(prepared, outcome.chosen, model, changes)
+    rebuilt = _Rebuilt(model, dataclasses.replace(plan, cost=achieved), changes, score)
+    info = _assemble(prepared, outcome, metadata, settings, rebuilt)
+    return Result(model, rebuilt.plan, outcome.problem.limits, info)
+
+
+@dataclass(frozen=True)
+class _Rebuilt:
+    """The chosen plan's model, and what was measured on it; plan: with the cost that was counted."""
+
+    model: nn.Module
+    plan: Plan
+    changes: ChangeRecord
+    score: ScoresEntry
+
+
+def _rebuild(
+    prepared: Prepared, outcome: SearchOutcome, settings: SearchSettings, progress: Progress
+) -> tuple[nn.Module, ChangeRecord]:
+    """The chosen plan's model, trained as in its trial (trials keep no weights) and refined if that was asked for."""
+    model = prepared.apply(outcome.problem, outcome.chosen.proposal)
+    evaluator = Evaluator.of(prepared, outcome.problem, settings.fidelities)
+    if evaluator.training_data:
         model = train_briefly(model, *evaluator.training_data, evaluator.steps, progress=progress)
-    model, changes = _postprocess(prepared, problem, chosen, model, settings, progress)
-    latency = kept.measured.latency if kept else plan.cost.latency
-    achieved = dataclasses.replace(count(model, task.example_input), latency=latency)
-    if prepared.dense.memory:
-        achieved = dataclasses.replace(achieved, **measured(model, task.example_input))
-    for limit in problem.limits:
-        if achieved[limit.metric] > limit.target:
-            raise RankoptError(
-                f"the rebuilt model has {limit.metric} {achieved[limit.metric]:,}, above the budget of "
-                f"{limit.target:,} (the plan says {plan.cost[limit.metric]:,}): a bug in rankopt, please report it"
-            )
-    if achieved != plan.cost:  # latency does not count here: it is measured
-        log.warning(
-            "the rebuilt model costs %s, planned was %s: is a layer held outside the module tree?", achieved, plan.cost
-        )
-    plan = dataclasses.replace(plan, cost=achieved)
-    with clock.stage("scoring"):
-        score = {
-            "dense": {"validation": call("the score", task.score, task.model), "test": None},
-            "compressed": {"validation": chosen.score, "test": None},
-        }
-        if any(change and change["kept"] for change in changes.values()):
-            score["compressed"]["validation"] = call("the score", task.score, model)
-    with clock.stage("test"):
-        score["dense"]["test"] = call("the test score", task.test, task.model)
-        score["compressed"]["test"] = call("the test score", task.test, model)
-    bound = allocate(problem).bound
-    info = {
-        **about,
-        "seconds": {k: round(v, 3) for k, v in clock.items()},
-        "family_seconds": {k: round(v, 3) for k, v in prepared.family_seconds.items()},
-        "trials": {
-            "asked": asked,
-            "finished": sum(t.state == "finished" for t in trials),
-            "failed": sum(t.state == "failed" for t in trials),
-            "stopped": sum(t.state == "stopped" for t in trials),
-            "distinct": len({t.proposal for t in trials}),
-        },
-        "budget": {
-            x.metric: {
-                "requested": x.requested,
-                "target": x.target,
-                "achieved": achieved[x.metric],
-                "dense": prepared.dense[x.metric],
-            }
-            for x in problem.limits
-        },
-        "cost": {"dense": dataclasses.asdict(prepared.dense), "compressed": dataclasses.asdict(achieved)},
-        "optimality_gap": relative_gap(problem.loss(chosen.proposal), bound),
-        "objective": {"best": chosen.objective, "predicted": chosen.predicted, "trial": chosen.number},
-        "fidelities": fidelity_rows(settings.ladder, trials),
-        **changes,
-        **with_intervals(task, score),
-        "proxy": proxy(trials),
-        "front": front_rows(trials, settings.options.get("also")),
-        "tie": tie(trials, chosen, task.examples),
-        "milliseconds": time_forward([task.model, model], task.example_input),
-        "energy": of_models([task.model, model], task.example_input),
-        **latency_entry(prepared, problem, kept),
-        "layers": [_layer_row(c, layer) for c, layer in zip(plan.choices, prepared.layers, strict=True)],
-    }
-    return Result(model, plan, problem.limits, info)
+    if not settings.refine:
+        return model, {"refinement": None, "batch_norm": None}
+    return _refine(prepared, outcome.problem, outcome.chosen, model, progress)
 
 
-def with_intervals(task: Task, score: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
-    """The entries of result.json about scores, {"dense": {"validation": ..., "test": ...}, "compressed": ...}."""
-    examples = {"validation": task.examples, "test": task.test_examples}
-    found = {k: {part: wilson(v, examples[part]) for part, v in s.items()} for k, s in score.items()}
-    intervals = {k: {part: i and list(i) for part, i in s.items()} for k, s in found.items()}
-    return {"score": score, "examples": examples, "intervals": intervals}
-
-
-def front_rows(trials: Sequence[Trial], metric: str | None) -> list[dict[str, Any]]:
-    """The front of a search with a second objective, for result.json."""
-    if not metric:
-        return []
-    return [{"trial": t.number, "objective": t.objective, metric: t.cost[metric]} for t in front(trials, metric)]
-
-
-def _layer_row(choice: Choice, layer: Layer) -> dict[str, Any]:
-    """A layer's entry in result.json: the plan's choice, and what the layer costs dense."""
-    row = {**dataclasses.asdict(choice), "rank": list(choice.rank), "shape": list(choice.shape)}
-    return {**row, "dense_params": layer.cost.params, "dense_macs": layer.cost.macs}
-
-
-Change = dict[str, float | bool | None]
-
-
-def _postprocess(
-    prepared: Prepared, problem: Problem, chosen: Trial, model: nn.Module, settings: Settings, progress: Progress
-) -> tuple[nn.Module, dict[str, Change | None]]:
-    """What depends on the chosen plan: refinement if asked for, then batch norms. Each is kept if it helps."""
+def _refine(
+    prepared: Prepared, problem: Problem, chosen: Trial, model: nn.Module, progress: Progress
+) -> tuple[nn.Module, ChangeRecord]:
+    """Refit the layers one after the other, then recalibrate batch norms; each is kept if the objective falls."""
     dense, batches = prepared.model, prepared.statistics.batches
 
-    def refined(small: nn.Module) -> bool:
+    def refit(small: nn.Module) -> bool:
         candidates = problem.candidates(chosen.proposal)
         refine_layers(
             dense, small, problem.layers, candidates, prepared.statistics, batches, prepared.space.steps, progress
         )
         return True
 
-    steps: dict[str, Callable[[nn.Module], bool]] = {
-        "refinement": refined,
+    steps: dict[Literal["refinement", "batch_norm"], Callable[[nn.Module], bool]] = {
+        "refinement": refit,
         "batch_norm": lambda small: recalibrate(dense, small, batches[0]),
     }
-    changes: dict[str, Change | None] = dict.fromkeys(steps)
-    if not settings.refine:
-        return model, changes
-    objective = chosen.objective
+    changes: ChangeRecord = {"refinement": None, "batch_norm": None}
+    objective = _measured(chosen.objective)
     for name, step in steps.items():
         with prepared.clock.stage(name):
             changed = copy.deepcopy(model)
             if not step(changed):
                 continue
-            after = call("the objective", prepared.objective, changed)
-            kept = after is not None and objective is not None and after < objective
+            after = _measured(call("the objective", prepared.objective, changed))
+            kept = after < objective
             changes[name] = {"before": objective, "after": after, "kept": kept}
             if kept:
                 model, objective = changed, after
     return model, changes
 
 
-def time_forward(models: Sequence[nn.Module], example_input: Any, seconds: float = 1.0) -> dict[str, Any]:
-    """Median milliseconds of a forward pass of one example, dense and compressed interleaved, on one thread."""
-    x = to_device(one_example(example_input), models[0])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more threads make small operations slower where others use the cores too
-    try:
-        with ExitStack() as stack:
-            for model in models:
-                stack.enter_context(inference(model, fused=True))
-            times = in_turn([partial(run, model, x) for model in models], 10, seconds)
-    finally:
-        torch.set_num_threads(threads)
-    dense, compressed = (sorted(t)[len(t) // 2] / 1e6 for t in times)
-    return {"dense": dense, "compressed": compressed, "repeats": len(times[0]), "threads": 1}
+def _measured(objective: float | None) -> float:
+    """An objective that cannot be missing: the chosen trial finished, and every task has an objective."""
+    assert objective is not None
+    return objective
+
+
+def _count(prepared: Prepared, model: nn.Module, latency: int) -> Cost:
+    """The cost of the rebuilt model, counted independently of the plan; latency is passed through."""
+    task = prepared.task
+    cost = dataclasses.replace(count(model, task.example_input), latency=latency)
+    if prepared.dense.memory:
+        cost = dataclasses.replace(cost, **measured(model, task.example_input))
+    return cost
+
+
+def _check_budget(limits: Sequence[Limit], planned: Cost, achieved: Cost) -> None:
+    """Raises RankoptError if the rebuilt model misses a limit; warns if it does not cost what the plan says."""
+    for limit in limits:
+        if achieved[limit.metric] > limit.target:
+            raise RankoptError(
+                f"the rebuilt model has {limit.metric} {achieved[limit.metric]:,}, above the budget of "
+                f"{limit.target:,} (the plan says {planned[limit.metric]:,}): a bug in rankopt, please report it"
+            )
+    if achieved != planned:  # without latency, which Cost does not compare
+        log.warning(
+            "the rebuilt model costs %s, planned was %s: is a layer held outside the module tree?", achieved, planned
+        )
+
+
+def _score(prepared: Prepared, chosen: Trial, model: nn.Module, changes: ChangeRecord) -> ScoresEntry:
+    """Validation and test scores of both models. The chosen trial has the validation score of an unchanged model."""
+    task, validation = prepared.task, chosen.score
+    with prepared.clock.stage("scoring"):
+        dense = call("the score", task.score, task.model)
+        if any(change and change["kept"] for change in (changes["refinement"], changes["batch_norm"])):
+            validation = call("the score", task.score, model)
+    with prepared.clock.stage("test"):
+        return {
+            "dense": {"validation": dense, "test": call("the test score", task.test, task.model)},
+            "compressed": {"validation": validation, "test": call("the test score", task.test, model)},
+        }
+
+
+def _assemble(
+    prepared: Prepared,
+    outcome: SearchOutcome,
+    metadata: SearchMetadata,
+    settings: SearchSettings,
+    rebuilt: _Rebuilt,
+) -> ResultInfo:
+    """The record of result.json."""
+    task, problem, trials, chosen = prepared.task, outcome.problem, outcome.trials, outcome.chosen
+    plan, dense, scores = rebuilt.plan, prepared.dense, with_intervals(task, rebuilt.score)
+    info: ResultInfo = {
+        "task": metadata["task"],
+        "strategy": metadata["strategy"],
+        "seed": metadata["seed"],
+        "options": metadata["options"],
+        "notes": metadata["notes"],
+        "seconds": {k: round(v, 3) for k, v in prepared.clock.items()},
+        "family_seconds": {k: round(v, 3) for k, v in prepared.family_seconds.items()},
+        "trials": _trials_entry(outcome),
+        "budget": {cast(Metric, x.metric): _budget_entry(x, plan.cost, dense) for x in problem.limits},
+        "cost": {"dense": _cost_entry(dense), "compressed": _cost_entry(plan.cost)},
+        "optimality_gap": relative_gap(problem.loss(chosen.proposal), allocate(problem).bound),
+        "objective": {"best": _measured(chosen.objective), "predicted": chosen.predicted, "trial": chosen.number},
+        "fidelities": fidelity_rows(settings.fidelities, trials),
+        "refinement": rebuilt.changes["refinement"],
+        "batch_norm": rebuilt.changes["batch_norm"],
+        "score": scores["score"],
+        "examples": scores["examples"],
+        "intervals": scores["intervals"],
+        "proxy": proxy(trials),
+        "front": front_rows(trials, settings.options.get("also")),
+        "tie": tie(trials, chosen, task.examples),
+        "milliseconds": time_forward(task.model, rebuilt.model, task.example_input),
+        "energy": of_models([task.model, rebuilt.model], task.example_input),
+        "layers": [_layer_row(c, layer) for c, layer in zip(plan.choices, prepared.layers, strict=True)],
+    }
+    if "question" in metadata:
+        info["question"] = metadata["question"]
+    if latency := latency_entry(prepared, problem, outcome.check):
+        info["latency"] = latency
+    return info
+
+
+def _trials_entry(outcome: SearchOutcome) -> TrialsEntry:
+    states = Counter(t.state for t in outcome.trials)
+    return {
+        "asked": outcome.asked,
+        "finished": states["finished"],
+        "failed": states["failed"],
+        "stopped": states["stopped"],
+        "distinct": len({t.proposal for t in outcome.trials}),
+        "outside": outcome.outside,
+        "interrupted": outcome.interrupted,
+    }
+
+
+def _budget_entry(limit: Limit, achieved: Cost, dense: Cost) -> BudgetEntry:
+    return {
+        "requested": limit.requested,
+        "target": limit.target,
+        "achieved": achieved[limit.metric],
+        "dense": dense[limit.metric],
+    }
+
+
+def _cost_entry(cost: Cost) -> CostEntry:
+    return {
+        "params": cost.params,
+        "macs": cost.macs,
+        "bytes": cost.bytes,
+        "latency": cost.latency,
+        "memory": cost.memory,
+        "disk": cost.disk,
+    }
+
+
+def _layer_row(choice: Choice, layer: Layer) -> LayerRow:
+    return {
+        "name": choice.name,
+        "kind": choice.kind,
+        "shape": list(choice.shape),
+        "method": choice.method,
+        "rank": list(choice.rank),
+        "params": choice.params,
+        "macs": choice.macs,
+        "error": choice.error,
+        "reason": choice.reason,
+        "form": choice.form,
+        "precision": choice.precision,
+        "dense_params": layer.cost.params,
+        "dense_macs": layer.cost.macs,
+    }
+
+
+def with_intervals(task: Task, score: ScoresEntry) -> ScoreRecord:
+    """The entries of result.json about scores.
+
+    Args:
+        task: Says how many examples a score averages over.
+        score: Scores of both models.
+    """
+    examples: ExamplesEntry = {"validation": task.examples, "test": task.test_examples}
+
+    def intervals(of: ScoreEntry) -> IntervalEntry:
+        found = {part: wilson(of[part], examples[part]) for part in PARTS}
+        validation, test = (None if found[part] is None else list(found[part] or ()) for part in PARTS)
+        return {"validation": validation, "test": test}
+
+    both: IntervalsEntry = {"dense": intervals(score["dense"]), "compressed": intervals(score["compressed"])}
+    return {"score": score, "examples": examples, "intervals": both}
+
+
+def set_scores(info: ResultInfo, task: Task, score: ScoresEntry) -> None:
+    """Replace the entries of a record about scores.
+
+    Args:
+        info: The record; changed in place.
+        task: Says how many examples a score averages over.
+        score: Scores of both models.
+    """
+    record = with_intervals(task, score)
+    info["score"], info["examples"], info["intervals"] = record["score"], record["examples"], record["intervals"]
+
+
+def front_rows(trials: Sequence[Trial], metric: Any) -> list[FrontRow]:
+    """The front of a search with a second objective.
+
+    Args:
+        trials: The trials of the search.
+        metric: The second objective, a metric of the cost; without one there is no front.
+    """
+    if not metric:
+        return []
+    name: Metric = metric
+    rows: list[FrontRow] = []
+    for t in front(trials, name):
+        row: FrontRow = {"trial": t.number, "objective": _measured(t.objective)}
+        row[name] = t.cost[name]
+        rows.append(row)
+    return rows
+
+
+def time_forward(
+    dense: nn.Module, compressed: nn.Module, example_input: Any, seconds: float = 1.0
+) -> MillisecondsEntry:
+    """Time a forward pass of one example, both models in turns, on one thread.
+
+    Args:
+        dense: The dense model.
+        compressed: The compressed model.
+        example_input: The input; of a batch only the first example is used.
+        seconds: Go on for at least this long.
+
+    Returns:
+        Median milliseconds.
+    """
+    models, x = (dense, compressed), to_device(one_example(example_input), dense)
+    with threads(1), ExitStack() as stack:  # more make small operations slower where others use the cores too
+        for model in models:
+            stack.enter_context(inference(model, fused=True))
+        times = in_turn([partial(run, model, x) for model in models], 10, seconds)
+    before, after = (sorted(t)[len(t) // 2] / 1e6 for t in times)
+    return {"dense": before, "compressed": after, "repeats": len(times[0]), "threads": 1}

@@ -2,35 +2,72 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rankopt.core.errors import RankoptError
+from rankopt.search.loop import Runner
+from rankopt.search.loop import search as search_in_process
 
 
-def make_runner(
-    workers: int,
-    ray_address: str | None,
-    gpus_per_trial: float,
-    limits: tuple[float | None, float | None],
-    logs: Path,
-    tensorboard: bool,
-) -> Any:
-    """The search loop to use: in this process, or on Ray Tune."""
-    from rankopt.search.loop import search as in_process
+@dataclass(frozen=True)
+class RunnerSettings:
+    """Where trials are evaluated. With the defaults that is this process, one trial at a time.
 
-    if workers < 0 or gpus_per_trial < 0:
+    Attributes:
+        workers: Ray Tune workers; 0 for none.
+        ray_address: Address of a running Ray cluster, or "auto".
+        gpus_per_trial: GPUs of one worker, may be a fraction.
+        trial_timeout: Seconds until a worker's trial is stopped.
+        trial_memory: Gigabytes that a worker's trial may take beyond model and data.
+        tensorboard: Whether to keep Ray's TensorBoard files.
+    """
+
+    workers: int = 0
+    ray_address: str | None = None
+    gpus_per_trial: float = 0.0
+    trial_timeout: float | None = None
+    trial_memory: float | None = None
+    tensorboard: bool = False
+
+    @property
+    def any_given(self) -> bool:
+        """Whether some setting differs from its default."""
+        return any(dataclasses.astuple(self))
+
+
+def make_runner(settings: RunnerSettings, logs: Path) -> Runner:
+    """Make the runner of a search.
+
+    Args:
+        settings: Where trials are evaluated.
+        logs: Folder for the workers' logs.
+
+    Returns:
+        `search`, which works in this process, or a `RaySearch`.
+
+    Raises:
+        RankoptError: If the settings contradict each other, or Ray Tune is needed and not installed.
+    """
+    if settings.workers < 0 or settings.gpus_per_trial < 0:
         raise RankoptError("--workers and --gpus-per-trial must not be negative")
-    if not workers and not ray_address and not gpus_per_trial:
-        if any(limits) or tensorboard:
+    if not settings.workers and not settings.ray_address and not settings.gpus_per_trial:
+        if settings.any_given:
             raise RankoptError(
                 "--trial-timeout, --trial-memory and --tensorboard go with --workers: "
                 "in this process nothing can stop a trial"
             )
-        return in_process
+        return search_in_process
     from rankopt.search.ray.runner import RaySearch
     from rankopt.search.ray.worker import Limits
 
-    seconds, gigabytes = limits
-    memory = None if gigabytes is None else int(gigabytes * 1e9)
-    return RaySearch(max(workers, 1), ray_address, gpus_per_trial, Limits(seconds, memory), logs, tensorboard)
+    memory = None if settings.trial_memory is None else int(settings.trial_memory * 1e9)
+    return RaySearch(
+        max(settings.workers, 1),
+        settings.ray_address,
+        settings.gpus_per_trial,
+        Limits(settings.trial_timeout, memory),
+        logs,
+        settings.tensorboard,
+    )

@@ -1,22 +1,44 @@
-"""Tables for the terminal, at most 100 columns wide."""
+"""A result as text for the terminal, at most 100 columns wide. Pages and tables of `rankopt.report` share the parts."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import cast
 
-from rich.console import Console, RenderableType
+from rich.console import Console, JustifyMethod, RenderableType
 from rich.table import Table
 
 from rankopt.core.budget import amount
 from rankopt.core.records import RECONSTRUCTED, SAME
+from rankopt.core.result_record import (
+    PARTS,
+    Bounds,
+    CorrelationEntry,
+    LatencyEntry,
+    LayerRow,
+    Metric,
+    ResultInfo,
+    TieEntry,
+)
 
 WIDTH = 100
+"""Columns of a terminal that text is written for."""
+
+
+UNITS: Mapping[Metric, str] = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
+"""What a counted metric is called in a table."""
+
+
+# --- numbers as text ---------------------------------------------------------------------------------
 
 
 def render(*parts: RenderableType) -> str:
-    """Rich renderables as plain text."""
+    """Render to plain text, without colours.
+
+    Args:
+        parts: Rich renderables, one below the other.
+    """
     console = Console(
         width=WIDTH, file=io.StringIO(), force_terminal=False, color_system=None, markup=False, emoji=False
     )
@@ -25,81 +47,144 @@ def render(*parts: RenderableType) -> str:
 
 
 def percent(value: float | None, digits: int = 2) -> str:
+    """A fraction in per cent.
+
+    Args:
+        value: The fraction; None gives a dash.
+        digits: Digits after the point.
+    """
     return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def rank_text(rank: Sequence[int]) -> str:
-    return " × ".join(map(str, rank)) or "–"
+def with_interval(score: float | None, interval: Bounds | None) -> str:
+    """A score with its interval, in per cent.
 
-
-def method_text(row: Mapping[str, Any]) -> str:
-    """A layer's method, and its form and precision where these are not the usual ones."""
-    form, precision = row.get("form"), row.get("precision", SAME)  # earlier runs name none
-    return ", ".join([row["method"], *[RECONSTRUCTED] * (form == RECONSTRUCTED), *[precision] * (precision != SAME)])
-
-
-def before_after(info: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows (what, dense, compressed, change) of a result.json."""
-    rows = []
-    dense, small = info["score"]["dense"], info["score"]["compressed"]
-    for part in ("validation", "test"):
-        if dense[part] is not None or small[part] is not None:
-            change = "–" if None in (dense[part], small[part]) else f"{100 * (small[part] - dense[part]):+.2f} points"
-            before, after = (with_interval(s[part], _interval(info, k, part)) for k, s in info["score"].items())
-            rows.append((f"score, {part}", before, after, change))
-    units = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
-    for metric, unit in units.items():
-        a, b = info["cost"]["dense"][metric], info["cost"]["compressed"][metric]
-        rows.append((unit, f"{a:,}", f"{b:,}", f"{percent(b / a, 1)} of dense" if a else "–"))
-    a, b = info["milliseconds"]["dense"], info["milliseconds"]["compressed"]
-    rows.append(("one forward pass here", f"{a:.2f} ms", f"{b:.2f} ms", speed(a, b)))
-    return rows
-
-
-def _interval(info: dict[str, Any], which: str, part: str) -> Sequence[float] | None:
-    return info.get("intervals", {}).get(which, {}).get(part)  # runs of earlier versions have none
-
-
-def with_interval(score: float | None, interval: Sequence[float] | None) -> str:
-    """A score with its 95 % interval, if it has one."""
+    Args:
+        score: The score; None gives a dash.
+        interval: Its 95 % interval, if there is one.
+    """
     return percent(score) + (f" ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})" if interval else "")
 
 
-def speed(dense: float, small: float) -> str:
-    """Plain words for the ratio of two times."""
-    if small > 1.05 * dense:
-        return f"{small / dense:.2f} × SLOWER"
-    return f"{dense / small:.2f} × faster" if small < 0.95 * dense else "as fast"
+def speed_text(dense: float, compressed: float) -> str:
+    """The ratio of two times in words; within 5 % they count as equal.
+
+    Args:
+        dense: Time of the dense model.
+        compressed: Time of the compressed model, in the same unit.
+    """
+    if compressed > 1.05 * dense:
+        return f"{compressed / dense:.2f} × SLOWER"
+    return f"{dense / compressed:.2f} × faster" if compressed < 0.95 * dense else "as fast"
 
 
-def summary(info: dict[str, Any]) -> str:
-    """A result.json as text: before and after, the budget, every layer."""
+def rank_text(rank: Sequence[int]) -> str:
+    """A rank as "8 × 16"; an empty one gives a dash.
+
+    Args:
+        rank: The numbers of the rank.
+    """
+    return " × ".join(map(str, rank)) or "–"
+
+
+def method_text(row: LayerRow) -> str:
+    """A layer's method, and its form and precision where these are not the usual ones.
+
+    Args:
+        row: The layer.
+    """
+    form, precision = row.get("form"), row.get("precision", SAME)  # absent in files of earlier versions
+    return ", ".join([row["method"], *[RECONSTRUCTED] * (form == RECONSTRUCTED), *[precision] * (precision != SAME)])
+
+
+def correlation_text(found: CorrelationEntry) -> str:
+    """A rank correlation in words.
+
+    Args:
+        found: The correlation, as `rankopt.core.statistics.correlation` returns it.
+    """
+    n = f"{found['n']} plan{'s' * (found['n'] != 1)}"
+    if found["verdict"] == "too few":
+        return f"too few trials to tell ({n})"
+    if found["verdict"] == "constant":
+        return f"none, one of the two is the same for all {n}"
+    text = f"Spearman {found['spearman']:.2f} (95 % interval {found['low']:.2f} to {found['high']:.2f}, {n})"
+    return text + {"poor": ", poor", "unclear": ", may be poor", "good": ""}[found["verdict"]]
+
+
+def _few(names: Sequence[str], most: int = 6) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# --- the whole ---------------------------------------------------------------------------------------
+
+
+def summary(info: ResultInfo) -> str:
+    """A result as text: before and after, the budget, how reliable the numbers are, and every layer.
+
+    Args:
+        info: The content of result.json.
+    """
     head = Table(title=f"{info['task'] or 'model'}: {info['strategy']}, seed {info['seed']}", title_justify="left")
-    for column, side in (("", "left"), ("dense", "right"), ("compressed", "right"), ("change", "right")):
-        head.add_column(column, justify=side)  # type: ignore[arg-type]
-    for row in before_after(info):
+    head.add_column("")
+    for column in ("dense", "compressed", "change"):
+        head.add_column(column, justify="right")
+    for row in comparison_rows(info):
         head.add_row(*row)
-    notes = [f"{'WARNING ' * warns}{text}" for text, warns in honesty(info)]
-    asked = [text] if (text := question(info)) else []
-    front = [front_table(info)] if info.get("front") else []
-    before = [*asked, budget_line(info), *latency(info), *energy(info), *changes(info)]
-    return render(head, *before, *notes, *front, layer_table(info["layers"]))
+    answer = max_drop_text(info)
+    return render(
+        head,
+        *([answer] if answer else []),
+        budget_text(info),
+        *latency_lines(info),
+        *energy_lines(info),
+        *change_lines(info),
+        *(f"{'WARNING ' * warns}{text}" for text, warns in reliability_notes(info)),
+        *([front_table(info)] if info.get("front") else []),
+        layer_table(info["layers"]),
+    )
 
 
-def front_table(info: dict[str, Any]) -> Table:
-    """The trials that no other beats in both objectives; which to take is the reader's choice."""
-    metric = info["options"]["also"]
-    table = Table(title=f"front: for one of these plans, search again with --budget {metric}=N", title_justify="left")
-    for column in ("trial", "objective", metric, "of dense"):
-        table.add_column(column, justify="right")
-    for row in info["front"]:
-        share = percent(row[metric] / info["cost"]["dense"][metric], 1)
-        table.add_row(str(row["trial"]), f"{row['objective']:.4g}", f"{row[metric]:,}", share)
-    return table
+def comparison_rows(info: ResultInfo) -> list[tuple[str, str, str, str]]:
+    """The dense and the compressed model side by side.
+
+    Args:
+        info: The content of result.json.
+
+    Returns:
+        Rows (what, dense, compressed, change) of scores, costs and time.
+    """
+    rows = []
+    before, after, intervals = info["score"]["dense"], info["score"]["compressed"], info.get("intervals")
+    for part in PARTS:
+        a, b = before[part], after[part]
+        if a is None and b is None:
+            continue
+        change = "–" if a is None or b is None else f"{100 * (b - a):+.2f} points"
+        dense = with_interval(a, intervals["dense"][part] if intervals else None)
+        compressed = with_interval(b, intervals["compressed"][part] if intervals else None)
+        rows.append((f"score, {part}", dense, compressed, change))
+    for metric, unit in UNITS.items():
+        whole, cost = info["cost"]["dense"][metric], info["cost"]["compressed"][metric]
+        rows.append((unit, f"{whole:,}", f"{cost:,}", f"{percent(cost / whole, 1)} of dense" if whole else "–"))
+    slow, fast = info["milliseconds"]["dense"], info["milliseconds"]["compressed"]
+    rows.append(("one forward pass here", f"{slow:.2f} ms", f"{fast:.2f} ms", speed_text(slow, fast)))
+    return rows
 
 
-def question(info: dict[str, Any]) -> str | None:
-    """What a run of `--max-drop` asked, and its answer."""
+# --- what was asked, and how it was met --------------------------------------------------------------
+
+
+def max_drop_text(info: ResultInfo) -> str | None:
+    """What a run of `--max-drop` asked, and its answer.
+
+    Args:
+        info: The content of result.json.
+
+    Returns:
+        Two or three lines; None for other runs.
+    """
     q = info.get("question")
     if not q:
         return None
@@ -115,118 +200,53 @@ def question(info: dict[str, Any]) -> str | None:
     return f"{text}\n        95 % interval of the loss {low:.2f} to {high:.2f} points: {sure} what was asked"
 
 
-PAIRS = {
-    "predicted_objective": ("predicted losses", "measured objectives", "allocations rest on the former"),
-    "objective_score": ("objectives", "validation scores", "searches minimise the former"),
-}
+def budget_text(info: ResultInfo) -> str:
+    """Three lines on the budget, the trials, and where the time went.
 
-
-def honesty(info: dict[str, Any]) -> list[tuple[str, bool]]:
-    """How far the run's numbers can be trusted: sentences, and whether each is a warning."""
-    notes = []
-    for key, (first, second, meaning) in PAIRS.items():
-        if found := (info.get("proxy") or {}).get(key):
-            text = f"rank correlation of {first} and {second}: {correlation_text(found)}"
-            warns = found["verdict"] == "poor"
-            notes.append((f"{text}; {meaning}" if warns else text, warns))
-    if tie := info.get("tie"):
-        notes.append(_tie_text(tie, info["examples"]["validation"]))
-    elif info["score"]["compressed"]["validation"] is not None and not (info.get("examples") or {}).get("validation"):
-        notes.append(("the noise of the scores is unknown: Task(examples=...) says how many they average over", False))
-    return [*notes, *((text, False) for text in fidelities(info))]
-
-
-def fidelities(info: dict[str, Any]) -> list[str]:
-    """What each fidelity below the full one stopped, and how well it ranked what it let go on."""
-    lines = []
-    for row in info.get("fidelities") or []:
-        text = f"fidelity {row['name']!r}: {row['measured']} trials measured, {len(row['stopped'])} stopped"
-        if row["stopped"]:
-            text += f" ({', '.join(map(str, row['stopped'][:30]))}{', ...' * (len(row['stopped']) > 30)})"
-        if row["agreement"] is not None:
-            found = correlation_text(row["correlation"])
-            text += f"; it ordered {row['agreement']:.0%} of the pairs that went on as the objective did, {found}"
-        lines.append(text)
-    return lines
-
-
-def correlation_text(found: dict[str, Any]) -> str:
-    """A rank correlation (see `uncertainty.correlation`) in words."""
-    n = f"{found['n']} plan{'s' * (found['n'] != 1)}"
-    if found["verdict"] == "too few":
-        return f"too few trials to tell ({n})"
-    if found["verdict"] == "constant":
-        return f"none, one of the two is the same for all {n}"
-    text = f"Spearman {found['spearman']:.2f} (95 % interval {found['low']:.2f} to {found['high']:.2f}, {n})"
-    return text + {"poor": ", poor", "unclear": ", may be poor", "good": ""}[found["verdict"]]
-
-
-def _tie_text(tie: dict[str, Any], examples: int) -> tuple[str, bool]:
-    gap = f"{100 * tie['low']:+.2f} to {100 * tie['high']:+.2f} points (95 %)"
-    runner_up = f"the runner-up (trial {tie['runner_up']}, score {percent(tie['score'])})"
-    within = f"{tie['tied']} of the {tie['others']} other plans score within the noise of {examples:,} examples"
-    if tie["verdict"] == "tie":
-        return f"the chosen plan and {runner_up} are a tie, {gap} apart; {within}", False
-    if tie["verdict"] == "worse":
-        return f"the chosen plan has the least objective, but scores below {runner_up}: {gap}; {within}", True
-    return f"the chosen plan scores above {runner_up}: {gap}; {within}", False
-
-
-def changes(info: dict[str, Any]) -> list[str]:
-    """What was done to the chosen plan's model afterwards, and whether it helped."""
-    what = {
-        "refinement": "refitting layer after layer (the layers' errors below are from before)",
-        "batch_norm": "moving batch norms to what they now see",
-    }
-    lines = []
-    for key, text in what.items():
-        if change := info.get(key):
-            kept = "kept" if change["kept"] else "not kept"
-            lines.append(f"{text}: objective {change['before']:.4g} -> {change['after']:.4g}, {kept}")
-    return lines
-
-
-def budget_line(info: dict[str, Any]) -> str:
+    Args:
+        info: The content of result.json.
+    """
     parts = [
         f"{metric}: {amount(metric, b['achieved'])} of {amount(metric, b['target'])} allowed "
         f"({b['achieved'] / b['target']:.2%} used)"
         for metric, b in info["budget"].items()
     ]
-    t, s = info["trials"], info["seconds"]
-    stopped = f", {t['stopped']} stopped at a low fidelity" if t.get("stopped") else ""
-    stopped += ", interrupted" if t.get("interrupted") else ""
+    trials = info["trials"]
+    stopped = f", {trials['stopped']} stopped at a low fidelity" if trials.get("stopped") else ""
+    stopped += ", interrupted" if trials.get("interrupted") else ""
     return (
         f"budget  {'; '.join(parts)}\n"
-        f"search  {evaluated(info)} plans, {t['failed']} failed{stopped}; optimality gap of the predicted loss "
+        f"search  {n_evaluated(info)} plans, {trials['failed']} failed{stopped}; optimality gap of the predicted loss "
         f"{info['optimality_gap']:.2%}\n"
-        f"seconds {', '.join(f'{k} {v:.1f}' for k, v in s.items())}"
+        f"seconds {', '.join(f'{k} {v:.1f}' for k, v in info['seconds'].items())}"
     )
 
 
-def evaluated(info: dict[str, Any]) -> int:
-    """How many plans, those included that missed a latency budget when it was measured."""
+def n_evaluated(info: ResultInfo) -> int:
+    """The number of plans evaluated, including those that a tightened limit on latency left out later.
+
+    Args:
+        info: The content of result.json.
+    """
     return info["trials"]["distinct"] + info["trials"].get("outside", 0)
 
 
-def latency(info: dict[str, Any]) -> list[str]:
-    """What a latency budget came to: sentences on the promise, on layers left dense and on how costs were found."""
+def latency_lines(info: ResultInfo) -> list[str]:
+    """What a latency budget came to: the measurement, layers that stayed dense, and how costs were found.
+
+    Args:
+        info: The content of result.json.
+
+    Returns:
+        Sentences without a full stop; none without a latency budget.
+    """
     found = info.get("latency")
     if not found:
         return []
-    where = f"on {found['conditions']} ({found['machine']})"
     if "met" in found:
-        ms = {k: amount("latency", found[k]) for k in ("dense", "latency", "low", "high", "predicted")}
-        # Of a fraction, times are shares of the dense model's in the table, whatever the processor's clock is now.
-        fraction = info["budget"]["latency"]["requested"] <= 1
-        whole = info["cost"]["dense"]["latency"] if fraction else found["dense"]
-        lines = [
-            f"latency measured on the rebuilt model: {ms['latency']} (95 %: {ms['low']} to {ms['high']}), "
-            f"{percent(found['latency'] / whole, 1)} of the dense model's {amount('latency', whole)}; {found['rounds']} "
-            f"passes in turn with the dense model, which took {ms['dense']} there; predicted {ms['predicted']}; "
-            f"attempts: {found['attempts']}; {where}"
-        ]
+        lines = [_latency_check_line(info, found)]
     else:
-        lines = [f"latency from a table measured {where}: it was not measured here"]
+        lines = [f"latency from a table measured {_conditions(found)}: it was not measured here"]
     if n := len(found["none_faster"]):
         lines.append(
             f"{n} layer{'s' * (n != 1)} stayed dense: factorised they would be slower ({_few(found['none_faster'])})"
@@ -237,8 +257,34 @@ def latency(info: dict[str, Any]) -> list[str]:
     return [*lines, f"{fit}, the worst {found['residual']:.1%} of the dense model off{between}"]
 
 
-def energy(info: dict[str, Any]) -> list[str]:
-    """Joules and grams of CO₂ per inference, or why there are none."""
+def _latency_check_line(info: ResultInfo, found: LatencyEntry) -> str:
+    def time(ns: int) -> str:
+        return amount("latency", ns)
+
+    # For a budget given as a fraction, times are relative to the dense model's latency in the table.
+    fraction = info["budget"]["latency"]["requested"] <= 1
+    whole = info["cost"]["dense"]["latency"] if fraction else found["dense"]
+    return (
+        f"latency measured on the rebuilt model: {time(found['latency'])} (95 %: {time(found['low'])} to "
+        f"{time(found['high'])}), {percent(found['latency'] / whole, 1)} of the dense model's {time(whole)}; "
+        f"{found['rounds']} passes in turn with the dense model, which took {time(found['dense'])} there; "
+        f"predicted {time(found['predicted'])}; attempts: {found['attempts']}; {_conditions(found)}"
+    )
+
+
+def _conditions(found: LatencyEntry) -> str:
+    return f"on {found['conditions']} ({found['machine']})"
+
+
+def energy_lines(info: ResultInfo) -> list[str]:
+    """Joules and grams of CO₂ per inference, or why there are none.
+
+    Args:
+        info: The content of result.json.
+
+    Returns:
+        One sentence; none for files of earlier versions.
+    """
     found = info.get("energy")
     if not found:
         return []
@@ -250,14 +296,125 @@ def energy(info: dict[str, Any]) -> list[str]:
     ]
 
 
-def _few(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def change_lines(info: ResultInfo) -> list[str]:
+    """What was done to the chosen plan's model after the search, and whether it helped.
+
+    Args:
+        info: The content of result.json.
+    """
+    steps = (
+        ("refitting layer after layer (the layers' errors below are from before)", info.get("refinement")),
+        ("moving batch norms to what they now see", info.get("batch_norm")),
+    )
+    return [
+        f"{text}: objective {change['before']:.4g} -> {change['after']:.4g}, {'kept' if change['kept'] else 'not kept'}"
+        for text, change in steps
+        if change
+    ]
 
 
-def layer_table(layers: Sequence[dict[str, Any]]) -> Table:
+# --- how far to trust it -----------------------------------------------------------------------------
+
+
+def reliability_notes(info: ResultInfo) -> list[tuple[str, bool]]:
+    """How far the numbers of a run can be trusted.
+
+    Args:
+        info: The content of result.json.
+
+    Returns:
+        Sentences without a full stop, and whether each is a warning.
+    """
+    notes = _correlation_notes(info)
+    examples = info.get("examples")
+    if (tie := info.get("tie")) and examples and examples["validation"]:
+        notes.append(_tie_note(tie, examples["validation"]))
+    elif info["score"]["compressed"]["validation"] is not None and not (examples and examples["validation"]):
+        notes.append(("the noise of the scores is unknown: Task(examples=...) says how many they average over", False))
+    return [*notes, *((text, False) for text in fidelity_lines(info))]
+
+
+def _correlation_notes(info: ResultInfo) -> list[tuple[str, bool]]:
+    proxy, notes = info.get("proxy"), []
+    if not proxy:
+        return []
+    for found, what, meaning in (
+        (
+            proxy.get("predicted_objective"),
+            "predicted losses and measured objectives",
+            "allocations rest on the former",
+        ),
+        (proxy.get("objective_score"), "objectives and validation scores", "searches minimise the former"),
+    ):
+        if found:
+            text, warns = f"rank correlation of {what}: {correlation_text(found)}", found["verdict"] == "poor"
+            notes.append((f"{text}; {meaning}" if warns else text, warns))
+    return notes
+
+
+def _tie_note(tie: TieEntry, examples: int) -> tuple[str, bool]:
+    gap = f"{100 * tie['low']:+.2f} to {100 * tie['high']:+.2f} points (95 %)"
+    runner_up = f"the runner-up (trial {tie['runner_up']}, score {percent(tie['score'])})"
+    within = f"{tie['tied']} of the {tie['others']} other plans score within the noise of {examples:,} examples"
+    if tie["verdict"] == "tie":
+        return f"the chosen plan and {runner_up} are a tie, {gap} apart; {within}", False
+    if tie["verdict"] == "worse":
+        return f"the chosen plan has the least objective, but scores below {runner_up}: {gap}; {within}", True
+    return f"the chosen plan scores above {runner_up}: {gap}; {within}", False
+
+
+def fidelity_lines(info: ResultInfo) -> list[str]:
+    """How many trials each fidelity below the full one stopped, and how well it ranked the others.
+
+    Args:
+        info: The content of result.json.
+    """
+    lines = []
+    for row in info.get("fidelities") or []:
+        text = f"fidelity {row['name']!r}: {row['measured']} trials measured, {len(row['stopped'])} stopped"
+        if row["stopped"]:
+            text += f" ({', '.join(map(str, row['stopped'][:30]))}{', ...' * (len(row['stopped']) > 30)})"
+        if row["agreement"] is not None and row["correlation"] is not None:
+            found = correlation_text(row["correlation"])
+            text += f"; it ordered {row['agreement']:.0%} of the pairs that went on as the objective did, {found}"
+        lines.append(text)
+    return lines
+
+
+# --- tables ------------------------------------------------------------------------------------------
+
+
+def front_table(info: ResultInfo) -> Table:
+    """The trials that no other beats in both objective and cost; which of them to use is the reader's choice.
+
+    Args:
+        info: The content of result.json of a search with the option `also`.
+    """
+    metric = cast(Metric, info["options"]["also"])
+    table = Table(title=f"front: for one of these plans, search again with --budget {metric}=N", title_justify="left")
+    for column in ("trial", "objective", metric, "of dense"):
+        table.add_column(column, justify="right")
+    for row in info["front"]:
+        share = percent(row[metric] / info["cost"]["dense"][metric], 1)
+        table.add_row(str(row["trial"]), f"{row['objective']:.4g}", f"{row[metric]:,}", share)
+    return table
+
+
+def layer_table(layers: Sequence[LayerRow]) -> Table:
+    """Every layer with its method, rank, parameters, error, and the reason for the choice.
+
+    Args:
+        layers: The rows of result.json.
+    """
     table = Table(title="layers", title_justify="left")
-    for name, side in (("layer", "left"), ("method", "left"), ("rank", "right"), ("params", "right")):
-        table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]
+    columns: tuple[tuple[str, JustifyMethod], ...] = (
+        ("layer", "left"),
+        ("method", "left"),
+        ("rank", "right"),
+        ("params", "right"),
+    )
+    for name, side in columns:
+        table.add_column(name, justify=side, overflow="fold")
     table.add_column("of dense", justify="right")
     table.add_column("error", justify="right")
     table.add_column("reason", overflow="fold", ratio=1)

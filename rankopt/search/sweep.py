@@ -1,4 +1,8 @@
-"""Every budget from one run: the exact allocation solved again for each, measured where the front bends."""
+"""A range of budgets from one preparation.
+
+The exact allocation is solved for every budget; plans are measured at the ends of the predicted front and where it
+bends.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,10 @@ from rankopt.search.evaluator import Evaluator
 from rankopt.search.result import make_plan
 from rankopt.strategies.allocation import allocate
 
-DEPTH, BEND = 2, 0.1  # knees: of the front, and of its two halves; what bends less than 10 % is straight
+DEPTH = 2  # knees are searched on the whole front, then on both sides of its knee
+
+
+BEND = 0.1  # distance from the straight line, as a share of the front's extent, below which there is no knee
 
 
 EVALUATE = ("knees", "all", "none")
@@ -30,24 +37,49 @@ HELP = "give METRIC=FROM:TO:HOW_MANY (params=0.8:0.1:8) or a list (params=0.8,0.
 
 @dataclass(frozen=True)
 class Point:
-    """One budget of a sweep. kind: "end", "knee", "between" or "infeasible" (`reason` says why)."""
+    """One budget of a sweep.
 
-    budget: str  # as `rankopt search --budget` takes it
+    Attributes:
+        budget: The budget as `rankopt search --budget` takes it.
+        limit: The budget as a limit.
+        kind: "end", "knee", "between" or "infeasible".
+        reason: Why it is infeasible.
+        proposal: The exact allocation.
+        plan: The same as a plan.
+        predicted: Its predicted loss.
+        gap: Relative optimality gap of the predicted loss.
+        objective: Measured objective, if it was evaluated.
+        score: Validation score, if it was evaluated and the task has one.
+        interval: 95 % interval of the score.
+    """
+
+    budget: str
     limit: Limit
     kind: str
     reason: str = ""
     proposal: Proposal | None = None
     plan: Plan | None = None
     predicted: float | None = None
-    gap: float | None = None  # relative optimality gap of the predicted loss
+    gap: float | None = None
     objective: float | None = None
     score: float | None = None
-    interval: Interval | None = None  # of the score, 95 %
+    interval: Interval | None = None
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The points in the order asked. evaluated: distinct plans; seconds: of allocating and of evaluating them all."""
+    """A finished sweep.
+
+    Attributes:
+        task: Name of the task.
+        metric: The metric of the budgets.
+        dense: Cost of the dense model.
+        dense_score: Its validation score.
+        dense_interval: 95 % interval of that score.
+        points: The budgets in their order.
+        evaluated: Number of plans evaluated.
+        seconds: Time of "allocating" and "evaluating".
+    """
 
     task: str
     metric: str
@@ -60,11 +92,19 @@ class Sweep:
 
 
 def read_budgets(text: str, dense: Cost) -> list[tuple[str, Limit]]:
-    """Budgets as text and as limits, in the order asked.
+    """Read the budgets of a sweep.
 
-    "params=0.8:0.1:8": eight from 0.8 to 0.1, each the same factor below the one before (losses grow with the
-    factor, not with the difference), fractions rounded to 3 digits, absolute numbers to integers.
-    "params=0.8,0.5,30K": these. Raises BudgetError.
+    Args:
+        text: "params=0.8,0.5,30K" lists budgets. "params=0.8:0.1:8" is eight budgets from 0.8 to 0.1 in equal ratios,
+            since losses grow with ratios rather than differences; fractions are rounded to 3 digits, absolute numbers
+            to integers.
+        dense: Cost of the dense model.
+
+    Returns:
+        Each budget as text and as a limit, in the order of the text.
+
+    Raises:
+        BudgetError: If the text is not understood.
     """
     metric, equals, values = text.partition("=")
     if not equals or not values:
@@ -84,15 +124,29 @@ def read_budgets(text: str, dense: Cost) -> list[tuple[str, Limit]]:
 
 
 def loosest(task: Task, budgets: str) -> str:
-    """The budget of a sweep that is easiest to meet: if it cannot be met, none can."""
+    """Find the budget of a sweep that is easiest to meet; if it cannot be met, none can.
+
+    Args:
+        task: The task.
+        budgets: The budgets, as `read_budgets` takes them.
+    """
     wanted = read_budgets(budgets, count(task.model, task.example_input))
     return max(wanted, key=lambda b: b[1].target)[0]
 
 
 def knees(x: Sequence[float], y: Sequence[float], depth: int = DEPTH) -> set[int]:
-    """Indices where a decreasing front bends most (Satopää 2011, "Kneedle"), in its whole and again on both sides.
+    """Find the knees of a decreasing front (Satopää et al. 2011, "Kneedle").
 
-    x ascending, y descending, both scaled to [0, 1]: the point furthest below the line between the ends.
+    With both axes scaled to [0, 1], the knee is the point furthest below the line between the ends. The search is
+    repeated on both sides of it.
+
+    Args:
+        x: Ascending values.
+        y: Descending values.
+        depth: How often to search.
+
+    Returns:
+        Indices of the knees.
     """
     if depth == 0 or len(x) < 3 or x[-1] <= x[0] or y[0] <= y[-1]:
         return set()
@@ -106,10 +160,17 @@ def knees(x: Sequence[float], y: Sequence[float], depth: int = DEPTH) -> set[int
 
 
 def sweep(prepared: Prepared, budgets: str, evaluate: str = "knees", progress: Progress = silent) -> Sweep:
-    """Allocate for each budget; measure objective and validation score of some. Test data is not touched.
+    """Allocate for every budget, and measure objective and validation score of some plans. Test data is not used.
 
-    evaluate: "knees" (the ends and the knees of the predicted front), "all" or "none".
-    Raises BudgetError if no budget can be met, TaskError if an evaluation fails.
+    Args:
+        prepared: The task with its candidates.
+        budgets: The budgets, as `read_budgets` takes them.
+        evaluate: Which plans to measure: "knees" (the ends and knees of the predicted front), "all" or "none".
+        progress: Shows long work.
+
+    Raises:
+        BudgetError: If no budget can be met.
+        TaskError: If an evaluation fails.
     """
     check_evaluate(evaluate)
     task, clock = prepared.task, Clock()
@@ -131,6 +192,14 @@ def sweep(prepared: Prepared, budgets: str, evaluate: str = "knees", progress: P
 
 
 def check_evaluate(evaluate: str) -> None:
+    """Check which plans of a sweep are to be measured.
+
+    Args:
+        evaluate: The option's value.
+
+    Raises:
+        RankoptError: If it is not one of `EVALUATE`.
+    """
     if evaluate not in EVALUATE:
         raise RankoptError(f"--evaluate {evaluate!r}: choose from {', '.join(EVALUATE)}")
 
@@ -146,7 +215,7 @@ def _allocate(prepared: Prepared, budget: str, limit: Limit) -> Point:
 
 
 def _mark(points: Sequence[Point]) -> list[Point]:
-    """Ends and knees of the predicted front over the sizes reached."""
+    """Mark the ends and knees of the predicted front."""
     metric = points[0].limit.metric
     front = sorted((i for i, p in enumerate(points) if p.plan), key=lambda i: points[i].limit.target)
     sizes = [p.plan.cost[metric] for i in front if (p := points[i]).plan]

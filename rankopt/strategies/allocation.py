@@ -1,4 +1,4 @@
-"""One candidate per layer within the limits: allocating exactly, projecting any proposal, filling up.
+"""Choosing one candidate per layer within the limits: exact allocation, projection of proposals, filling up.
 
 The problem is the multiple-choice knapsack (Kellerer, Pferschy, Pisinger 2004, chapter 11): a choice j(i) per layer,
 
@@ -36,29 +36,36 @@ Array = NDArray[np.float64]
 
 
 Positions = NDArray[np.int64]
+"""A plan as an array: one frontier index per layer, (n,)."""
 
 
-EXACT_LAYERS = 200  # up to here the optimum itself is sought, beyond it a certified gap of at most
+EXACT_LAYERS = 200  # with more layers, a gap of TOLERANCE is allowed
 
 
 TOLERANCE = 1e-4
 
 
-NEAREST = 1e-3  # the gap of a projection's squared distance
+NEAREST = 1e-3  # relative gap of a projection's squared distance
 
 
-NODES = 2_000  # of branch and bound: a limit that gives the same plan on every machine, unlike seconds
+NODES = 2_000  # limit of branch and bound; unlike a time limit it gives the same plan on every machine
 
 
-CUTS = 200  # of the dual; a dozen do for one limit
+CUTS = 200  # limit of cutting planes; about a dozen are needed for one limit
 
 
-MAX_PRICE = 1e6  # loss of all layers per whole cost of all: keeps the first linear programs bounded
+MAX_PRICE = 1e6  # keeps the first linear programs bounded; in loss of all layers per cost of all layers
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """A plan under additive losses; bound: no plan has a lower predicted loss."""
+    """A plan with a certificate.
+
+    Attributes:
+        proposal: One frontier index per layer.
+        loss: The plan's predicted loss, the sum over layers.
+        bound: A lower bound of the predicted loss of every plan within the limits.
+    """
 
     proposal: Proposal
     loss: float
@@ -71,18 +78,31 @@ class Allocation:
 
 
 def relative_gap(loss: float, bound: float) -> float:
-    """(loss − bound) / loss, 0 for a loss of 0."""
+    """Compute (loss − bound) / loss; 0 for a loss of 0.
+
+    Args:
+        loss: Loss of a plan.
+        bound: Lower bound of the loss of all plans.
+    """
     return max(0.0, (loss - bound) / loss) if loss > 0 else 0.0
 
 
 def allocate(
     problem: Problem, losses: Sequence[Sequence[float]] | None = None, tolerance: float | None = None
 ) -> Allocation:
-    """One candidate per layer, least total loss within the limits.
+    """Choose one candidate per layer with the least total loss within the limits.
 
-    losses: instead of the candidates' own, per layer and candidate. tolerance: relative gap at which to stop; default:
-    0 up to 200 layers, 1e-4 beyond. Branch and bound stops at 2,000 nodes, which many layers of equal costs can take:
-    the allocation's gap always says what is proven. Raises BudgetError if the limits cannot be met.
+    Args:
+        problem: The candidates of every layer, and the limits.
+        losses: Losses to use instead of the candidates' own, by layer and candidate.
+        tolerance: Relative gap at which to stop. Default: 0 for up to 200 layers, 1e-4 for more.
+
+    Returns:
+        The plan and its bound. Branch and bound ends after 2,000 nodes, which many layers of equal costs can exceed:
+        then the allocation's gap says what is proven.
+
+    Raises:
+        BudgetError: If the limits cannot be met.
     """
     check_feasible(problem)
     if not problem.layers:
@@ -96,7 +116,9 @@ def allocate(
     plan, prices, least = _maximise_dual(table)
     plan = _fill(table, _repair(table, plan))
     upper, bound = _loss(table, plan) if _fits(table, plan) else math.inf, least
-    for goal in sorted({tolerance, max(tolerance, TOLERANCE)}, reverse=True):  # a good plan first: a smaller core after
+    for goal in sorted(
+        {tolerance, max(tolerance, TOLERANCE)}, reverse=True
+    ):  # a good plan first makes the core smaller
         if upper == math.inf or upper - bound > goal * abs(upper):
             core = _core(table, prices, upper - least)
             plan, upper, proven = _solve_core(core, plan, upper, goal)
@@ -107,9 +129,15 @@ def allocate(
 
 
 def project(problem: Problem, proposal: Proposal) -> Proposal:
-    """A proposal that fits as it is; else the nearest that does, filled up.
+    """Project a proposal onto the budget.
 
-    Distance: squared, in relative positions; the nearest up to 0.1 % of it.
+    Args:
+        problem: The candidates of every layer, and the limits.
+        proposal: One frontier index per layer; indices out of range are clipped.
+
+    Returns:
+        The proposal itself if it fits. Otherwise the nearest plan that fits (in squared relative positions, up to a gap
+        of 0.1 %), filled up.
     """
     proposal = tuple(max(0, min(len(f) - 1, int(i))) for f, i in zip(problem.frontiers, proposal, strict=True))
     if problem.fits(proposal):
@@ -122,7 +150,12 @@ def project(problem: Problem, proposal: Proposal) -> Proposal:
 
 
 def fill(problem: Problem, proposal: Proposal) -> Proposal:
-    """Spend what a proposal leaves of the budget: while any step up fits, the one with most gain per share spent."""
+    """Spend the unused budget greedily on the steps that gain most per share of the budget.
+
+    Args:
+        problem: The candidates of every layer, and the limits.
+        proposal: A plan that fits.
+    """
     return tuple(map(int, _fill(problem.table, np.array(proposal, int))))
 
 
@@ -139,7 +172,7 @@ def _loss(table: ProblemTable, plan: Positions) -> float:
 
 
 def _excess(table: ProblemTable, plan: Positions) -> Array:
-    """By how much a plan passes each limit; negative where room is left."""
+    """By how much a plan exceeds each limit, (k,); negative where room is left."""
     return _pick(table.costs, plan).sum(axis=-1) - table.room
 
 
@@ -148,7 +181,7 @@ def _fits(table: ProblemTable, plan: Positions) -> bool:
 
 
 def _drop_impossible(table: ProblemTable) -> ProblemTable:
-    """Without candidates that pass a limit even beside the cheapest of every other layer."""
+    """Exclude candidates that exceed a limit even beside the cheapest candidate of every other layer."""
     least = table.costs.min(axis=-1, keepdims=True)
     spare = table.room - least.sum(axis=(1, 2))
     possible = (table.costs - least <= spare[:, None, None]).all(axis=0)
@@ -156,7 +189,7 @@ def _drop_impossible(table: ProblemTable) -> ProblemTable:
 
 
 def _repair(table: ProblemTable, plan: Positions) -> Positions:
-    """While a limit is passed, the change of one layer that loses least per share of the excess it takes away."""
+    """While a limit is exceeded, make the change of one layer that loses least per share of the excess removed."""
     plan = plan.copy()
     scale = np.maximum(table.room, 1)[:, None, None]
     excess = _excess(table, plan)[:, None, None]
@@ -174,7 +207,7 @@ def _repair(table: ProblemTable, plan: Positions) -> Positions:
 
 
 def _fill(table: ProblemTable, plan: Positions) -> Positions:
-    """While a step fits that lowers the loss (or, at equal loss, leads up), the one with most gain per share spent."""
+    """While a step fits that lowers the loss (or is upwards at equal loss), take the one with most gain per cost."""
     plan, left = plan.copy(), -_excess(table, plan)
     rates, steps = _best_steps(table, plan, left)
     while rates.max(initial=-math.inf) > -math.inf:
@@ -184,7 +217,7 @@ def _fill(table: ProblemTable, plan: Positions) -> Positions:
         if (extra <= left).all():
             left -= extra
             plan[layer] = position
-        # Less room can only lower the other layers' rates: those are looked at again when their turn comes.
+        # Less room can only lower the other layers' rates: they are updated when their turn comes.
         rows = slice(layer, layer + 1) if (extra >= 0).all() else slice(None)
         part = ProblemTable(table.losses[rows], table.costs[:, rows], table.room)
         rates[rows], steps[rows] = _best_steps(part, plan[rows], left)
@@ -192,7 +225,7 @@ def _fill(table: ProblemTable, plan: Positions) -> Positions:
 
 
 def _best_steps(table: ProblemTable, plan: Positions, left: Array) -> tuple[Array, Positions]:
-    """Each layer's best step among those that fit: its gain per share of the room (−inf: none), where it leads."""
+    """Each layer's best step that fits: its gain per share of the room (−inf if there is none), and its position."""
     extra = table.costs - _pick(table.costs, plan)[..., None]
     gain = _pick(table.losses, plan)[:, None] - table.losses
     up = np.arange(gain.shape[1]) > plan[:, None]
@@ -207,12 +240,12 @@ def _best_steps(table: ProblemTable, plan: Positions, left: Array) -> tuple[Arra
 
 
 def _priced(table: ProblemTable, prices: Array) -> Array:
-    """c + λ·w: (n, m)."""
+    """The candidates' losses plus the priced costs, c + λ·w: (n, m)."""
     return table.losses + np.tensordot(prices, table.costs, 1)
 
 
 def _maximise_dual(table: ProblemTable) -> tuple[Positions, Array, float]:
-    """The prices λ (k,) of the limits with the greatest bound L(λ), a plan that attains it, and L(λ).
+    """Find the plan that attains the greatest bound L(λ), the prices λ (k,) of the limits, and L(λ).
 
     Cutting planes (Kelley 1960): every plan p bounds L(λ) ≤ loss(p) + λ·excess(p), with equality where p is a
     minimiser. A small linear program finds the λ at which the plans seen so far allow most; its minimiser is the next
@@ -238,13 +271,13 @@ def _maximise_dual(table: ProblemTable) -> tuple[Positions, Array, float]:
             bounds=[(None, None), *[(0, MAX_PRICE)] * len(reach)],
         )
         if found.x is None or found.x[0] - best[0] / unit <= 1e-9 or best[0] > worst:
-            break  # at the maximum, or at a bound that no plan meets
+            break  # the maximum is reached, or a bound that no plan can meet
         prices = found.x[1:] * unit / reach
     return best[2], best[1], best[0]
 
 
 def _core(table: ProblemTable, prices: Array, gap: float) -> ProblemTable:
-    """Without the candidates that only plans worse than the best known use: reduced cost above U − L(λ)."""
+    """Exclude candidates that only plans worse than the best known one can use: reduced cost above U − L(λ)."""
     priced = _priced(table, prices)
     least = priced.min(axis=1, keepdims=True)
     rounding = 1e-12 * np.abs(least).sum()
@@ -252,10 +285,10 @@ def _core(table: ProblemTable, prices: Array, gap: float) -> ProblemTable:
 
 
 def _solve_core(core: ProblemTable, plan: Positions, upper: float, tolerance: float) -> tuple[Positions, float, float]:
-    """Branch and bound: a plan of at most this one's loss, its loss, and a bound of every plan in the core."""
+    """Branch and bound: a plan at most as bad as this one, its loss, and a lower bound of all plans in the core."""
     kept = np.isfinite(core.losses)
     layers, positions = np.nonzero(kept)
-    # Relative to the least of each layer, so that the solver's tolerances are those of what is left to decide.
+    # Relative to each layer's least, so that the solver's tolerances apply to the differences that decide.
     base_loss = core.losses.min(axis=1)
     base_cost = np.where(kept, core.costs, math.inf).min(axis=2)
     losses = core.losses[layers, positions] - base_loss[layers]
@@ -279,7 +312,7 @@ def _solve_core(core: ProblemTable, plan: Positions, upper: float, tolerance: fl
     if found.x is not None:
         chosen = np.zeros_like(core.losses)
         chosen[layers, positions] = found.x
-        # The solver works to a tolerance: if a limit is passed by a hair, give up what is cheapest to lose.
+        # The solver works to a tolerance: its plan may exceed a limit slightly.
         other = _fill(core, _repair(core, chosen.argmax(axis=1)))
         if _fits(core, other) and _loss(core, other) < upper:
             plan, upper = other, _loss(core, other)
@@ -291,7 +324,7 @@ _STDOUT = threading.Lock()
 
 @contextmanager
 def no_stray_lines() -> Iterator[None]:
-    """Keep what HiGHS prints by itself (a debugging line of 1.11, whatever its options say) off standard output."""
+    """Keep standard output clean of a debugging line that HiGHS 1.11 prints regardless of its options."""
     with _STDOUT, Path(os.devnull).open("w") as nowhere:
         sys.stdout.flush()
         kept = os.dup(1)

@@ -1,4 +1,4 @@
-"""What a strategy is: it sees numbers, never modules."""
+"""The interface of search strategies. A strategy sees numbers, never modules."""
 
 from __future__ import annotations
 
@@ -10,47 +10,94 @@ from rankopt.core.records import Proposal, Trial
 
 
 class Strategy(ABC):
-    """Proposes frontier positions; the search projects them onto the budget, evaluates and tells the outcome.
+    """Base class of search strategies.
 
-    What ask() returns depends only on the problem, the seed, how often it was asked and the trials told:
-    so a study resumes where it stopped by telling the finished trials again (`restore`).
-    A strategy's own options are keyword-only arguments of __init__ with a default: a number, a string or a bool.
+    A strategy proposes plans as positions on the layers' frontiers. The search projects each proposal onto the budget,
+    evaluates it and passes the trial back. A subclass implements `propose`, and `tell` if it learns from results.
+
+    What `ask` returns must depend only on the problem, the seed, the options, the number of earlier asks and the
+    trials passed to `tell`. Then a study that was stopped can be continued by telling the stored trials again.
+
+    A strategy's own options are the keyword-only parameters of its `__init__`. Each has a default, which is a number,
+    a string or a bool; options given as text are converted to the default's type.
+
+    Attributes:
+        name: Name in the registry, class attribute.
+        one_shot: Whether the strategy proposes a single plan; class attribute.
+        needs_model: Whether `measure` must be called before the first ask; class attribute.
+        problem: The candidates of every layer, and the limits.
+        seed: The same seed gives the same proposals.
+        n_asked: Number of proposals made.
+        notes: Layer name -> remark about the layer, for result.json.
     """
 
     name: ClassVar[str]
-    one_shot: ClassVar[bool] = False  # proposes a single plan
-    needs_model: ClassVar[bool] = False  # has nothing to propose before `measure`
+    one_shot: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = False
 
     def __init__(self, problem: Problem, seed: int = 0) -> None:
         self.problem, self.seed = problem, seed
-        self.asked = 0
-        self.notes: dict[str, str] = {}  # by layer: what the strategy found there, for result.json
+        self.n_asked = 0
+        self.notes: dict[str, str] = {}
 
     def measure(self, prepared: Any, progress: Any) -> None:  # noqa: B027  (most see numbers only)
-        """Look at the model and its data (a `Prepared`) before the first ask, for strategies that train or calibrate.
+        """Use the model and its data before the first ask, for strategies that train or calibrate.
 
-        What is found may depend on these, the options and the seed only, so that a resumed study finds the same.
+        The outcome may depend only on these, the options and the seed, so that a resumed study arrives at the same.
+
+        Args:
+            prepared: The task with its candidates, a `rankopt.candidates.prepare.Prepared`.
+            progress: Shows long work: `progress(items, what, total)` yields the items.
         """
 
     def ask(self) -> Proposal | None:
-        """One frontier index per layer; None: nothing more to propose."""
-        proposal = self.propose(self.asked)
-        self.asked += proposal is not None
+        """Make the next proposal.
+
+        Returns:
+            One frontier index per layer, or None if there is nothing to propose (any more, or until the next result).
+        """
+        proposal = self.propose(self.n_asked)
+        self.n_asked += proposal is not None
         return proposal
 
     @abstractmethod
     def propose(self, number: int) -> Proposal | None:
-        """The proposal of ask number `number`, counted from 0."""
+        """Make one proposal; it need not keep the budget.
+
+        Args:
+            number: Number of the ask, from 0.
+
+        Returns:
+            One frontier index per layer, or None for nothing.
+        """
 
     def tell(self, trial: Trial) -> None:  # noqa: B027  (one-shot strategies learn nothing)
-        """Learn from an evaluated proposal, projected as it was scored; in any order, failures included."""
+        """Learn from an evaluated plan.
+
+        Args:
+            trial: The trial. Its proposal is the one that was evaluated, within the budget. Trials come in any order,
+                and failed and stopped ones are included.
+        """
 
     def note(self, proposal: Proposal) -> tuple[float, ...]:
-        """Numbers to keep with a proposal's trial, where tell() needs more than the proposal itself."""
+        """Numbers to store with a trial, if `tell` needs more than the proposal itself.
+
+        Args:
+            proposal: The plan that was evaluated.
+
+        Returns:
+            The numbers; they come back as `trial.note` when a study is resumed.
+        """
         return ()
 
-    def restore(self, trials: list[Trial], asked: int) -> None:
-        """Take up a study: trials already told, in the order they were told, and how often was asked."""
+    def restore(self, trials: list[Trial], n_asked: int) -> None:
+        """Continue a study.
+
+        Args:
+            trials: Its trials, in the order in which they were told.
+            n_asked: Number of proposals to count as made. Those that were running when the study stopped are made
+                again.
+        """
         for trial in trials:
             self.tell(trial)
-        self.asked = asked
+        self.n_asked = n_asked

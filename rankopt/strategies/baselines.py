@@ -1,4 +1,4 @@
-"""The baselines: uniform, energy, greedy and random."""
+"""Baseline strategies: uniform, energy, greedy and random."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rankopt.strategies.base import Strategy
 
 
 class Uniform(Strategy):
+    """Gives every layer the same share of its dense cost, the largest share that fits."""
+
     name = "uniform"
     one_shot = True
 
@@ -21,13 +23,26 @@ class Uniform(Strategy):
 
 
 def at_share(problem: Problem, share: float) -> Proposal:
-    """In each layer the most accurate candidate with at most this share of its dense cost, in every metric."""
+    """Choose in each layer the most accurate candidate with at most a share of its dense cost, in every metric.
+
+    Args:
+        problem: The candidates of every layer, and the limits.
+        share: The share of the dense cost.
+    """
     metrics = [limit.metric for limit in problem.limits]
     return within(problem, [{m: share * f[-1].cost[m] for m in metrics} for f in problem.frontiers])
 
 
 def within(problem: Problem, costs: Sequence[Cost | Mapping[str, float]]) -> Proposal:
-    """In each layer the most accurate candidate that costs at most this, in every metric; the cheapest if none does."""
+    """Choose in each layer the most accurate candidate within a cost, in every limited metric.
+
+    Args:
+        problem: The candidates of every layer, and the limits.
+        costs: The most that each layer may cost.
+
+    Returns:
+        One frontier index per layer; that of the cheapest candidate if none is within the cost.
+    """
     metrics = [limit.metric for limit in problem.limits]
     return tuple(
         max((i for i, c in enumerate(f) if all(c.cost[m] <= most[m] for m in metrics)), default=_cheapest(f, metrics))
@@ -40,7 +55,15 @@ def _cheapest(candidates: tuple[Candidate, ...], metrics: list[str]) -> int:
 
 
 def largest(problem: Problem, proposal_at: Callable[[float], Proposal]) -> Proposal:
-    """Bisect a scalar in [0, 1] for the largest whose proposal fits; the proposal at 0 if none does."""
+    """Bisect for the largest number in [0, 1] whose proposal fits the budget.
+
+    Args:
+        problem: The candidates of every layer, and the limits.
+        proposal_at: Number -> proposal; larger numbers give proposals that cost more.
+
+    Returns:
+        The proposal of that number; the proposal at 0 if none fits.
+    """
     low, high = 0.0, 1.0
     if problem.fits(proposal_at(high)):
         return proposal_at(high)
@@ -51,6 +74,8 @@ def largest(problem: Problem, proposal_at: Callable[[float], Proposal]) -> Propo
 
 
 class Energy(Strategy):
+    """Allows every layer the same relative error, the smallest that fits: equal shares of kept energy."""
+
     name = "energy"
     one_shot = True
 
@@ -58,11 +83,17 @@ class Energy(Strategy):
         return largest(self.problem, lambda kept: self.at_threshold(1 - kept)) if number == 0 else None
 
     def at_threshold(self, error: float) -> Proposal:
-        """Per layer the first (cheapest) frontier position with at most this relative error; dense has none."""
+        """Choose in each layer the cheapest candidate within a relative error.
+
+        Args:
+            error: Largest relative error; dense has none.
+        """
         return tuple(next(i for i, c in enumerate(f) if c.error <= error) for f in self.problem.frontiers)
 
 
 class Greedy(Strategy):
+    """Starts dense, and makes the step down that loses least per cost saved until the budget is met."""
+
     name = "greedy"
     one_shot = True
 
@@ -79,13 +110,15 @@ class Greedy(Strategy):
         return current
 
     def _price(self, before: Proposal, after: Proposal) -> tuple[bool, float]:
-        """Loss per share freed; a step that frees nothing comes last."""
+        """Loss per share of the budget saved; steps that save nothing come last."""
         old, new = self.problem.cost(before), self.problem.cost(after)
         freed = sum((old[x.metric] - new[x.metric]) / x.target for x in self.problem.limits)
         return freed <= 0, (self.problem.loss(after) - self.problem.loss(before)) / max(freed, 1e-12)
 
 
 class Random(Strategy):
+    """Draws frontier positions uniformly, and projects them onto the budget."""
+
     name = "random"
 
     def propose(self, number: int) -> Proposal | None:

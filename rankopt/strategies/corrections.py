@@ -1,7 +1,7 @@
-"""Plans near the exact allocation: a log-multiplier on the predicted losses of every layer, or block of layers.
+"""Plans near the exact allocation, from log-multipliers on the predicted losses of layers or blocks of layers.
 
-The exact allocation under the multiplied losses is the plan, so every plan lies on the budget surface and zeros
-give the optimum of the predicted losses.
+A plan is the exact allocation under the multiplied losses: so every plan uses up the budget, and zeros give the optimum
+of the predicted losses.
 """
 
 from __future__ import annotations
@@ -15,31 +15,47 @@ from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal
 from rankopt.strategies.allocation import allocate
 
-BLOCKS = 24  # at most so many multipliers; with more layers, neighbours share one
+BLOCKS = 24  # largest number of multipliers; with more layers, neighbours share one
 
 
 CONTENDERS = 8  # plans that `knapsack` compares, and that the Bayesian search starts with
 
 
-PRICES = 3.5  # of what is to be small beside the limits: up to e^3.5 times the exact plan's loss per cost
+PRICES = 3.5  # the price of a further metric is at most e^3.5 times the exact plan's loss per cost
 
 
-WIDTH = 0.5  # log-multipliers lie in [-WIDTH, WIDTH]: about as far as predicted losses are from measured ones
+WIDTH = 0.5  # log-multipliers lie within ± WIDTH, about as far as measured losses are from predicted ones
 
 
 class Corrections:
-    """Points (a log-multiplier per block) -> plans.
+    """Parametrisation of plans by log-multipliers, one per block of layers.
 
-    also: a further metric that is to be small beside the limits; the last coordinate is then its price.
+    Attributes:
+        low: Least value of a coordinate.
+        high: Greatest value of a coordinate.
+        size: Number of coordinates.
     """
 
     def __init__(self, problem: Problem, blocks: int = BLOCKS, width: float = WIDTH, also: str | None = None) -> None:
+        """Divide the layers that have a choice into blocks.
+
+        Args:
+            problem: The candidates of every layer, and the limits.
+            blocks: Largest number of blocks.
+            width: Coordinates lie within ± width.
+            also: A further metric to keep small; the last coordinate is then its price.
+        """
         self.problem, self.low, self.high, self.also = problem, -width, width, also
         free = [i for i, f in enumerate(problem.frontiers) if len(f) > 1]
         self.blocks = [b for b in np.array_split(free, min(blocks, max(len(free), 1))) if len(b)]
         self.size = len(self.blocks) + int(also is not None)
 
     def plan(self, point: Sequence[float]) -> Proposal:
+        """Allocate exactly under multiplied losses.
+
+        Args:
+            point: Log-multipliers, and the price's coordinate if there is one: (size,).
+        """
         factors = np.ones(len(self.problem.layers))
         for block, x in zip(self.blocks, point, strict=False):
             factors[block] = np.exp(x)
@@ -52,20 +68,35 @@ class Corrections:
 
     @cached_property
     def exchange(self) -> float:
-        """The exact plan's predicted loss for its cost in `also`, which prices are multiples of."""
+        """The exact plan's predicted loss per cost in `also`: the unit of prices."""
         chosen = self.problem.candidates(allocate(self.problem).proposal)
         return sum(c.loss for c in chosen) / max(sum(c.cost[str(self.also)] for c in chosen), 1)
 
-    def stands_for(self, plan: Proposal, point: Sequence[float]) -> tuple[float, ...]:
-        """What a sampler is told for a plan that came from this point."""
+    def representative(self, plan: Proposal, point: Sequence[float]) -> tuple[float, ...]:
+        """The point at which a sampler learns a plan's result: the one that it came from.
+
+        Args:
+            plan: The plan.
+            point: The point that it came from.
+        """
         return tuple(point)
 
     def contender(self, seed: int, number: int) -> Proposal:
-        """The plan of random point `number`; the first is the exact allocation."""
+        """The plan of a random point; the first is the exact allocation.
+
+        Args:
+            seed: Seed of the points.
+            number: Number of the point, from 0.
+        """
         return self.plan(self.draw(seed, number))
 
     def draw(self, seed: int, number: int) -> list[float]:
-        """Random point `number`, uniform; the first is zero: the exact allocation."""
+        """Draw a point uniformly; the first is zero, which gives the exact allocation.
+
+        Args:
+            seed: Seed of the points.
+            number: Number of the point, from 0.
+        """
         if number == 0:
             return [0.0] * len(self.blocks) + [self.low] * (self.size - len(self.blocks))
         return list(np.random.default_rng([seed, number]).uniform(self.low, self.high, self.size))

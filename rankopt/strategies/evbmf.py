@@ -1,18 +1,18 @@
-"""Ranks estimated by variational Bayesian matrix factorisation (Nakajima et al. 2013, JMLR 14), then put on the budget.
+"""Ranks estimated by variational Bayesian matrix factorisation (Nakajima et al. 2013, JMLR 14), scaled to the budget.
 
-The matrices are unfoldings of the weight in the metric of decompositions/base.py, H^½ W S^½: what is noise is then
-decided at the layer's output, as the model feels it, not in the weight. (Of the bare weight the estimates take from
-layers that matter: ResNet-20 at 30 % of the MACs, KL 0.92 against 0.26.)
+The matrices are unfoldings of the weight in the metric of decompositions/base.py, H^½ W S^½: noise is then what does
+not matter at the layer's output. (Estimates on the bare weight take ranks from layers that matter: ResNet-20 at 30 % of
+the MACs, KL 0.92 instead of 0.26.)
 
-Every family on a layer's frontier gets ranks from the unfoldings on which it has them: `svd_out`
-the output channels', `svd_in` the input channels', `svd_spatial` (in, height) x (width, out), `tucker2` both
-channel unfoldings, `tt` one per bond. CP has no unfolding of its own: its rank is the one that a core of the size
-that these estimates leave has in general, ⌈Π dᵢ / (Σ dᵢ − n + 1)⌉ (the expected rank, Comon et al. 2009).
+Every family on a layer's frontier gets ranks from its own unfoldings: `svd_out` the output channels', `svd_in` the
+input channels', `svd_spatial` (in, height) x (width, out), `tucker2` both channel unfoldings, `tt` one per bond. CP has
+no unfolding of its own: its rank is the expected rank of a core of the size that the estimates leave,
+⌈Π dᵢ / (Σ dᵢ − n + 1)⌉ (Comon et al. 2009).
 
-MUSCO's weakening (Gusak 2019), rank = full − w (full − estimate), with one w for all layers bisected onto the
-budget, makes ranks of estimates; beyond the estimate, w scales the ranks to zero. The family whose ranks cost
-most is taken, so that a layer has room for its signal in every family (taking the cheapest adds up the families'
-underestimates). Within that cost the layer takes the most accurate candidate of its frontier.
+Estimates become ranks by MUSCO's weakening (Gusak 2019), rank = full − w (full − estimate), with one w for all layers
+bisected onto the budget; beyond the estimate, w scales the ranks to zero. A layer may cost as much as its most
+expensive family at these ranks, so that it has room for its signal in every family (the cheapest family would add up
+all underestimates). Within that cost it takes the most accurate candidate of its frontier.
 """
 
 from __future__ import annotations
@@ -49,7 +49,13 @@ LINEAR_TT = ("bond1", "bond2", "bond3")
 
 
 class Spectrum(NamedTuple):
-    """Singular values of an unfolding (groups together), and the unfolding's shape."""
+    """Spectrum of an unfolding, groups together.
+
+    Attributes:
+        values: Its singular values, falling.
+        rows: Number of its rows.
+        columns: Number of its columns.
+    """
 
     values: tuple[float, ...]
     rows: int
@@ -62,6 +68,8 @@ layers of modes (C1, C2, T1, T2) the bonds of a tensor train "bond1" C1 x rest, 
 
 
 class Evbmf(Strategy):
+    """Gives every layer the cost of its estimated ranks, weakened to the budget."""
+
     name = "evbmf"
     one_shot = True
     needs_model = True
@@ -87,17 +95,17 @@ class Evbmf(Strategy):
         estimates = [{k: max(1, evbmf_rank(*s)) for k, s in spectra.items()} for spectra in self.spectra]
 
         def taken(w: float) -> list[tuple[Cost, str, Rank]]:
-            return [self._dearest(i, found, w) for i, found in enumerate(estimates)]
+            return [self._most_expensive(i, found, w) for i, found in enumerate(estimates)]
 
         proposal = largest(problem, lambda kept: within(problem, [cost for cost, _, _ in taken(1 - kept)]))
         self.notes = {
-            layer.name: f"EVBMF: {family} {rank} is the dearest of the families at their estimated ranks"
+            layer.name: f"EVBMF: {family} {rank} costs most of the families at their estimated ranks"
             for layer, (_, family, rank) in zip(problem.layers, taken(0.5), strict=True)
         }
         return fill(problem, project(problem, proposal))
 
-    def _dearest(self, i: int, estimates: Mapping[str, int], w: float) -> tuple[Cost, str, Rank]:
-        """The dearest family's cost, name and ranks at a weakening w."""
+    def _most_expensive(self, i: int, estimates: Mapping[str, int], w: float) -> tuple[Cost, str, Rank]:
+        """Cost, name and ranks of the family that costs most at a weakening w."""
         layer, spectra = self.problem.layers[i], self.spectra[i]
         kept = {k: _between(min(s.rows, s.columns), estimates[k], w) for k, s in spectra.items()}
         methods = {c.method for c in self.problem.frontiers[i]}
@@ -109,10 +117,17 @@ class Evbmf(Strategy):
 
 
 def unfolded(layer: Layer, weight: Tensor, moment: Tensor | None = None, metric: Tensor | None = None) -> Spectra:
-    """Of H^½ W S^½, on the unfoldings on which some family has a rank. Arguments as Decomposition.fit takes them."""
+    """Compute the spectra of H^½ W S^½ on the unfoldings on which some family has a rank.
+
+    Args:
+        layer: The layer.
+        weight: Its weight.
+        moment: Second moment S of its inputs, as `Decomposition.fit` takes it.
+        metric: Metric H of its outputs, as `Decomposition.fit` takes it.
+    """
     target = full_target(layer, weight, moment, metric)
     felt = roots(target.metric)[0] @ target.weight  # (groups, T, C * height * width)
-    diagonal = layer.kind == "Embedding"  # of its moment there is no more
+    diagonal = layer.kind == "Embedding"  # whose moment is diagonal
     felt = felt * target.moment.sqrt().unsqueeze(1) if diagonal else felt @ roots(target.moment)[0]
     tensor = felt.unflatten(2, (layer.in_channels, *layer.kernel)).permute(2, 3, 4, 1, 0)  # C, height, width, T, groups
     matrices = {"output": tensor.movedim(3, 0).flatten(1)}
@@ -129,7 +144,13 @@ def unfolded(layer: Layer, weight: Tensor, moment: Tensor | None = None, metric:
 
 
 def family_rank(family: str, layer: Layer, kept: Mapping[str, float]) -> Rank:
-    """A family's ranks from the ranks kept of each unfolding."""
+    """Derive a family's ranks from ranks of unfoldings.
+
+    Args:
+        family: Name of the family.
+        layer: The layer.
+        kept: Unfolding -> rank, not necessarily an integer.
+    """
     decomposition = DECOMPOSITIONS[family]
     if family in {"cp", "cp_merged"}:
         spatial = layer.kernel if family == "cp" else (math.prod(layer.kernel),)
@@ -140,15 +161,20 @@ def family_rank(family: str, layer: Layer, kept: Mapping[str, float]) -> Rank:
 
 
 def _between(full: int, estimate: int, w: float) -> float:
-    """From full rank (w = 0) over the estimate (0.5) to zero (1)."""
+    """Interpolate from the full rank (w = 0) over the estimate (0.5) to zero (1)."""
     return full - 2 * w * (full - estimate) if w < 0.5 else estimate * 2 * (1 - w)
 
 
 def evbmf_rank(singular_values: Sequence[float], rows: int, columns: int) -> int:
-    """The rank of the global analytic EVB solution with estimated noise variance.
+    """Estimate a matrix's rank: the rank of the global analytic EVB solution with estimated noise variance.
 
-    singular_values: all of the matrix (rows, columns), descending. Nakajima et al. 2013, theorems 2 and 4:
-    a component is kept if s > sqrt(M sigma² x̄), with alpha = L/M, tau̅ = 2.5129 sqrt(alpha).
+    Nakajima et al. 2013, theorems 2 and 4, for an L x M matrix with L ≤ M: a component is kept if
+    s > √(M σ² x̄), where x̄ = (1 + τ̄)(1 + α/τ̄), α = L/M and τ̄ = 2.5129 √α.
+
+    Args:
+        singular_values: All singular values.
+        rows: Number of rows.
+        columns: Number of columns.
     """
     small, large = min(rows, columns), max(rows, columns)
     s2 = np.sort(np.asarray(singular_values, float)[:small])[::-1] ** 2
@@ -172,7 +198,7 @@ def evbmf_rank(singular_values: Sequence[float], rows: int, columns: int) -> int
 
 
 def _free_energy(log_variance: float, s2: np.ndarray, large: int, alpha: float, x_bar: float) -> float:
-    """Free energy as a function of the noise variance, up to a constant (theorem 4)."""
+    """Free energy as a function of the logarithmic noise variance, up to a constant (theorem 4)."""
     variance = np.exp(log_variance)
     x = np.maximum(s2 / (large * variance), 1e-300)
     above, below = x[x > x_bar], x[x <= x_bar]

@@ -1,4 +1,4 @@
-"""The layer walk as a gymnasium environment, so that any library's agent can train on it (extra `rl`)."""
+"""The layer walk as a gymnasium environment, on which agents of other libraries can train (extra `rl`)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from rankopt.strategies.layer_walk import LayerMdp
 
 
 class LayerWalk(gymnasium.Env[np.ndarray, np.int64]):
-    """One step per free layer; the action is a frontier position, padded to the longest frontier.
+    """An episode chooses one frontier position per free layer, within the limits.
 
-    evaluate: proposal -> objective, minimised; the reward is minus it after the last layer, 0 before.
-    An action that the mask forbids is clipped to the nearest allowed one, as AMC clips ratios; agents that know masks
-    read `action_masks()` (the convention of sb3-contrib's MaskablePPO). info["proposal"]: the positions so far.
-    Raises BudgetError if the limits cannot be met, RankoptError if no layer is free.
+    Actions are positions, padded to the longest frontier. A masked action is replaced by the nearest allowed one, as
+    AMC clips ratios; agents that support masks read `action_masks()`, by the convention of sb3-contrib's MaskablePPO.
+    The reward is minus the objective after the last layer, and 0 before. `info["proposal"]` holds the positions so far.
     """
 
     proposal: Proposal
@@ -28,6 +27,16 @@ class LayerWalk(gymnasium.Env[np.ndarray, np.int64]):
     last: float
 
     def __init__(self, problem: Problem, evaluate: Callable[[Proposal], float]) -> None:
+        """Set up the environment.
+
+        Args:
+            problem: The candidates of every layer, and the limits.
+            evaluate: Proposal -> objective, minimised.
+
+        Raises:
+            BudgetError: If the limits cannot be met.
+            RankoptError: If no layer is free.
+        """
         if not problem.layers:
             raise RankoptError("0 layers are free: nothing to walk; allow more in the search space")
         self.walk, self.evaluate = LayerMdp(problem), evaluate
@@ -53,7 +62,7 @@ class LayerWalk(gymnasium.Env[np.ndarray, np.int64]):
         return self._observe(), reward, done, False, {"proposal": self.proposal}
 
     def action_masks(self) -> np.ndarray:
-        """(longest frontier,) bool: what can still be completed within the limits."""
+        """Which positions can still be completed within the limits: bools, (longest frontier,)."""
         mask = self.walk.mask(len(self.proposal), self.spent)
         return np.pad(mask, (0, self.walk.width - len(mask)))
 

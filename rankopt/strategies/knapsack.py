@@ -1,8 +1,8 @@
-"""The exact allocation on measured losses, its near-ties settled by measurement.
+"""The exact allocation; plans that are predicted to be about equally good are compared by measurement.
 
-Predicted losses are sums over layers, each measured alone; together layers cost up to twice as much, and plans of
-nearly equal sums differ by several per cent. So the allocation's plan and a few others, exact under slightly
-different losses, are measured whole, and the best is proposed.
+A predicted loss is a sum over layers, each measured alone. All layers together lose up to twice as much, and plans of
+nearly equal sums differ by several per cent. So the exact allocation and a few others, exact under slightly different
+losses, are measured as whole models, and the best is proposed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,22 @@ from rankopt.strategies.corrections import CONTENDERS, Corrections
 
 
 class Knapsack(Strategy):
-    """contenders: plans measured before one is proposed, the exact allocation among them; 1: only that, unmeasured."""
+    """Proposes the best of a few plans around the exact allocation."""
 
     name = "knapsack"
     one_shot = True
 
     def __init__(self, problem: Problem, seed: int = 0, *, contenders: int = CONTENDERS) -> None:
+        """Set up the contenders.
+
+        Args:
+            problem: The candidates of every layer, and the limits.
+            seed: Seed of the contenders.
+            contenders: Plans to measure, the exact allocation among them. 1 proposes the exact allocation unmeasured.
+
+        Raises:
+            RankoptError: If contenders is less than 1.
+        """
         super().__init__(problem, seed)
         if contenders < 1:
             raise RankoptError(f"contenders is {contenders}: give 1 or more")
@@ -44,5 +54,5 @@ class Knapsack(Strategy):
 def _measured(prepared: Any, problem: Problem, plan: Proposal) -> float:
     try:
         return call("the objective", prepared.objective, prepared.apply(problem, plan)) or 0.0
-    except Exception:  # of a user's objective: if no plan can be measured, the search's own evaluation reports it
+    except Exception:  # noqa: BLE001  # a user's code: if no plan can be measured, the search's own evaluation reports it
         return math.inf

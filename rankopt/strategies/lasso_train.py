@@ -1,26 +1,27 @@
 """Lasso while training: gates on the components of every factorised layer, driven to exact zeros under the budget.
 
-Every free layer starts as a candidate of one family: `cp_merged` for k x k convolutions, `svd_out` for the others
-(the simplest with a gate per component), else whichever the search space has; at the ranks that the exact allocation
-gives at START times the budget. (From each layer's largest candidate, a hundred steps strip whole layers to rank
-one: ResNet-20 at 30 % of the MACs, KL 1.1 to 4.1 against 0.14.) A gate is the scale of a component: of a bond between
-two stages, so one vector of gates for CP and SVD, one per mode for Tucker-2, one per bond for a tensor train. After
-every optimiser step
+Every free layer starts as a candidate of one family: `cp_merged` for k x k convolutions and `svd_out` for others (the
+simplest with a gate per component), otherwise the first that the search space has. Its rank is that of the exact
+allocation at START times the budget. (From each layer's largest candidate, a hundred steps strip whole layers to rank
+one: ResNet-20 at 30 % of the MACs, KL 1.1 to 4.1 instead of 0.14.) A gate is the scale of one component of a bond
+between two stages: CP and SVD have one vector of gates, Tucker-2 one per mode, a tensor train one per bond. After every
+optimiser step
 
-- `absorb` moves what the stages' weights gained in scale into the gates, so that no penalty is evaded by
+- `absorb` moves changes in the scale of the stages' weights into the gates, so that the penalty is not evaded by
   shrinking a gate and growing its weights;
-- the gates g take the proximal step of λ Σ_r cost_r |g_r| in Adam's own metric (Yun et al. 2021, ProxGen), where
-  a gate is zero at rest exactly if the loss gains less than λ cost_r by it: g ← sign(g) max(|g| − lr λ cost_r / √v, 0);
-- λ rises or falls with the excess over the budget (exponentiated dual ascent), which itself falls from
-  the start's cost to the budget in the first half of the steps.
+- the gates g take the proximal step of λ Σ_r cost_r |g_r| in Adam's own metric (Yun et al. 2021, ProxGen),
+  g ← sign(g) max(|g| − lr λ cost_r / √v, 0): a gate stays at zero exactly if it lowers the loss by less than λ cost_r;
+- λ rises or falls with the excess over a target (exponentiated dual ascent). The target falls from the start's cost to
+  the budget in the first half of the steps.
 
-cost_r is what the component adds to the budget's metrics as shares of their limits. What the run ends with is
-tightened onto the budget by the gates' averages over the last steps. Penalties:
+cost_r is the component's cost in the budget's metrics, as shares of their limits. The final ranks are tightened onto
+the budget by the gates' averages over the last steps. Penalties:
 
 l1       Σ |g_r|
-group    half of it on the components, half on the norm of all gates of a layer (sparse group lasso, Simon 2013)
-hoyer    (Σ|g|)² / Σg² of a bond (Yang 2020, DeepHoyer), linearised at each step: large gates are left alone
-nuclear  of `svd_out` layers: every ten steps the components are rotated to singular vectors: gates are singular values
+group    half on the components, half on the norm of all gates of a layer (sparse group lasso, Simon 2013)
+hoyer    (Σ|g|)² / Σg² of a bond (Yang 2020, DeepHoyer), linearised at each step: large gates are not penalised
+nuclear  for `svd_out` layers: every ten steps the components are rotated to singular vectors, so that the gates are
+         singular values
 """
 
 from __future__ import annotations
@@ -52,19 +53,28 @@ FAMILIES = ("cp_merged", "cp", "svd_out", "svd_spatial", "svd_in", "tucker2", "t
 PENALTIES = ("l1", "group", "hoyer", "nuclear")
 
 
-START = 1.5  # times the budget: what the gates choose from
+START = 1.5  # cost of the starting ranks, in budgets
 
 
-RATE, GATE_RATE = 1e-5, 2e-2  # Adam's, of weights (which the plan does not keep: slow) and of gates
+RATE = 1e-5  # Adam's learning rate of the weights; slow, since the plan does not keep them
 
 
-ASCENT = 0.5  # of log λ, per step and relative excess of cost
+GATE_RATE = 2e-2  # Adam's learning rate of the gates
+
+
+ASCENT = 0.5  # step of log λ per relative excess of cost
 
 
 def along(components: Tensor, weight: Tensor, axis: int) -> Tensor:
-    """A number for each component, (R,), in a shape to multiply a weight with that has them along an axis.
+    """Shape one number per component for multiplication with a weight.
 
-    On axis 0 come the components of one group after those of the other: it is groups * R long.
+    Args:
+        components: A number for each component, (R,).
+        weight: The weight.
+        axis: The axis along which the weight has its components. Axis 0 is groups * R long, group after group.
+
+    Returns:
+        The numbers, broadcastable to the weight.
     """
     shape = [1] * weight.ndim
     shape[axis] = -1
@@ -72,7 +82,7 @@ def along(components: Tensor, weight: Tensor, axis: int) -> Tensor:
 
 
 class Scaled(nn.Module):
-    """A stage's weight with its output channels, which lie along an axis, scaled by gates (R,)."""
+    """Parametrisation of a stage's weight: its output channels, along an axis, are scaled by gates (R,)."""
 
     def __init__(self, gates: nn.Parameter, axis: int) -> None:
         super().__init__()
@@ -83,10 +93,16 @@ class Scaled(nn.Module):
 
 
 class GatedBond:
-    """The gates of one bond of a factorised layer, and the slices of weights that make up its components."""
+    """The gates of one bond of a factorised layer, with the weights whose slices are its components."""
 
     def __init__(self, slices: Sequence[tuple[nn.Parameter, int]], gates: nn.Parameter) -> None:
-        self.slices = slices  # (weight, the axis along which components lie, 0 for (groups * R, ...))
+        """Scale the slices to equal norms, and the gates accordingly.
+
+        Args:
+            slices: (weight, axis along which its components lie); 0 for (groups * R, ...).
+            gates: One gate per component, (R,).
+        """
+        self.slices = slices
         self.gates = gates
         self.unit = self.scale().mean() ** (1 / len(slices))
         self.absorb()
@@ -102,7 +118,7 @@ class GatedBond:
 
     @torch.no_grad()
     def absorb(self) -> None:
-        """Slices of equal and constant norm; their scale goes into the gates. The layer stays what it is."""
+        """Rescale the slices to their common norm and multiply the gates by their scale; the layer is unchanged."""
         for weight, axis in self.slices:
             factor = self._norms(weight, axis).clamp_min(1e-12) / self.unit
             weight.div_(along(factor, weight, axis))
@@ -110,20 +126,27 @@ class GatedBond:
 
 
 class Gated:
-    """A layer's replacement with gates on its bonds; rank entry i counts the gates of bond i."""
+    """A layer's replacement with gates on its bonds; entry i of the rank counts the gates of bond i."""
 
     def __init__(self, layer: Layer, candidate: Candidate, module: nn.Module) -> None:
+        """Register gates on a factorised module.
+
+        Args:
+            layer: The layer.
+            candidate: Its candidate.
+            module: The module of the candidate.
+        """
         self.layer, self.family, self.rank = layer, DECOMPOSITIONS[candidate.method], candidate.rank
         names = [name for name, _ in module.named_parameters() if not name.endswith("bias")]
         weights = [module.get_parameter(name) for name in names]
-        # CP has one rank for all its bonds: what lies between the first and the last stage is depthwise.
+        # CP has one rank for all its bonds: the stages between the first and the last are depthwise.
         one_rank = len(weights) - 1 > len(candidate.rank)
         depthwise = [one_rank and 0 < i < len(weights) - 1 for i in range(len(weights))]
         self.weights, self.bonds = weights, []
         self.stages = [module.get_submodule(name.rpartition(".")[0]) for name in names]
         turned = [isinstance(s, (nn.Embedding, _ConvNd)) and describe(s).input_first for s in self.stages]
         for i in range(len(weights) - 1):
-            if depthwise[i + 1]:  # it keeps the components of the bond before it
+            if depthwise[i + 1]:  # the next stage passes the components of this bond on
                 continue
             like, axis = weights[i], int(turned[i] and not depthwise[i])
             gates = nn.Parameter(like.new_ones(like.shape[axis] // (1 if axis else layer.groups)))
@@ -136,20 +159,34 @@ class Gated:
             parametrize.register_parametrization(self.stages[i], leaf, Scaled(gates, axis), unsafe=True)
 
     def left(self, keep: Callable[[GatedBond], Tensor]) -> Rank:
-        """How many components of each bond are kept; one at least."""
+        """The rank of the kept components, at least one per bond.
+
+        Args:
+            keep: Bond -> which components are kept, bools (R,).
+        """
         return self.family.valid(self.layer, tuple(max(1, int(keep(b).sum())) for b in self.bonds))
 
     def cost(self, rank: Rank) -> Cost:
+        """The layer's cost at a rank.
+
+        Args:
+            rank: The rank.
+        """
         return self.family.cost(self.layer, rank)
 
     def component_cost(self, bond: int, rank: Rank) -> Cost:
-        """What one more component of a bond costs beside the others of this rank."""
+        """The cost of one more component.
+
+        Args:
+            bond: Index of its bond.
+            rank: The rank without it.
+        """
         more = tuple(r + (i == bond) for i, r in enumerate(rank))
         return self.cost(more) - self.cost(rank)
 
     @torch.no_grad()
     def rotate(self) -> None:
-        """A single bond between two matrices: to singular vectors, with singular values for gates."""
+        """Rotate the components of a single bond to singular vectors, with singular values as gates."""
         (bond,) = self.bonds
         (first, _), (last, _) = bond.slices
         inner, outer = (describe(s) for s in self.stages)
@@ -161,21 +198,43 @@ class Gated:
 
 
 def soft_threshold(gates: Tensor, threshold: Tensor) -> Tensor:
-    """The proximal operator of a weighted L1 norm: towards zero by the threshold, from either side."""
+    """Apply the proximal operator of a weighted L1 norm, sign(g) max(|g| − threshold, 0).
+
+    Args:
+        gates: g, (R,).
+        threshold: The threshold of each gate, (R,).
+    """
     return gates.sign() * (gates.abs() - threshold).clamp_min(0)
 
 
 def hoyer_weights(gates: Tensor) -> Tensor:
-    """Derivative of (Σ|g|)² / Σg² over |g_r|, up to its common factor; nothing on gates that it would enlarge."""
+    """Compute the derivative of (Σ|g|)² / Σg² by |g_r|, up to a common factor; 0 where it is negative.
+
+    Args:
+        gates: g, (R,).
+    """
     return (1 - gates.abs() * gates.abs().sum() / gates.square().sum().clamp_min(1e-30)).clamp_min(0)
 
 
 class LassoTrain(Strategy):
+    """Trains gates on the components of every layer, and gives each layer the cost of those that remain."""
+
     name = "lasso-train"
     one_shot = True
     needs_model = True
 
     def __init__(self, problem: Any, seed: int = 0, *, penalty: str = "l1", steps: int = 100) -> None:
+        """Check the options.
+
+        Args:
+            problem: The candidates of every layer, and the limits.
+            seed: Seed of the training.
+            penalty: "l1", "group", "hoyer" or "nuclear".
+            steps: Training steps, 1 or more.
+
+        Raises:
+            RankoptError: For an option out of range.
+        """
         super().__init__(problem, seed)
         if penalty not in PENALTIES:
             raise RankoptError(
@@ -184,7 +243,7 @@ class LassoTrain(Strategy):
         if steps < 1:
             raise RankoptError(f"strategy 'lasso-train': steps is {steps}, give 1 or more")
         self.penalty, self.steps = penalty, steps
-        self.kept: tuple[Rank, ...] | None = None  # per layer what the training left of the start's rank
+        self.kept: tuple[Rank, ...] | None = None  # each layer's rank after the training
         self.costs: tuple[Cost, ...] = ()
 
     def propose(self, number: int) -> Proposal | None:
@@ -215,7 +274,7 @@ class LassoTrain(Strategy):
             optimizer,
             steps=self.steps,
             seed=self.seed,
-            clip=None,  # the penalty would not be clipped with the gradient that holds against it
+            clip=None,  # clipping would weaken the gradient, but not the penalty against it
             training=False,
             after_step=run.after_step,
             progress=progress,
@@ -238,7 +297,7 @@ class LassoTrain(Strategy):
         return model, [Gated(layer, c, model.get_submodule(layer.name)) for layer, c in pairs]
 
     def _menu(self, layer: Layer, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-        """The frontier of the first family that the layer has candidates of, without dense."""
+        """The frontier of the first family of which the layer has candidates, without dense."""
         families = ("svd_out",) if self.penalty == "nuclear" else FAMILIES
         family = next((f for f in families if any(c.method == f for c in candidates)), None)
         if family is None:
@@ -251,28 +310,50 @@ class LassoTrain(Strategy):
 
 
 class Run:
-    """The penalty's side of one training run."""
+    """The penalty in one training run.
+
+    Attributes:
+        optimizer: The optimiser of weights and gates, Adam.
+        price: λ.
+        averages: id of a bond -> sum of its absolute gates over the last quarter of the steps, (R,).
+        ranks: Current ranks, by layer.
+        start: Excess of the starting ranks.
+    """
 
     def __init__(self, strategy: LassoTrain, layers: Sequence[Gated]) -> None:
         self.problem, self.penalty, self.steps = strategy.problem, strategy.penalty, strategy.steps
         self.layers = layers
         self.optimizer: Any = None
-        self.price = 0.0  # λ
+        self.price = 0.0
         self.averages = {id(b): torch.zeros_like(b.gates) for x in layers for b in x.bonds}
         self.ranks = [x.rank for x in layers]
         self.start = self.excess(self.ranks)
 
     def excess(self, ranks: Sequence[Rank]) -> float:
-        """log of the model's cost over the budget, of the metric furthest above."""
+        """Logarithm of cost / limit, of the metric where that is largest.
+
+        Args:
+            ranks: A rank for every layer.
+        """
         cost = sum((x.cost(r) for x, r in zip(self.layers, ranks, strict=True)), self.problem.fixed)
         return max(math.log(cost[x.metric] / x.target) for x in self.problem.limits)
 
     def share(self, cost: Cost) -> float:
+        """A cost in shares of the limits, summed over metrics.
+
+        Args:
+            cost: The cost.
+        """
         return sum(cost[x.metric] / x.target for x in self.problem.limits)
 
     @torch.no_grad()
     def after_step(self, step: int, loss: float) -> None:
-        """Absorb, the proximal step, dual ascent."""
+        """Absorb, take the proximal step, and update λ.
+
+        Args:
+            step: Number of the step, from 0.
+            loss: Its loss, not used.
+        """
         for layer in self.layers:
             if self.penalty == "nuclear" and step % 10 == 0:
                 layer.rotate()
@@ -308,12 +389,11 @@ class Run:
             norm = torch.cat([b.gates for b in layer.bonds]).norm().clamp_min(1e-12)
             rates = [r / 2 * (1 + b.gates.abs() / norm) for r, b in zip(rates, layer.bonds, strict=True)]
         for bond, threshold in zip(layer.bonds, rates, strict=True):
-            if self.penalty == "hoyer":
-                threshold = threshold * hoyer_weights(bond.gates)
-            strongest = int(bond.gates.abs().argmax())  # a rank is at least 1: a dead bond would block all gradients
-            one = bond.gates[strongest].clone()
-            bond.gates.copy_(soft_threshold(bond.gates, threshold))
-            bond.gates[strongest] = one
+            weights = hoyer_weights(bond.gates) if self.penalty == "hoyer" else 1.0
+            strongest = int(bond.gates.abs().argmax())  # is kept: a bond without gates would block all gradients
+            value = bond.gates[strongest].clone()
+            bond.gates.copy_(soft_threshold(bond.gates, threshold * weights))
+            bond.gates[strongest] = value
 
     def _spread(self, bond: GatedBond) -> Tensor:
         """Adam's √v of a bond's gates: the metric of its steps."""
@@ -321,9 +401,9 @@ class Run:
         return (state["exp_avg_sq"] / (1 - 0.999 ** state["step"].item())).sqrt() + 1e-12
 
     def tighten(self) -> tuple[Rank, ...]:
-        """The ranks on the budget: components in the order of the λ at which one proximal step would zero them.
+        """Choose the final ranks: take components by the λ at which a proximal step would zero them, while they fit.
 
-        Gates alone do not compare between layers: their scales are those of the layers' weights.
+        Gates alone cannot be compared between layers: their scales are those of the layers' weights.
         """
         entries = [
             (float(value), n, i)

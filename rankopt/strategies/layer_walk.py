@@ -1,7 +1,7 @@
-"""The walk over the layers as a Markov decision process: state, exact mask of actions, observation. Plain numpy.
+"""The walk over the layers as a Markov decision process: state, exact mask of actions, observation.
 
-State and episode follow AMC (He et al. 2018, arXiv 1802.03494, section 3.1): one step per layer, the budget kept by
-forbidding what could no longer meet it. An action is a frontier position.
+State and episode follow AMC (He et al. 2018, arXiv 1802.03494, section 3.1): one step per layer, and actions that could
+no longer meet the budget are masked. An action is a position on the layer's frontier.
 """
 
 from __future__ import annotations
@@ -14,19 +14,28 @@ from rankopt.core.problem import Problem
 from rankopt.core.records import Layer, Proposal
 from rankopt.strategies.allocation import allocate
 
-COMPLETIONS = 64  # least completions kept per layer; only several limits at once can need more
+COMPLETIONS = 64  # least completions kept per layer; more can only be needed with several limits
 
 
 class LayerMdp:
-    """`spent` (limits,) is what the layers walked so far cost, in the order of the problem's limits.
+    """The decision process of choosing one candidate after the other within the limits.
 
-    An allowed action can always be completed within all limits together. With one limit the mask is also complete:
-    what it forbids cannot be completed; with several, as long as no layer has more than COMPLETIONS Pareto-least
-    completions (otherwise it may forbid too much, never so much that nothing is left).
-    Raises BudgetError if the limits cannot be met.
+    `spent` (limits,) is the cost of the layers walked so far, in the order of the problem's limits.
+
+    Every allowed action can be completed within all limits together. With one limit, every masked action cannot; with
+    several this holds as long as no layer has more than `COMPLETIONS` Pareto-least completions. Beyond, the mask may
+    exclude too much, but always leaves an action.
     """
 
     def __init__(self, problem: Problem) -> None:
+        """Precompute the masks.
+
+        Args:
+            problem: The candidates of every layer, and the limits.
+
+        Raises:
+            BudgetError: If the limits cannot be met.
+        """
         self.problem = problem
         self.start: Proposal = allocate(problem).proposal  # the exact plan under predicted losses
         metrics = [limit.metric for limit in problem.limits]
@@ -39,32 +48,45 @@ class LayerMdp:
         self.completions = self._least_completions()
 
     def mask(self, layer: int, spent: np.ndarray) -> np.ndarray:
-        """Which positions of the layer's frontier can still be completed within the limits (len(frontier),), bool."""
+        """Tell which positions of a layer can still be completed within the limits.
+
+        Args:
+            layer: Index of the layer.
+            spent: Cost of the layers before it, (limits,).
+
+        Returns:
+            Bools, (len(frontier),).
+        """
         after = spent + self.costs[layer]
         return (after[:, None] + self.completions[layer + 1] <= self.room).all(2).any(1)
 
     def observation(self, layer: int, spent: np.ndarray, last: float) -> np.ndarray:
-        """AMC's eleven features and the layer's frontier: a vector of the same length for every layer, float32.
+        """Describe the state by AMC's eleven features and the layer's frontier. Costs are shares of the layers' room.
 
-        last: the relative position of the last action. Costs are shares of the free layers' room; after the last
-        layer, what describes a layer is 0.
+        Args:
+            layer: Index of the layer; the number of layers after the last one, whose description is then 0.
+            spent: Cost of the layers before it, (limits,).
+            last: Relative position of the last action.
+
+        Returns:
+            A float32 vector of the same length for every layer.
         """
         done, room = layer == len(self.costs), np.maximum(self.room, 1)
         saved = self.dense[:layer].sum(0) - spent
         rest = self.dense[layer + 1 :].sum(0)
         walk = [layer / max(len(self.costs), 1), last, *saved / room, *rest / room, *(self.room - spent) / room]
-        about = [0.0] * (6 + len(room)) if done else [*_shape(self.problem.layers[layer]), *self.dense[layer] / room]
+        shape = [0.0] * (6 + len(room)) if done else [*_shape(self.problem.layers[layer]), *self.dense[layer] / room]
         frontier = np.zeros((2 + len(room), self.width))
         if not done:
             scale = max(self.problem.loss(self.start), 1e-12)
             rows = [self.errors[layer], self.losses[layer] / scale, *(self.costs[layer] / room).T]
             frontier[:, : len(rows[0])] = rows
-        return np.concatenate([walk, about, frontier.ravel()]).astype(np.float32)
+        return np.concatenate([walk, shape, frontier.ravel()]).astype(np.float32)
 
     def _least_completions(self) -> list[np.ndarray]:
         """Per layer the Pareto-least costs of it and all after it, each (count, limits); zero after the last."""
         least = [np.zeros((1, len(self.room)), np.int64)]
-        known = least[0]  # what the exact plan costs from here on: a way that stays open however many are dropped
+        known = least[0]  # the exact plan's completion is always kept, so that some action is always allowed
         for costs, at in zip(self.costs[::-1], self.start[::-1], strict=True):
             sums = pareto_least((pareto_least(costs)[:, None] + least[0]).reshape(-1, len(self.room)))
             known = known + costs[at]
@@ -75,7 +97,14 @@ class LayerMdp:
 
 
 def pareto_least(points: np.ndarray) -> np.ndarray:
-    """The points (count, metrics) that no other is at most equal to in every metric; each once."""
+    """Find the Pareto-least points.
+
+    Args:
+        points: Points (count, metrics).
+
+    Returns:
+        The distinct points that no other point is less than or equal to in every metric.
+    """
     kept: list[np.ndarray] = []
     for point in np.unique(points, axis=0):  # in lexicographic order only earlier ones can dominate
         if not kept or not (np.array(kept) <= point).all(1).any():
@@ -84,6 +113,6 @@ def pareto_least(points: np.ndarray) -> np.ndarray:
 
 
 def _shape(layer: Layer) -> list[float]:
-    """Kind and shape, about 0 to 1."""
+    """The layer's kind and shape as six numbers of about 0 to 1."""
     logs = [math.log2(x) / 10 for x in (layer.shape[0], layer.in_channels, *layer.kernel, layer.groups)]
     return [float(layer.kind == "Linear"), *logs]

@@ -1,17 +1,17 @@
 """Bayesian search with any sampler of Optuna (Akiba et al. 2019), started at the exact allocation.
 
-What is searched (`parametrisation`):
+The sampler searches one of two spaces (`parametrisation`):
 
-- *corrections*: a log-multiplier on every layer's predicted losses; the exact allocation under the multiplied losses
-  is the plan. So every plan lies on the budget surface, and zeros give `knapsack`'s.
+- *corrections*: a log-multiplier on every layer's predicted losses. The plan is the exact allocation under the
+  multiplied losses: every plan uses up the budget, and zeros give the plan of `knapsack`.
 - *positions*: relative frontier positions, projected onto the budget and filled up.
 
-With `also`, a metric such as macs, there are two objectives: the loss and that metric's share of dense, which the
-corrections then trade by a price of their own. The search's choice stays the plan of least loss within the budget;
-the report shows the front.
+With `also`, a metric such as macs, there are two objectives: the loss, and that metric's share of dense, which gets a
+price among the corrections. The search still chooses the plan of least loss within the budget; the report shows the
+front.
 
-Constraints never reach the sampler: it sees points and objectives. It is told the point that stands for the plan
-that was scored, so what it knows depends on the trials told and nothing else.
+The sampler knows no constraints, only points and objectives. A result is reported to it at the point that represents
+the plan that was evaluated, so its knowledge depends on the trials alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NEEDS = {"CmaEsSampler": ("cmaes",), "GPSampler": ("scipy", "torch"), "QMCSample
 NOT_ASKABLE = {"BaseSampler", "BaseGASampler", "BruteForceSampler", "GridSampler", "PartialFixedSampler"}
 
 
-SETTINGS: dict[str, dict[str, Any]] = {  # what differs from Optuna's defaults, for searches of tens of trials
+SETTINGS: dict[str, dict[str, Any]] = {  # deviations from Optuna's defaults, for searches of tens of trials
     "TPESampler": {"multivariate": True, "constant_liar": True, "n_startup_trials": CONTENDERS},
     "GPSampler": {"n_startup_trials": CONTENDERS},
     "NSGAIISampler": {"population_size": 10},
@@ -49,23 +49,18 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what differs from Optuna's defaults, 
 }
 
 
-# Samplers that read nothing but points and values; the others keep notes on the trials that they proposed.
 MEMORYLESS = {"TPESampler", "GPSampler", "RandomSampler"}
+"""Samplers that read only points and values; the others store notes with the trials that they proposed."""
 
 
-SINGLE = {"CmaEsSampler"}  # of one objective only
+SINGLE = {"CmaEsSampler"}  # samplers for one objective only
 
 
-ATTEMPTS = 10  # points drawn for one ask in search of a new plan
+ATTEMPTS = 10  # points drawn per ask in search of a new plan
 
 
 class Optuna(Strategy):
-    """sampler: tpe, gp, cmaes, random, qmc, nsgaii, ... or the class's name in optuna.samplers.
-    also: params, macs or bytes, minimised beside the objective (samplers for several objectives: gp, tpe, nsgaii, ...).
-
-    parametrisation: "corrections" or "positions". blocks: at most so many corrections; with more layers, neighbours
-    share one. Raises RankoptError for an unknown sampler or parametrisation, and for a missing package.
-    """
+    """Samples plans with Optuna, starting from the exact allocation and its near alternatives."""
 
     name = "optuna"
 
@@ -80,6 +75,20 @@ class Optuna(Strategy):
         width: float = WIDTH,
         also: str = "",
     ) -> None:
+        """Set up the search space.
+
+        Args:
+            problem: The candidates of every layer, and the limits.
+            seed: The same seed gives the same proposals.
+            sampler: tpe, gp, cmaes, random, qmc, nsgaii, ..., or the name of a class in `optuna.samplers`.
+            parametrisation: "corrections" or "positions".
+            blocks: Largest number of corrections; with more layers, neighbours share one.
+            width: Log-multipliers lie within ± width.
+            also: A second metric to minimise: params, macs or bytes. Needs a sampler for several objectives.
+
+        Raises:
+            RankoptError: For an unknown sampler or parametrisation, an option out of range or a missing package.
+        """
         super().__init__(problem, seed)
         if blocks < 1:
             raise RankoptError(f"blocks is {blocks}: give 1 or more")
@@ -94,25 +103,25 @@ class Optuna(Strategy):
         self.points = _parametrisation(parametrisation, problem, blocks, width, also or None)
         axis = FloatDistribution(self.points.low, self.points.high)
         self.space: dict[str, BaseDistribution] = {f"x{i}": axis for i in range(self.points.size)}
-        self.told: dict[Proposal, float | None] = {}  # -> objective, None: failed
-        self.pending: dict[Proposal, None] = {}  # asked, not yet told; in order
-        self.known: dict[Proposal, tuple[float, ...]] = {}  # -> the point that stands for it
+        self.results: dict[Proposal, float | None] = {}  # plan -> objective, None if it failed
+        self.pending: dict[Proposal, None] = {}  # proposed, without a result yet; in order
+        self.points_of: dict[Proposal, tuple[float, ...]] = {}  # plan -> the point that represents it
         optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     def propose(self, number: int) -> Proposal | None:
         for plan, point in self._draws(number):
-            if plan not in self.told and plan not in self.pending:
+            if plan not in self.results and plan not in self.pending:
                 self.pending[plan] = None
                 if point is not None:
-                    self.known[plan] = self.points.stands_for(plan, point)
+                    self.points_of[plan] = self.points.representative(plan, point)
                 return plan
         return None
 
     def _draws(self, number: int) -> Iterator[tuple[Proposal, list[float] | None]]:
-        """Plans and the points they came from, if any; the first new one is taken.
+        """Draw plans, with their points, until one is new.
 
-        In the first asks `knapsack`'s contenders, the exact allocation first; then the sampler's plans; then
-        neighbours of the best one, which stand for no point.
+        The first asks give the contenders of `knapsack`, the exact allocation first. Then come the sampler's plans, and
+        then neighbours of the best plan, which have no point.
         """
         if number < CONTENDERS:
             near = self.points if isinstance(self.points, Corrections) else Corrections(self.problem)
@@ -124,15 +133,15 @@ class Optuna(Strategy):
             point = [asked.params[x] for x in self.space]
             plan = self.points.plan(point)
             yield plan, point
-            if plan in self.told:  # the sampler learns that this point brings nothing new
+            if plan in self.results:  # the sampler learns that this point brings nothing new
                 _tell(study, asked, self._values(plan))
         rng = np.random.default_rng([self.seed, number])
-        finished = [(value, plan) for plan, value in self.told.items() if value is not None]
+        finished = [(value, plan) for plan, value in self.results.items() if value is not None]
         for far in range(1, 1 + 2 * ATTEMPTS) if finished else ():  # small problems have few plans on the surface
             yield self._neighbour(min(finished)[1], far, rng), None
 
     def _neighbour(self, plan: Proposal, far: int, rng: np.random.Generator) -> Proposal:
-        """The plan with two layers, beyond ATTEMPTS all, moved by up to so many positions, put on the budget."""
+        """Move two layers (beyond ATTEMPTS all) by up to `far` positions, and project onto the budget."""
         wanted = np.array(plan)
         moved = rng.permutation(len(plan))[: 2 if far <= ATTEMPTS else len(plan)]
         wanted[moved] += rng.integers(-far, far + 1, len(moved))
@@ -140,32 +149,32 @@ class Optuna(Strategy):
 
     def tell(self, trial: Trial) -> None:
         plan = trial.proposal
-        self.told[plan] = trial.objective
+        self.results[plan] = trial.objective
         self.pending.pop(plan, None)
         if trial.note:
-            self.known[plan] = trial.note
+            self.points_of[plan] = trial.note
 
     def note(self, proposal: Proposal) -> tuple[float, ...]:
-        return self.known.get(proposal, ())
+        return self.points_of.get(proposal, ())
 
     def _study(self, number: int) -> optuna.Study:
-        """An Optuna study that knows what was told and what is pending, with a sampler seeded for this ask.
+        """Build an Optuna study of the results and the pending plans, with a sampler seeded for this ask.
 
-        Built anew for every ask: so the answer is a function of these alone, also for samplers with a memory.
+        A new study for every ask makes the answer a function of these alone, also for samplers with a memory.
         """
         study = optuna.create_study(directions=["minimize"] * (1 + bool(self.also)))
-        # QMC draws one sequence: its seed stays, its place in it is the number of the ask.
-        own = self.seed if self.sampler is samplers.QMCSampler else derived(self.seed, number)
-        study.sampler = make_sampler(self.sampler, own)
-        for plan in (*self.told, *self.pending):
-            if plan in self.known:  # others were drawn by another strategy
+        # QMC draws one sequence: the seed stays the same, and the number of the ask is the position in it.
+        seed = self.seed if self.sampler is samplers.QMCSampler else derived(self.seed, number)
+        study.sampler = make_sampler(self.sampler, seed)
+        for plan in (*self.results, *self.pending):
+            if plan in self.points_of:  # else it came from another strategy's trials
                 self._replay(study, plan)
         return study
 
     def _values(self, plan: Proposal) -> list[float] | None:
-        """The objective told, then what else is minimised; a failure counts as the worst so far, to be avoided."""
-        finished = [x for x in self.told.values() if x is not None]
-        objective = self.told[plan]
+        """The plan's objectives. A failure counts as the worst objective so far, so that it is avoided."""
+        finished = [x for x in self.results.values() if x is not None]
+        objective = self.results[plan]
         worst = max(finished, default=None) if objective is None else objective
         if worst is None:
             return None
@@ -173,7 +182,7 @@ class Optuna(Strategy):
         return [worst, cost[self.also] / dense[self.also]] if self.also else [worst]
 
     def _replay(self, study: optuna.Study, plan: Proposal) -> None:
-        point = dict(zip(self.space, self.known[plan], strict=True))
+        point = dict(zip(self.space, self.points_of[plan], strict=True))
         pending = plan in self.pending
         values = None if pending else self._values(plan)
         if self.sampler.__name__ in MEMORYLESS:
@@ -202,6 +211,12 @@ def _quietly(ask: Any, space: dict[str, BaseDistribution]) -> optuna.Trial:
 
 
 def derived(seed: int, number: int) -> int:
+    """Derive the seed of one ask.
+
+    Args:
+        seed: The search's seed.
+        number: Number of the ask.
+    """
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
@@ -209,7 +224,17 @@ def derived(seed: int, number: int) -> int:
 
 
 def sampler_class(name: str) -> type[samplers.BaseSampler]:
-    """ "gp", "GPSampler", ... -> the class in optuna.samplers. Raises RankoptError."""
+    """Look up a sampler of Optuna.
+
+    Args:
+        name: "gp", "GPSampler", ...; case, dashes and underscores do not matter.
+
+    Returns:
+        The class in `optuna.samplers`.
+
+    Raises:
+        RankoptError: If there is none of that name, or a package that it needs is missing.
+    """
     known = {x.lower().removesuffix("sampler"): x for x in samplers.__all__ if x.endswith("Sampler")}
     known = {short: x for short, x in known.items() if x not in NOT_ASKABLE}
     full = known.get(name.lower().replace("-", "").replace("_", "").removesuffix("sampler"))
@@ -221,8 +246,15 @@ def sampler_class(name: str) -> type[samplers.BaseSampler]:
     return getattr(samplers, full)
 
 
-def make_sampler(sampler: type[samplers.BaseSampler], seed: int, **own: Any) -> samplers.BaseSampler:
-    settings = {**SETTINGS.get(sampler.__name__, {}), **own}
+def make_sampler(sampler: type[samplers.BaseSampler], seed: int, **options: Any) -> samplers.BaseSampler:
+    """Make a sampler with settings for tens of trials.
+
+    Args:
+        sampler: Its class.
+        seed: Its seed, if it takes one.
+        options: Further arguments of its class.
+    """
+    settings = {**SETTINGS.get(sampler.__name__, {}), **options}
     if "seed" in inspect.signature(sampler.__init__).parameters:
         settings["seed"] = seed
     with warnings.catch_warnings():
@@ -244,7 +276,13 @@ def _parametrisation(
 
 
 class Positions:
-    """Relative frontier positions, 0 the cheapest, 1 dense; a plan stands where the projection put it."""
+    """Parametrisation by relative frontier positions: 0 is the cheapest candidate, 1 dense.
+
+    Attributes:
+        low: Least value of a coordinate.
+        high: Greatest value of a coordinate.
+        size: Number of coordinates: the layers that have a choice.
+    """
 
     low, high = 0.0, 1.0
 
@@ -254,10 +292,24 @@ class Positions:
         self.size = len(self.free)
 
     def plan(self, point: Sequence[float]) -> Proposal:
+        """Project a point onto the budget.
+
+        Args:
+            point: Relative positions, (size,).
+
+        Returns:
+            The plan, filled up.
+        """
         wanted = [0] * len(self.problem.frontiers)
         for i, x in zip(self.free, point, strict=True):
             wanted[i] = round(x * (len(self.problem.frontiers[i]) - 1))
         return fill(self.problem, project(self.problem, tuple(wanted)))
 
-    def stands_for(self, plan: Proposal, point: Sequence[float]) -> tuple[float, ...]:
+    def representative(self, plan: Proposal, point: Sequence[float]) -> tuple[float, ...]:
+        """The point at which a sampler learns a plan's result: where the projection put it.
+
+        Args:
+            plan: The plan.
+            point: The point that it came from.
+        """
         return tuple(plan[i] / (len(self.problem.frontiers[i]) - 1) for i in self.free)

@@ -1,6 +1,7 @@
-"""The registry of strategies: add one by a file and a line here (or an entry point of another package).
+"""The registry of strategies.
 
-Entries are "module:Class", loaded when first asked for, so that `import rankopt` loads no optuna.
+A strategy is added by a file and a line here, or by an entry point "rankopt.strategies" of another package. Entries are
+"module:Class" and imported on first use, so that `import rankopt` does not import optuna.
 """
 
 from __future__ import annotations
@@ -35,7 +36,14 @@ STRATEGIES: Registry[str | type[Strategy]] = Registry(
 
 
 def strategy_class(name: str) -> type[Strategy]:
-    """Raises RankoptError for an unknown name, listing the valid ones."""
+    """Look up a strategy's class.
+
+    Args:
+        name: Name in the registry.
+
+    Raises:
+        RankoptError: If there is no such strategy; the message lists all names.
+    """
     entry = STRATEGIES[name]
     if isinstance(entry, str):
         module, _, attribute = entry.partition(":")
@@ -45,21 +53,46 @@ def strategy_class(name: str) -> type[Strategy]:
 
 
 def make_strategy(name: str, problem: Problem, seed: int = 0, options: Mapping[str, Any] | None = None) -> Strategy:
-    """Raises RankoptError for an unknown strategy or option, or a negative seed."""
+    """Make a strategy.
+
+    Args:
+        name: Name in the registry.
+        problem: The candidates of every layer, and the limits.
+        seed: Seed of its proposals, 0 or more.
+        options: Its own options, as values or text.
+
+    Raises:
+        RankoptError: For an unknown strategy or option, or a negative seed.
+    """
     if seed < 0:
         raise RankoptError(f"seed is {seed}: give 0 or more")
     return strategy_class(name)(problem, seed, **read_options(name, options or {}))
 
 
 def strategy_options(name: str) -> dict[str, Any]:
-    """A strategy's own options with their defaults."""
+    """List a strategy's own options.
+
+    Args:
+        name: Name in the registry.
+
+    Returns:
+        Option -> default.
+    """
     parameters = inspect.signature(strategy_class(name).__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def read_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A strategy's options, as text (from the command line) or values, in the type of their default.
+    """Convert a strategy's options to the types of their defaults.
 
-    Raises RankoptError for one that the strategy does not have, or that cannot be read.
+    Args:
+        name: Name in the registry.
+        options: Options as values, or as text from the command line.
+
+    Returns:
+        The options that were given.
+
+    Raises:
+        RankoptError: For an option that the strategy does not have, or a value that cannot be converted.
     """
     return typed_options(options, strategy_options(name), f"strategy {name!r}")

@@ -1,12 +1,14 @@
-"""An agent that walks the layers, and learns by posterior sampling (PSRL: Osband, Russo, Van Roy 2013).
+"""Reinforcement learning: an agent that walks the layers and learns by posterior sampling.
 
-In this decision process costs and limits are known exactly; unknown is only how much each layer's predicted loss
-really counts. The agent keeps a posterior of these weights given the trials told; for every walk it draws them once
-and acts greedily under the draw: at each layer, among the positions that can still be completed, the least
-w loss + λ cost, λ the Lagrange multiplier of the layers still to come under what remains of the budget.
-That explores along whole plans, needs no step size and is far cheaper in trials than a policy gradient
-(which was measured beside it); it is a function of the trials told, so that many asks may be open at once.
-Its first walks are demonstrations: `knapsack`'s contenders, the exact allocation first.
+PSRL (Osband, Russo, Van Roy 2013, "(More) Efficient Reinforcement Learning via Posterior Sampling"). In this decision
+process costs and limits are known exactly; unknown is only how much each layer's predicted loss really counts. The
+agent keeps a posterior of these weights given the trials so far. For every episode it draws weights w once and acts
+greedily under them: at each layer it takes, among the positions that can still be completed within the budget, the one
+with the least w·loss + λ·cost, where λ is the Lagrange multiplier of the remaining layers under the remaining budget.
+
+This explores along whole plans, needs no step size, and took far fewer trials than a policy gradient in comparison. The
+agent is a function of the trials, so that several proposals may be evaluated at once. Its first episodes are
+demonstrations: the contenders of `knapsack`, the exact allocation first.
 """
 
 from __future__ import annotations
@@ -23,23 +25,33 @@ from rankopt.strategies.base import Strategy
 from rankopt.strategies.corrections import CONTENDERS, Corrections
 from rankopt.strategies.layer_walk import LayerMdp
 
-TRIES = 10  # draws for a plan that was not told yet
+TRIES = 10  # draws per ask in search of a new plan
 
 
-BOLDNESS = 0.5  # of the posterior's standard deviations: with tens of trials, whole ones seldom come home
+BOLDNESS = 0.5  # share of the posterior's standard deviation to draw with; 1 explores too far for tens of trials
 
 
 class Agent(Strategy):
-    """spread: prior standard deviation of the log weights. noise: relative error expected of the model, before any
-    residual is seen. temperature: of the policy when a draw gave a plan that was told already (0 before, doubling
-    after), in units of the exact plan's mean loss per layer.
-    """
+    """Proposes plans by walking the layers under losses drawn from a posterior."""
 
     name = "rl"
 
     def __init__(
         self, problem: Problem, seed: int = 0, *, spread: float = 0.4, noise: float = 0.03, temperature: float = 0.03
     ) -> None:
+        """Set up the decision process and the prior.
+
+        Args:
+            problem: The candidates of every layer, and the limits.
+            seed: The same seed gives the same proposals.
+            spread: Prior standard deviation of the logarithmic weights.
+            noise: Prior relative error of the weighted sum as a model of the objective.
+            temperature: Temperature of the policy after a draw gave a known plan, doubling with each such draw; in
+                units of the exact plan's mean loss per layer. The first draw is greedy.
+
+        Raises:
+            RankoptError: If an option is not a finite number above 0.
+        """
         super().__init__(problem, seed)
         for option, value in (("spread", spread), ("noise", noise), ("temperature", temperature)):
             if not 0 < value < np.inf:
@@ -49,7 +61,7 @@ class Agent(Strategy):
         self.warmer = temperature * max(problem.loss(self.walk.start), 1e-300) / max(len(problem.layers), 1)
         self.slopes = [_Slopes(self.walk, m) for m in range(len(self.walk.room))]
         self.seen: set[Proposal] = set()
-        self.told: list[tuple[list[float], float]] = []  # predicted losses of the layers, objective
+        self.results: list[tuple[list[float], float]] = []  # predicted losses of the layers, objective
         self.posterior: tuple[np.ndarray, np.ndarray] | None = None
 
     def propose(self, number: int) -> Proposal | None:
@@ -57,7 +69,7 @@ class Agent(Strategy):
             return self.demonstrations.contender(self.seed, number)
         rng = np.random.default_rng([self.seed, number])
         if self.posterior is None:
-            self.posterior = log_weights(self.told, len(self.problem.layers), self.spread, self.noise)
+            self.posterior = log_weights(self.results, len(self.problem.layers), self.spread, self.noise)
         mean, root = self.posterior
         for attempt in range(TRIES):
             weights = np.exp(mean + BOLDNESS * root @ rng.standard_normal(len(mean)))[:-1]
@@ -70,11 +82,11 @@ class Agent(Strategy):
         self.seen.add(trial.proposal)
         if trial.objective is not None:
             losses = [max(c.loss, 0.0) for c in self.problem.candidates(trial.proposal)]
-            self.told.append((losses, trial.objective))
+            self.results.append((losses, trial.objective))
             self.posterior = None
 
     def _episode(self, weights: np.ndarray, temperature: float, rng: np.random.Generator) -> Proposal:
-        """One walk under the weights (layers,), softmax(−(w loss + λ cost) / temperature) over the allowed."""
+        """One walk under weights (layers,), by softmax(−(w·loss + λ·cost) / temperature) on the allowed positions."""
         walk, plan = self.walk, []
         spent = np.zeros_like(walk.room)
         multipliers = [s.weighted(weights) for s in self.slopes]
@@ -88,7 +100,7 @@ class Agent(Strategy):
 
 
 class _Slopes:
-    """The lower convex hulls of all layers' (cost, loss) in one metric, as steps: owner, loss freed per cost, cost."""
+    """Steps along the lower convex hulls of all layers' (cost, loss) in one metric: layer, loss per cost, cost."""
 
     def __init__(self, walk: LayerMdp, metric: int) -> None:
         hulls = [_hull(c[:, metric], x) for c, x in zip(walk.costs, walk.losses, strict=True)]
@@ -104,7 +116,7 @@ class _Slopes:
 
 
 class _Multiplier:
-    """λ of the layers from `layer` on under what remains: the slope of the first step that no longer fits."""
+    """λ of the layers from `layer` on under the remaining budget: the slope of the first step that no longer fits."""
 
     def __init__(self, owner: np.ndarray, slope: np.ndarray, cost: np.ndarray, least: np.ndarray) -> None:
         self.owner, self.slope, self.cost, self.least = owner, slope, cost, least
@@ -120,7 +132,7 @@ def _hull(cost: np.ndarray, loss: np.ndarray) -> list[tuple[float, float]]:
     hull: list[tuple[float, float]] = []
     for c, x in sorted(zip(cost.tolist(), loss.tolist(), strict=True)):
         if hull and x >= hull[-1][1]:
-            continue  # dearer and no better
+            continue  # costs more and is no better
         while len(hull) > 1 and (hull[-1][1] - x) * (hull[-1][0] - hull[-2][0]) >= (hull[-2][1] - hull[-1][1]) * (
             c - hull[-1][0]
         ):
@@ -130,22 +142,31 @@ def _hull(cost: np.ndarray, loss: np.ndarray) -> list[tuple[float, float]]:
 
 
 def log_weights(
-    told: list[tuple[list[float], float]], layers: int, spread: float, noise: float
+    results: list[tuple[list[float], float]], layers: int, spread: float, noise: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Laplace's approximation of the posterior of θ in log objective = log Σ exp(θ) loss + noise, θ ~ N(0, spread²).
+    """Fit the posterior of the logarithmic weights by Laplace's approximation.
 
-    The last of θ (layers + 1,) is an offset's, a tenth of the mean predicted loss, wider by a factor of three.
-    The noise's variance is estimated from the residuals (four residuals of the prior's `noise` beside them).
-    Returns the mode (layers + 1,) and a root of the covariance (layers + 1, layers + 1).
+    The model is log objective = log Σᵢ exp(θᵢ) lossᵢ + ε with the prior θ ~ N(0, spread²). The last θ belongs to an
+    offset, a tenth of the mean predicted loss, with three times the spread. The variance of ε is estimated from the
+    residuals, with a prior worth four residuals of size `noise`.
+
+    Args:
+        results: (predicted losses of the layers, objective) of each trial.
+        layers: Number of layers.
+        spread: Prior standard deviation of θ.
+        noise: Prior standard deviation of ε.
+
+    Returns:
+        The mode (layers + 1,), and a root of the covariance (layers + 1, layers + 1).
     """
     prior = np.diag(np.append(np.full(layers, spread), 3 * spread) ** -2.0)
     theta, variance = np.zeros(layers + 1), noise**2
-    if not told:
+    if not results:
         return theta, np.linalg.cholesky(np.linalg.inv(prior))
-    x = np.array([losses for losses, _ in told]).reshape(len(told), layers)
+    x = np.array([losses for losses, _ in results]).reshape(len(results), layers)
     x = np.column_stack([x, np.full(len(x), 0.1)]) / np.append(np.full(layers, x.sum(1).mean() or 1.0), 1.0)
-    y = np.array([objective for _, objective in told])
-    if y.min() <= 0:  # a logarithm wants positive ones
+    y = np.array([objective for _, objective in results])
+    if y.min() <= 0:  # for the logarithm
         y = y - y.min() + (y.std() or 1.0)
     y = np.log(y) - np.median(np.log(y / x.sum(1)))
     for _ in range(3):
@@ -158,7 +179,7 @@ def log_weights(
 
 
 def _mode(theta: np.ndarray, x: np.ndarray, y: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    """Damped Gauss-Newton on ½‖residual‖² + ½ θᵀ prior θ."""
+    """Minimise ½‖residual‖² + ½ θᵀ prior θ by damped Gauss-Newton."""
 
     def energy(at: np.ndarray) -> float:
         return float((_linear(at, x, y)[0] ** 2).sum() + at @ prior @ at)
@@ -175,7 +196,7 @@ def _mode(theta: np.ndarray, x: np.ndarray, y: np.ndarray, prior: np.ndarray) ->
 
 
 def _linear(theta: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Residuals of the log objectives, and the model's derivative by θ."""
+    """Residuals of the logarithmic objectives (trials,), and the model's derivative by θ (trials, layers + 1)."""
     parts = x * np.exp(theta)
     total = parts.sum(1)
     return y - np.log(total), parts / total[:, None]

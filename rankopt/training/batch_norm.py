@@ -1,10 +1,16 @@
-"""Batch norms of a compressed model, moved to what they now see.
+"""Recalibration of the batch norms of a compressed model.
 
-Fits that lose little on average still shrink what a layer puts out, and layer adds to layer. A batch norm with
-running statistics can take that back at no cost in parameters: its input y in the compressed model, of mean m
-and variance v, is mapped to (y − m) s + m₀ with s = (v₀ / v)^(1/4), halfway (in log scale) to the mean m₀ and
-variance v₀ that it has in the dense model; that is, running_var ← running_var / s² and
-running_mean ← m − (m₀ − running_mean) / s. REPAIR (Jordan et al. 2022) goes the whole way; halfway lost less.
+A fit with a small error still shrinks the variance of a layer's output, and this accumulates over layers. Batch norms
+with running statistics can correct it at no cost in parameters. Let y be the input of a batch norm, with mean m and
+variance v in the compressed model, and m₀ and v₀ in the dense one. It is mapped to
+
+    (y − m) s + m₀,    s = (v₀ / v)^(1/4),
+
+which moves the standard deviation halfway, on a log scale, to the dense model's. In terms of the running statistics:
+
+    running_var ← running_var / s²,    running_mean ← m − (m₀ − running_mean) / s
+
+REPAIR (Jordan et al. 2022) corrects the standard deviation fully; correcting it halfway lost less accuracy.
 """
 
 from __future__ import annotations
@@ -16,22 +22,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rankopt.model.forward import inference, run, to_device
+from rankopt.model.forward import hooked, inference, run, to_device
 
-POWER = 0.25
-
-
-FARTHEST = 2.0  # no channel is scaled by more than this factor, or its inverse
+POWER = 0.25  # of v₀ / v; 0.5 would correct fully
+FARTHEST = 2.0  # largest s; the smallest is its inverse
 
 
 NormStatistics = dict[str, tuple[Tensor, Tensor]]
-"""Batch norm's name -> mean and variance of its input, float64 (channels,)."""
+"""By name of a batch norm, mean and variance of its input, float64 (channels,)."""
 
 
 def recalibrate(dense: nn.Module, small: nn.Module, batch: Any) -> bool:
-    """Move the batch norms of `small` in place, first to last; False if it has none with running statistics.
+    """Recalibrate the batch norms of a compressed model in place, in one forward pass.
 
-    One pass over one batch of inputs: each batch norm sees what those before it, moved already, let through.
+    Each batch norm is corrected before it runs, so later ones see the effect of earlier corrections.
+
+    Args:
+        dense: The dense model.
+        small: The compressed model.
+        batch: A batch of inputs.
+
+    Returns:
+        Whether the model has batch norms with running statistics.
     """
     norms, originals = batch_norms(small), batch_norms(dense)
     if not norms:
@@ -48,28 +60,28 @@ def recalibrate(dense: nn.Module, small: nn.Module, batch: Any) -> bool:
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Those with running statistics."""
+    """Find the batch norms that have running statistics.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Batch norms by name.
+    """
     return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
 
 
 def _pass(model: nn.Module, batch: Any, see: Callable[[str, tuple[Tensor, Tensor]], None]) -> None:
-    """Run the model; before each batch norm runs, show the mean and variance of its input."""
+    """Run a model; before each batch norm, call see(its name, (mean, variance) of its input)."""
 
-    def note(name: str, y: Tensor) -> None:
+    def note(name: str, args: tuple[Any, ...]) -> None:
+        y: Tensor = args[0]
         wide = y if y.dtype == torch.float64 else y.float()
         variance, mean = torch.var_mean(wide, [d for d in range(y.ndim) if d != 1], correction=0)
         see(name, (mean.double(), variance.double()))
 
-    handles = [
-        m.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-        for name, m in batch_norms(model).items()
-    ]
-    try:
-        with inference(model):
-            run(model, to_device(batch, model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(model, batch_norms(model), on_input=note), inference(model):
+        run(model, to_device(batch, model))
 
 
 def _move(norm: _BatchNorm, original: _BatchNorm, m: Tensor, v: Tensor, m0: Tensor, v0: Tensor) -> None:

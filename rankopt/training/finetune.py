@@ -1,4 +1,4 @@
-"""Training a compressed model: layer by layer towards the dense one, then whole; at any step it can stop and go on."""
+"""Fine-tuning of a compressed model, layer by layer and then as a whole; it can stop and resume at any step."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from rankopt.core.errors import StudyError, TaskError
 from rankopt.core.files import digest
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Task
+from rankopt.core.result_record import EpochRow, FinetuneInfo
 from rankopt.model.forward import CALIBRATION_EXAMPLES, collect_batches
 from rankopt.model.objective import call
 from rankopt.model.quantization import dequantize_all, requantize_all
@@ -31,21 +32,35 @@ from rankopt.training.losses import UNITS, TrainingLoss, has_labels, in_channels
 from rankopt.training.recipe import Recipe, make_optimizer, make_schedule
 
 SECONDS = 30.0  # between checkpoints
-
-
-POINTS = 200  # of a stage's losses in result.json
+POINTS = 200  # largest number of losses per stage in result.json
 
 
 @dataclass
 class Trained:
-    """A trained model and how it went: `info` is the entry "training" of a result.json."""
+    """A trained model and a record of its training.
+
+    Attributes:
+        model: The trained model.
+        info: The entry "training" of result.json.
+    """
 
     model: nn.Module
-    info: dict[str, Any]
+    info: FinetuneInfo
 
 
 class TrainingStage(NamedTuple):
-    """A part of a training. epoch: steps after which the validation score is measured; 0: never."""
+    """One stage of a training.
+
+    Attributes:
+        name: Name for progress displays.
+        batches: Training batches.
+        loss: Maps (model, batch) to a scalar.
+        optimizer: The optimizer.
+        schedule: Its learning rate schedule.
+        steps: Number of steps.
+        epoch: Steps per epoch, after each of which the validation score is measured; 0: never.
+        training: Whether the model is in training mode, not eval mode.
+    """
 
     name: str
     batches: Iterable[Any]
@@ -57,7 +72,7 @@ class TrainingStage(NamedTuple):
     training: bool
 
 
-def finetune(
+def finetune(  # noqa: PLR0913  # public: one keyword per option
     model: nn.Module,
     task: Task,
     recipe: Recipe | None = None,
@@ -69,17 +84,32 @@ def finetune(
     progress: Progress = silent,
     note: Callable[[str], None] = lambda text: None,
 ) -> Trained:
-    """A trained copy of a compressed model; on a CPU the same settings give the same weights, bit for bit.
+    """Fine-tune a compressed model.
 
-    task: its model is the dense one, which is learnt from; with train and loss labels are learnt from, too, else the
-    inputs of train or of the calibration batches alone. An iterable `train` is gone through anew every epoch: what it
-    draws from torch's global generator (an augmentation, a DataLoader's order) is given by the recipe's seed.
-    Weights that are stored in fewer bits are widened, trained and rounded to nearest again at the end.
-    Validation scores are measured after every epoch, test data is not touched. teacher: whose predictions to learn
-    instead of the dense model's. folder: where a checkpoint is kept (every 30 seconds, and where the training stops);
-    resume: go on with it, to the weights of an undisturbed training. stop: asked after every step; if true, the
-    checkpoint is written and KeyboardInterrupt raised. Raises TaskError, StudyError for a checkpoint of another
-    training.
+    On a CPU, the same settings give bit-identical weights. Quantized weights are dequantized, trained, and quantized
+    again at the end. Validation scores are measured after every epoch; test data is not used.
+
+    Args:
+        model: The compressed model; it is not changed.
+        task: The task, with the dense model as teacher. If it has `train` and `loss`, the model also learns from
+            labels; otherwise it learns from the teacher alone, on the inputs of `train` or of the calibration data.
+            `train` is iterated once per epoch, with torch's global generator seeded by the recipe, so that
+            augmentations and shuffling are reproducible.
+        recipe: Settings of the training. Default: `Recipe()`.
+        teacher: Model to distil from instead of the dense one.
+        folder: Where to write a checkpoint, every 30 seconds and at the end. Default: none is written.
+        resume: Whether to continue from the checkpoint in `folder`. The weights are those of a training without
+            interruption.
+        stop: Called after every step. If it returns True, a checkpoint is written and KeyboardInterrupt raised.
+        progress: Progress callback.
+        note: Called after every step with a line about its state.
+
+    Returns:
+        The trained copy and a record of its training.
+
+    Raises:
+        TaskError: The recipe and the task do not fit together, or a loss is not finite.
+        StudyError: The checkpoint is damaged or of another training, or there is one and `resume` is False.
     """
     recipe = recipe or Recipe()
     if not recipe.trains:
@@ -95,6 +125,8 @@ def finetune(
 
 
 class _Training:
+    """A fine-tuning in progress: its stages, and the state that checkpoints hold."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -152,7 +184,7 @@ class _Training:
         return TrainingStage("training", batches, loss, optimizer, schedule, steps, epoch, trains)
 
     def _unlabelled(self) -> list[Any]:
-        """Calibration inputs; the seed gives them, too, where a loader shuffles."""
+        """Calibration inputs, the same for the same seed even if their loader shuffles."""
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.seed)
             return split(collect_batches(self.task.calibration, CALIBRATION_EXAMPLES), BATCH)
@@ -205,7 +237,7 @@ class _Training:
         last = state.step == stage.steps and state.stage == len(self.stages) - 1
         if self.path is not None and (stops or last or time.monotonic() - self.written >= SECONDS):
             state.seconds, self.start = self._seconds(), time.monotonic()
-            checkpoint.write(self.path, state, stage.optimizer, stage.schedule, self.question)
+            checkpoint.write(self.path, state, stage.optimizer, stage.schedule, self.fingerprint)
             self.written = time.monotonic()
         if stops:
             raise KeyboardInterrupt
@@ -215,24 +247,24 @@ class _Training:
         number = len(state.epochs) + 1
         losses = state.losses[-1][(number - 1) * stage.epoch :]
         score = call("the score", task.score, self._result())
-        row = {"epoch": state.step / stage.epoch, "loss": sum(losses) / len(losses), "score": score}
+        row: EpochRow = {"epoch": state.step / stage.epoch, "loss": sum(losses) / len(losses), "score": score}
         if (
             self.recipe.best
             and score is not None
-            and score > max((e["score"] for e in state.epochs), default=-math.inf)
+            and score > max((e["score"] or 0.0 for e in state.epochs), default=-math.inf)
         ):
             state.best = {k: v.detach().clone() for k, v in self._result().state_dict().items()}
         state.epochs.append(row)
 
     def _result(self) -> nn.Module:
-        """The model whose weights count."""
+        """The model whose weights are the result: the moving average, if there is one."""
         average = self.state.average
         return self.state.model if average is None or not average.n_averaged else average.module
 
     def _seconds(self) -> float:
         return self.state.seconds + time.monotonic() - self.start
 
-    def _info(self) -> dict[str, Any]:
+    def _info(self) -> FinetuneInfo:
         state = self.state
         names = [s.__name__.strip("_") for s in self.stages]
         return {
@@ -247,12 +279,12 @@ class _Training:
     # --- on disk ---
 
     def keep(self, folder: Path, resume: bool) -> None:
-        """Write checkpoints into a folder, and go on with one that is there."""
+        """Write checkpoints to a folder, and restore the one that is there."""
         self.path = folder / checkpoint.FILE
         batches = self.task.train
         length = None if batches is None else epoch_length(batches)
         weights = [*self.state.model.state_dict().values(), *self.teacher.state_dict().values()]
-        self.question = digest(dataclasses.asdict(self.recipe), self.task.name, length, *weights)
+        self.fingerprint = digest(dataclasses.asdict(self.recipe), self.task.name, length, *weights)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -261,13 +293,12 @@ class _Training:
             return
         if not resume:
             raise StudyError(f"{self.path} is of a training that stopped: go on with resume, or remove it")
-        about, tensors = checkpoint.read(self.path, self.question)
-        checkpoint.restore(self.state, about, tensors)
-        self.kept = about, tensors
+        self.kept = checkpoint.read(self.path, self.fingerprint)
+        checkpoint.restore(self.state, *self.kept)
 
 
 def _averaging(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Exponential moving averages; what is no floating-point number, as an index, is taken as it is."""
+    """Exponential moving averages of floating-point tensors; others, such as counters, are copied."""
     ema = get_ema_multi_avg_fn(decay)
 
     def average(kept: Any, new: Any, count: Any) -> None:  # tensors of one dtype
@@ -280,7 +311,14 @@ def _averaging(decay: float) -> Callable[[Any, Any, Any], None]:
 
 
 def thinned(losses: list[float]) -> list[list[float]]:
-    """[step, mean loss since the point before] at so many points at most."""
+    """Thin out the losses of a stage.
+
+    Args:
+        losses: The loss of every step.
+
+    Returns:
+        At most POINTS pairs [step, mean loss since the previous pair].
+    """
     size = max(1, -(-len(losses) // POINTS))
     parts = [(start + size, losses[start : start + size]) for start in range(0, len(losses), size)]
     return [[min(end, len(losses)), sum(part) / len(part)] for end, part in parts]

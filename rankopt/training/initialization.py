@@ -1,13 +1,14 @@
-"""A plan's network before any training, its factors drawn so that their weights vary as dense ones do at the start.
+"""Initialization of a factorised model that is trained from scratch.
 
-Pan et al. 2022 (A unified weight initialization paradigm for tensorial convolutional neural networks): entries of a
-weight that is contracted from independent factors F_k over bonds of ranks R_j have the variance
+Factors are drawn so that the weight they make has the variance of a dense layer's initial weight, 2 / inputs (He
+2015). The entries of a weight that is contracted from independent factors F_k over bonds of ranks R_j have the
+variance (Pan et al. 2022, A unified weight initialization paradigm for tensorial convolutional neural networks)
 
     Var(Ŵ) = Π_j R_j · Π_k Var(F_k)
 
-so all factors get the one variance with which this is the dense layer's, 2 / inputs (He 2015). What the ranks make of
-the factors is measured on those that were drawn, not expected: so it also holds for families that share cores or have
-activations between them, and for ranks so small that one draw is far from its expectation.
+All factors get the same variance. Instead of this expectation, the variance of the weight that was actually drawn is
+brought to the target. That also covers families that share cores or have activations between them, and ranks so small
+that a single draw is far from its expectation.
 """
 
 from __future__ import annotations
@@ -28,18 +29,24 @@ from rankopt.model.composites import expand_composites
 from rankopt.model.layer_kinds import KINDS, describe
 from rankopt.model.quantization import dequantize_all, quantize_
 
-ROUNDS, TOLERANCE = 40, 1e-4  # of bringing factors to a variance; one is enough where there is no activation
+ROUNDS, TOLERANCE = 40, 1e-4  # of rescaling factors; a single round is exact if there is no activation between them
 
 
 def from_scratch(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
-    """An untrained network of the model's architecture, in the plan's form. The model is unchanged.
+    """Make an untrained model with a plan's factorised layers.
 
-    Raises TaskError for a module that holds parameters and has no reset_parameters().
+    Args:
+        model: The dense model; it is not changed.
+        plan: Method and rank of each layer.
+        seed: Seed of all weights.
+
+    Raises:
+        TaskError: A module holds parameters and has no reset_parameters().
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         dense = untrained(model)
-        # Of modules that hold several maps, those that the plan changes are unfolded: to see the weights of each.
+        # Composite modules that the plan changes are expanded, to get at the weight of each of their layers.
         parts = expand_composites(copy.deepcopy(dense), [c.name for c in plan.choices if c.method != DENSE])
         small = rebuild(dense, plan)
         for choice in plan.choices:
@@ -58,7 +65,17 @@ def from_scratch(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
 
 
 def untrained(model: nn.Module) -> nn.Module:
-    """A copy with all parameters drawn anew: convolutions and Linears as He 2015, others by their own rule."""
+    """Copy a model and reset its parameters.
+
+    Weights of convolutions and Linears are drawn from a normal distribution of variance 2 / inputs (He 2015), their
+    biases are zero. Other modules use their own reset_parameters().
+
+    Args:
+        model: The model; it is not changed.
+
+    Raises:
+        TaskError: A module holds parameters and has no reset_parameters().
+    """
     model = copy.deepcopy(model)
     for name, module in model.named_modules():
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
@@ -77,7 +94,17 @@ def untrained(model: nn.Module) -> nn.Module:
 
 
 def draw(family: Decomposition, layer: Layer, rank: Rank, variance: float) -> Factors:
-    """Normal factors of one variance whose weight has this mean square, from torch's global generator."""
+    """Draw normal factors of a common variance from torch's global generator.
+
+    Args:
+        family: The decomposition.
+        layer: The layer.
+        rank: Its rank.
+        variance: Mean square of the entries of the weight that the factors make.
+
+    Returns:
+        The factors.
+    """
     factors: Factors = tuple(torch.randn(shape) for shape in family.shapes(layer, rank))
     for _ in range(ROUNDS):
         ratio = (variance / family.weight(layer, factors).square().mean()).sqrt()

@@ -1,4 +1,4 @@
-"""A small training loop, and distillation from the dense model."""
+"""The training loop, and the losses of short trainings within a search."""
 
 from __future__ import annotations
 
@@ -16,31 +16,43 @@ from torch import Tensor, nn
 from rankopt.core.errors import TaskError
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Task
-from rankopt.model.forward import batch_size, class_axis, inference, main_output, map_tensors, run, to_device
+from rankopt.model.forward import batch_size, class_axis, inference, main_output, run, take, to_device
 from rankopt.model.quantization import dequantized
 
-RATE = 3e-4  # of Adam
+RATE = 3e-4  # learning rate of Adam in `train_briefly`
 
 
 def train_briefly(
     model: nn.Module, data: list[Any], loss: Loss, steps: int, seed: int = 0, progress: Progress = silent
 ) -> nn.Module:
-    """A copy after so many steps of Adam, batch norms' statistics kept. The same seed gives the same model.
+    """Train a copy of a model for a few steps of Adam, in eval mode.
 
-    Weights of a lower precision are trained in their layer's, and rounded again at the end.
+    Batch norms keep their statistics. Quantized weights are trained in the layer's own precision and quantized again
+    at the end. The same seed gives the same result.
+
+    Args:
+        model: The model; it is not changed.
+        data: Training batches.
+        loss: Maps (model, batch) to a scalar.
+        steps: Number of steps.
+        seed: Seed of the order of batches and of all random numbers.
+        progress: Progress callback.
+
+    Returns:
+        The trained copy.
     """
-    changed = copy.deepcopy(model)
-    with dequantized(changed):
-        optimizer = torch.optim.Adam(changed.parameters(), RATE)
-        train(changed, data, loss, optimizer, steps=steps, seed=seed, clip=CLIP, training=False, progress=progress)
-    return changed
+    trained = copy.deepcopy(model)
+    with dequantized(trained):
+        optimizer = torch.optim.Adam(trained.parameters(), RATE)
+        train(trained, data, loss, optimizer, steps=steps, seed=seed, clip=CLIP, training=False, progress=progress)
+    return trained
 
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> a scalar to minimise."""
 
 
-def train(
+def train(  # noqa: PLR0913  # one keyword per option of a training loop
     model: nn.Module,
     batches: Iterable[Any],
     loss: Loss,
@@ -55,21 +67,37 @@ def train(
     after_step: Callable[[int, float], None] = lambda step, loss: None,
     progress: Callable[[Iterable[int], str, int], Iterable[int]] = lambda items, what, total: items,
 ) -> list[float]:
-    """Train in place for steps [start, steps), over what `endless` makes of the batches; returns each step's loss.
+    """Train a model in place.
 
-    optimizer: over the parameters that are to move; only these take gradients. clip: largest norm of the
-    gradient, all parameters together. training: the mode that the model is run in; False keeps batch norms'
-    statistics. schedule: of the optimizer's learning rate, stepped with it. after_step(step, loss) is called with
-    gradients still in place. Modes and requires_grad are restored. A training from `start` on goes on as the one
-    that it continues would have, if model, optimizer and schedule are as they were there.
-    Raises TaskError at a loss that is not finite.
+    Modes, `requires_grad` and torch's random state are restored afterwards.
+
+    Args:
+        model: The model.
+        batches: Training batches, repeated as `endless` describes.
+        loss: Maps (model, batch) to a scalar.
+        optimizer: Optimizer over the parameters to train; only these get gradients.
+        steps: Number of the last step, plus one.
+        start: Number of the first step. With model, optimizer and schedule as they were after `start` steps, the
+            training continues as if it had not been interrupted.
+        seed: Seed of the order of batches and of all random numbers.
+        clip: Largest norm of the gradient of all parameters together; None: no clipping.
+        training: Whether the model is in training mode; False keeps the statistics of batch norms.
+        schedule: Learning rate schedule, stepped after every optimizer step.
+        after_step: Called with (step, loss) after every step, while the gradients are still there.
+        progress: Progress callback.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        TaskError: A loss is not finite, or there is no batch.
     """
     moving = [p for group in optimizer.param_groups for p in group["params"]]
     history: list[float] = []
     with _prepared(model, moving, training):
-        lessons = endless(batches, seed, start)
+        repeated = endless(batches, seed, start)
         for step in progress(range(start, steps), "training", steps - start):
-            value = loss(model, next(lessons))
+            value = loss(model, next(repeated))
             if not torch.isfinite(value):
                 raise TaskError(f"the training loss is {value.item()} at step {step}: try a lower learning rate")
             optimizer.zero_grad(set_to_none=True)
@@ -86,11 +114,21 @@ def train(
 
 
 def endless(batches: Iterable[Any], seed: int, start: int = 0) -> Iterator[Any]:
-    """Batches without end, epoch after epoch: a sequence's in another random order each time, others' as they come.
+    """Repeat batches epoch after epoch, without end.
 
-    Torch's global generator is seeded anew before each batch: what an iterable (or a DataLoader's workers) and then
-    the model draw from it is the same for batch n, whatever was drawn before. The first `start` are left out; of an
-    iterable with a length whole epochs are, and the rest is drawn. Raises TaskError where there is no batch.
+    Before each batch torch's global generator is seeded with the batch's number. What the iterable (or a DataLoader's
+    workers) and the model then draw from it depends only on that number, not on what was drawn before.
+
+    Args:
+        batches: A sequence, which is shuffled every epoch, or another iterable, which is iterated every epoch.
+        seed: Seed of the shuffling and of torch's generator.
+        start: Number of batches to skip. An iterable with a length skips whole epochs without loading them.
+
+    Yields:
+        Batches.
+
+    Raises:
+        TaskError: There is no batch.
     """
     if isinstance(batches, Sequence):
         for n, i in enumerate(islice(shuffled(len(batches), seed), start, None), start):
@@ -111,7 +149,11 @@ def endless(batches: Iterable[Any], seed: int, start: int = 0) -> Iterator[Any]:
 
 
 def epoch_length(batches: Iterable[Any]) -> int | None:
-    """How many batches an epoch has; None if it does not say."""
+    """Return the number of batches per epoch; None if the iterable has no length.
+
+    Args:
+        batches: Training batches.
+    """
     try:
         return len(batches)  # type: ignore[arg-type]
     except TypeError:
@@ -122,11 +164,19 @@ _END = object()
 
 
 def _reseed(seed: int, n: int) -> None:
-    torch.manual_seed(int(np.random.SeedSequence((seed, n)).generate_state(1)[0]))  # it takes but 32 bits
+    torch.manual_seed(int(np.random.SeedSequence((seed, n)).generate_state(1)[0]))  # NumPy takes 32 bits only
 
 
 def shuffled(n: int, seed: int) -> Iterator[int]:
-    """0..n-1 in a random order, again and again, each time in another."""
+    """Yield 0 to n - 1 in random order, without end, in a new order each time.
+
+    Args:
+        n: How many numbers.
+        seed: Seed of the orders.
+
+    Raises:
+        TaskError: n is 0.
+    """
     if n == 0:
         raise TaskError("train is empty: give at least one batch")
     generator = torch.Generator().manual_seed(seed)
@@ -136,7 +186,7 @@ def shuffled(n: int, seed: int) -> Iterator[int]:
 
 @contextmanager
 def _prepared(model: nn.Module, moving: Sequence[Tensor], training: bool) -> Iterator[None]:
-    """The mode, gradients for what moves only, and a random state of its own; all restored."""
+    """Set the mode, enable gradients of the parameters to train only, and fork torch's random state; restore all."""
     modes = {m: m.training for m in model.modules()}
     wanted = {p: p.requires_grad for p in (*model.parameters(), *moving)}
     for p in wanted:
@@ -154,17 +204,20 @@ def _prepared(model: nn.Module, moving: Sequence[Tensor], training: bool) -> Ite
             module.training = mode
 
 
-BATCH = 64  # examples a step, of distillation
-
-
-CLIP = 5.0  # norm of the gradient: factors need it
+BATCH = 64  # examples per step of distillation
+CLIP = 5.0  # largest norm of the gradient in `train_briefly`: factors need clipping
 
 
 def search_batches(task: Task, calibration: Iterable[Any]) -> tuple[list[Any], Loss]:
-    """What a search trains on: a few batches, the same for every plan.
+    """Choose the batches and the loss for short trainings within a search; they are the same for every plan.
 
-    The task's train and loss, if train is a sequence of batches; else (a loader, a stream that augments) distillation
-    from its model on the calibration batches.
+    Args:
+        task: The task.
+        calibration: Its calibration batches.
+
+    Returns:
+        The task's `train` and `loss` if `train` is a sequence. Otherwise (a loader, an augmenting stream) calibration
+        batches with the dense model's outputs, and the distillation loss.
     """
     if isinstance(task.train, Sequence) and task.loss is not None:
         return list(task.train), supervised(task.loss)
@@ -172,38 +225,66 @@ def search_batches(task: Task, calibration: Iterable[Any]) -> tuple[list[Any], L
 
 
 def split(batches: Iterable[Any], size: int) -> list[Any]:
-    """The same inputs in equal batches of at most so many examples."""
+    """Split batches into smaller ones of about equal size.
+
+    Args:
+        batches: Inputs.
+        size: Largest number of examples per batch.
+    """
     parts: list[Any] = []
     for x in batches:
         n = batch_size(x)
         count = -(-n // size)
         for i in range(count):
-            cut = slice(n * i // count, n * (i + 1) // count)
-            parts.append(map_tensors(x, lambda t, n=n, cut=cut: t[cut] if t.ndim and len(t) == n else t))
+            parts.append(take(x, slice(n * i // count, n * (i + 1) // count)))
     return parts
 
 
 def with_targets(teacher: nn.Module, batches: Iterable[Any]) -> list[tuple[Any, Tensor]]:
-    """(input, the teacher's outputs) for every batch."""
+    """Pair inputs with a teacher's outputs.
+
+    Args:
+        teacher: The teacher.
+        batches: Inputs.
+
+    Returns:
+        (input, main output of the teacher) for every batch.
+    """
     with inference(teacher):
         return [(x, main_output(run(teacher, to_device(x, teacher)))) for x in batches]
 
 
 def distillation(model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-    """How far the model's predictions are from the teacher's, as `divergence` says."""
+    """Compute the distillation loss on a batch.
+
+    Args:
+        model: The model to train.
+        batch: (input, the teacher's output).
+
+    Returns:
+        The `divergence` of both outputs.
+    """
     x, wanted = batch
     return divergence(main_output(run(model, to_device(x, model))), wanted)
 
 
 def divergence(z: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² KL(softmax(wanted / T) ‖ softmax(z / T)), a mean over examples (Hinton 2015, section 2.1; T² keeps gradients).
+    """Compute T² KL(softmax(wanted / T) ‖ softmax(z / T)), a mean over examples (Hinton 2015, section 2.1).
 
-    Where there is but one output, the squared error relative to the variance (of one example: the square) of what is
-    wanted.
+    The factor T² keeps the scale of gradients. For a model with a single output, the squared error relative to the
+    variance of `wanted`, or to its square if there is no variance.
+
+    Args:
+        z: Outputs of the model.
+        wanted: Outputs of the teacher, of the same shape.
+        temperature: T.
+
+    Returns:
+        A scalar.
     """
     axis = class_axis(z)
     if axis is None:
-        spread = (wanted - wanted.mean()).square().sum()  # none in a batch of one example
+        spread = (wanted - wanted.mean()).square().sum()  # zero for a batch of one example
         scale = torch.where(spread > 0, spread, wanted.square().sum())
         return (z - wanted).square().sum() / scale.clamp_min(1e-12)
     log_p, log_p0 = (F.log_softmax(logits / temperature, axis) for logits in (z, wanted))
@@ -212,7 +293,14 @@ def divergence(z: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def supervised(criterion: Callable[[Any, Any], Any]) -> Loss:
-    """A task's loss(output, target) on batches (input, target)."""
+    """Make a loss on labels.
+
+    Args:
+        criterion: A task's loss: maps (output, target) to a scalar.
+
+    Returns:
+        A loss on batches (input, target).
+    """
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         x, target = (to_device(part, model) for part in batch)
@@ -222,7 +310,19 @@ def supervised(criterion: Callable[[Any, Any], Any]) -> Loss:
 
 
 def labelled(criterion: Callable[[Any, Any], Any], out: Any, target: Any) -> Tensor:
-    """A task's loss. Raises TaskError where it cannot be learnt from."""
+    """Evaluate a task's loss.
+
+    Args:
+        criterion: The task's loss.
+        out: Output of the model.
+        target: Target.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TaskError: The loss raised an error, or returned something other than a scalar with a gradient.
+    """
     try:
         loss = criterion(out, target)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What a compressed model learns from: labels, a teacher's predictions, the dense model's feature maps."""
+"""Losses of fine-tuning: from labels, a teacher's predictions, and the dense model's feature maps."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rankopt.model.composites import expand_composites
 from rankopt.model.forward import (
     class_axis,
     find_output,
+    hooked,
     inference,
     main_output,
     map_tensors,
@@ -29,21 +30,43 @@ from rankopt.training.loop import Loss, divergence, labelled
 from rankopt.training.recipe import Recipe
 
 Maps = Mapping[str, Sequence[Tensor]]
-"""Name -> a module's outputs, one for each of its calls."""
+"""Outputs by module name, one for each call of the module."""
 
 
 def factorised(model: nn.Module) -> list[str]:
-    """The names of the layers that were replaced, in the model's order."""
+    """List the names of a model's factorised layers, in the model's order.
+
+    Args:
+        model: A compressed model.
+    """
     return [name for name, module in model.named_modules() if hasattr(module, "method") and hasattr(module, "rank")]
 
 
 def blocks(model: nn.Module) -> list[str]:
-    """The names of the modules that hold the replaced layers; a layer of the model itself is its own block."""
+    """List the names of the modules that hold a model's factorised layers.
+
+    Args:
+        model: A compressed model.
+
+    Returns:
+        Names in the model's order; a layer that the model itself holds is its own block.
+    """
     return [*dict.fromkeys(name.rpartition(".")[0] or name for name in factorised(model))]
 
 
 def with_same_names(dense: nn.Module, names: Sequence[str]) -> nn.Module:
-    """The dense model, or an unfolded copy, with a module under each name. Raises TaskError if there is none."""
+    """Return the dense model with a module under each name.
+
+    Args:
+        dense: The dense model.
+        names: Names of modules of the compressed model.
+
+    Returns:
+        The dense model itself, or a copy with composite modules expanded if it lacks a name.
+
+    Raises:
+        TaskError: A name is missing even then.
+    """
     known = dict(dense.named_modules())
     if not known.keys() >= set(names):
         dense = expand_composites(copy.deepcopy(dense), names)
@@ -56,33 +79,46 @@ def with_same_names(dense: nn.Module, names: Sequence[str]) -> nn.Module:
 
 @contextmanager
 def recorded(model: nn.Module, names: Sequence[str], apart: bool = False) -> Iterator[dict[str, list[Tensor]]]:
-    """Fills the outputs of the modules of these names. apart: no gradient passes through their inputs.
+    """Record the outputs of modules while a model runs in this context.
 
-    What goes on through the model is a copy, which it may change in place.
+    The model itself continues with copies of the outputs, which it may change in place.
+
+    Args:
+        model: The model.
+        names: Names of its modules to record.
+        apart: Whether to detach the inputs of these modules, so that no gradient passes from one to another.
+
+    Yields:
+        Outputs by module name, filled as the model runs.
     """
     found: dict[str, list[Tensor]] = defaultdict(list)
 
-    def note(name: str, out: Any) -> Any:
+    def detached(_: str, args: Any) -> Any:
+        return map_tensors(args, lambda t: t.detach())
+
+    def note(name: str, _args: Any, _kwargs: Any, out: Any) -> Any:
         z = find_output(out)
         if z is not None:
             found[name].append(z)
         return out.clone() if isinstance(out, Tensor) else out
 
-    modules = [(name, model.get_submodule(name)) for name in names]
-    handles = [m.register_forward_hook(lambda m, args, out, name=name: note(name, out)) for name, m in modules]
-    if apart:
-        handles += [
-            m.register_forward_pre_hook(lambda m, args: map_tensors(args, lambda t: t.detach())) for _, m in modules
-        ]
-    try:
+    with hooked(model, names, on_input=detached if apart else None, on_output=note):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def distance(maps: Maps, wanted: Maps) -> Tensor:
-    """Mean over modules of ‖y − ŷ‖² / ‖y − mean(y)‖², y what is wanted."""
+    """Compute the mean over modules of ‖y − ŷ‖² / ‖y − mean(y)‖².
+
+    Args:
+        maps: Outputs ŷ of the compressed model, by module name.
+        wanted: Outputs y of the dense model.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TaskError: No module was reached.
+    """
     parts = []
     for name, outputs in maps.items():
         pairs = [(_full(a), _full(b)) for a, b in zip(outputs, wanted[name], strict=True)]
@@ -95,27 +131,41 @@ def distance(maps: Maps, wanted: Maps) -> Tensor:
 
 
 def _wide(out: Any) -> Any:
-    """An output for a task's own loss; one of a class of its own stays what it is."""
+    """An output in full precision for a task's own loss; a dict subclass, such as a ModelOutput, stays as it is."""
     return out if isinstance(out, dict) and type(out) is not dict else map_tensors(out, _full)
 
 
 def _full(z: Tensor) -> Tensor:
-    """Losses are not for half precision."""
+    """A tensor in float32 if it is in half precision, in which losses are too inexact."""
     return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
 
 
 def has_labels(task: Task) -> bool:
-    """Whether labels can be learnt from, beside or instead of predictions."""
+    """Return whether a task has labels and a loss to learn from.
+
+    Args:
+        task: The task.
+    """
     return task.train is not None and task.loss is not None
 
 
 class TrainingLoss:
-    """A step's loss on a batch: labels, a teacher's predictions, the dense model's feature maps.
+    """The loss of a training step, from labels, a teacher's predictions and the dense model's feature maps.
 
-        (1 − w) L(ŷ, labels) + w T² KL(teacher ‖ model) + f Σ_l ‖y_l − ŷ_l‖² / ‖y_l − mean‖² / layers
+        (1 − w) L(ŷ, labels) + w T² KL(teacher ‖ model) + f Σ_l ‖y_l − ŷ_l‖² / ‖y_l − mean(y_l)‖² / layers
 
-    (Hinton 2015; Romero 2015), L with smoothed labels (Szegedy 2016) the task's own loss and the mean over classes of
-    −log p. Without labels, or a loss for them, w is 1.
+    (Hinton 2015; Romero 2015). With label smoothing s (Szegedy 2016), L is (1 − s) times the task's loss plus s times
+    the mean over classes of −log p. Without labels w is 1.
+
+    Args:
+        recipe: The weights w (`distill`), f (`features`) and s (`smoothing`), and the temperature T.
+        task: The task, with the dense model.
+        teacher: The model to distil from; may be the dense one.
+        model: The model to train.
+
+    Raises:
+        TaskError: The recipe needs labels that the task does not have, or factorised layers that the model does not
+            have.
     """
 
     def __init__(self, recipe: Recipe, task: Task, teacher: nn.Module, model: nn.Module) -> None:
@@ -137,18 +187,18 @@ class TrainingLoss:
         z = _full(main_output(out))
         loss: Any = 0.0
         with recorded(self.dense, self.names) as wanted, inference(self.dense), autocast(self.recipe, x):
-            taught = run(self.dense, x) if self.names or (self.weight and self.teacher is self.dense) else None
+            predicted = run(self.dense, x) if self.names or (self.weight and self.teacher is self.dense) else None
         if self.weight:
             if self.teacher is not self.dense:
-                taught = self._asked(x)
-            loss += self.weight * divergence(z, _full(main_output(taught)).to(z.device), self.recipe.temperature)
+                predicted = self._run_teacher(x)
+            loss += self.weight * divergence(z, _full(main_output(predicted)).to(z.device), self.recipe.temperature)
         if self.names:
             loss += self.recipe.features * distance(maps, wanted)
         if self.weight < 1:
             loss += (1 - self.weight) * self._labels(_wide(out), to_device(_target(batch), model))
         return loss
 
-    def _asked(self, x: Any) -> Any:
+    def _run_teacher(self, x: Any) -> Any:
         try:
             with inference(self.teacher), autocast(self.recipe, x):
                 return run(self.teacher, to_device(x, self.teacher))
@@ -168,17 +218,33 @@ class TrainingLoss:
 
 
 def as_input(batch: Any, model: nn.Module, recipe: Recipe) -> Any:
-    """The input in a batch, on the model's device and in the recipe's memory format."""
+    """Return the input in a batch, on the model's device and in the recipe's memory format.
+
+    Args:
+        batch: An input, or (input, target).
+        model: The model.
+        recipe: The recipe.
+    """
     x = to_device(model_input(batch), model)
     return map_tensors(x, in_channels_last) if recipe.channels_last else x
 
 
 def in_channels_last(x: Tensor) -> Tensor:
+    """Convert a 4-dimensional tensor to the channels-last memory format; others are returned as they are.
+
+    Args:
+        x: The tensor.
+    """
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def autocast(recipe: Recipe, x: Any) -> Any:
-    """torch's mixed precision, if the recipe wants it, on the device of an input."""
+    """Return torch.autocast for the device of an input, enabled if the recipe's precision is bfloat16.
+
+    Args:
+        recipe: The recipe.
+        x: A nested input.
+    """
     kinds: list[str] = []
     map_tensors(x, lambda t: kinds.append(t.device.type))
     return torch.autocast(kinds[0], torch.bfloat16, enabled=recipe.precision == "bfloat16")
@@ -191,10 +257,18 @@ def _target(batch: Any) -> Any:
 
 
 def layer_by_layer(dense: nn.Module, names: Sequence[str], recipe: Recipe) -> Loss:
-    """A loss (model, inputs): each named module's output towards the dense model's, all at once and each by itself.
+    """Make a loss that trains each named module towards the output of its counterpart in the dense model.
 
-    A module sees what comes to it in the compressed model and is to put out what the dense model's puts out (He et
-    al. 2017, asymmetric reconstruction); no gradient passes from one to another.
+    A module gets its input in the compressed model, and should reproduce the dense model's output (He et al. 2017,
+    asymmetric reconstruction). No gradient passes from one module to another, so all are trained at once.
+
+    Args:
+        dense: The dense model.
+        names: Names of the modules to train.
+        recipe: Memory format and precision.
+
+    Returns:
+        A loss on (model, inputs).
     """
     teacher = with_same_names(dense, names)
 
@@ -209,7 +283,5 @@ def layer_by_layer(dense: nn.Module, names: Sequence[str], recipe: Recipe) -> Lo
     return loss
 
 
-Namer = Callable[[nn.Module], list[str]]
-
-
-UNITS: dict[str, Namer] = {"layers": factorised, "blocks": blocks}
+UNITS: dict[str, Callable[[nn.Module], list[str]]] = {"layers": factorised, "blocks": blocks}
+"""How `Recipe.units` selects the modules that are trained layer by layer."""

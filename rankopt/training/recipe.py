@@ -1,4 +1,4 @@
-"""How a model is trained: what a person may set, and torch's optimizers and schedules made from it."""
+"""Training recipes: the settings of a training, and the optimizers and schedules made from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHOICES = {
 }
 
 
-RANGES = {  # inclusive
+RANGES = {  # inclusive bounds
     "epochs": (0.0, math.inf),
     "rate": (1e-12, math.inf),
     "momentum": (0.0, 0.9999),
@@ -42,19 +42,37 @@ RANGES = {  # inclusive
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a training. The defaults are for a plan that came out of a search, not for one from scratch.
+    """Settings of a training.
 
-    epochs: over the task's train, may be a fraction; 0: only the layerwise stage, if any. optimizer: "sgd" (Nesterov,
-    with this momentum) or "adamw". rate: the largest learning rate. weight_decay: of weights, not of biases and norms.
-    schedule: "cosine" or "constant" after a linear warm-up over this share of the steps, or "one-cycle", which rises
-    for that share. smoothing: of labels. distill: weight of the teacher's logits beside the labels' (1 - distill), at
-    this temperature. features: weight of the distance between outputs of factorised layers and the dense model's.
-    ema: decay of the average of weights that is kept instead of the last ones; 0: none. clip: largest norm of the
-    gradient (CP needs one); 0: none. precision: "bfloat16" runs models under torch.autocast.
-    eval_mode: run the model in eval mode, so that batch norms keep their statistics and nothing is dropped: gentler to
-    a model that is good already. best: keep the weights of the epoch with the best validation score, not the last.
-    layerwise: so many steps before, in which each factorised layer ("layers") or the module that holds it ("blocks")
-    is trained towards the dense model's output, on unlabelled calibration inputs.
+    The defaults suit a compressed model that a search found, not training from scratch.
+
+    Attributes:
+        epochs: Epochs over the task's `train`, may be a fraction; 0 runs only the layerwise stage, if any.
+        optimizer: "sgd" (with Nesterov momentum) or "adamw".
+        rate: Largest learning rate.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of parameters with two or more dimensions; biases and norms have none.
+        schedule: Learning rate after the warm-up: "cosine" or "constant"; or "one-cycle".
+        warmup: Share of the steps in which the learning rate rises.
+        smoothing: Label smoothing.
+        distill: Weight of the distillation loss; that of the labels' loss is 1 - distill.
+        temperature: Temperature of distillation.
+        features: Weight of the distance between the outputs of factorised layers and the dense model's.
+        ema: Decay of an exponential moving average of the weights, which then is the result; 0: none.
+        clip: Largest norm of the gradient; 0: no clipping. CP needs it.
+        precision: "float32", or "bfloat16" for torch.autocast.
+        channels_last: Whether 4-dimensional tensors are stored in the channels-last memory format.
+        eval_mode: Train in eval mode: batch norms keep their statistics and dropout is off, which suits a model
+            that is already good.
+        best: Whether to keep the weights of the epoch with the best validation score instead of the last ones.
+        layerwise: Steps of a first stage that trains each unit towards the dense model's output, on unlabelled
+            calibration inputs.
+        layerwise_rate: Largest learning rate of that stage.
+        units: What that stage trains: "layers" (each factorised layer) or "blocks" (the modules that hold them).
+        seed: Seed of the order of batches and of all random numbers.
+
+    Raises:
+        RankoptError: A value is out of its range.
     """
 
     epochs: float = 10.0
@@ -98,16 +116,21 @@ class Recipe:
 
     @property
     def trains(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether the recipe has any training step."""
         return bool(self.epochs or self.layerwise)
 
     def changed(self) -> dict[str, Any]:
-        """What is not as by default."""
+        """Return the settings that differ from the defaults."""
         return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
 
 
 def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD or AdamW over parameters, those of fewer than two dimensions without weight decay."""
+    """Make the optimizer of a recipe.
+
+    Args:
+        recipe: Optimizer, learning rate, momentum and weight decay.
+        parameters: Parameters to train; those with fewer than two dimensions get no weight decay.
+    """
     moving = list(parameters)
     groups = [
         {"params": [p for p in moving if p.ndim >= 2], "weight_decay": recipe.weight_decay},
@@ -120,9 +143,15 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.
 
 
 def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> lr_scheduler.LRScheduler:
-    """The learning rate over so many steps."""
+    """Make the learning rate schedule of a recipe, stepped once per optimizer step.
+
+    Args:
+        recipe: Schedule, learning rate and warm-up.
+        optimizer: The optimizer.
+        steps: Total number of steps.
+    """
     if recipe.schedule == "one-cycle":
-        steps = max(steps, 3)  # it divides by zero where rising takes but one step
+        steps = max(steps, 3)  # OneCycleLR divides by zero if the rise takes only one step
         rising_share = max(recipe.warmup, 2 / steps)
         return lr_scheduler.OneCycleLR(
             optimizer, recipe.rate, total_steps=steps, pct_start=rising_share, cycle_momentum=False

@@ -1,16 +1,17 @@
-"""Refinement of a chosen plan: its layers one after the other, against the dense model's outputs.
+"""Refinement of a compressed model: its layers are refitted one after the other to the dense model's outputs.
 
-The candidates of a layer were fitted on the inputs it has in the dense model. In the compressed model it sees x̂
-instead of x. Its best weight there, at full rank, is W' = W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹, and
+Candidates are fitted on a layer's inputs x in the dense model, but in the compressed model its inputs are x̂. The best
+full-rank weight there is W' = W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹, and (He et al. 2017, asymmetric reconstruction)
 
-    E‖W x − Ŵ x̂‖² = ‖W' − Ŵ‖² in the metric of E[x̂ x̂ᵀ] + a constant (He et al. 2017, asymmetric reconstruction)
+    E‖W x − Ŵ x̂‖² = tr((W' − Ŵ) E[x̂ x̂ᵀ] (W' − Ŵ)ᵀ) + constant.
 
-so refitting the same family at the same rank to W' makes up for what the layers before it lost.
+Fitting the same decomposition at the same rank to W' therefore compensates for the errors of earlier layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,15 +22,15 @@ from rankopt.candidates.quantize import quantize_candidate
 from rankopt.core.records import DENSE, SAME, Candidate, Layer
 from rankopt.decompositions.modules import load_factors
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.model.forward import inference, run, to_device
+from rankopt.model.forward import hooked, inference, run, to_device
 from rankopt.model.layer_kinds import as_matrix, in_own_shape
 from rankopt.model.quantization import quantize_
 
-SHRINK = 1e-3  # towards the layer's own weight, relative to the mean diagonal of E[x̂ x̂ᵀ]
+SHRINK = 1e-3  # regularisation of W' towards W, relative to the mean diagonal of E[x̂ x̂ᵀ]
 
 
 class _Reached(Exception):  # noqa: N818
-    """The layer was reached: the rest of the forward pass is not needed."""
+    """Raised in a hook once the layer was reached, to skip the rest of the forward pass."""
 
 
 def refine(
@@ -37,33 +38,52 @@ def refine(
     small: nn.Module,
     layers: Sequence[Layer],
     candidates: Sequence[Candidate],
-    metrics: Any,
+    statistics: Mapping[str, tuple[Tensor | None, Tensor | None]],
     batches: Sequence[Any],
     steps: int,
     progress: Any,
 ) -> None:
-    """Refit every factorised layer of `small` in place, in the model's order. metrics: name -> (S, H).
+    """Refit the factorised layers of a compressed model in place, in the model's order.
 
-    What is stored in fewer bits is refitted, then rounded; a dense layer is left as it is, rounded or not.
+    Quantized layers are refitted, then quantized again. Dense layers are left as they are.
+
+    Args:
+        dense: The dense model.
+        small: The compressed model.
+        layers: The layers of the plan, in the model's order.
+        candidates: The candidate of each layer.
+        statistics: (input moment S, output metric H) by layer name; only H is used.
+        batches: Inputs.
+        steps: Optimisation steps per fit.
+        progress: Progress callback.
     """
-    # An Embedding reads indices, which are the same in either model: its fit is what refitting would give.
+    # The indices that an Embedding reads are the same in both models, so refitting would change nothing.
     todo = [(x, c) for x, c in zip(layers, candidates, strict=True) if c.method != DENSE and x.kind != "Embedding"]
     for layer, candidate in progress(todo, "refining layer after layer", len(todo)):
-        weight, moment = _seen_weight(dense, small, layer, batches)
+        weight, moment = seen_weight(dense, small, layer, batches)
         family = DECOMPOSITIONS[candidate.method]
-        statistics = moment, metrics[layer.name][1]
-        (fit,) = family.fit(layer, weight, [candidate.rank], *statistics, steps)
+        output_metric = statistics[layer.name][1]
+        (fit,) = family.fit(layer, weight, [candidate.rank], moment, output_metric, steps)
         module = small.get_submodule(layer.name)
         if candidate.precision == SAME:
             load_factors(module, fit.factors)
         else:
-            quantize_(
-                module, candidate.precision, quantize_candidate(layer, candidate, weight, fit.factors, *statistics)[0]
-            )
+            encoded, _ = quantize_candidate(layer, candidate, weight, fit.factors, moment, output_metric)
+            quantize_(module, candidate.precision, encoded)
 
 
-def _seen_weight(dense: nn.Module, small: nn.Module, layer: Layer, batches: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """W' in the layer's shape, float64, and E[x̂ x̂ᵀ]."""
+def seen_weight(dense: nn.Module, small: nn.Module, layer: Layer, batches: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Compute the best full-rank weight of a layer for its inputs in the compressed model.
+
+    Args:
+        dense: The dense model.
+        small: The compressed model.
+        layer: The layer.
+        batches: Inputs.
+
+    Returns:
+        W' in the shape and dtype of the layer's weight, and E[x̂ x̂ᵀ] as float64 (groups, patch, patch).
+    """
     module = dense.get_submodule(layer.name)
     moment: Any = 0.0
     cross: Any = 0.0
@@ -82,20 +102,14 @@ def _seen_weight(dense: nn.Module, small: nn.Module, layer: Layer, batches: Sequ
 
 
 def _inputs(model: nn.Module, layer: Layer, batch: Any) -> list[Tensor]:
-    """The layer's inputs on a batch, one per call."""
+    """A layer's inputs on a batch, one per call."""
     found: list[Tensor] = []
 
-    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(_: str, args: tuple[Any, ...]) -> None:
         found.append(args[0].clone())
         if len(found) == len(layer.calls):
             raise _Reached
 
-    handle = model.get_submodule(layer.name).register_forward_pre_hook(note)
-    try:
-        with inference(model):
-            run(model, to_device(batch, model))
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
+    with suppress(_Reached), hooked(model, [layer.name], on_input=note), inference(model):
+        run(model, to_device(batch, model))
     return found

@@ -1,4 +1,4 @@
-"""What another package adds to rankopt: a decomposition (an instance) and a strategy (a class)."""
+"""What another package can add to rankopt: a decomposition (an instance) and a strategy (a class)."""
 
 from __future__ import annotations
 

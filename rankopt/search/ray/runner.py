@@ -1,4 +1,8 @@
-"""The loop on Ray Tune: trials in worker processes, here or on a cluster. The files ray_*.py import ray, too."""
+"""The search loop on Ray Tune: trials run in worker processes, on this machine or a cluster.
+
+Tune drives the loop: it asks a searcher for plans, runs them in workers, and reports the results. `_StudySearch`
+connects it to the study. Modules here import ray inside functions only.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +30,10 @@ LOST = "worker died or was lost"
 
 
 class RaySearch:
-    """A runner for `run_search`: up to `workers` trials at a time, each a trial of Ray Tune.
+    """A runner for `run_search` that evaluates up to `workers` plans at a time, each as a trial of Ray Tune.
 
-    Uses the Ray that runs in this process already, else the cluster at the address, else starts one here.
-    gpus_per_trial: 0 evaluates on the CPU; a fraction shares a GPU. limits: of one trial. logs: a folder for what
-    workers wrote to standard error, and for TensorBoard's files.
+    It uses the Ray that this process is connected to, otherwise the cluster at the address, otherwise it starts Ray on
+    this machine.
     """
 
     def __init__(
@@ -42,9 +45,22 @@ class RaySearch:
         logs: Path | None = None,
         tensorboard: bool = False,
     ) -> None:
+        """Check the settings.
+
+        Args:
+            workers: Trials at a time.
+            address: HOST:PORT of a Ray cluster, or "auto"; None starts Ray here.
+            gpus_per_trial: 0 evaluates on the CPU; a fraction shares a GPU.
+            limits: Limits of one trial.
+            logs: Folder for the workers' standard error and TensorBoard's files.
+            tensorboard: Whether to keep TensorBoard's files.
+
+        Raises:
+            RankoptError: If Ray Tune is not installed or a setting makes no sense.
+        """
         if address is None and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
-            # Ray listens on all interfaces and runs what it is sent: a token of our own, which it reads when imported
-            # (and would else write into the home folder).
+            # Ray listens on all interfaces and runs code that it is sent. It reads a token when it is imported; without
+            # one of ours it would write one into the home folder.
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
         try:
             import ray.tune  # noqa: F401  (bare ray lacks what its tune imports)
@@ -61,8 +77,20 @@ class RaySearch:
         self.logs, self.tensorboard = logs, tensorboard
 
     def __call__(self, study: Study, evaluate: Evaluate) -> list[Trial]:
-        """Evaluate until the limit or the strategy's end. Returns all trials."""
-        asker = _Asker(study, self.limits.seconds)
+        """Run a study until its limit or the strategy's end.
+
+        Args:
+            study: The study.
+            evaluate: Evaluates plans; it is sent to the workers.
+
+        Returns:
+            All trials of the study.
+
+        Raises:
+            RankoptError: If Ray cannot be reached or lacks resources.
+            StudyError: If Ray ends the search, or all evaluations fail.
+        """
+        asker = _StudySearch(study, self.limits.seconds)
         if not asker.waiting:
             return study.trials
         with surroundings() as folder, quiet(folder), started(self.address, self.workers, folder):
@@ -79,12 +107,12 @@ class RaySearch:
             asker.settle()
         return study.trials
 
-    def _tune(self, asker: _Asker, payload: bytes, folder: str) -> None:
+    def _tune(self, asker: _StudySearch, payload: bytes, folder: str) -> None:
         from ray import tune
         from ray.tune.schedulers import FIFOScheduler
         from ray.tune.search import Searcher
 
-        # Ray's classes get their base here: this file is read without ray, too.
+        # The classes get their base classes here, so that this module can be imported without ray.
         searcher, worker = type("Searcher", (_Searcher, Searcher), {}), type("Worker", (Worker, tune.Trainable), {})
         scheduler = type("Scheduler", (_Scheduler, FIFOScheduler), {"asker": asker})
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -120,27 +148,30 @@ class RaySearch:
         ).fit()
 
 
-# --- in this process: what Tune asks and tells -------------------------------------------------------
+# --- Tune's side in this process ---------------------------------------------------------------------
 
 
-class _Asker:
-    """The study, for Tune's searcher. Errors are kept here: Tune swallows most that are raised in a tell."""
+class _StudySearch:
+    """The study, as Tune's searcher and scheduler use it.
+
+    Errors are kept in `error`, since Tune swallows most that are raised in its callbacks.
+    """
 
     def __init__(self, study: Study, seconds: float | None) -> None:
         self.study, self.seconds = study, seconds
-        first = next(proposals(study), None)  # asked before Ray is started, perhaps for nothing
+        first = next(proposals(study), None)  # before Ray is started, which may not be necessary
         self.waiting = [] if first is None else [first]
-        self.running: dict[str, tuple[Proposal, float]] = {}  # -> and when it was asked for
-        self.reasons: dict[str, str] = {}  # trial -> why Ray lost it
+        self.running: dict[str, tuple[Proposal, float]] = {}  # Tune's trial id -> plan, time of its start
+        self.reasons: dict[str, str] = {}  # Tune's trial id -> why its worker died
         self.error: Exception | None = None
         self.complete = False
-        self.dry = -1, 0.0  # trials told when there was nothing to propose, and until when that holds
+        self.dry = -1, 0.0  # number of trials when there was nothing to propose, and until when not to ask again
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its searcher for restarts that are not used; a study does not pickle
+        return {}  # Tune pickles its searcher, for restarts that are not used; a study cannot be pickled
 
     def ask(self, trial_id: str) -> Proposal | None:
-        """The next proposal; None: not now, or (complete) never again. Raises what a tell or the study raised."""
+        """The next plan; None for not now, or never again if `complete`. Raises an earlier error."""
         if self.error:
             raise self.error
         proposal = self.waiting.pop() if self.waiting and not self.study.stopping else self._next()
@@ -152,7 +183,7 @@ class _Asker:
 
     def _next(self) -> Proposal | None:
         if self.dry[0] == len(self.study.trials) and time.monotonic() < self.dry[1]:
-            return None  # Tune asks ten times a second; a strategy run dry knows more after the next result only
+            return None  # Tune asks ten times a second; an exhausted strategy can only propose after a result
         try:
             proposal = self.study.next()
         except Exception as error:
@@ -167,32 +198,33 @@ class _Asker:
         return self.study.promote(self.running[trial_id][0], outcome.rungs)
 
     def note(self, trial: Any) -> None:
-        """Why Tune calls a trial failed: the last line of what it wrote; told just before the searcher is."""
+        """Note why a trial failed, from the last line of its error file. Called just before `tell`."""
         with suppress(OSError, IndexError):
             line = Path(trial.error_file).read_text().strip().splitlines()[-1]
             self.reasons[trial.trial_id] = f"worker died: {line.partition(' Some common causes')[0]}"
 
     def tell(self, trial_id: str, outcome: Outcome | None) -> None:
-        if trial_id not in self.running or self.error:  # Tune tells some failures twice
+        """Record the end of a trial; without an outcome its worker died."""
+        if trial_id not in self.running or self.error:  # Tune reports some failures twice
             return
         proposal, since = self.running.pop(trial_id)
         outcome = outcome or self._lost(trial_id, time.monotonic() - since)
         try:
-            if self.study.again(proposal, outcome):
+            if self.study.should_retry(proposal, outcome):
                 self.waiting.append(proposal)
             else:
                 self.study.finish(proposal, outcome)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # raised again after the run
             self.error = error
 
     def _lost(self, trial_id: str, seconds: float) -> Outcome:
-        """A worker that died: past its time limit by our hand, else it may have been the machine's fault."""
+        """The outcome of a worker that died: stopped at its time limit, otherwise perhaps by the machine."""
         if self.seconds and seconds >= self.seconds:
             return Outcome(seconds=seconds, error=f"took longer than the limit of {self.seconds:g} s")
         return Outcome(seconds=seconds, error=self.reasons.get(trial_id, LOST), transient=True)
 
     def settle(self) -> None:
-        """After the run: what Ray lost without a word is a failed trial. Raises what a tell raised."""
+        """Finish after the run: trials that Ray lost silently have failed. Raises an error of the run."""
         for trial_id in list(self.running):
             self.tell(trial_id, Outcome(error=self.reasons.get(trial_id, LOST)))
         if self.error:
@@ -204,27 +236,27 @@ class _Asker:
 class _Searcher:
     """Becomes a ray.tune.search.Searcher."""
 
-    def __init__(self, asker: _Asker) -> None:
+    def __init__(self, asker: _StudySearch) -> None:
         super().__init__()
         self.asker = asker
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if (proposal := self.asker.ask(trial_id)) is not None:
             return {"proposal": proposal}
-        return "FINISHED" if self.asker.complete else None  # None with nothing running hangs for ever
+        return "FINISHED" if self.asker.complete else None  # with None and nothing running Tune would wait for ever
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        done = result and "outcome" in result and not error  # a trial stopped at a low fidelity is told here, too
+        done = result and "outcome" in result and not error  # also called for trials stopped at a low fidelity
         self.asker.tell(trial_id, Outcome(*result["outcome"]) if result and done else None)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is on disk already."""
+        """Do nothing: the study is on disk already."""
 
 
 class _Scheduler:
     """Becomes a ray.tune.schedulers.FIFOScheduler."""
 
-    asker: _Asker
+    asker: _StudySearch
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         return "CONTINUE" if self.asker.promote(trial.trial_id, Outcome(*result["outcome"])) else "STOP"

@@ -1,4 +1,4 @@
-"""Ray around a search: starting or reaching it, quiet, leaving nothing behind but logs."""
+"""Starting Ray for a search or connecting to it, without output, leaving only logs behind."""
 
 from __future__ import annotations
 
@@ -16,21 +16,25 @@ from rankopt.core.run_folder import process_alive
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: no tables
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a warning
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # avoids a warning
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a task may read files by relative paths
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV and JSON per trial
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own ends the run as if it were complete: Ctrl-C must reach the caller
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's handler would end the run as if complete
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
 }
 
 
-LONGEST = 16  # of the temporary folder's path: Ray makes sockets below it, whose paths end at 107 bytes
+LONGEST = 16  # longest path of the temporary folder: Ray makes sockets below it, whose paths have at most 107 bytes
 
 
 @contextmanager
 def surroundings() -> Iterator[str]:
-    """Ray's settings in the environment where the user set none, and a folder for what it writes; undone afterwards."""
+    """Context: Ray's settings in the environment, unless the user set them, and a temporary folder for its files.
+
+    Yields:
+        The folder.
+    """
     before, parent = dict(os.environ), tempfile.gettempdir()
     if len(parent) > LONGEST and os.access("/tmp", os.W_OK):
         parent = "/tmp"
@@ -47,7 +51,7 @@ def surroundings() -> Iterator[str]:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove the folders of searches that were killed."""
+    """Remove the temporary folders of searches that were killed."""
     for folder in parent.glob("rankopt-*-*"):
         pid = folder.name.split("-")[1]
         with suppress(OSError):
@@ -57,26 +61,44 @@ def _sweep(parent: Path) -> None:
 
 @contextmanager
 def quiet(folder: str) -> Iterator[None]:
-    """Ray says on standard output, at length, that a worker died: into a file, for keep_logs."""
+    """Context: Ray's messages on standard output go into a file, for `keep_logs`.
+
+    Args:
+        folder: Folder of the file.
+    """
     with (Path(folder) / "ray.out").open("w") as file, redirect_stdout(file):
         yield
 
 
 def keep_logs(folder: Path, logs: Path) -> None:
-    """What workers wrote to standard error, and TensorBoard's files, one folder a trial."""
-    said = [folder / "ray.out", *folder.glob("session_2*/logs/worker-*.err")]
-    found = {p: logs / p.name for p in said if p.is_file() and p.stat().st_size}
+    """Copy the workers' standard error and TensorBoard's files, one folder per trial.
+
+    Args:
+        folder: Ray's temporary folder.
+        logs: The folder to copy to.
+    """
+    outputs = [folder / "ray.out", *folder.glob("session_2*/logs/worker-*.err")]
+    targets = {p: logs / p.name for p in outputs if p.is_file() and p.stat().st_size}
     events = sorted(folder.rglob("events.out.tfevents.*"))
-    found |= {p: logs / "tensorboard" / p.parent.name / p.name for p in events}
-    for source, target in found.items():
-        with suppress(OSError):  # a full disk must not hide the search's own end
+    targets |= {p: logs / "tensorboard" / p.parent.name / p.name for p in events}
+    for source, target in targets.items():
+        with suppress(OSError):  # an error on a full disk must not hide the search's own error
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
 
 
 @contextmanager
 def started(address: str | None, workers: int, folder: str) -> Iterator[None]:
-    """Ray, initialised; shut down afterwards if it was not before."""
+    """Context: Ray is initialised; afterwards it is shut down, unless it was initialised before.
+
+    Args:
+        address: Address of a cluster; None starts Ray here.
+        workers: CPUs to offer if it is started here.
+        folder: Its temporary folder if it is started here.
+
+    Raises:
+        RankoptError: If Ray does not start or cannot be reached.
+    """
     import ray
 
     if ray.is_initialized():
@@ -92,15 +114,22 @@ def started(address: str | None, workers: int, folder: str) -> Iterator[None]:
         try:
             ray.init(**options, log_to_driver=False, logging_level="ERROR")
         except (Exception, SystemExit) as error:  # Ray exits the process where something else answers
-            where = f"cannot be reached at {address}" if address else "does not start"
-            raise RankoptError(f"Ray {where}: {line(error)}") from error
+            problem = f"cannot be reached at {address}" if address else "does not start"
+            raise RankoptError(f"Ray {problem}: {line(error)}") from error
         yield
     finally:
         ray.shutdown()
 
 
 def check_resources(gpus: float) -> None:
-    """Raise RankoptError where no machine has room for a trial: Ray would wait for ever."""
+    """Check that some machine has room for a trial; otherwise Ray would wait for ever.
+
+    Args:
+        gpus: GPUs of a trial.
+
+    Raises:
+        RankoptError: If none has.
+    """
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
@@ -115,7 +144,14 @@ def check_resources(gpus: float) -> None:
 
 
 def reach(address: str) -> None:
-    """Raise RankoptError if nothing answers: Ray tries for two minutes and then exits the process."""
+    """Check that something answers at an address; Ray would try for two minutes and then exit the process.
+
+    Args:
+        address: HOST:PORT, or "auto", which is not checked.
+
+    Raises:
+        RankoptError: If nothing answers.
+    """
     host, _, port = address.rpartition(":")
     if not port.isdigit():  # "auto": Ray knows at once
         return
@@ -126,4 +162,9 @@ def reach(address: str) -> None:
 
 
 def line(error: BaseException) -> str:
+    """Describe an error in one line.
+
+    Args:
+        error: The error.
+    """
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

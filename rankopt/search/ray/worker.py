@@ -1,4 +1,4 @@
-"""What is sent to Ray's workers, and what runs there."""
+"""What is sent to Ray's workers, and the code that runs there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ from rankopt.search.ray.session import line
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one trial. seconds: until its worker is killed. memory: bytes beyond what model and data take (on Linux)."""
+    """Limits of one trial.
+
+    Attributes:
+        seconds: Time after which its worker is killed.
+        memory: Bytes that it may take beyond model and data; on Linux only.
+
+    Raises:
+        RankoptError: If a limit is not above 0.
+    """
 
     seconds: float | None = None
     memory: int | None = None
@@ -35,9 +43,16 @@ class Limits:
 
 
 def pack(evaluate: Evaluate) -> bytes:
-    """Pickled here, not by Ray: each worker unpickles tensors and arrays of its own.
+    """Pickle an evaluation for the workers. Task files travel by value.
 
-    Ray leaves arrays in memory that all share, and torch.from_numpy writes there. Task files travel by value.
+    It is pickled here and not by Ray, so that each worker has tensors and arrays of its own: Ray would leave arrays in
+    shared memory, into which torch.from_numpy writes.
+
+    Args:
+        evaluate: Evaluates plans.
+
+    Raises:
+        TaskError: If something in it cannot be pickled.
     """
     from ray import cloudpickle
 
@@ -56,7 +71,7 @@ def pack(evaluate: Evaluate) -> bytes:
 
 
 def _portable(evaluator: Evaluator) -> Evaluator:
-    """With the cache's absolute path; with the factors themselves where there are other machines."""
+    """Replace the cache's path by an absolute one; include the factors if the cluster has other machines."""
     import ray
 
     factors = FactorStore(Cache(evaluator.factors.cache.folder.resolve()))
@@ -66,38 +81,54 @@ def _portable(evaluator: Evaluator) -> Evaluator:
 
 
 class Worker:
-    """Becomes a ray.tune.Trainable: evaluates one proposal after the other, a fidelity a step."""
+    """Becomes a `ray.tune.Trainable`: evaluates one plan after the other, one fidelity per step."""
 
     def setup(
         self, config: dict[str, Any], payload: bytes, paths: list[str], threads: int, cuda: bool, limits: Limits
     ) -> None:
+        """Prepare the worker process.
+
+        Args:
+            config: The first plan, as {"proposal": ...}.
+            payload: The pickled evaluation.
+            paths: Entries of sys.path, since a task file may import its neighbours.
+            threads: Threads of torch.
+            cuda: Whether the model goes to the GPU.
+            limits: Limits of one trial.
+        """
         torch.set_num_threads(threads)
-        sys.path.extend(path for path in paths if path not in sys.path)  # a task file may import its neighbours
+        sys.path.extend(path for path in paths if path not in sys.path)
         self.payload, self.cuda, self.limits = payload, cuda, limits
         self.evaluate: Evaluate | None = None
         self.reset_config(config)
 
     def reset_config(self, config: dict[str, Any]) -> bool:
+        """Begin with another plan.
+
+        Args:
+            config: The plan, as {"proposal": ...}.
+        """
         self.going: Iterator[Outcome] = stages(self._Lazy(self), tuple(config["proposal"]))
         self.spent = 0.0
         return True
 
     def step(self) -> dict[str, Any]:
+        """Measure the next fidelity."""
         start = time.monotonic()
-        if self.limits.seconds:  # from C: also where a hung call holds Python's lock; says where it hung
+        if self.limits.seconds:  # from C: works while a hung call holds the GIL, and prints where it hung
             faulthandler.dump_traceback_later(max(self.limits.seconds - self.spent, 0.001), exit=True)
         try:
             outcome = next(self.going)
         finally:
             faulthandler.cancel_dump_traceback_later()
         self.spent += time.monotonic() - start
-        # A tuple, for Tune stumbles over a NaN, or over a metric that is not there.
+        # As a tuple: Tune fails on metrics that are NaN or missing.
         shown = {} if outcome.objective is None else {"objective": outcome.objective, "score": outcome.score}
         shown |= {f"rung{i}": value for i, value in enumerate(outcome.rungs)}
         return {"outcome": tuple(outcome), "done": outcome.finished, **shown}
 
     class _Lazy:
-        """The evaluation, unpickled on first use: what goes wrong there is a trial's outcome."""
+        """The evaluation, unpickled on first use, so that an error there is a trial's outcome."""
 
         def __init__(self, worker: Worker) -> None:
             self.worker = worker
@@ -113,6 +144,7 @@ class Worker:
             return self.worker.loaded()(proposal)
 
     def loaded(self) -> Evaluate:
+        """The evaluation, unpickled and moved to its device once."""
         if self.evaluate is None:
             from ray import cloudpickle
 
@@ -126,7 +158,7 @@ class Worker:
 
 
 def _limit_memory(beyond: int) -> None:
-    """Allocations fail, as on a full machine, when this process's writable memory has grown by so many bytes."""
+    """Let allocations fail when this process's writable memory has grown by `beyond` bytes."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return

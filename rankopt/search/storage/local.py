@@ -1,6 +1,6 @@
-"""The study on disk: SQLite through Optuna's storage, one finished trial written at a time.
+"""The study in a run folder: SQLite through Optuna's storage, one trial written at a time.
 
-Any strategy's trials land here, so optuna-dashboard and Optuna's plots open every study.
+All strategies' trials are kept in this form, so optuna-dashboard and Optuna's plots open every study.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ from rankopt.core.errors import StudyError
 from rankopt.core.files import digest, write_beside
 from rankopt.core.problem import Problem
 from rankopt.core.records import BUDGETS, Cost, Proposal, Trial
-from rankopt.core.run_folder import lock_folder
+from rankopt.core.result_record import TrialRow
+from rankopt.core.run_folder import check_same, lock_folder
 
-FILE, STUDY = "study.db", "rankopt"
+FILE = "study.db"
+
+
+STUDY = "rankopt"
+"""Name of the study in the file."""
 
 
 STATES = {"finished": TrialState.COMPLETE, "failed": TrialState.FAIL, "stopped": TrialState.PRUNED}
@@ -37,13 +42,31 @@ NAMES = {state: name for name, state in STATES.items()}
 
 
 class Store:
-    """The trials of one search in a folder's study.db. Every told trial is durable when add() returns.
+    """The trials of one search in a folder's study.db.
 
-    One process at a time has a folder. `SharedStore` is for several processes on one study.
+    A trial is durable when `add` returns. One process at a time holds a folder; `SharedStore` is for several processes
+    on one study.
+
+    Attributes:
+        path: The file.
+        space: Layer name -> Optuna's distribution of its frontier index.
+        study: The study as Optuna has it.
+        close: Call it to release the folder.
     """
 
-    def __init__(self, folder: Path, problem: Problem, about: dict[str, Any], resume: bool) -> None:
-        """about: what a resumed search must agree on (strategy, seed, budget, ...). Raises StudyError."""
+    def __init__(self, folder: Path, problem: Problem, required: dict[str, Any], resume: bool) -> None:
+        """Open the study, or create it.
+
+        Args:
+            folder: The run folder.
+            problem: The problem that is searched.
+            required: Settings that a resumed search must agree on: strategy, seed, limits, ...
+            resume: Whether an existing study may be continued.
+
+        Raises:
+            StudyError: If the folder is in use, or holds a study that is damaged, not to be resumed, or of another
+                search.
+        """
         self.path = folder / FILE
         self.space: dict[str, BaseDistribution] = {
             layer.name or "model": IntDistribution(0, len(f) - 1)
@@ -52,40 +75,49 @@ class Store:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with storage_errors(self.place):
             self.close = weakref.finalize(self, os.close, lock_folder(folder))
-            self.study = self._open(about, resume)
+            self.study = self._open(required, resume)
 
     @property
     def place(self) -> str:
-        """Where the trials are, for messages."""
+        """The storage's name for messages."""
         return str(self.path)
 
-    def _open(self, about: dict[str, Any], resume: bool) -> optuna.Study:
-        for stale in self.path.parent.glob(".*.part*"):  # of a process that was killed
+    def _open(self, required: dict[str, Any], resume: bool) -> optuna.Study:
+        for stale in self.path.parent.glob(".*.part*"):  # left by a process that was killed
             stale.unlink()
         if not self.path.exists():
-            write_beside(self.path, lambda part: create_study(f"sqlite:///{part}", STUDY, about))
+            write_beside(self.path, lambda part: create_study(f"sqlite:///{part}", STUDY, required))
         elif not resume:
             raise StudyError(f"{self.path} is there already: go on with --resume, or search into another folder")
         study = load_study(self.path)
-        for key, value in about.items():
-            if study.user_attrs.get(key) != value:
-                raise StudyError(
-                    f"{self.path} belongs to another search: its {key} is {study.user_attrs.get(key)!r}, "
-                    f"asked is {value!r}. Resume with the same settings, or search into another folder"
-                )
+        remedy = "Resume with the same settings, or search into another folder"
+        check_same(study.user_attrs, required, self.path, "search", remedy)
         return study
 
-    def add(self, trial: Trial, asked: int) -> None:
-        """Write a trial; asked: how often the strategy had been asked by then. Raises StudyError."""
+    def add(self, trial: Trial, n_asked: int) -> None:
+        """Write a trial.
+
+        Args:
+            trial: The trial.
+            n_asked: Number of proposals to count as made when the study is resumed.
+
+        Raises:
+            StudyError: If it cannot be written.
+        """
         try:
-            self.study.add_trial(self.frozen(trial, asked))
+            self.study.add_trial(self.frozen(trial, n_asked))
         except (SQLAlchemyError, OptunaError, OSError) as error:
             raise StudyError(
                 f"trial {trial.number} cannot be written to {self.path} ({error}): make room, then use --resume"
             ) from error
 
-    def frozen(self, trial: Trial, asked: int) -> FrozenTrial:
-        """A trial as Optuna keeps it; its rungs are the intermediate values."""
+    def frozen(self, trial: Trial, n_asked: int) -> FrozenTrial:
+        """Convert a trial to Optuna's form, with its rungs as intermediate values.
+
+        Args:
+            trial: The trial.
+            n_asked: As in `add`.
+        """
         attributes = {
             "cost": [trial.cost[m] for m in BUDGETS],
             "score": trial.score,
@@ -93,7 +125,7 @@ class Store:
             "seconds": trial.seconds,
             "error": trial.error,
             "note": list(trial.note),
-            "asked": asked,
+            "asked": n_asked,
         }
         found = create_trial(
             state=STATES[trial.state],
@@ -107,37 +139,54 @@ class Store:
         return found
 
     def trials(self) -> tuple[list[Trial], int]:
-        """The trials written so far, each plan once, and how often the strategy had been asked. Raises StudyError."""
-        found: dict[Proposal, Trial] = {}
-        asked = 0
+        """Read the trials.
+
+        Returns:
+            The trials, each plan once, and the number of proposals to count as made.
+
+        Raises:
+            StudyError: If the storage cannot be read or is damaged.
+        """
+        trials: dict[Proposal, Trial] = {}
+        n_asked = 0
         with storage_errors(self.place):
             for frozen in valid_trials(self.study):
                 proposal = self._proposal(frozen)
-                if proposal not in found:
-                    found[proposal] = _thawed(frozen, proposal, len(found))
-                asked = frozen.user_attrs["asked"]  # of the last one told: what was running then is asked for again
-        return list(found.values()), asked
+                if proposal not in trials:
+                    trials[proposal] = _thawed(frozen, proposal, len(trials))
+                n_asked = frozen.user_attrs[
+                    "asked"
+                ]  # of the last trial: plans that were running then are proposed again
+        return list(trials.values()), n_asked
 
     def _proposal(self, frozen: FrozenTrial) -> Proposal:
         return tuple(int(frozen.params[name]) for name in self.space)
 
     def claim(self, proposal: Proposal, limit: int) -> bool:
-        """Whether this process is to evaluate a plan: there is no other."""
+        """Claim a plan for evaluation by this process.
+
+        Args:
+            proposal: The plan.
+            limit: Distinct plans to evaluate in total.
+
+        Returns:
+            Whether the claim holds: here always, since there is no other process.
+        """
         return True
 
     def claimed(self) -> set[Proposal]:
-        """The plans that other processes evaluate now."""
+        """The plans that other processes are evaluating."""
         return set()
 
-    def news(self) -> list[Trial]:
-        """What other processes told since the last look."""
+    def new_trials(self) -> list[Trial]:
+        """The trials that other processes added since the last look."""
         return []
 
     def export(self) -> None:
-        """Write the trials to the folder's study.db: they are there."""
+        """Write the trials to the folder's study.db, where they already are."""
 
     def restart(self) -> None:
-        """Leave what was told so far behind: it stays in the file, but is read no more."""
+        """Ignore all trials so far; they stay in the file."""
         with storage_errors(self.place):
             self.study.set_user_attr("since", len(self.study.get_trials(deepcopy=False)))
 
@@ -160,7 +209,17 @@ def _thawed(frozen: FrozenTrial, proposal: Proposal, number: int) -> Trial:
 
 
 def valid_trials(study: optuna.Study) -> Iterator[FrozenTrial]:
-    """The trials that count, checked against their checksums."""
+    """Iterate over the trials that count, and check their checksums.
+
+    Args:
+        study: The study.
+
+    Yields:
+        Its finished, failed and stopped trials since the last restart.
+
+    Raises:
+        ValueError: If a trial was changed since it was written.
+    """
     since = study.user_attrs.get("since", 0)
     for frozen in study.get_trials(deepcopy=False):
         if frozen.number < since or frozen.state not in NAMES or "void" in frozen.user_attrs:
@@ -171,7 +230,11 @@ def valid_trials(study: optuna.Study) -> Iterator[FrozenTrial]:
 
 
 def checksum(frozen: FrozenTrial) -> str:
-    """Of all that a trial says."""
+    """Hash everything that a trial records.
+
+    Args:
+        frozen: The trial.
+    """
     value = frozen.value if frozen.state == TrialState.COMPLETE else None
     others = {k: v for k, v in frozen.user_attrs.items() if k not in {"checksum", "owner"}}
     return digest(frozen.state.name, value, frozen.params, sorted(frozen.intermediate_values.items()), others)
@@ -179,7 +242,14 @@ def checksum(frozen: FrozenTrial) -> str:
 
 @contextmanager
 def storage_errors(path: Path | str) -> Iterator[None]:
-    """Whatever a storage raises becomes a StudyError."""
+    """Context: turn the errors of a storage into a StudyError.
+
+    Args:
+        path: The storage, for the message.
+
+    Raises:
+        StudyError: If the storage cannot be used or its content is damaged.
+    """
     try:
         yield
     except (SQLAlchemyError, OptunaError, sqlite3.Error, OSError) as error:
@@ -196,16 +266,31 @@ def storage_errors(path: Path | str) -> Iterator[None]:
         ) from error
 
 
-def create_study(url: str, name: str, about: dict[str, Any], directions: Sequence[Any] = ("minimize",)) -> None:
+def create_study(url: str, name: str, attributes: dict[str, Any], directions: Sequence[Any] = ("minimize",)) -> None:
+    """Create a study in a storage.
+
+    Args:
+        url: SQLAlchemy URL of the storage.
+        name: Name of the study.
+        attributes: Its user attributes.
+        directions: "minimize" or "maximize" for each objective.
+    """
     storage = RDBStorage(url)
     study = optuna.create_study(storage=storage, study_name=name, directions=list(directions))
-    for key, value in about.items():
+    for key, value in attributes.items():
         study.set_user_attr(key, value)
     storage.engine.dispose()
 
 
 def load_study(path: Path) -> optuna.Study:
-    """The study in a file, which is looked through first: SQLite notices damage when it comes upon it only."""
+    """Load the study in a file, after a check of the whole file: SQLite itself notices damage only where it reads.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If it is empty or damaged.
+    """
     if path.stat().st_size == 0:
         raise ValueError("it is empty")
     with closing(sqlite3.connect(path)) as connection:
@@ -217,8 +302,15 @@ def load_study(path: Path) -> optuna.Study:
         return optuna.load_study(study_name=STUDY, storage=f"sqlite:///{path}")
 
 
-def read_trials(folder: Path) -> list[dict[str, Any]]:
-    """The trials of a run folder for a report: number, state, objective, score, cost, ... Raises StudyError."""
+def read_trials(folder: Path) -> list[TrialRow]:
+    """Read the trials of a run folder for a report.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        StudyError: If it holds no study, or a damaged one.
+    """
     path = folder / FILE
     if not path.is_file():
         raise StudyError(f"there is no {path}: name the folder that a search wrote")
@@ -226,14 +318,23 @@ def read_trials(folder: Path) -> list[dict[str, Any]]:
         return trial_rows(valid_trials(load_study(path)))
 
 
-def trial_rows(trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
+def trial_rows(trials: Iterable[FrozenTrial]) -> list[TrialRow]:
+    """Convert trials to the rows of a report.
+
+    Args:
+        trials: Trials in Optuna's form.
+    """
     return [
         {
             "number": number,
             "state": NAMES[t.state],
             "objective": t.value if t.state == TrialState.COMPLETE else None,
             "rungs": [value for _, value in sorted(t.intermediate_values.items())],
-            **{key: t.user_attrs[key] for key in ("score", "predicted", "seconds", "error", "cost")},
+            "score": t.user_attrs["score"],
+            "predicted": t.user_attrs["predicted"],
+            "seconds": t.user_attrs["seconds"],
+            "error": t.user_attrs["error"],
+            "cost": t.user_attrs["cost"],
         }
         for number, t in enumerate(trials)
     ]

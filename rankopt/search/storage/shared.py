@@ -1,8 +1,8 @@
-"""A study that several processes and machines share: any SQLAlchemy URL that Optuna takes.
+"""A study that several processes and machines share, in any storage that Optuna opens by an SQLAlchemy URL.
 
-A plan is claimed before it is evaluated: a running trial is added, and the claim holds unless another of a lower
-number has the same plan (the storage gives numbers one at a time). A claim is renewed by a heartbeat, and void when
-its process is gone.
+A plan is claimed before it is evaluated: a running trial is added. The claim holds unless a trial of a lower number has
+the same plan; the storage assigns numbers one at a time. A claim is renewed by a heartbeat, and void when its process
+is gone.
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ from rankopt.core.records import Proposal, Trial
 from rankopt.core.run_folder import process_alive
 from rankopt.search.storage.local import FILE, STUDY, Store, create_study, storage_errors, valid_trials
 
-BEAT, GRACE = 20, 90  # seconds between heartbeats, and without one until a claim of another machine is void
+BEAT = 20  # seconds between heartbeats
 
 
-PATIENCE = 300  # seconds that a storage may be away
+GRACE = 90  # seconds without a heartbeat after which a claim of another machine is void
+
+
+PATIENCE = 300  # seconds to wait for a storage that does not answer
 
 
 T = TypeVar("T")
@@ -46,27 +49,43 @@ log = logging.getLogger(__name__)
 
 
 class SharedStore(Store):
-    """As Store. What a search must agree on makes the study's name: equal searches join, others never meet."""
+    """Like `Store`, for several processes.
 
-    def __init__(self, url: str, folder: Path, problem: Problem, about: dict[str, Any], resume: bool) -> None:
+    The study's name is made of the settings that searches must agree on: equal searches share a study, others do not
+    meet.
+    """
+
+    def __init__(self, url: str, folder: Path, problem: Problem, required: dict[str, Any], resume: bool) -> None:
+        """Open the study, or create it.
+
+        Args:
+            url: SQLAlchemy URL of the storage.
+            folder: The run folder, to which `export` writes.
+            problem: The problem that is searched.
+            required: Settings that processes sharing the study agree on.
+            resume: Not used: a study that exists is always joined.
+
+        Raises:
+            StudyError: If the storage cannot be used.
+        """
         try:
             self.url = make_url(url)
         except ArgumentError as error:
             raise StudyError(
                 f"storage {url!r} is no SQLAlchemy URL: give one as postgresql+psycopg://user@host/db"
             ) from error
-        self.claims: dict[Proposal, int] = {}  # of this process -> trial id
+        self.claims: dict[Proposal, int] = {}  # claims of this process -> trial id
         self.owner = f"{socket.gethostname()}:{os.getpid()}"
-        self.known: set[Proposal] = set()  # told by this process, or to it
+        self.known: set[Proposal] = set()  # plans whose trials this process has added or read
         self.heart: threading.Thread | None = None
         self.folder = folder
-        super().__init__(folder, problem, about, resume)
+        super().__init__(folder, problem, required, resume)
 
     @property
     def place(self) -> str:
         return self.url.render_as_string(hide_password=True)
 
-    def _open(self, about: dict[str, Any], resume: bool) -> optuna.Study:
+    def _open(self, required: dict[str, Any], resume: bool) -> optuna.Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -80,15 +99,22 @@ class SharedStore(Store):
                 raise StudyError(
                     f"the driver of {self.url.drivername} is not installed ({error}): pip install it"
                 ) from error
-        name = f"{STUDY}-{about['strategy']}-{about['seed']}-{digest(about)[:12]}"
+        name = f"{STUDY}-{required['strategy']}-{required['seed']}-{digest(required)[:12]}"
         study = optuna.create_study(storage=self.storage, study_name=name, direction="minimize", load_if_exists=True)
-        for key, value in about.items():
+        for key, value in required.items():
             study.set_user_attr(key, value)
         return study
 
     def claim(self, proposal: Proposal, limit: int) -> bool:
-        """Whether this process is to evaluate a plan: nobody has, nobody of a lower number is about to, and the plans
-        told and claimed before it leave room for one more.
+        """Claim a plan for evaluation by this process.
+
+        Args:
+            proposal: The plan.
+            limit: Distinct plans to evaluate in total.
+
+        Returns:
+            Whether the claim holds: no process has evaluated the plan or claimed it earlier, and fewer plans than the
+            limit were evaluated or claimed before.
         """
         params = dict(zip(self.space, proposal, strict=True))
         claim = create_trial(
@@ -109,43 +135,51 @@ class SharedStore(Store):
         return True
 
     def claimed(self) -> set[Proposal]:
-        """The plans that other processes evaluate now."""
+        """The plans that other processes are evaluating."""
         running = (t for t in self._standing() if t.state == TrialState.RUNNING)
         return {self._proposal(t) for t in running if t._trial_id not in self.claims.values()}
 
-    def add(self, trial: Trial, asked: int) -> None:
-        """Write a trial; its claim has served."""
-        frozen = self.frozen(trial, asked)
+    def add(self, trial: Trial, n_asked: int) -> None:
+        """Write a trial, and remove the claim on its plan.
+
+        Args:
+            trial: The trial.
+            n_asked: Number of proposals to count as made when the study is resumed.
+
+        Raises:
+            StudyError: If the storage does not answer.
+        """
+        frozen = self.frozen(trial, n_asked)
         self._patiently(lambda: self.study.add_trial(frozen))
         self.known.add(trial.proposal)
         if (claim := self.claims.pop(trial.proposal, None)) is not None:
             self._void(claim)
 
     def trials(self) -> tuple[list[Trial], int]:
-        found, asked = super().trials()
-        self.known = {t.proposal for t in found}
-        return found, asked
+        trials, n_asked = super().trials()
+        self.known = {t.proposal for t in trials}
+        return trials, n_asked
 
-    def news(self) -> list[Trial]:
-        """What other processes told since the last look."""
+    def new_trials(self) -> list[Trial]:
+        """The trials that other processes added since the last look."""
         fresh = [t for t in super().trials()[0] if t.proposal not in self.known]
         self.known.update(t.proposal for t in fresh)
         return fresh
 
     def export(self) -> None:
-        """Write the trials to the folder's study.db, for its report."""
+        """Write the trials to the folder's study.db, for reports."""
         with storage_errors(self.place):
-            found, attributes = list(valid_trials(self.study)), self.study.user_attrs
+            trials, attributes = list(valid_trials(self.study)), self.study.user_attrs
 
         def write(part: Path) -> None:
             url = f"sqlite:///{part}"
             create_study(url, STUDY, attributes)
-            optuna.load_study(study_name=STUDY, storage=url).add_trials(found)
+            optuna.load_study(study_name=STUDY, storage=url).add_trials(trials)
 
         write_beside(self.folder / FILE, write)
 
     def _standing(self) -> list[FrozenTrial]:
-        """Trials that were told, and claims whose processes live; others are made void."""
+        """The trials that ended, and the claims of living processes. Other claims are made void."""
         trials = self._patiently(lambda: self.study.get_trials(deepcopy=False))
         since = self._patiently(lambda: self.study.user_attrs.get("since", 0))
         standing = [t for t in trials if t.number >= since and "void" not in t.user_attrs]
@@ -170,7 +204,7 @@ class SharedStore(Store):
         self._patiently(write)
 
     def _patiently(self, action: Callable[[], T]) -> T:
-        """Repeat what fails while the storage is away. Raises StudyError after PATIENCE."""
+        """Repeat an action while the storage does not answer. Raises StudyError after PATIENCE seconds."""
         end = time.monotonic() + PATIENCE
         while True:
             try:

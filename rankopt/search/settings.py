@@ -1,0 +1,61 @@
+"""The settings of a search, in one record for the command line, Python and TOML files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+from rankopt.search.fidelity import FULL_FIDELITY, FidelitySchedule
+from rankopt.strategies.registry import read_options
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How to search, whatever the model and its budget.
+
+    Attributes:
+        strategy: Name of the strategy.
+        trials: Distinct plans to evaluate in total, those of a resumed search included. None: 30, or 1 for a strategy
+            that proposes a single plan.
+        seed: The same seed gives the same plans.
+        options: The strategy's own options.
+        refine: Whether to refit the chosen plan's layers one after the other against the dense model's outputs, and
+            then to recalibrate its batch norms. Each step is kept only if it lowers the objective.
+        fidelities: The fidelities that trials are evaluated at.
+        storage: SQLAlchemy URL of a study that several processes share. None: study.db in the run folder.
+        resume: Whether to continue the study that the storage holds.
+    """
+
+    strategy: str = "knapsack"
+    trials: int | None = None
+    seed: int = 0
+    _: KW_ONLY
+    options: Mapping[str, Any] = field(default_factory=dict)
+    refine: bool = False
+    fidelities: FidelitySchedule = FULL_FIDELITY
+    storage: str | None = None
+    resume: bool = False
+
+    @classmethod
+    def parse(
+        cls,
+        strategy: str = "knapsack",
+        options: Mapping[str, Any] | None = None,
+        fidelities: str | None = None,
+        **others: Any,
+    ) -> SearchSettings:
+        """Build settings from options and fidelities as a user writes them.
+
+        Args:
+            strategy: Name of the strategy.
+            options: The strategy's own options, as values or as text.
+            fidelities: A schedule as `FidelitySchedule.parse` reads it; None for full fidelity.
+            others: The remaining fields, as they are.
+
+        Raises:
+            RankoptError: For an unknown strategy or option, or for fidelities that are not understood.
+        """
+        read = read_options(strategy, options or {})
+        schedule = FULL_FIDELITY if fidelities is None else FidelitySchedule.parse(fidelities)
+        return cls(strategy, options=read, fidelities=schedule, **others)

@@ -1,0 +1,159 @@
+"""Ranks, fits and their gradients on every layer geometry, against independent references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorly
+import torch
+from scipy.optimize import check_grad
+from torch import nn
+
+from rankopt.core.records import Layer
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.variable_projection import SEARCH_RIDGE, OutputSolved, OutputSolver, full_target
+from tests.helpers.layers import MODULES, ONE_EACH, PAIRS, build, make
+
+
+@pytest.mark.parametrize(("family", "name"), PAIRS)
+def test_ranks_are_the_largest_within_a_fraction(family, name):
+    case, decomposition = make(name), DECOMPOSITIONS[family]
+    for rank in decomposition.ranks(case.layer, [0.5]):
+        least = decomposition.weights(case.layer, decomposition.valid(case.layer, tuple(1 for _ in rank)))
+        assert decomposition.weights(case.layer, rank) <= max(0.5 * case.layer.weights, least)
+        if len(rank) == 1 and decomposition.weights(case.layer, rank) > least:
+            assert decomposition.weights(case.layer, (rank[0] + 1,)) > 0.5 * case.layer.weights
+
+
+@pytest.mark.parametrize(("family", "name"), ONE_EACH)
+def test_more_rank_and_more_steps_lower_the_error(family, name):
+    case, decomposition = make(name), DECOMPOSITIONS[family]
+    ranks = decomposition.ranks(case.layer, [0.2, 0.5, 0.8])
+    errors = {r: build(family, case, r)[1].error for r in ranks}
+    single = [errors[r] for r in ranks] if len(ranks[0]) == 1 else [errors[ranks[0]], errors[ranks[-1]]]
+    assert single == sorted(single, reverse=True)
+    assert single[-1] < 0.7 * single[0]
+    long = build(family, case, ranks[0], steps=100)[1].error
+    assert long <= build(family, case, ranks[0], steps=0)[1].error + 1e-9
+
+
+@pytest.mark.parametrize(("family", "name"), ONE_EACH)
+def test_a_calibrated_fit_beats_a_plain_one_where_it_counts(family, name):
+    case = make(name)
+    target = full_target(case.layer, case.module.weight, case.moment, case.metric)
+    rank = DECOMPOSITIONS[family].ranks(case.layer, [0.5])[0]
+    plain, _ = build(family, case, rank, calibrated=False, steps=60)
+    _, fitted = build(family, case, rank, steps=60)
+    assert fitted.error < target.error(plain.weight.detach().reshape(target.weight.shape))
+
+
+@pytest.mark.parametrize(("family", "name"), ONE_EACH)
+def test_half_precision_and_zero_and_dead_inputs(family, name):
+    for dtype in (torch.bfloat16, torch.float16):
+        case = make(name)
+        case.module = case.module.to(dtype)
+        module, fit = build(family, case, DECOMPOSITIONS[family].ranks(case.layer, [0.5])[0])
+        assert fit.error < 1 and all(p.dtype == dtype for p in module.parameters())
+    zero = make(name)
+    nn.init.zeros_(zero.module.weight)
+    assert build(family, zero, DECOMPOSITIONS[family].ranks(zero.layer, [0.5])[0])[1].error == 0
+    dead = make(name)
+    half = dead.layer.patch // 2
+    dead.moment[:, :half] = 0  # half of the input channels never fire
+    dead.moment[:, :, :half] = 0
+    _, fit = build(family, dead, DECOMPOSITIONS[family].ranks(dead.layer, [0.5])[0])
+    assert np.isfinite(fit.error) and all(torch.isfinite(f).all() for f in fit.factors)
+
+
+@pytest.mark.parametrize("family", [f for f in DECOMPOSITIONS if isinstance(DECOMPOSITIONS[f], OutputSolved)])
+@pytest.mark.parametrize("name", ["conv3x3", "linear", "grouped same reflect"])
+def test_gradient_of_the_projected_loss(family, name):
+    """Against finite differences, through the elimination of the output factor."""
+    case, decomposition = make(name), DECOMPOSITIONS[family]
+    if decomposition.full_rank(case.layer) is None:
+        assert name == "linear"
+        return
+    rank = decomposition.ranks(case.layer, [0.4])[0]
+    target, _ = decomposition.target(case.layer, case.module.weight, case.moment, case.metric)
+    solver = OutputSolver(target, decomposition.output_rank(case.layer, rank), SEARCH_RIDGE)
+    theta = decomposition.start(case.layer, target, rank)
+    sizes = [p.numel() for p in theta]
+
+    def unpack(x):
+        flat = torch.as_tensor(x)
+        return flat, [p.view(t.shape) for p, t in zip(flat.split(sizes), theta, strict=True)]
+
+    def value(x):
+        return solver(decomposition.rows(case.layer, unpack(x)[1]))[0]
+
+    def gradient(x):
+        flat = torch.as_tensor(x).requires_grad_()
+        rows = decomposition.rows(case.layer, unpack(flat)[1])
+        return torch.autograd.grad(rows, flat, solver(rows.detach())[2])[0].numpy()
+
+    x = torch.cat([p.reshape(-1) for p in theta]).numpy()
+    x = x + 0.1 * np.random.default_rng(0).standard_normal(len(x))
+    assert check_grad(value, gradient, x) < 1e-4 * np.linalg.norm(gradient(x)) + 1e-6
+
+
+def plain_error(weight, approximation):
+    return float((weight - approximation).square().sum() / weight.square().sum())
+
+
+def test_no_worse_than_tensorly_at_the_same_rank():
+    """In the weight metric, where tensorly fits too."""
+    case = make("conv3x3")
+    weight = case.module.weight.detach()
+    with tensorly.backend_context("pytorch"):
+        cp = tensorly.decomposition.parafac(weight, 14, init="svd", n_iter_max=300, random_state=0)
+        core, factors = tensorly.decomposition.partial_tucker(weight, [6, 5], modes=[0, 1])[0]
+        references = {
+            ("cp", (14,)): tensorly.cp_to_tensor(cp),
+            ("tucker2", (5, 6)): tensorly.tenalg.multi_mode_dot(core, factors, modes=[0, 1]),
+            ("tt", (5, 8, 6)): tensorly.tt_to_tensor(
+                tensorly.decomposition.tensor_train(weight.permute(1, 2, 3, 0), [1, 5, 8, 6, 1])
+            ).permute(3, 0, 1, 2),
+        }
+    for (family, rank), reference in references.items():
+        ours = build(family, case, rank, calibrated=False, steps=400)[1].error
+        assert ours <= plain_error(weight, reference) * 1.02, family
+
+
+def test_svd_out_is_optimal_in_the_output_metric():
+    """Against the closed form by whitening: truncated SVD of H^½ W S^½."""
+    case = make("conv3x3")
+    target = full_target(case.layer, case.module.weight, case.moment, case.metric)
+
+    def root(m):
+        values, vectors = torch.linalg.eigh(m)
+        return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
+
+    s = torch.linalg.svdvals(root(target.metric) @ target.weight @ root(target.moment))[0]
+    for rank in (1, 3, 7):
+        best = float(s[rank:].square().sum() / s.square().sum())
+        assert build("svd_out", case, (rank,))[1].error == pytest.approx(best, rel=1e-6)
+
+
+def test_factors_are_balanced():
+    case = make("conv3x3")
+    for family in ("svd_out", "svd_in", "svd_spatial"):
+        first, second = build(family, case, DECOMPOSITIONS[family].ranks(case.layer, [0.5])[0])[1].factors
+        assert first.norm() == pytest.approx(second.norm().item(), rel=1e-6)
+    for family in ("cp", "cp_merged"):
+        factors = build(family, case, (9,))[1].factors
+        norms = [f.reshape(f.shape[0], -1).norm(dim=1) for f in factors[:-1]]
+        norms.append(factors[-1].reshape(-1, 9).norm(dim=0))
+        for other in norms[1:]:
+            torch.testing.assert_close(norms[0], other)
+
+
+def test_degenerate_layers_offer_nothing_larger():
+    for shape in [(1, 1, 3, 3), (1, 64, 1, 1), (64, 1, 1, 1), (2, 2)]:
+        layer = Layer("", "Linear" if len(shape) == 2 else "Conv2d", shape)
+        for family in DECOMPOSITIONS:
+            for rank in DECOMPOSITIONS[family].ranks(layer, [0.1, 0.5, 1.0]):
+                assert DECOMPOSITIONS[family].weights(layer, rank) < layer.weights
+
+
+def test_every_geometry_is_covered_by_a_family():
+    assert {name for _, name in PAIRS} == set(MODULES)

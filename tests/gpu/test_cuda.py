@@ -1,0 +1,109 @@
+"""On a GPU: pytest -m gpu. Deselected by default, because elsewhere it could only skip."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import rankopt
+from rankopt.candidates.calibration import moments, output_metrics
+from rankopt.candidates.prepare import prepare
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.experiments.tasks import load_task
+from rankopt.model.inventory import inventory
+from rankopt.search.compress import run_search
+from rankopt.search.evaluator import Evaluator
+from rankopt.search.settings import SearchSettings
+from tests.helpers.layers import ONE_EACH
+from tests.helpers.spaces import QUICK
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu():
+    task = load_task("digits")
+    task.model.cuda()
+    return task
+
+
+def test_statistics_agree_with_the_cpu():
+    for statistics in (moments, output_metrics):
+        sides = []
+        for device in ("cpu", "cuda"):
+            task = load_task("digits")
+            model = task.model.to(device)
+            layers = [x for x in inventory(model, task.example_input) if x.reason is None]
+            sides.append({k: v.cpu() for k, v in statistics(model, layers, list(task.calibration)).items()})
+        for name, value in sides[0].items():
+            assert ((value - sides[1][name]).norm() / value.norm()).item() < 1e-3, name
+
+
+@pytest.mark.parametrize(("family", "kind"), ONE_EACH)
+def test_fits_on_the_gpu_agree_with_the_cpu(family, kind):
+    torch.manual_seed(0)
+    module, shape = (nn.Linear(32, 24), (64, 32)) if kind == "linear" else (nn.Conv2d(16, 24, 3), (32, 16, 9, 9))
+    x = torch.randn(shape)
+    (layer,) = inventory(module, x)
+    moment = moments(module, [layer], [x])[""]
+    rank = DECOMPOSITIONS[family].ranks(layer, [0.5])[0]
+    errors = []
+    for device in ("cpu", "cuda"):
+        weight = module.weight.to(device)
+        (fit,) = DECOMPOSITIONS[family].fit(layer, weight, [rank], moment.to(device), None, 100)
+        errors.append(fit.error)
+        assert all(f.device.type == device for f in fit.factors)
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+def test_the_whole_job_stays_on_the_device(tmp_path):
+    task = on_gpu()
+    prepared = prepare(task, QUICK, tmp_path / "cache")
+    result = run_search(prepared, prepared.problem({"params": 0.3}), SearchSettings("optuna", 5), None)
+    assert all(p.is_cuda for p in result.model.parameters())
+    assert result.info["score"]["compressed"]["test"] > 0.95
+    result.save(tmp_path / "run")
+    loaded = rankopt.load(on_gpu().model, tmp_path / "run")
+    x = task.example_input.cuda()
+    torch.testing.assert_close(loaded(x), result.model(x))
+
+
+def test_half_precision_models(tmp_path):
+    task = load_task("digits")
+    x = [b.cuda().bfloat16() for b in task.calibration]
+    result = rankopt.compress(task.model.cuda().bfloat16(), x, {"params": 0.4}, space=QUICK, cache=tmp_path)
+    assert all(p.dtype == torch.bfloat16 and p.is_cuda for p in result.model.parameters())
+
+
+def test_a_ray_workers_move_to_the_gpu(tmp_path):
+    """What a worker with a GPU does with the evaluator it was sent."""
+    prepared = prepare(load_task("digits"), QUICK, tmp_path)
+    problem = prepared.problem({"params": 0.3})
+    evaluate = Evaluator.of(prepared, problem)
+    proposal = rankopt.strategies.make_strategy("knapsack", problem).ask()
+    before = evaluate(proposal)
+    evaluate.model.to("cuda")
+    assert evaluate(proposal) == pytest.approx(before, rel=1e-2)
+
+
+@pytest.mark.parametrize("channels", [64, 128, 256, 512])
+def test_print_where_the_gpu_pays(channels):
+    """Seconds of ten steps of one fit; candidates.GPU_PATCH stands on this table (pytest -m gpu -s)."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, channels, 3)
+    (layer,) = inventory(conv, torch.zeros(1, channels, 5, 5))
+    root = torch.randn(layer.patch, layer.patch, dtype=torch.float64)
+    moment = (root @ root.T / layer.patch)[None]
+    rank = DECOMPOSITIONS["cp_merged"].ranks(layer, [0.4])[0]
+    line = f"patch {layer.patch}"
+    for device in ("cpu", "cuda"):
+        weight, s = conv.weight.to(device), moment.to(device)
+        for steps in (1, 20):
+            start = time.perf_counter()
+            (fit,) = DECOMPOSITIONS["cp_merged"].fit(layer, weight, [rank], s, None, steps)
+            torch.cuda.synchronize()
+            line += f"  {device} {steps} steps {time.perf_counter() - start:.2f} s"
+        assert 0 < fit.error < 1
+    print(line)

@@ -1,0 +1,6 @@
+"""What several test files share."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent
+ROOT = TESTS.parent

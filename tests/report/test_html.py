@@ -1,0 +1,216 @@
+"""The HTML report of a real run, as a parser and as a browser see it."""
+
+from __future__ import annotations
+
+import copy
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankopt.candidates.prepare import Prepared
+from rankopt.core.errors import StudyError
+from rankopt.core.records import METRICS
+from rankopt.core.run_folder import read_result
+from rankopt.report.html import render, write_report
+from rankopt.search.compress import run_search
+from rankopt.search.settings import SearchSettings
+from rankopt.search.storage.local import read_trials
+from rankopt.search.summary import summary
+from tests.helpers.browser import PHONE, Page, measure
+
+EVIL = "<script>alert('x')</script><img src=http://example.com/x.png>$\\frac{"
+HEADINGS = ("Before and after", "Budget", "The search", "The layers", "Rebuilding the model", "Where the time went")
+
+
+@pytest.fixture(scope="module")
+def run(digits: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of three evaluated plans."""
+    folder = tmp_path_factory.mktemp("runs") / "digits-random"
+    folder.mkdir()
+    run_search(digits, digits.problem({"params": 0.4}), SearchSettings("random", trials=3), folder)
+    return folder
+
+
+@pytest.fixture
+def info(run: Path) -> dict[str, Any]:
+    return read_result(run)
+
+
+@pytest.fixture
+def trials(run: Path) -> list[dict[str, Any]]:
+    return read_trials(run)
+
+
+def big(info: dict[str, Any], n: int = 64) -> dict[str, Any]:
+    """The result as if of a model of many layers with long names, whose sizes lie far apart."""
+    info = copy.deepcopy(info)
+    methods = ["dense", "svd_out", "cp_merged", "tt", "a_new_family"]
+    info["layers"] = [
+        {
+            **info["layers"][i % len(info["layers"])],
+            "name": f"features.denseblock{i // 16}.denselayer{i % 16}.convolution{i}",
+            "method": methods[i % 5],
+            "rank": [64] * (i % 5 and 3),
+            "dense_params": 10 ** (i % 7) * 10,
+            "params": 10 ** (i % 7) * (10 if i % 5 == 0 else 4),
+        }
+        for i in range(n)
+    ]
+    info["task"] = "/somewhere/" + "a_long_folder_name/" * 6 + "task.py:function"
+    return info
+
+
+# --- the page ----------------------------------------------------------------------------------------
+
+
+def test_it_is_one_file_that_loads_nothing(run: Path) -> None:
+    path = write_report(run)
+    source = path.read_text(encoding="utf-8")
+    page = Page(source)
+    assert path == run / "report.html"
+    assert "script" not in page.tags and "http://" not in source and "https://" not in source
+    assert all(x.startswith(("#", "data:")) for x in page.loads)
+    assert "default-src 'none'" in source
+    assert len(page.ids) == len(set(page.ids)), "pictures share ids"
+    used = set(re.findall(r"url\(#([^)]+)\)", source)) | {x[1:] for x in page.loads if x.startswith("#")}
+    assert used <= set(page.ids)
+    assert not list(run.glob(".*.part"))
+
+
+def test_it_answers_a_readers_questions(run: Path, info: dict[str, Any]) -> None:
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    share = info["cost"]["compressed"]["params"] / info["cost"]["dense"]["params"]
+    assert f"{100 * share:.1f} % of the parameters" in text
+    assert "budget met" in text
+    assert f"test score {100 * info['score']['compressed']['test']:.2f} %" in text
+    positions = [text.index(heading) for heading in HEADINGS]
+    assert positions == sorted(positions)
+    for metric in METRICS:
+        assert f"{info['cost']['compressed'][metric]:,}" in text
+    for layer in info["layers"]:
+        assert layer["name"] in text and layer["reason"] in text
+    assert f"rankopt apply {run} --task digits --check" in text
+    assert f"rankopt.load(model, '{run}')" in text
+    assert "3 plans were evaluated, 0 failed" in text
+
+
+def test_the_slower_note_is_there_if_the_smaller_model_is_slower(info: dict[str, Any]) -> None:
+    for ratio, slower in ((0.5, False), (1.0, False), (2.5, True)):
+        info["milliseconds"]["compressed"] = ratio * info["milliseconds"]["dense"]
+        source = render(info, [], "run")
+        assert ('id="slower"' in source) == slower
+        assert ("2.50 × slower" in source) == slower
+    assert "The budget was on parameters, not on time" in " ".join(source.split())
+
+
+def test_text_of_others_is_escaped(info: dict[str, Any], trials: list[dict[str, Any]]) -> None:
+    plain = Page(render(info, trials, "run"))
+    info["task"] = EVIL
+    info["layers"][0] |= {"name": EVIL, "reason": EVIL, "kind": EVIL}
+    info["layers"][1]["method"] = EVIL
+    info["layers"][2]["name"] = "\ud800 層"  # half a character, and a script without a font
+    trials[2] |= {"state": "failed", "objective": None, "score": None, "error": EVIL}
+    page = Page(render(info, trials, EVIL))
+    assert page.tags - plain.tags <= {"wbr"}
+    assert all(x.startswith(("#", "data:")) for x in page.loads)
+    assert page.text.count(EVIL) >= 5
+    assert "Failed trials" in page.text and "Failed trials" not in plain.text
+
+
+def test_it_draws_a_picture_for_each_result(info: dict[str, Any], trials: list[dict[str, Any]]) -> None:
+    def figures(source: str) -> int:
+        return source.count("<svg")
+
+    assert figures(render(info, trials, "run")) == 4
+    assert figures(render(info, trials[:1], "run")) == 2
+    assert figures(render(info, [], "run")) == 2  # a result that was saved without a study
+    failed = [trials[0], *({**t, "state": "failed", "objective": None, "score": None} for t in trials[1:])]
+    assert figures(render(info, failed, "run")) == 2
+
+
+def test_it_says_how_far_its_numbers_can_be_trusted(info: dict[str, Any], trials: list[dict[str, Any]]) -> None:
+    low, high = info["intervals"]["compressed"]["test"]
+    assert low < info["score"]["compressed"]["test"] < high
+    for text in (Page(render(info, trials, "run")).text, " ".join(summary(info).split())):
+        assert f"({100 * low:.1f}–{100 * high:.1f})" in text
+        assert "redicted losses and measured objectives: too few trials to tell (3 plans)" in text
+        assert f"other plans score within the noise of {info['examples']['validation']} examples" in text
+    poor = {"n": 30, "spearman": 0.12, "low": -0.25, "high": 0.46, "verdict": "poor"}
+    info["proxy"]["predicted_objective"] = poor
+    source = render(info, trials, "run")
+    assert "Spearman 0.12 (95 % interval -0.25 to 0.46, 30 plans), poor" in Page(source).text
+    assert source.count('<aside class="note"><strong>Rank correlation of predicted') == 1
+    assert "WARNING rank correlation of predicted" in summary(info)
+    for key in ("intervals", "examples", "proxy", "tie"):  # a run of an earlier version
+        del info[key]
+    assert "rank correlation" not in Page(render(info, trials, "run")).text + summary(info)
+
+
+@pytest.mark.parametrize("scores", ["none", "compressed only", "bad ones", "negative objectives"])
+def test_any_scores_and_objectives_will_do(info: dict[str, Any], trials: list[dict[str, Any]], scores: str) -> None:
+    if scores != "bad ones":
+        info["score"]["dense"] = {"validation": None, "test": None}
+    if scores == "none":
+        info["score"]["compressed"] = info["score"]["dense"]
+        trials = [{**t, "score": None} for t in trials]
+    if scores == "bad ones":
+        trials = [{**t, "score": s} for t, s in zip(trials, (0.1, float("nan"), 0.99), strict=True)]
+    if scores == "negative objectives":
+        trials = [{**t, "objective": -t["objective"], "predicted": None} for t in trials]
+    text = Page(render(info, trials, "run")).text
+    assert ("The task gives no score" in text) == (scores == "none")
+    assert ("1 trial below" in text) == (scores == "bad ones")
+
+
+def test_every_budget_is_shown_as_it_was_asked_for(info: dict[str, Any]) -> None:
+    dense, small = info["cost"]["dense"], info["cost"]["compressed"]
+    requested = {"params": 0.4, "macs": float(dense["macs"]), "bytes": 1.0}
+    info["budget"] = {
+        m: {"requested": r, "target": dense[m], "achieved": small[m], "dense": dense[m]} for m, r in requested.items()
+    }
+    text = Page(render(info, [], "run")).text
+    assert f"requested 40.0 % of dense {dense['macs']:,} 100.0 % of dense" in text
+
+
+def test_a_folder_without_a_result_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"there is no .*result\.json"):
+        write_report(tmp_path)
+
+
+# --- in a browser ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [5, 64])
+@pytest.mark.parametrize("width", [PHONE, 1280])
+def test_no_page_is_wider_than_the_screen(
+    info: dict[str, Any], trials: list[dict[str, Any]], chromium: Any, tmp_path: Path, layers: int, width: int
+) -> None:
+    info = info if layers == 5 else big(info, layers)
+    trials[1] |= {"state": "failed", "objective": None, "error": "RuntimeError: " + "x" * 300}
+    page = measure(render(info, trials, "runs/" + "long" * 40), width, tmp_path)
+    dom = chromium(page, "--dump-dom", "--window-size=1400,900", "--virtual-time-budget=10000")
+    title = re.search(r"<title>(.*?)</title>", dom, re.S)
+    assert title and title[1], "the page did not load"
+    seen = json.loads(html.unescape(title[1]))
+    assert seen["inner"] == width and seen["scroll"] <= width
+    assert not seen["out"]
+    assert seen["rows"] == layers
+    assert seen["smallest"] >= 9, "a picture's text is too small to read"
+
+
+def test_a_browser_shows_headings_rows_and_pictures(
+    run: Path, chromium: Any, tmp_path: Path, info: dict[str, Any]
+) -> None:
+    report = write_report(run)
+    page = Page(chromium(report, "--dump-dom"))
+    assert all(heading in page.text for heading in HEADINGS)
+    assert all(layer["name"] in page.text for layer in info["layers"])
+    assert {"svg", "table", "figure"} <= page.tags
+    picture = tmp_path / "page.png"
+    chromium(report, f"--screenshot={picture}", f"--window-size={PHONE},2000")
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 20_000

@@ -1,0 +1,260 @@
+"""Optuna's samplers over corrections and positions: names, the budget surface, learning, a strategy's contract."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+import optuna
+import pytest
+
+from rankopt.candidates.pareto import frontier
+from rankopt.core.budget import Limit
+from rankopt.core.errors import RankoptError
+from rankopt.core.problem import Problem
+from rankopt.core.records import Trial
+from rankopt.search.loop import Study, front, search
+from rankopt.search.storage.local import Store
+from rankopt.strategies.allocation import allocate, fill
+from rankopt.strategies.optuna import sampler_class
+from rankopt.strategies.registry import make_strategy
+from tests.helpers.problems import synthetic
+
+SAMPLERS = ["tpe", "gp", "cmaes", "random", "qmc", "nsgaii", "nsgaiii"]
+VARIANTS = [*[{"sampler": s} for s in SAMPLERS], {"parametrisation": "positions", "sampler": "tpe"}]
+
+
+def names(options):
+    return ",".join(options.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("tpe", "TPESampler"),
+        ("GP", "GPSampler"),
+        ("GPSampler", "GPSampler"),
+        ("cma-es", "CmaEsSampler"),
+        ("cmaes", "CmaEsSampler"),
+        ("qmc", "QMCSampler"),
+        ("nsga_iii", "NSGAIIISampler"),
+        ("random", "RandomSampler"),
+    ],
+)
+def test_samplers_by_name(name, full):
+    assert sampler_class(name) is getattr(optuna.samplers, full)
+
+
+def test_every_sampler_of_optuna_is_offered_or_cannot_be_asked():
+    """Grid, brute force and partly fixed samplers need a finite space or values given beforehand."""
+    offered = {sampler_class(s).__name__ for s in SAMPLERS}
+    rest = {"BaseSampler", "BaseGASampler", "BruteForceSampler", "GridSampler", "PartialFixedSampler"}
+    assert offered | rest == {x for x in optuna.samplers.__all__ if x != "nsgaii"}
+
+
+def test_wrong_options_say_what_is_valid(monkeypatch):
+    problem, _ = synthetic()
+    for options, message in (
+        ({"sampler": "grid"}, "unknown sampler 'grid': choose from cmaes, gp, nsgaii, nsgaiii, qmc, random, tpe"),
+        ({"parametrisation": "ranks"}, "unknown parametrisation 'ranks': choose from corrections, positions"),
+        ({"blocks": "0"}, "blocks is 0: give 1 or more"),
+        ({"width": "-1"}, r"width is -1\.0: give more than 0"),
+    ):
+        with pytest.raises(RankoptError, match=message):
+            make_strategy("optuna", problem, 0, options)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RankoptError, match="sampler 'cmaes' needs cmaes: pip install cmaes"):
+        make_strategy("optuna", problem, 0, {"sampler": "cmaes"})
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=names)
+def test_first_knapsack_then_distinct_plans_on_the_budget_surface(options):
+    problem, truth = synthetic(0.3, n=6)
+    strategy = make_strategy("optuna", problem, 1, options)
+    assert strategy.ask() == allocate(problem).proposal
+    strategy = make_strategy("optuna", problem, 1, options)
+    trials = search(Study(problem, strategy, 6), truth)
+    assert strategy.n_asked == 6, "no ask is wasted on a plan that was evaluated"
+    for trial in trials:
+        assert problem.fits(trial.proposal) and fill(problem, trial.proposal) == trial.proposal
+
+
+def test_many_layers_share_corrections_with_their_neighbours():
+    problem, _ = synthetic(0.3)
+    shared = make_strategy("optuna", problem, 0, {"blocks": 5}).points
+    assert shared.size == 5 and [len(b) for b in shared.blocks] == [3, 3, 2, 2, 2]
+    assert np.concatenate(shared.blocks).tolist() == list(range(12))
+    single = make_strategy("optuna", problem, 0, {"blocks": 12}).points
+    x = [0.5, -0.5, 0.2, 0.0, 0.9]
+    assert shared.plan(x) == single.plan(np.repeat(x, [3, 3, 2, 2, 2]))
+
+
+def test_corrections_are_exact_allocations_of_multiplied_losses():
+    """Multipliers that turn the predicted losses into the true ones give the true optimum."""
+    problem, truth = synthetic(0.3)
+    points = make_strategy("optuna", problem, 0, {"width": 3.0}).points
+    unit = [problem.frontiers[i][0].loss for i in range(12)]
+    cheapest = [0] * 12
+    weights = []
+    for i in range(12):  # the truth is additive: a layer's weight shows when it alone changes
+        step = [*cheapest[:i], 1, *cheapest[i + 1 :]]
+        weights.append((truth(cheapest)[0] - truth(step)[0]) / (unit[i] - problem.frontiers[i][1].loss))
+    found = truth(points.plan(np.log(weights)))[0]
+    true = [[w * c.loss for c in f] for w, f in zip(weights, problem.frontiers, strict=True)]
+    assert found == pytest.approx(allocate(problem, true).loss)
+
+
+def objectives(name, trials, **options):
+    problem, truth = synthetic(0.3)
+    return [t.objective for t in search(Study(problem, make_strategy(name, problem, 0, options), trials), truth)]
+
+
+@pytest.fixture(scope="module")
+def random_best():
+    return min(objectives("random", 24))
+
+
+@pytest.mark.parametrize(("sampler", "trials"), [("tpe", 24), ("gp", 16), ("cmaes", 36)])
+def test_learns(sampler, trials, random_best):
+    """Better than random plans, than its own start, and later better than earlier."""
+    found = objectives("optuna", trials, sampler=sampler)
+    assert min(found) < random_best and min(found) < found[0]
+    assert np.mean(found[-trials // 3 :]) < np.mean(found[1 : trials // 3])
+
+
+def test_the_default_beats_random_corrections():
+    assert min(objectives("optuna", 16)) < min(objectives("optuna", 24, sampler="random"))
+
+
+def plans(options, trials=5):
+    problem, truth = synthetic(0.3, n=6)
+    strategy = make_strategy("optuna", problem, 5, options)
+    return [list(t.proposal) for t in search(Study(problem, strategy, trials), truth)]
+
+
+def test_same_seed_same_plans_in_another_process():
+    code = "import json, sys; from tests.strategies.test_optuna import *; "
+    code += "json.dump([plans(v) for v in VARIANTS], sys.stdout)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(out.stdout) == [plans(v) for v in VARIANTS]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=names)
+def test_resumed_from_disk_as_if_never_stopped(options, tmp_path):
+    """With a failure on the way; the store keeps the points, so the sampler learns the same from it."""
+    problem, truth = synthetic(0.3, n=6)
+    broken = plans(options)[4]
+
+    def evaluate(plan):
+        if list(plan) == broken:
+            raise RuntimeError
+        return truth(plan)
+
+    def study(limit, store=None):
+        return Study(problem, make_strategy("optuna", problem, 5, options), limit, store)
+
+    whole = search(study(8), evaluate)
+    assert [t.state for t in whole].count("failed") == 1
+    search(study(6, Store(tmp_path, problem, {}, resume=False)), evaluate)
+    resumed = study(8, Store(tmp_path, problem, {}, resume=True))
+    resumed.resume()
+    assert len(resumed.trials) == 6
+    assert [t.proposal for t in search(resumed, evaluate)] == [t.proposal for t in whole]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=names)
+def test_parallel_asks_are_distinct_and_follow_from_the_events(options):
+    problem, truth = synthetic(0.3, n=6)
+
+    def events():
+        strategy, asked, number = make_strategy("optuna", problem, 2, options), [], 0
+        for told in ((), (2, 0), (1, 3)):  # which asks finish before the next three
+            for i in told:
+                failed = i == 3
+                objective = None if failed else truth(asked[i])[0]
+                state = "failed" if failed else "finished"
+                strategy.tell(Trial(number, asked[i], state, problem.cost(asked[i]), objective))
+                number += 1
+            asked += [strategy.ask() for _ in range(3)]
+        return asked
+
+    first = events()
+    assert len(set(first)) == 9 and all(problem.fits(p) for p in first)
+    assert events() == first
+
+
+def test_a_failure_counts_as_the_worst_so_far(monkeypatch):
+    """Seen in the Optuna study that an ask is made from."""
+    made, create = [], optuna.create_study
+    monkeypatch.setattr(optuna, "create_study", lambda **options: made.append(create(**options)) or made[-1])
+    problem, _ = synthetic(0.3)
+    strategy = make_strategy("optuna", problem)
+    told = [strategy.ask() for _ in range(3)]
+    for plan, objective in zip(told, (1.0, None, 3.0), strict=True):
+        state = "failed" if objective is None else "finished"
+        strategy.tell(Trial(0, plan, state, problem.cost(plan), objective))
+    while not made:  # the first asks are contenders, without a sampler
+        strategy.ask()
+    assert [t.value for t in made[-1].trials[:3]] == [1.0, 3.0, 3.0]
+
+
+def test_trials_of_another_strategy_are_not_repeated():
+    problem, truth = synthetic(0.3)
+    others = search(Study(problem, make_strategy("knapsack", problem), 1), truth)
+    strategy = make_strategy("optuna", problem)
+    strategy.restore(others, 0)
+    assert strategy.ask() not in {t.proposal for t in others}
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=names)
+def test_small_problems_run_dry(options):
+    """With three candidates in each of two layers, every sampler stops at the latest when all plans are used up."""
+    big, _ = synthetic(0.4, n=2)
+    frontiers = tuple(frontier(x, f[2:-1:5][:2], ["params"]) for x, f in zip(big.layers, big.frontiers, strict=True))
+    problem = type(big)(big.layers, frontiers, big.dense, big.limits)
+    plans = [p for p in product(*(range(len(f)) for f in frontiers)) if problem.fits(p)]
+    strategy = make_strategy("optuna", problem, 0, options)
+    trials = search(Study(problem, strategy, 30), lambda plan: (sum(plan), None))
+    assert 1 <= len(trials) <= len(plans) < 9 and strategy.ask() is None
+
+
+def two_metrics(seed=0):
+    """As `synthetic`, with MACs that follow parameters differently in every layer, and a budget for both."""
+    problem, truth = synthetic(0.4, 12, seed)
+    rng = np.random.default_rng(seed)
+    layers, frontiers = [], []
+    for layer, menu, maps in zip(problem.layers, problem.frontiers, rng.integers(1, 200, 12).tolist(), strict=True):
+        layers.append(dataclasses.replace(layer, cost=dataclasses.replace(layer.cost, macs=layer.cost.params * maps)))
+        costs = [dataclasses.replace(c.cost, macs=c.cost.params * maps) for c in menu]
+        frontiers.append(tuple(dataclasses.replace(c, cost=x) for c, x in zip(menu, costs, strict=True)))
+    dense = dataclasses.replace(problem.dense, macs=sum(x.cost.macs for x in layers))
+    limits = (*problem.limits, Limit("macs", 1.0, dense.macs))
+    return Problem(tuple(layers), tuple(frontiers), dense, limits), truth
+
+
+@pytest.mark.parametrize("sampler", [pytest.param("gp", marks=pytest.mark.slow), "tpe", "nsgaii", "nsgaiii"])
+def test_a_second_objective_gives_a_front(sampler):
+    problem, truth = two_metrics()
+    trials = search(
+        Study(problem, make_strategy("optuna", problem, 0, {"sampler": sampler, "also": "macs"}), 24), truth
+    )
+    found = front(trials, "macs")
+    assert trials[0].proposal == allocate(problem).proposal and all(problem.fits(t.proposal) for t in trials)
+    assert len(found) >= 4 and found[0].cost.macs < 0.8 * trials[0].cost.macs
+    assert [t.cost.macs for t in found] == sorted(t.cost.macs for t in found)
+    for trial in trials:
+        beaten = [o for o in found if o.objective <= trial.objective and o.cost.macs <= trial.cost.macs]
+        assert beaten, "every trial is on the front or behind it"
+
+
+def test_a_second_objective_wants_a_budget_and_a_sampler_for_it():
+    problem, _ = two_metrics()
+    with pytest.raises(RankoptError, match="--budget macs=100%"):
+        make_strategy("optuna", synthetic()[0], 0, {"also": "macs"})
+    with pytest.raises(RankoptError, match="takes one objective"):
+        make_strategy("optuna", problem, 0, {"also": "macs", "sampler": "cmaes"})
