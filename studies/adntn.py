@@ -76,7 +76,7 @@ def vgg16(divisor: int, in_channels: int) -> nn.Sequential:
 
 
 def largest_rank(family: str, layer: Layer, weights: float) -> Rank:
-    """The largest bond dimension whose cores have at most so many weights."""
+    """The largest bond dimension whose cores have no more weights than the limit."""
     chi = 1
     while DECOMPOSITIONS[family].weights(layer, (chi + 1,)) <= weights:
         chi += 1

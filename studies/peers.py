@@ -70,7 +70,7 @@ def replaced(model: nn.Module, fraction: float, settings: dict[str, Any]) -> nn.
 
 
 def within(model: nn.Module, most: int, settings: dict[str, Any]) -> nn.Module:
-    """At the largest fraction, to a hundredth of a percent, whose model has at most so many parameters."""
+    """At the largest fraction, to a hundredth of a percent, whose model stays within the number of parameters."""
     # TT-SVD cuts ranks, so what it costs is seen when it is done; the others take no time undecomposed.
     quick = {**settings, "decompose_weights": settings["factorization"] == "tt"}
     low, high = 0.0, 1.0

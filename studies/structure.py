@@ -10,60 +10,40 @@ it; modules on a circle share one. Prints a Markdown table; needs grimp, which i
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import grimp
+import numpy as np
+from scipy.sparse.csgraph import connected_components
 
-Arrows = Mapping[Hashable, set[Hashable]]
+Arrows = Mapping[str, set[str]]
 
 
-def circles(arrows: Arrows) -> list[set[Hashable]]:
-    """Groups of two or more that reach each other (Tarjan 1972)."""
-    order: dict[Hashable, int] = {}
-    lowest: dict[Hashable, int] = {}
-    stack: list[Hashable] = []
-    found: list[set[Hashable]] = []
-
-    def visit(node: Hashable) -> None:
-        order[node] = lowest[node] = len(order)
-        stack.append(node)
-        for other in sorted(arrows[node], key=str):
-            if other not in order:
-                visit(other)
-                lowest[node] = min(lowest[node], lowest[other])
-            elif other in stack:
-                lowest[node] = min(lowest[node], order[other])
-        if lowest[node] == order[node]:
-            group = set(stack[stack.index(node) :])
-            del stack[stack.index(node) :]
-            found.append(group)
-
-    for node in arrows:
-        if node not in order:
-            visit(node)
-    return [group for group in found if len(group) > 1]
+def circles(arrows: Arrows) -> list[set[str]]:
+    """Groups of two or more that reach each other: the strongly connected components."""
+    names = sorted(arrows)
+    matrix = np.array([[other in arrows[name] for other in names] for name in names])
+    _, labels = connected_components(matrix, connection="strong")
+    groups: dict[int, set[str]] = defaultdict(set)
+    for name, label in zip(names, labels, strict=True):
+        groups[label].add(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def levels(arrows: Arrows) -> int:
     """The longest chain of imports, a circle counting as one."""
-    groups = circles(arrows)
-    group_of: dict[Hashable, Hashable] = {node: min(group, key=str) for group in groups for node in group}
-    depth: dict[Hashable, int] = {}
-
-    def measure(node: Hashable) -> int:
-        members = [n for n in arrows if group_of.get(n, n) == node]
-        below = {group_of.get(o, o) for n in members for o in arrows[n]} - {node}
-        if node not in depth:
-            depth[node] = 1 + max((measure(o) for o in below), default=0)
-        return depth[node]
-
-    return max((measure(group_of.get(n, n)) for n in arrows), default=0)
-
-
-def shape(modules: Iterable[str], arrows: Arrows) -> tuple[int, int, int, int]:
-    """(modules, levels, arrows, circles)."""
-    return len(list(modules)), levels(arrows), sum(map(len, arrows.values())), len(circles(arrows))
+    group_of = {name: min(group) for group in circles(arrows) for name in group}
+    below: dict[str, set[str]] = {group_of.get(name, name): set() for name in arrows}
+    for name, others in arrows.items():
+        node = group_of.get(name, name)
+        below[node] |= {group_of.get(other, other) for other in others} - {node}
+    depth: dict[str, int] = {}
+    for node in TopologicalSorter(below).static_order():
+        depth[node] = 1 + max((depth[other] for other in below[node]), default=0)
+    return max(depth.values(), default=0)
 
 
 def main() -> None:
@@ -82,12 +62,12 @@ def main() -> None:
         rooms[room(module)] |= {room(o) for o in others if o != "rankopt"} - {room(module)}
     print("| of | number | levels | arrows | circles |\n|---|---|---|---|---|")
     for name, found in (("modules", arrows), ("rooms", rooms)):
-        number, deep, drawn, round_ = shape(found, found)
-        print(f"| {name} | {number} | {deep} | {drawn} | {round_} |")
+        drawn = sum(map(len, found.values()))
+        print(f"| {name} | {len(found)} | {levels(found)} | {drawn} | {len(circles(found))} |")
     flat = [m for m in files - packages if m.count(".") == 1]
     print(f"\n{len(flat)} modules lie flat in the package.")
     for group in circles(arrows):
-        print("circle:", ", ".join(sorted(map(str, group))))
+        print("circle:", ", ".join(sorted(group)))
 
 
 if __name__ == "__main__":

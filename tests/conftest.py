@@ -24,8 +24,6 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        # Of processes that tests start: sums of several threads differ in the last bit.
-        patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
 

@@ -25,7 +25,7 @@ def silent(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:  # noq
 
 
 class Display(Protocol):
-    """A progress display with a text beside it. The command line and notebooks have one each."""
+    """A progress display with a text beside it, such as the command line's `rankopt.cli.progress.ProgressBar`."""
 
     def __call__(self, items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
         """Iterate over the items and show the progress; see `Progress`."""

@@ -251,7 +251,7 @@ class _Training:
         if (
             self.recipe.best
             and score is not None
-            and score > max((e["score"] or 0.0 for e in state.epochs), default=-math.inf)
+            and score > max((e["score"] for e in state.epochs if e["score"] is not None), default=-math.inf)
         ):
             state.best = {k: v.detach().clone() for k, v in self._result().state_dict().items()}
         state.epochs.append(row)
