@@ -9,7 +9,7 @@ from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.export.fuse import fuse
 from rankopt.model.counting import count
 from rankopt.model.inventory import inventory, unfolded
-from rankopt.search.compress import compress
+from rankopt.search.api import compress
 from rankopt.search.result import Result
 from rankopt.strategies.registry import STRATEGIES
 from rankopt.training.finetune import finetune

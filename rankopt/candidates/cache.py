@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.files import digest, write_beside
 from rankopt.decompositions.types import Factors
 
-VERSION = 3  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
+VERSION = 4  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
 
 
 def crc(tensor: Tensor) -> int:
@@ -45,16 +46,43 @@ class Cache:
             folder in $XDG_CACHE_HOME or ~/.cache.
 
     Raises:
-        RankoptError: The folder cannot be created.
+        RankoptError: The folder cannot be created, or there is no home folder to create it in.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        default = os.environ.get("RANKOPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "rankopt"
-        self.folder = Path(folder or default).expanduser()
+        default = os.environ.get("RANKOPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rankopt"
+        self.folder = Path(folder or default)
         try:
+            self.folder = self.folder.expanduser()
             self.folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+            raise RankoptError(
+                f"the cache {self.folder} cannot be made ({error}): set RANKOPT_CACHE, or --cache, to another folder"
+            ) from error
+
+    def check_writable(self) -> None:
+        """Check that the folder can be written, before the work whose results it is to keep.
+
+        Raises:
+            RankoptError: It cannot.
+        """
+        try:
+            with TemporaryFile(dir=self.folder) as file:
+                file.write(b"rankopt")
         except OSError as error:
-            raise RankoptError(f"the cache {self.folder} cannot be made ({error}): set RANKOPT_CACHE") from error
+            raise self._unwritable(error) from error
+
+    def _write(self, path: Path, write: Callable[[Path], Any]) -> None:
+        try:
+            write_beside(path, write)
+        except RankoptError as error:
+            raise self._unwritable(error.__cause__ or error) from error
+
+    def _unwritable(self, reason: BaseException) -> RankoptError:
+        return RankoptError(
+            f"the cache {self.folder} cannot be written ({reason}): make room there, or set RANKOPT_CACHE, or --cache, "
+            "to another folder"
+        )
 
     def path(self, key: str, suffix: str) -> Path:
         """Return the path of an entry, whether it exists or not.
@@ -88,7 +116,7 @@ class Cache:
             value: Anything that json can write.
         """
         text = json.dumps({"value": value, "checksum": digest(value)})
-        write_beside(self.path(key, "json"), lambda p: p.write_text(text))
+        self._write(self.path(key, "json"), lambda p: p.write_text(text))
 
     def read_tensors(self, key: str) -> dict[str, Tensor] | None:
         """Read an entry of tensors.
@@ -115,7 +143,7 @@ class Cache:
             metadata: Further entries for the file's header.
         """
         metadata = {**(metadata or {}), **{f"crc.{name}": str(crc(t)) for name, t in tensors.items()}}
-        write_beside(self.path(key, "safetensors"), lambda p: save_file(tensors, p, metadata))
+        self._write(self.path(key, "safetensors"), lambda p: save_file(tensors, p, metadata))
 
 
 class FactorStore:

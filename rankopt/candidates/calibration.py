@@ -6,8 +6,10 @@ output metric H = E[g gᵀ], which says how strongly the model's outputs respond
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,23 +18,76 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rankopt.candidates.cache import Cache
-from rankopt.core.errors import TaskError
+from rankopt.core.errors import RankoptError, TaskError
+from rankopt.core.files import available_memory, gigabytes
 from rankopt.core.progress import Progress
 from rankopt.core.records import Layer
 from rankopt.model.forward import (
     class_axis,
-    find_output,
     hooked,
     inference,
+    input_tensors,
+    map_tensors,
+    model_input,
+    outputs,
     run,
     to_device,
 )
+from rankopt.model.inputs import check_batches
+
+log = logging.getLogger(__name__)
+
 
 CHUNK = 2**23  # elements of a patch matrix held at once (32 MB in float32)
 
 
+LEAST_SHRINKAGE = 1e-4
+"""Of second moments towards their diagonal and mean, however many rows there are."""
+
+
+WIDEST = 8192
+"""The most inputs (or outputs, of one group) for which S (or H) is a full matrix: 512 MiB in float64.
+
+Of a wider layer's inputs only the mean squares are kept, the diagonal of S; fits then take the inputs as uncorrelated.
+A layer with more outputs stays dense: fits take H apart into eigenvectors, whose time grows with the cube.
+"""
+
+
+CALIBRATION_BYTES = 2**31
+"""The most bytes of inputs that are held in memory: of large images fewer than `CALIBRATION_EXAMPLES` are taken."""
+
+
+class WithinMemory:
+    """Calibration batches up to `CALIBRATION_BYTES`, and at least one.
+
+    Args:
+        batches: A task's calibration batches.
+
+    Attributes:
+        cut: Whether the last iteration left batches out.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        check_batches(batches)
+        self.batches, self.cut = batches, False
+
+    def __iter__(self) -> Iterator[Any]:
+        total, self.cut = 0, False
+        for batch in self.batches:
+            size = sum(t.numel() * t.element_size() for t in input_tensors(model_input(batch)))
+            total += size
+            if total > CALIBRATION_BYTES and total > size:
+                self.cut = True
+                return
+            yield batch
+
+
 def moments(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], on_batch: Any = None
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Sequence[Any],
+    on_batch: Any = None,
+    rows: dict[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Measure the second moment of each layer's input, S = E[x xᵀ], over patches (convolutions) or vectors (Linear).
 
@@ -43,11 +98,13 @@ def moments(
         layers: Its layers to measure.
         batches: Inputs of the model.
         on_batch: Called after every batch.
+        rows: If given, how many vectors each moment is the mean of is written there, by layer name.
 
     Returns:
-        By layer name, S as float64 (groups, patch, patch) on the model's device, with patch = in_channels // groups *
-        height * width in the order that decompositions see. For an Embedding, whose input is one-hot, the diagonal
-        (1, vocabulary) as in `frequencies`. Layers that no input reached are missing.
+        By layer name, S as `shrunk` leaves it, float64 (groups, patch, patch) on the model's device, with patch =
+        in_channels // groups * height * width in the order that decompositions see. For an Embedding, whose input is
+        one-hot, the diagonal (1, vocabulary) as in `frequencies`; for a layer of more than `WIDEST` inputs the diagonal
+        (groups, patch). Layers that no input reached are missing.
 
     Raises:
         TaskError: The model does not run on a batch, or the input of a layer is not finite.
@@ -60,21 +117,59 @@ def moments(
         x: Tensor = args[0]
         if not torch.isfinite(x).all():
             raise TaskError(f"the input of layer {name!r} is NaN or infinite on the calibration data")
-        gram, rows = _gram(by_name[name], model.get_submodule(name), x.detach())
-        sums[name] = sums[name] + gram if name in sums else gram
+        with torch.inference_mode(mode=False), torch.no_grad():  # sums of inference tensors could not be changed later
+            gram, rows = _gram(by_name[name], model.get_submodule(name), x.detach())
+        if name in sums:
+            sums[name] += gram
+        else:
+            sums[name] = gram
         counts[name] += rows
 
     try:
-        with hooked(model, by_name, on_input=collect), inference(model):
+        with inference(model), hooked(model, by_name, on_input=collect):
             for batch in batches:
                 run(model, to_device(batch, model))
                 if on_batch:
                     on_batch()
     except (RuntimeError, TypeError) as error:
         raise TaskError(f"the model does not run on a calibration batch: {type(error).__name__}: {error}") from error
-    tables = {layer.name for layer in layers if layer.kind == "Embedding"}
     reached = [name for name in sums if counts[name]]  # an idle expert is not
-    return {name: frequencies(sums[name]) if name in tables else sums[name] / counts[name] for name in reached}
+    if rows is not None:
+        rows.update({name: counts[name] for name in reached})
+    return {name: _finished(by_name[name], sums.pop(name), counts[name]) for name in reached}
+
+
+def _finished(layer: Layer, total: Tensor, rows: int) -> Tensor:
+    """The second moment of a sum over so many rows, which is overwritten."""
+    if layer.kind == "Embedding":
+        return frequencies(total)
+    if total.ndim == 2:  # as if one more row had been seen, with the mean of all
+        return (total + total.mean(-1, keepdim=True) / rows) / (rows + 1)
+    return shrunk(total.div_(rows), rows)
+
+
+def shrunk(moment: Tensor, rows: int) -> Tensor:
+    """Shrink a second moment towards its diagonal and its mean, so that directions that few examples show count.
+
+        S' = (1 − ρ) S + ρ (diag S + (tr S / n) I) / 2
+
+    A fit would otherwise give up, or inflate, whatever the weight does in directions that were never seen. ρ is that of
+    Chen et al. 2010 (OAS, eq. 23) for as many independent rows, at least `LEAST_SHRINKAGE`: rows of one image depend on
+    each other. It fades with the number of rows.
+
+    Args:
+        moment: S, float64 (groups, n, n).
+        rows: How many vectors it is the mean of.
+    """
+    n = moment.shape[-1]
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    trace, square = diagonal.sum(-1), moment.square().sum((-2, -1))
+    above = (1 - 2 / n) * square + trace**2
+    below = (rows + 1 - 2 / n) * (square - trace**2 / n)
+    rho = (above / below.clamp_min(1e-300)).clamp(LEAST_SHRINKAGE, 1)[..., None, None]
+    mixed = (1 - rho) * moment
+    mixed.diagonal(dim1=-2, dim2=-1).add_(rho[..., 0] * (diagonal + trace[..., None] / n) / 2)
+    return mixed
 
 
 def frequencies(counts: Tensor) -> Tensor:
@@ -97,13 +192,15 @@ def frequencies(counts: Tensor) -> Tensor:
 
 
 def _gram(layer: Layer, module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """Sum of x xᵀ over patches, float64 (groups, patch, patch), and their number; for an Embedding the diagonal."""
+    """Sum of x xᵀ over patches, float64 (groups, patch, patch), or its diagonal, and their number."""
     if layer.kind == "Embedding":
         return torch.bincount(x.flatten(), minlength=layer.patch).double()[None], x.numel()
-    total = torch.zeros(layer.groups, layer.patch, layer.patch, dtype=torch.float64, device=x.device)
+    wide = layer.patch > WIDEST
+    size = (layer.patch,) if wide else (layer.patch, layer.patch)
+    total = torch.zeros(layer.groups, *size, dtype=torch.float64, device=x.device)
     rows = 0
     for part in columns(layer, module, x):
-        total += outer(part, part)
+        total += part.double().square().sum(-1) if wide else outer(part, part)
         rows += part.shape[-1]
     return total, rows
 
@@ -188,7 +285,8 @@ def output_metrics(
 ) -> dict[str, Tensor]:
     """Measure the output metric of each layer, H = E[g gᵀ] with g = d(vᵀ z)/d(output).
 
-    z are the model's outputs and v seeded random directions, mean-free over classes, as a softmax ignores the mean.
+    z are all floating-point outputs of the model, and v seeded random directions, mean-free over classes, as a softmax
+    ignores the mean.
     This is a Gauss-Newton metric in output space (Martens 2020, section 6). Unlike the Fisher matrix it does not
     vanish where the model is confident.
 
@@ -199,55 +297,89 @@ def output_metrics(
         on_batch: Called after every batch.
 
     Returns:
-        By layer name, H as float64 (groups, T, T) with trace T. Layers that no gradient reached are missing.
+        By layer name, H as `shrunk` leaves it, float64 (groups, T, T) with trace T. Layers that no gradient reached are
+        missing.
     """
     sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = defaultdict(int)
     generator = torch.Generator().manual_seed(0)
 
     def collect(layer: Layer, gradient: Tensor) -> None:
         axis = 1 - len(layer.own_shape)  # before those of the kernel
         channels = gradient.detach().movedim(axis, 0).reshape(layer.groups, layer.out_channels, -1)
-        sums[layer.name] = sums.get(layer.name, 0) + outer(channels, channels)
+        if layer.name in sums:
+            sums[layer.name] += outer(channels, channels)
+        else:
+            sums[layer.name] = outer(channels, channels)
+        rows[layer.name] += channels.shape[-1]
 
     def watch(name: str, _args: Any, _kwargs: Any, output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # a part of the forward under no_grad: no gradient reaches it
+            return output
         if not output.requires_grad:  # a frozen model; the clone may be changed in place
             output = output.detach().requires_grad_().clone()
         # A hook on the tensor sees the gradient of this output even if a later layer changes it in place.
-        output.register_hook(lambda gradient: collect(by_name[name], gradient))
+        output.register_hook(lambda gradient: None if gradient is None else collect(by_name[name], gradient))
         return output
 
     by_name = {layer.name: layer for layer in layers}
-    kept = [(p, p.grad) for p in model.parameters()]
+    kept = [(p, p.grad) for p in model.parameters() if p.is_leaf]
     try:
         with (
-            hooked(model, by_name, on_output=watch),
             inference(model),
+            hooked(model, by_name, on_output=watch),
             torch.enable_grad(),
             torch.backends.cudnn.flags(enabled=False),
         ):
             for batch in batches:
                 for p, _ in kept:
                     p.grad = None
-                z = find_output(run(model, to_device(batch, model)))
-                if z is not None and z.requires_grad and z.is_floating_point():
-                    v = torch.randn(z.shape, generator=generator).to(z)
-                    if (axis := class_axis(z)) is not None:
-                        v = v - v.mean(axis, keepdim=True)
-                    (z * v).sum().backward()
+                x = map_tensors(to_device(batch, model), _with_gradient)
+                directions = _directions(outputs(run(model, x)), generator)
+                if directions is not None:
+                    directions.backward()
                 if on_batch:
                     on_batch()
+    except RuntimeError as error:  # a forward that takes gradients itself, or only runs without them
+        log.warning("no gradients of the model's outputs can be taken (%s: %s)", type(error).__name__, error)
+        sums.clear()
     finally:
         for p, gradient in kept:
             p.grad = gradient
-    return {name: _unit_trace(h) for name, h in sums.items() if torch.isfinite(h).all() and h.abs().max() > 0}
+    used = [name for name, h in sums.items() if torch.isfinite(h).all() and h.abs().max() > 0]
+    return {name: _unit_trace(shrunk(sums.pop(name) / rows[name], rows[name])) for name in used}
+
+
+def _with_gradient(t: Tensor) -> Tensor:
+    """A floating-point input that takes a gradient: reentrant checkpoints record nothing without one."""
+    return t.detach().requires_grad_().clone() if t.is_floating_point() else t
+
+
+def _directions(found: Mapping[str, Tensor], generator: torch.Generator) -> Tensor | None:
+    """vᵀ z, over all outputs with a gradient; of several, each relative to its own size. None without one."""
+    parts = []
+    for z in found.values():
+        if not z.requires_grad:
+            continue
+        v = torch.randn(z.shape, generator=generator).to(z)
+        if (axis := class_axis(z)) is not None:
+            v = v - v.mean(axis, keepdim=True)
+        size = z.detach().float().std(correction=0).item() if len(found) > 1 else 1.0
+        if size > 0:
+            parts.append((z * v).sum() / size)
+    return torch.stack(parts).sum() if parts else None
 
 
 def _unit_trace(h: Tensor) -> Tensor:
-    return h / h.diagonal(dim1=-2, dim2=-1).mean()
+    return h.div_(h.diagonal(dim1=-2, dim2=-1).mean())
 
 
 def calibrate(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], progress: Progress
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Sequence[Any],
+    progress: Progress,
+    rows: dict[str, int] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Measure input moments and output metrics.
 
@@ -256,16 +388,99 @@ def calibrate(
         layers: Its layers to measure.
         batches: Inputs of the model.
         progress: Progress callback.
+        rows: As of `moments`.
 
     Returns:
         Input moments S by layer name, and output metrics H by layer name. See `moments` and `output_metrics`.
+
+    Raises:
+        RankoptError: There is less memory than the statistics take.
     """
+    _check_memory(model, layers)
     total = 2 * len(batches)
     steps = iter(progress(range(total), "calibrating", total))
-    s = moments(model, layers, batches, lambda: next(steps))
+    s = moments(model, layers, batches, lambda: next(steps), rows)
     h = output_metrics(model, layers, batches, lambda: next(steps))
     next(steps, None)
     return s, h
+
+
+def statistics_bytes(layer: Layer) -> int:
+    """Bytes of a layer's input moment and output metric.
+
+    Args:
+        layer: The layer.
+    """
+    moment = layer.patch if layer.kind == "Embedding" or layer.patch > WIDEST else layer.patch**2
+    return 8 * layer.groups * (moment + layer.out_channels**2)
+
+
+def _check_memory(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Raise RankoptError if the statistics of all layers do not fit into the memory that is free."""
+    sizes = {x.name: statistics_bytes(x) for x in layers}
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    needed = sum(sizes.values()) + 2 * max(sizes.values(), default=0)  # sums of one batch, and their products
+    weight = next(model.parameters(), torch.empty(0))
+    free = available_memory()
+    where = "memory"
+    if weight.is_cuda:
+        unused = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+        on_gpu = torch.cuda.mem_get_info(weight.device)[0] + unused
+        free, where = (on_gpu, "GPU memory") if free is None or on_gpu < free else (free, where)
+    if free is not None and needed > free:
+        raise RankoptError(
+            f"the calibration statistics of {len(sizes)} layers take {gigabytes(needed)}, and {gigabytes(free)} of "
+            f"{where} are free: keep the widest layers dense (keep_dense in a search space; "
+            f"{', '.join(map(repr, largest))} take {gigabytes(sum(map(sizes.__getitem__, largest)))}), or use a larger "
+            "machine"
+        )
+
+
+def wide_layers(layers: Sequence[Layer]) -> list[str]:
+    """Warn of layers of whose inputs only the mean squares are known.
+
+    Args:
+        layers: The layers that may be factorised.
+    """
+    names = [x.name for x in layers if x.patch > WIDEST and x.kind != "Embedding"]
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [
+        f"{', '.join(map(repr, names[:3]))}{more}: more than {WIDEST:,} inputs, taken as uncorrelated to save memory"
+    ]
+
+
+def without_metric(statistics: Statistics) -> list[str]:
+    """Warn of layers that no gradient reaches, if there are any.
+
+    Args:
+        statistics: The statistics of all layers.
+    """
+    blind = [x.name for x in statistics.layers if statistics.rows(x.name) and statistics[x.name][1] is None]
+    if not blind:
+        return []
+    return [
+        f"no gradient of the model's outputs reaches {len(blind)} of {len(statistics.layers)} layers (the first: "
+        f"{blind[0]!r}; a part under no_grad, for example), so all outputs of these count the same in their fits"
+    ]
+
+
+def few_examples(statistics: Statistics) -> list[str]:
+    """Warn of layers whose statistics are of fewer vectors than they have directions.
+
+    Args:
+        statistics: The statistics of all layers.
+    """
+    short = [(x.name, statistics.rows(x.name), x.patch) for x in statistics.layers if x.kind != "Embedding"]
+    short = [(name, rows, size) for name, rows, size in short if 0 < rows < size]
+    if not short:
+        return []
+    name, rows, size = min(short, key=lambda x: x[1] / x[2])
+    return [
+        f"{len(short)} of {len(statistics.layers)} layers see fewer vectors than they have inputs (the most extreme, "
+        f"{name!r}: {rows:,} for {size:,}), so what they lose on other data is uncertain: give more calibration data"
+    ]
 
 
 class Statistics(Mapping[str, tuple[Any, Any]]):
@@ -306,14 +521,26 @@ class Statistics(Mapping[str, tuple[Any, Any]]):
         self.tensors = self.tensors or self.cache.read_tensors(self._file_key) or self._measure()
 
     def _measure(self) -> dict[str, Any]:
-        s, h = calibrate(self.model, self.layers, self.batches, self.progress)
+        self.cache.check_writable()
+        rows: dict[str, int] = {}
+        s, h = calibrate(self.model, self.layers, self.batches, self.progress, rows)
         found = {f"moment.{n}": t.cpu() for n, t in s.items()} | {f"metric.{n}": t.cpu() for n, t in h.items()}
+        found |= {f"rows.{n}": torch.tensor([k]) for n, k in rows.items()}
         self.cache.write_tensors(self._file_key, found)
         return found
 
     def __getitem__(self, name: str) -> tuple[Any, Any]:
         self.load()
         return self.tensors.get(f"moment.{name}"), self.tensors.get(f"metric.{name}")
+
+    def rows(self, name: str) -> int:
+        """How many vectors a layer's input moment is the mean of; 0 if no input reached it.
+
+        Args:
+            name: The layer's name.
+        """
+        self.load()
+        return int(self.tensors.get(f"rows.{name}", 0))
 
     def __iter__(self) -> Iterator[str]:
         return iter(layer.name for layer in self.layers)

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, parallel_config
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rankopt.candidates.cache import VERSION, Cache
-from rankopt.candidates.calibration import Statistics
+from rankopt.candidates.calibration import Statistics, statistics_bytes
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError
-from rankopt.core.files import available_cores, digest
+from rankopt.core.files import available_cores, available_memory, digest
 from rankopt.core.records import Candidate, Layer, Rank
+from rankopt.core.timing import threads
+from rankopt.decompositions.conformance import checked_fits, code_of, named
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import Fit
 
 # Layers with at least this many inputs per output are fitted on the model's GPU; tests/gpu/test_cuda.py measures it.
 GPU_PATCH = 1024
+
+
+START_UP = 2.0
+"""Seconds of short fits before worker processes are started, which takes about as long: small models need none."""
+
+
+WORKER_BYTES = 300_000_000
+"""Memory of a worker process beside the layer that it fits."""
 
 
 class _Job(NamedTuple):
@@ -38,6 +50,14 @@ class _Job(NamedTuple):
     def work(self) -> int:
         """A rough measure of how long the fits take, to order jobs by."""
         return sum(DECOMPOSITIONS[self.family].weights(self.layer, r) for r in self.ranks) * self.layer.patch
+
+    def seconds(self, steps: int) -> float:
+        """A rough estimate of how long the fits take on one core of a server of 2024; closed forms take less.
+
+        Args:
+            steps: Optimisation steps of each.
+        """
+        return (steps + 1) * (0.5e-3 * len(self.ranks) + 4e-9 * self.work)
 
 
 def fit_candidates(
@@ -69,12 +89,15 @@ def fit_candidates(
             if not ranks:
                 continue
             steps = math.ceil(space.steps * DECOMPOSITIONS[family].effort)
-            key = digest(VERSION, statistics.key, layer.name, weight, layer.groups, family, ranks, steps)
+            code = code_of(family)
+            key = digest(VERSION, statistics.key, layer.name, weight, layer.groups, family, ranks, steps, *code)
             fits = _read(cache, key, layer, family)
             if fits is None:
                 jobs.append(_Job(key, layer, family, ranks))
             else:
                 found[layer.name] += fits
+    if jobs:
+        cache.check_writable()
     jobs.sort(key=lambda job: -job.work)  # longest first, so that workers finish together
     seconds: dict[str, float] = {}
     by_key = {job.key: job for job in jobs}
@@ -98,11 +121,26 @@ def _run(statistics: Statistics, jobs: Sequence[_Job], steps: int, workers: int 
         weight = weight if _on_gpu(statistics, job.layer) else weight.cpu()
         return (statistics.cache, job, weight, *statistics[job.layer.name], steps)
 
-    workers = min(workers or available_cores(), max(len(jobs), 1))
+    workers = min(workers or available_cores(), max(len(jobs), 1), _affordable(statistics.layers))
     here = [job for job in jobs if workers == 1 or _on_gpu(statistics, job.layer)]
     yield from (_fit_one(*arguments(job)) for job in here)
-    pool = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")
-    yield from pool(delayed(_fit_alone)(*arguments(job)) for job in jobs if job not in here)
+    left = [job for job in jobs if job not in here]
+    until = time.perf_counter() + START_UP
+    while left and time.perf_counter() + left[-1].seconds(steps) < until:  # the shortest first
+        with threads(1):
+            ended = _fit_one(*arguments(left.pop()))
+        yield ended
+    if left:
+        with parallel_config("loky", initializer=_end_with, initargs=(os.getpid(),)):
+            pool = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")
+        yield from pool(delayed(_fit_alone)(*arguments(job)) for job in left)
+
+
+def _affordable(layers: Sequence[Layer]) -> int:
+    """How many workers the free memory is enough for, at least one: each holds a layer's statistics several times."""
+    free = available_memory()
+    each = WORKER_BYTES + 6 * max(map(statistics_bytes, layers), default=0)
+    return max(1, free // each) if free is not None else available_cores()
 
 
 def release_workers() -> None:
@@ -113,6 +151,17 @@ def release_workers() -> None:
     from joblib.externals.loky import get_reusable_executor
 
     get_reusable_executor().shutdown()
+
+
+def _end_with(parent: int) -> None:
+    """In a worker: end when the process that started it has gone, even by kill -9. It would wait for more work."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="rankopt-parent", daemon=True).start()
 
 
 def _weight(statistics: Statistics, layer: Layer) -> Tensor:
@@ -138,8 +187,11 @@ def _fit_one(
     family = DECOMPOSITIONS[job.family]
     try:
         fits: list[Fit] = list(family.fit(job.layer, weight, job.ranks, moment, output_metric, steps))
-    except RuntimeError as error:  # torch's errors, also those of linear algebra and out of memory
+    except RankoptError:
+        raise
+    except Exception as error:  # torch's, also those of linear algebra and out of memory, and other packages'
         raise RankoptError(f"fitting {job.family} to layer {job.layer.name!r} failed: {error}") from error
+    fits = checked_fits(job.family, job.layer, weight, job.ranks, moment, output_metric, fits)
     tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(fits) for j, t in enumerate(fit.factors)}
     cache.write_tensors(job.key, tensors, {"fits": json.dumps([(fit.rank, fit.error) for fit in fits])})
     return job.key, time.perf_counter() - start
@@ -169,5 +221,6 @@ def in_each_form(layer: Layer, family: str, rank: Rank, error: float, key: str |
         One candidate per form, with its costs.
     """
     decomposition = DECOMPOSITIONS[family]
-    forms = decomposition.forms_of_use(layer, rank)
-    return [Candidate(family, rank, decomposition.cost(layer, rank, f), error, key=key, form=f) for f in forms]
+    with named(family, layer, f"cost at rank {rank}"):
+        forms = decomposition.forms_of_use(layer, rank)
+        return [Candidate(family, rank, decomposition.cost(layer, rank, f), error, key=key, form=f) for f in forms]

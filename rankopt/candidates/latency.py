@@ -39,12 +39,13 @@ from rankopt.candidates.model_layers import ModelLayers
 from rankopt.candidates.pareto import dense_candidate
 from rankopt.candidates.quantize import in_each_precision
 from rankopt.candidates.search_space import SearchSpace
-from rankopt.core.errors import RankoptError
+from rankopt.core.errors import RankoptError, TaskError
 from rankopt.core.files import digest
 from rankopt.core.records import DENSE, RECONSTRUCTED, SAME, Candidate, Layer
 from rankopt.decompositions.plan import assemble
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.model.forward import hooked, inference, map_batched, run, to_device
+from rankopt.model.forward import Undivided, hooked, inference, map_batched, run, to_device
+from rankopt.model.inputs import UNDIVIDED
 from rankopt.model.quantization import quantize_
 
 POINTS = {"eager": 400, "onnxruntime": 8, "compile": 3}
@@ -240,8 +241,19 @@ def expanded(example_input: Any, batch: int) -> Any:
     Args:
         example_input: An input with the batch dimension first.
         batch: How many examples the result has.
+
+    Raises:
+        TaskError: The input cannot be repeated, as it has no axis of examples.
     """
-    return map_batched(example_input, lambda t: t[:1].expand(batch, *t.shape[1:]).contiguous())
+    if isinstance(example_input, Undivided) and batch > 1:
+        raise TaskError(f"{UNDIVIDED}; it cannot be timed with batch={batch}: say batch=1")
+
+    def repeat(rows: Any) -> Any:
+        if isinstance(rows, list):
+            return type(rows)(rows[:1] * batch)
+        return rows[:1].expand(batch, *rows.shape[1:]).contiguous()
+
+    return map_batched(example_input, repeat)
 
 
 def layer_inputs(model: nn.Module, layers: Sequence[Layer], x: Any) -> dict[str, list[Tensor]]:
@@ -260,7 +272,7 @@ def layer_inputs(model: nn.Module, layers: Sequence[Layer], x: Any) -> dict[str,
     def keep(name: str, args: tuple[Any, ...]) -> None:
         found[name].append(args[0].clone())
 
-    with hooked(model, found, on_input=keep), inference(model):
+    with inference(model), hooked(model, found, on_input=keep):
         run(model, to_device(x, model))
     return found
 

@@ -21,7 +21,7 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.files import write_beside
 from rankopt.core.timing import in_turn, threads
 from rankopt.export.onnx_session import onnxruntime_version, open_session, quiet_exporter
-from rankopt.model.forward import inference, map_tensors, run
+from rankopt.model.forward import call_arguments, inference, input_tensors, map_tensors, run
 
 FORMAT, VERSION = "rankopt-hardware", 1
 
@@ -214,7 +214,7 @@ def timed(module: nn.Module, x: Any, conditions: Conditions) -> Timed:
 def _in_onnxruntime(module: nn.Module, x: Any, conditions: Conditions) -> Timed:
     """Export with torch's TorchScript exporter, which takes milliseconds instead of seconds, where it can."""
     file = io.BytesIO()
-    args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
+    args, kwargs = call_arguments(x)
     with quiet_exporter():
         try:
             torch.onnx.export(module, args, file, kwargs=kwargs, dynamo=False)  # type: ignore[arg-type]
@@ -224,9 +224,7 @@ def _in_onnxruntime(module: nn.Module, x: Any, conditions: Conditions) -> Timed:
             file = io.BytesIO()
             program.save(file)  # type: ignore[arg-type]
     session = open_session(file.getvalue(), conditions.threads)
-    tensors: list[Any] = []
-    map_tensors(x, tensors.append)
-    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
+    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), input_tensors(x), strict=True)}
     return lambda: session.run(None, feed)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from rankopt.candidates.model_layers import ModelLayers
 from rankopt.core.records import DENSE, Candidate, Cost, Layer
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.model.forward import hooked, inference, map_tensors, one_example, run, to_device
+from rankopt.model.forward import hooked, inference, map_tensors, run, to_device
+from rankopt.model.inputs import one_example
 from rankopt.model.memory import Live, file_size, peak_memory
 from rankopt.model.quantization import quantize_
 
@@ -48,12 +49,15 @@ class MemoryCosts:
         modules: The layers by name, on the meta device.
         inputs: The input of each call of a layer, by layer name, on the meta device.
         room: Bytes by which a layer may raise the activations above those alive at its call, by layer name.
+        expanded: Length of the entries in the file's header of the composite that a layer is a part of: all its parts
+            get entries of their own if one of them changes. By layer name, of such parts only.
         dense: Costs of the dense model, with memory and disk.
     """
 
     modules: dict[str, nn.Module]
     inputs: dict[str, list[Tensor]]
     room: dict[str, int]
+    expanded: dict[str, int]
     dense: Cost
 
     @classmethod
@@ -69,7 +73,10 @@ class MemoryCosts:
         weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         room = {name: dense.memory - weights - live for name, live in before.items()}
         modules = {name: copy.deepcopy(unfolded.get_submodule(name)).to("meta").eval() for name in inputs}
-        return cls(modules, inputs, room, dense)
+        own = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        parents = {name: name.rpartition(".")[0] for name in inputs if name not in own}
+        expanded = {name: _header(parent, unfolded.get_submodule(parent), dense) for name, parent in parents.items()}
+        return cls(modules, inputs, room, expanded, dense)
 
     def with_layer(self, layer: Layer) -> Layer:
         """Add memory and disk to a dense layer's costs, its entries in the file's header at their shortest.
@@ -78,6 +85,8 @@ class MemoryCosts:
             layer: One of the model's layers.
         """
         entries = sum(ENTRY + len(layer.name) + len(name) for name in self.modules[layer.name].state_dict())
+        if layer.name in self.expanded:  # the dense file has none of them
+            entries = 0
         cost = dataclasses.replace(layer.cost, memory=layer.cost.bytes, disk=layer.cost.bytes + entries)
         return dataclasses.replace(layer, cost=cost)
 
@@ -95,9 +104,8 @@ class MemoryCosts:
         for one in candidates:
             new = self._module(layer, one)
             if self._raises(layer, new) <= self.room[layer.name]:
-                cost = dataclasses.replace(
-                    one.cost, memory=one.cost.bytes, disk=one.cost.bytes + self._header(layer, new)
-                )
+                header = _header(layer.name, new, self.dense) + self.expanded.get(layer.name, 0)
+                cost = dataclasses.replace(one.cost, memory=one.cost.bytes, disk=one.cost.bytes + header)
                 found.append(dataclasses.replace(one, cost=cost))
         return found
 
@@ -121,17 +129,18 @@ class MemoryCosts:
             most = max(most, live.peak - before)
         return most
 
-    def _header(self, layer: Layer, module: nn.Module) -> int:
-        """Length of a replacement's entries in the file's header, at their longest."""
-        digits = 2 * len(str(self.dense.disk))
-        shapes = {name: len(",".join(map(str, t.shape))) for name, t in module.state_dict().items()}
-        return sum(ENTRY + len(layer.name) + 1 + len(name) + shape + digits for name, shape in shapes.items())
+
+def _header(prefix: str, module: nn.Module, dense: Cost) -> int:
+    """Length of a module's entries in the file's header, at their longest."""
+    digits = 2 * len(str(dense.disk))
+    shapes = {name: len(",".join(map(str, t.shape))) for name, t in module.state_dict().items()}
+    return sum(ENTRY + len(prefix) + 1 + len(name) + shape + digits for name, shape in shapes.items())
 
 
 def _calls(model_layers: ModelLayers) -> tuple[dict[str, list[Tensor]], dict[str, int]]:
     """By layer name, the input of each call on the meta device, and the most bytes of activations alive at a call."""
     model = model_layers.unfolded
-    x = map_tensors(to_device(one_example(model_layers.example_input), model), lambda t: t.clone())
+    x = map_tensors(to_device(one_example(model, model_layers.example_input), model), lambda t: t.clone())
     live, weights = Live(), Live()
     map_tensors([*model.parameters(), *model.buffers()], weights.see)
     map_tensors((x, *model.parameters(), *model.buffers()), live.see)

@@ -31,7 +31,7 @@ def frontier(layer: Layer, candidates: Iterable[Candidate], metrics: Sequence[st
         metrics: Metrics that the budget limits.
 
     Returns:
-        Candidates by falling error: cheapest first, dense last.
+        Candidates by falling error: cheapest first; dense last, unless one is exact.
     """
     counts = not set(metrics).isdisjoint(OF_PRECISION)
     ordered = sorted(

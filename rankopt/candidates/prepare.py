@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from rankopt.candidates.cache import VERSION, Cache, FactorStore
-from rankopt.candidates.calibration import Statistics
+from rankopt.candidates.calibration import (
+    CALIBRATION_BYTES,
+    WIDEST,
+    Statistics,
+    WithinMemory,
+    few_examples,
+    wide_layers,
+    without_metric,
+)
 from rankopt.candidates.fit import fit_candidates, in_each_form
 from rankopt.candidates.latency import Latencies, measure_latencies
 from rankopt.candidates.latency_table import Conditions
@@ -23,27 +34,43 @@ from rankopt.candidates.pareto import dense_candidate, frontier
 from rankopt.candidates.quantize import add_precisions, in_each_precision
 from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.candidates.sensitivity import Curve, measure, with_losses
-from rankopt.core.budget import Limit, limited_metrics, parse_budget
+from rankopt.core.budget import limited_metrics, parse_budget
 from rankopt.core.errors import TaskError
-from rankopt.core.files import digest
+from rankopt.core.files import digest, gigabytes
 from rankopt.core.problem import Problem, check_feasible
 from rankopt.core.progress import Clock, Progress, silent
 from rankopt.core.records import METRICS, SAME, Candidate, Cost, Layer, Proposal, Task
+from rankopt.decompositions.conformance import check_modules
 from rankopt.decompositions.plan import apply
+from rankopt.model.checks import check_model, with_trainable_weights
 from rankopt.model.counting import count
 from rankopt.model.forward import (
-    CALIBRATION_EXAMPLES,
-    collect_batches,
+    ONE_THREAD,
+    Undivided,
+    batch_size,
     find_output,
     inference,
-    map_tensors,
+    input_tensors,
     run,
+    take,
     to_device,
 )
+from rankopt.model.inputs import CALIBRATION_EXAMPLES, UNDIVIDED, Calibration, one_example, read_calibration
 from rankopt.model.inventory import inventory, unfolded
 from rankopt.model.objective import Divergence, call
+from rankopt.model.stand_in import check_copy, draws_random_numbers, irreplaceable
 
 log = logging.getLogger(__name__)
+
+
+TRIED = 16
+"""Examples that copies of the model and stand-ins of its layers are tried on."""
+
+
+RANDOM = "the model's forward draws random numbers in eval mode: every evaluation here draws the same ones"
+
+
+LARGE = f"more would take above {gigabytes(CALIBRATION_BYTES)} of memory"
 
 
 Budget = Mapping[str, Any] | Sequence[str]
@@ -55,7 +82,7 @@ class Prepared:
     """A task with its candidates and their predicted losses: everything that does not depend on the budget's limits.
 
     Attributes:
-        task: The task that was prepared.
+        task: The task that was prepared, its model a copy that nobody else runs or changes.
         model: The task's model with its composite modules expanded; layer names refer to its submodules.
         space: The search space that the candidates come from.
         layers: All layers of the inventory; `reason` is set on those that stay dense.
@@ -67,6 +94,7 @@ class Prepared:
         clock: Seconds spent in each stage of the preparation.
         family_seconds: Seconds of fitting by family, without fits that were read from the cache.
         latencies: Measured latencies, if the budget limits latency.
+        warnings: What to know of the model and the data before trusting a result.
     """
 
     task: Task
@@ -81,6 +109,19 @@ class Prepared:
     clock: Clock
     family_seconds: dict[str, float] = field(default_factory=dict)
     latencies: Latencies | None = None
+    warnings: Sequence[str] = ()
+
+    @cached_property
+    def dense_objective(self) -> float:
+        """The objective of the dense model."""
+        value = call("the objective", self.objective, self.task.model)
+        assert value is not None
+        return value
+
+    @cached_property
+    def dense_score(self) -> float | None:
+        """The validation score of the dense model; None if the task has no score."""
+        return call("the score", self.task.score, self.task.model)
 
     @property
     def free(self) -> tuple[Layer, ...]:
@@ -107,7 +148,7 @@ class Prepared:
         if "latency" in metrics:
             offers = {x.name: [c for c in offers[x.name] if c.cost.latency <= x.cost.latency] for x in self.free}
         frontiers = tuple(frontier(layer, offers[layer.name], metrics) for layer in self.free)
-        problem = Problem(self.free, frontiers, self.dense, limits)
+        problem = Problem(self.free, frontiers, self.dense, limits, _kept(self.layers, self.model))
         check_feasible(problem)
         return problem
 
@@ -135,7 +176,8 @@ def prepare(
 ) -> Prepared:
     """List a task's layers, fit their candidates and predict what each costs the objective.
 
-    Results of earlier calls are read from the cache.
+    Results of earlier calls are read from the cache. Everything works on a copy of the task's model, and threads take
+    turns (`model.forward.ONE_THREAD`).
 
     Args:
         task: Model, calibration data and objective.
@@ -151,16 +193,38 @@ def prepare(
         Everything that a search under this budget needs.
 
     Raises:
-        TaskError: The model cannot be copied, does not run on the data, or has no layer that can be factorised.
+        TaskError: `check_model` refuses the model, or it cannot be copied, does not run on the data, or has no layer
+            that can be factorised.
         BudgetError: The budget cannot be met.
         RankoptError: The search space does not exist, or a latency table does not fit.
     """
+    with ONE_THREAD:
+        return _prepare(task, space, cache, progress, workers, budget, latency_on)
+
+
+def _prepare(
+    task: Task,
+    space: SearchSpace | str,
+    cache: str | Path | None,
+    progress: Progress,
+    workers: int | None,
+    budget: Budget | None,
+    latency_on: Conditions | None,
+) -> Prepared:
     clock, store = Clock(), Cache(cache)
     space = load_space(space) if isinstance(space, str) else space
+    check_model(task.model)
+    task = dataclasses.replace(task, model=with_trainable_weights(task.model))
     with clock.stage("inventory"):
-        batches = collect_batches(task.calibration, CALIBRATION_EXAMPLES)
-        _check_copy(task.model)
-        model_layers, layers = _take_inventory(task, space)
+        within = WithinMemory(task.calibration)
+        calibration = read_calibration(task.model, within, CALIBRATION_EXAMPLES)
+        batches = calibration.batches
+        few = [take(x, slice(TRIED)) for x in batches[:2]]
+        task = _with_one_example(dataclasses.replace(task, model=check_copy(task.model, few)))
+        model_layers, layers = _take_inventory(task, space, few[0])
+        warnings = _input_warnings(task, calibration, few[0])
+        if within.cut:
+            warnings.append(f"only the first {sum(map(batch_size, batches)):,} calibration examples are used: {LARGE}")
         dense = count(task.model, task.example_input)
     key = _fingerprint(model_layers, batches)
 
@@ -177,7 +241,13 @@ def prepare(
     layers = tuple(x if x.reason else _price_layer(x, prices) for x in layers)
     free = _free(layers)
     if budget is not None:
-        _refuse_infeasible(free, space, parse_budget(budget, dense), dense, prices)
+        kept = _kept(layers, model_layers.unfolded)
+        _refuse_infeasible(Problem(free, (), dense, parse_budget(budget, dense), kept), space, prices)
+
+    for layer in free:
+        module = model_layers.unfolded.get_submodule(layer.name)
+        for family in space.families:
+            check_modules(family, module, layer, space.ranks(family, layer))
 
     statistics = Statistics(model_layers.unfolded, free, batches, key, store, progress)
     factors = FactorStore(store)
@@ -205,7 +275,23 @@ def prepare(
         clock,
         family_seconds,
         latencies,
+        [*warnings, *few_examples(statistics), *wide_layers(free), *without_metric(statistics)],
     )
+
+
+def _with_one_example(task: Task) -> Task:
+    return dataclasses.replace(task, example_input=one_example(task.model, task.example_input))
+
+
+def _input_warnings(task: Task, calibration: Calibration, batch: Any) -> list[str]:
+    """What to know of the inputs, and of what the model does with them."""
+    unused = ", ".join(map(repr, calibration.unused))
+    said = {
+        RANDOM: draws_random_numbers(task.model, batch),
+        UNDIVIDED: isinstance(task.example_input, Undivided),
+        f"the model's forward does not take the batches' {unused}, which are dropped": bool(unused),
+    }
+    return [text for text, holds in said.items() if holds]
 
 
 # --- layers ------------------------------------------------------------------------------------------
@@ -215,22 +301,35 @@ def _free(layers: Sequence[Layer]) -> tuple[Layer, ...]:
     return tuple(layer for layer in layers if layer.reason is None)
 
 
-def _check_copy(model: nn.Module) -> None:
-    try:
-        copy.deepcopy(model)
-    except Exception as error:
-        raise TaskError(
-            f"the model cannot be copied ({type(error).__name__}: {error}): make copy.deepcopy work"
-        ) from error
+def _kept(layers: Sequence[Layer], model: nn.Module) -> tuple[Layer, ...]:
+    """The layers that stay dense, a weight that several share counted once, and with memory and disk."""
+    seen: set[int] = set()
+    found = []
+    for layer in layers:
+        if layer.reason is None:
+            continue
+        module = model.get_submodule(layer.name)
+        inside = module.parameters(recurse=is_parametrized(module))  # a parametrised weight lies in a submodule
+        own = [p for p in inside if id(p) not in seen]
+        seen.update(map(id, own))
+        size = sum(p.numel() * p.element_size() for p in own)
+        cost = Cost(sum(p.numel() for p in own), layer.cost.macs, size, memory=size, disk=size)
+        found.append(dataclasses.replace(layer, cost=cost))
+    return tuple(found)
 
 
-def _take_inventory(task: Task, space: SearchSpace) -> tuple[ModelLayers, tuple[Layer, ...]]:
+def _take_inventory(task: Task, space: SearchSpace, batch: Any) -> tuple[ModelLayers, tuple[Layer, ...]]:
     """The model with its factorisable layers, and all of its layers."""
     model = unfolded(task.model, task.example_input, space.split_qkv)
     layers = mark_dense(inventory(model, task.example_input), space)
+    kept = irreplaceable(model, _free(layers), batch)
+    layers = tuple(dataclasses.replace(x, reason=kept.get(x.name, x.reason)) for x in layers)
     if not (free := _free(layers)):
-        reasons = "; ".join(f"{x.name or 'model'}: {x.reason}" for x in layers[:5]) or "it has no layer with a weight"
-        raise TaskError(f"the model has no layer that can be factorised ({reasons})")
+        names: dict[str, list[str]] = defaultdict(list)
+        for x in layers:
+            names[str(x.reason)].append(x.name or "model")
+        reasons = "; ".join(f"{', '.join(found[:5])}: {reason}" for reason, found in list(names.items())[:5])
+        raise TaskError(f"the model has no layer that can be factorised ({reasons or 'it has no layer with a weight'})")
     return ModelLayers(task.model, model, free, task.example_input), layers
 
 
@@ -250,6 +349,8 @@ def mark_dense(layers: Sequence[Layer], space: SearchSpace) -> tuple[Layer, ...]
         reason = layer.reason
         if reason is None:
             reason = space.dense_reason(layer, free)
+        if reason is None and layer.out_channels > WIDEST:
+            reason = f"its {layer.out_channels:,} outputs are more than {WIDEST:,}, for which fits would take hours"
         quantized = in_each_precision(layer, dense_candidate(layer), space.precisions)
         if reason is None and not quantized and not any(space.ranks(family, layer) for family in space.families):
             depthwise = ", which has only its kernel: it is depthwise" if layer.groups == layer.shape[0] > 1 else ""
@@ -282,6 +383,8 @@ def time_task(
     Raises:
         TaskError: The model has no layer that can be factorised.
     """
+    task = _with_one_example(task)
+    task = dataclasses.replace(task, model=check_copy(task.model, [task.example_input]))
     model = unfolded(task.model, task.example_input, space.split_qkv)
     layers = _free(mark_dense(inventory(model, task.example_input), space))
     if not layers:
@@ -308,20 +411,17 @@ def _price_candidates(
     return candidates
 
 
-def _refuse_infeasible(
-    free: Sequence[Layer],
-    space: SearchSpace,
-    limits: tuple[Limit, ...],
-    dense: Cost,
-    prices: Sequence[Latencies | MemoryCosts],
-) -> None:
-    """Raise BudgetError if no plan can meet the limits: costs need no fit, so this is known before fitting."""
+def _refuse_infeasible(problem: Problem, space: SearchSpace, prices: Sequence[Latencies | MemoryCosts]) -> None:
+    """Raise BudgetError if no plan can meet the limits: costs need no fit, so this is known before fitting.
+
+    problem: Without the candidates.
+    """
     menus = []
-    for x in free:
+    for x in problem.layers:
         found = [c for f in space.families for r in space.ranks(f, x) for c in in_each_form(x, f, r, 0.0)]
         found += [c for one in (dense_candidate(x), *found) for c in in_each_precision(x, one, space.precisions)]
         menus.append((dense_candidate(x), *_price_candidates(x, found, prices)))
-    check_feasible(Problem(tuple(free), tuple(menus), dense, limits))
+    check_feasible(dataclasses.replace(problem, frontiers=tuple(menus)))
 
 
 # --- the fingerprint: under what statistics and fits are cached --------------------------------------
@@ -329,9 +429,7 @@ def _refuse_infeasible(
 
 def _fingerprint(model_layers: ModelLayers, batches: Sequence[Any]) -> str:
     """A content hash of the model, its free layers and the calibration batches."""
-    tensors: list[Any] = []
-    for batch in batches:
-        map_tensors(batch, tensors.append)
+    tensors = [t for batch in batches for t in input_tensors(batch)]
     identities = [_identity(x) for x in model_layers.layers]
     return digest(VERSION, *_state(model_layers.unfolded, batches[0]), *tensors, identities)
 
@@ -348,6 +446,7 @@ def _state(model: nn.Module, batch: Any) -> list[Any]:
     with inference(model):
         out = _run_batch(model, batch)
     z = find_output(out)
+    z = torch.view_as_real(z) if z is not None and z.is_complex() else z
     numbers = [] if z is None else [z.double().mean(), z.double().abs().mean(), z.flatten()[0]]
     outputs = [f"{x:.2e}" for x in numbers]
     return [repr(model), *[part for named in tensors for part in named], outputs]

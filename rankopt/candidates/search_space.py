@@ -13,6 +13,7 @@ import numpy as np
 
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import PRECISIONS, SAME, Layer, Rank
+from rankopt.decompositions.conformance import named
 from rankopt.decompositions.registry import DECOMPOSITIONS
 
 DEFAULT = ("svd_out", "svd_in", "svd_spatial", "svd_grouped", "tucker2", "cp", "cp_merged", "tt", "tt_matrix")
@@ -97,9 +98,10 @@ class SearchSpace:
         """
         decomposition = DECOMPOSITIONS[family]
         density = 1.0 if layer.kind == "Embedding" else decomposition.density  # an Embedding's factors fill the disk
-        ranks = decomposition.ranks(layer, self.grid(density), self.nearest)
-        multiples = {decomposition.valid(layer, tuple(self._to_multiple(r) for r in rank)) for rank in ranks}
-        return sorted(multiples, key=lambda r: decomposition.weights(layer, r)) if self.multiple > 1 else ranks
+        with named(family, layer, "ranks"):
+            ranks = decomposition.ranks(layer, self.grid(density), self.nearest)
+            multiples = {decomposition.valid(layer, tuple(self._to_multiple(r) for r in rank)) for rank in ranks}
+            return sorted(multiples, key=lambda r: decomposition.weights(layer, r)) if self.multiple > 1 else ranks
 
     def _to_multiple(self, r: int) -> int:
         """Round down to a multiple of `multiple`; smaller ranks stay."""

@@ -14,6 +14,7 @@ import numpy as np
 from rankopt.core.records import Candidate
 
 POINTS = 5  # candidates measured per layer
+EXACT = 1e-7  # a candidate below this error is not measured where others are above it
 FLOOR = 1e-9  # smallest rise of the objective, so that its logarithm exists
 
 Curve = tuple[tuple[float, float], ...]
@@ -32,8 +33,9 @@ def probes(candidates: Sequence[Candidate], points: int = POINTS) -> list[Candid
         candidate of fewer parameters.
     """
     best: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.cost.params, c.error)):
-        if candidate.error > 1e-7 and (not best or candidate.error < best[-1].error):
+    inexact = [c for c in candidates if c.error > EXACT] or list(candidates)  # tiny errors may still cost something
+    for candidate in sorted(inexact, key=lambda c: (c.cost.params, c.error)):
+        if candidate.error > 0 and (not best or candidate.error < best[-1].error):
             best.append(candidate)
     if not best:
         return []

@@ -11,6 +11,7 @@ import typer
 
 from rankopt.cli.progress import console
 from rankopt.core.errors import RankoptError
+from rankopt.core.signals import discard_output, exit_status
 
 if TYPE_CHECKING:
     from rankopt.candidates.latency_table import Conditions
@@ -47,7 +48,7 @@ def readable_errors(kept: str = "every finished trial is kept: go on with --resu
         kept: What Ctrl-C leaves behind and how to continue.
 
     Raises:
-        typer.Exit: With code 2 for a RankoptError or an error of the operating system, 130 for Ctrl-C.
+        typer.Exit: With code 2 for a RankoptError or an error of the operating system, 130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
         yield
@@ -56,7 +57,7 @@ def readable_errors(kept: str = "every finished trial is kept: go on with --resu
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         console.print(f"stopped; {kept}", markup=False)
-        raise typer.Exit(130) from None
+        raise typer.Exit(exit_status()) from None
     except OSError as error:
         if error.errno is None:  # from a library, not the operating system: a bug, which needs its traceback
             raise
@@ -108,7 +109,12 @@ def default_folder(task: str, what: str) -> Path:
 def echo(text: str) -> None:
     """Print results on standard output; what goes on while they are made is printed on standard error.
 
+    Where nobody reads any more, as after `| head`, the command still does its work.
+
     Args:
         text: One or more lines.
     """
-    typer.echo(text)
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        discard_output(1)

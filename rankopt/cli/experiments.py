@@ -13,6 +13,7 @@ from rankopt.cli.progress import LiveRunner, ProgressBar
 from rankopt.core.errors import RankoptError
 from rankopt.core.progress import StopCondition
 from rankopt.core.run_folder import folder_lock, read_result
+from rankopt.core.signals import received
 from rankopt.search.runners import RunnerSettings, make_runner
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def run(
             _run_cases(found, folder, LiveRunner(runner, folder), cache, stop, case or ())
         else:
             _run_one(found, folder, LiveRunner(runner, folder), cache, stop)
+        if received():
+            raise KeyboardInterrupt
 
 
 def _run_one(study: StudyFile, out: Path, runner: Runner, cache: Path | None, stop: StopCondition) -> None:

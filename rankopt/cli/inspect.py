@@ -58,9 +58,10 @@ def inspect(
         options = {x.name: [f for f in allowed.families if allowed.ranks(f, x)] for x in free}
         for x in free:
             options[x.name] += [c.precision for c in in_each_precision(x, dense_candidate(x), allowed.precisions)]
-        Console(width=max(100, Console().width), markup=False, emoji=False).print(
-            inspection(layers, count(found.model, found.example_input), options)
-        )
+        screen = Console(width=max(100, Console().width), markup=False, emoji=False)
+        with screen.capture() as printed:
+            screen.print(inspection(layers, count(found.model, found.example_input), options))
+        echo(printed.get().removesuffix("\n"))
 
 
 def _inspect_bonds(what: str, task: str | None, space: str, out: Path | None, cache: Path | None) -> None:

@@ -30,6 +30,7 @@ from rich.text import Text
 from rankopt.core.budget import amount
 from rankopt.core.progress import graceful_interrupt
 from rankopt.core.records import Trial
+from rankopt.core.signals import discard_output
 
 if TYPE_CHECKING:
     from rankopt.search.loop import Evaluate, Study
@@ -38,7 +39,15 @@ LOG = "search.log"
 INTERVAL = 30.0  # seconds between lines where there is no terminal
 
 
-console = Console(stderr=True)
+class _Screen(Console):
+    """Standard error. Where nobody reads any more, as after `2>&1 | head`, the work goes on without a display."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        discard_output(2)
+
+
+console = _Screen(stderr=True)
 
 
 def duration(seconds: float) -> str:

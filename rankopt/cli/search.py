@@ -189,8 +189,8 @@ class _Job:
 def _run(job: _Job) -> None:
     """Check the options, search, and write the run folder and its report."""
     from rankopt.candidates.search_space import load_space
-    from rankopt.core.run_folder import open_folder
     from rankopt.experiments.tasks import load_task
+    from rankopt.search.compress import open_run_folder
 
     conditions = latency_conditions(job.latency_on, job.budget)
     if (job.max_drop is None) == (not job.budget):
@@ -200,7 +200,7 @@ def _run(job: _Job) -> None:
     runner = make_runner(job.runner, job.out / "logs")
     space = load_space(job.space)
     _check_rounds(job, space)
-    open_folder(job.out, job.settings.resume, "*" if job.settings.storage else "study.db")
+    open_run_folder(job.out, job.settings)
     if space.rounds > 1:
         result = _search_in_rounds(job, task, space, runner)
         echo(result.summary())

@@ -21,3 +21,12 @@ class PlanError(RankoptError):
 
 class StudyError(RankoptError):
     """A run folder or study store cannot be used."""
+
+
+def not_scriptable(what: str) -> RankoptError:
+    """The error for torch.jit.script of what it cannot compile.
+
+    Args:
+        what: The module, in words.
+    """
+    return RankoptError(f"torch.jit.script cannot compile {what}: trace it for inputs of one size, or keep it dense")

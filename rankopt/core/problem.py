@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rankopt.core.budget import Limit, amount
+from rankopt.core.budget import BYTES, Limit, amount
 from rankopt.core.errors import BudgetError
 from rankopt.core.records import Candidate, Cost, Layer, Proposal
 
@@ -36,15 +37,18 @@ class Problem:
 
     Attributes:
         layers: The free layers: those that may be factorised.
-        frontiers: For each free layer its Pareto frontier of candidates, cheapest first, dense last.
+        frontiers: For each free layer its Pareto frontier of candidates, cheapest first; dense last, unless one is
+            exact.
         dense: The dense model's cost.
         limits: The budget.
+        kept: The layers that stay dense, with their reasons: they explain why a budget cannot be met.
     """
 
     layers: tuple[Layer, ...]
     frontiers: tuple[tuple[Candidate, ...], ...]
     dense: Cost
     limits: tuple[Limit, ...]
+    kept: tuple[Layer, ...] = ()
 
     @property
     def fixed(self) -> Cost:
@@ -90,6 +94,12 @@ class Problem:
         cost = self.cost(proposal)
         return all(cost[limit.metric] <= limit.target for limit in self.limits)
 
+    @property
+    def least(self) -> tuple[int, ...]:
+        """For each limit, the least that its metric can be, taken alone."""
+        of_layers = self.table.costs.min(axis=-1, initial=math.inf).sum(axis=-1)
+        return tuple(self.fixed[x.metric] + int(of_free) for x, of_free in zip(self.limits, of_layers, strict=True))
+
     @cached_property
     def table(self) -> ProblemTable:
         """The problem as arrays."""
@@ -120,19 +130,14 @@ def check_feasible(problem: Problem) -> None:
         problem: The problem.
 
     Raises:
-        BudgetError: A limit is below the cost of the cheapest candidates; the message gives that cost.
+        BudgetError: A limit is below the cost of the cheapest candidates; the message gives that cost, what it is made
+            of, and what to do.
     """
     if not problem.limits:
         return
-    least_of_layers = problem.table.costs.min(axis=-1, initial=math.inf).sum(axis=-1)
-    for limit, of_layers in zip(problem.limits, least_of_layers, strict=True):
-        least = problem.fixed[limit.metric] + int(of_layers)
+    for limit, least in zip(problem.limits, problem.least, strict=True):
         if least > limit.target:
-            share = least / problem.dense[limit.metric]
-            raise BudgetError(
-                f"budget {limit.metric}={amount(limit.metric, limit.target)} cannot be met: the least achievable in "
-                f"this search space is {amount(limit.metric, least)} ({math.ceil(share * 10_000) / 100:.2f} % of dense)"
-            )
+            raise BudgetError(_shortfall(problem, limit, least))
 
 
 def cannot_be_met_together(problem: Problem) -> BudgetError:
@@ -142,4 +147,77 @@ def cannot_be_met_together(problem: Problem) -> BudgetError:
         problem: The problem.
     """
     limits = ", ".join(f"{x.metric}={amount(x.metric, x.target)}" for x in problem.limits)
-    return BudgetError(f"these limits cannot be met together: {limits}")
+    least = ", ".join(f"{x.metric}={amount(x.metric, n)}" for x, n in zip(problem.limits, problem.least, strict=True))
+    return BudgetError(
+        f"these limits cannot be met together: {limits}\nEach alone could be as low as {least}: raise one of them."
+    )
+
+
+# --- why a budget cannot be met ----------------------------------------------------------------------
+
+
+WIDTH, SHOWN = 100, 4  # columns of a line, and parts of the least cost that are listed
+
+
+REST = {
+    "params": "everything else: norms, biases, weights outside of layers",
+    "macs": "everything else: operations outside of layers, such as attention",
+    "bytes": "everything else: norms, biases, buffers, weights outside of layers",
+    "latency": "everything else, not timed by itself",
+    "memory": "everything else: activations at the peak, norms, buffers",
+    "disk": "everything else: norms, biases, buffers, the file's header",
+}
+"""What the cost of a model holds beside its layers, by metric."""
+
+
+def _shortfall(problem: Problem, limit: Limit, least: int) -> str:
+    """Why a limit cannot be met: the largest parts of the least cost, and what to do."""
+    metric, dense = limit.metric, problem.dense[limit.metric]
+    parts = sorted(_parts(problem, limit, least), key=lambda part: -part[0])
+    lines = [f"{100 * cost / dense:5.1f} %  {text}" for cost, text in parts[:SHOWN] if cost >= 1e-3 * dense]
+    wanted = f"{math.ceil(least / 1000)}us" if metric == "latency" else f"{least}"
+    lower = "lower ranks or int8" if metric in BYTES else "lower ranks"
+    return "\n".join(
+        [
+            f"budget {metric}={amount(metric, limit.target)} cannot be met:",
+            f"the least achievable in this search space is {amount(metric, least)} "
+            f"({math.ceil(10_000 * least / dense) / 100:.2f} % of dense), made of",
+            *(line if len(line) <= WIDTH else f"{line[: WIDTH - 4]} ..." for line in lines),
+            f"Give {metric}={wanted} or more, change what keeps layers dense, or search {lower}.",
+        ]
+    )
+
+
+def _parts(problem: Problem, limit: Limit, least: int) -> list[tuple[int, str]]:
+    """What the least cost is made of: layers that stay dense by reason, the others at their smallest, and the rest."""
+    metric = limit.metric
+    groups: dict[str, list[Layer]] = defaultdict(list)
+    for layer in problem.kept:
+        groups[layer.reason or "it has no candidate"].append(layer)
+    replaced, smallest = 0, 0
+    for layer, candidates in zip(problem.layers, problem.frontiers, strict=True):
+        cheapest = min(candidates, key=lambda c: c.cost[metric])
+        if cheapest.cost[metric] < layer.cost[metric]:
+            replaced, smallest = replaced + 1, smallest + cheapest.cost[metric]
+        else:
+            groups["no candidate is cheaper than the layer itself"].append(layer)
+    parts = []
+    for reason, layers in groups.items():
+        cost = sum(x.cost[metric] for x in layers)
+        parts.append((cost, f"{_names(layers, metric)} {'stays' if len(layers) == 1 else 'stay'} dense: {reason}"))
+    rest = least - smallest - sum(cost for cost, _ in parts)
+    some = f"the {replaced} layers that can be replaced" if replaced > 1 else "the layer that can be replaced"
+    others = REST[metric]
+    if metric == "latency" and problem.kept:  # only layers that can be replaced are timed
+        largest = max(problem.kept, key=lambda x: x.cost.macs)
+        others += f", with {_names(problem.kept, 'macs')} dense ({largest.reason})"
+    return [*parts, (smallest, f"{some}, at the smallest"), (rest, others)]
+
+
+def _names(layers: Sequence[Layer], metric: str) -> str:
+    """The names of the two largest layers, and how many more there are."""
+    first = sorted(layers, key=lambda x: -x.cost[metric])[:2]
+    names = [repr(x.name) if x.name else "the model" for x in first]
+    if more := len(layers) - len(first):
+        return f"{', '.join(names)} and {more} more"
+    return " and ".join(names)

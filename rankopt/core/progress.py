@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
+
+from rankopt.core.signals import on_stop_signals
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """A progress display: (items, what is done with them, how many) -> an iterable over the same items."""
@@ -78,7 +79,7 @@ class StopCondition:
 
 @contextmanager
 def graceful_interrupt(study: Stoppable, say: Callable[[str], None]) -> Iterator[None]:
-    """Context: the first Ctrl-C lets running work finish, the second raises KeyboardInterrupt.
+    """Context: the first Ctrl-C, SIGTERM or SIGHUP lets running work finish, the second raises KeyboardInterrupt.
 
     Outside the main thread, which alone receives signals, it does nothing.
 
@@ -87,7 +88,7 @@ def graceful_interrupt(study: Stoppable, say: Callable[[str], None]) -> Iterator
         say: Shows a message to the user.
     """
 
-    def stop(*_: Any) -> None:
+    def stop() -> None:
         if study.stopping:
             raise KeyboardInterrupt
         study.stopping = True
@@ -96,8 +97,5 @@ def graceful_interrupt(study: Stoppable, say: Callable[[str], None]) -> Iterator
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, stop)
-    try:
+    with on_stop_signals(stop):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -25,7 +25,7 @@ BUDGETS: tuple[Metric, ...] = (*METRICS, "latency", "memory", "disk")
 """Metrics that a budget may limit."""
 
 
-INPUT_FIRST = ("ConvTranspose", "Embedding")
+INPUT_FIRST = ("ConvTranspose", "Embedding", "Conv1D")
 """Prefixes of the kinds of layers that keep their weight as (in, out // groups, *kernel)."""
 
 
@@ -243,12 +243,14 @@ class Plan:
         dense: The dense model's cost.
         latency_on: Conditions of the latency budget, as `candidates.latency_table.Conditions` reads them; empty
             without one.
+        before: What had been replaced already in the model that was compressed, the outer of nested layers first.
     """
 
     choices: tuple[Choice, ...]
     cost: Cost
     dense: Cost
     latency_on: str = ""
+    before: tuple[Choice, ...] = ()
 
 
 Proposal = tuple[int, ...]
@@ -286,6 +288,21 @@ class Trial:
     rungs: tuple[float, ...] = ()
 
 
+WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+"""Modules that only hold another one, and where: torch.nn.DataParallel, torch.compile, ..."""
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of DataParallel, DistributedDataParallel or torch.compile; other models as they are.
+
+    Args:
+        model: Any module.
+    """
+    while (inner := WRAPPERS.get(type(model).__name__)) is not None:
+        model = getattr(model, inner)
+    return model
+
+
 @dataclass
 class Task:
     """A model and what is needed to compress it. See the README for a complete example.
@@ -295,7 +312,7 @@ class Task:
         example_input: A tensor, or a tuple or dict of the forward's arguments.
         calibration: An iterable of batches. A batch is a tensor, a tuple or list that begins with the input (as a
             DataLoader gives), or a dict of keyword arguments.
-        score: Model -> fraction on validation data; higher is better.
+        score: Model -> fraction on validation data, 0 to 1; higher is better. Of an error rate give 1 - error.
         objective: Model -> number that searches minimise. Default: the KL divergence of the model's predictions from
             the dense model's on the calibration batches.
         train: Batches (input, target): an iterable with a length. It is iterated once per epoch and may augment.
@@ -322,6 +339,7 @@ class Task:
     test_examples: int | None = None
 
     def __post_init__(self) -> None:
+        self.model = unwrapped(self.model)
         for what in ("examples", "test_examples"):
             value = getattr(self, what)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

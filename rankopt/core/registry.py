@@ -2,48 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from importlib.metadata import entry_points
-from typing import TypeVar
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
 
 from rankopt.core.errors import RankoptError
 
 T = TypeVar("T")
 
 
+def _sound(name: str, found: Any) -> None:
+    """What is registered is taken as it is."""
+
+
 class Registry(Mapping[str, T]):
     """Read-only mapping from names to what is registered under them.
 
-    Entry points are looked up when a name that is not built in is first asked for. Packages cannot replace a built-in
-    name. Looking up an unknown name raises a RankoptError that lists the valid ones.
+    Entry points are looked up when a name that is not built in is first asked for, and each is loaded when it is used:
+    a broken package does not get in the way of the others. Packages cannot replace a built-in name. Looking up an
+    unknown name raises a RankoptError that lists the valid ones; one that cannot be used, a RankoptError that names its
+    package.
 
     Args:
         what: What is registered, for messages: "strategy".
         group: The entry point group in which packages register theirs.
         built_in: Name -> what rankopt registers itself.
+        fault: Says what is wrong with what a package registered under a name; None if nothing is.
     """
 
-    def __init__(self, what: str, group: str, built_in: Mapping[str, T]) -> None:
-        self.what, self.group, self.built_in = what, group, dict(built_in)
+    def __init__(
+        self,
+        what: str,
+        group: str,
+        built_in: Mapping[str, T],
+        fault: Callable[[str, Any], str | None] = _sound,
+    ) -> None:
+        self.what, self.group, self.built_in, self.fault = what, group, dict(built_in), fault
+        self._loaded: dict[str, T] = {}
 
     @cached_property
-    def _all(self) -> dict[str, T]:
-        added = {e.name: e for e in entry_points(group=self.group) if e.name not in self.built_in}
-        return {**self.built_in, **{name: e.load() for name, e in added.items()}}
+    def _added(self) -> dict[str, EntryPoint]:
+        return {e.name: e for e in entry_points(group=self.group) if e.name not in self.built_in}
 
     def __getitem__(self, name: str) -> T:
         if name in self.built_in:
             return self.built_in[name]
-        if name not in self._all:
+        if name not in self._added:
             raise RankoptError(f"unknown {self.what} {name!r}: choose from {', '.join(self)}")
-        return self._all[name]
+        if name not in self._loaded:
+            self._loaded[name] = self._load(self._added[name])
+        return self._loaded[name]
+
+    def _load(self, entry: EntryPoint) -> T:
+        package = entry.dist.name if entry.dist else entry.module
+        try:
+            found = entry.load()
+        except Exception as error:  # whatever another package's import raises
+            raise RankoptError(
+                f"the {self.what} {entry.name!r} of package {package} cannot be loaded ({type(error).__name__}: "
+                f"{error}): mend that package, or remove it"
+            ) from error
+        if fault := self.fault(entry.name, found):
+            raise RankoptError(f"the {self.what} {entry.name!r} of package {package} cannot be used: {fault}")
+        return found
 
     def __contains__(self, name: object) -> bool:
-        return name in self.built_in or name in self._all
+        return name in self.built_in or name in self._added
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._all)
+        return iter([*self.built_in, *self._added])
 
     def __len__(self) -> int:
-        return len(self._all)
+        return len(self.built_in) + len(self._added)

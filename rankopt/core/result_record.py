@@ -613,6 +613,7 @@ class SearchMetadata(TypedDict):
         options: Options of the strategy, as text.
         question: What `--max-drop` asked, and its answer; absent otherwise.
         notes: Remarks of the strategy, by layer.
+        warnings: What to know before trusting the result: sentences without a full stop.
     """
 
     task: str
@@ -621,6 +622,7 @@ class SearchMetadata(TypedDict):
     options: NotRequired[dict[str, str]]
     question: NotRequired[QuestionEntry]
     notes: NotRequired[dict[str, str]]
+    warnings: NotRequired[list[str]]
 
 
 class ResultInfo(SearchMetadata):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,10 @@ from rankopt.core.files import write_beside
 from rankopt.core.result_record import ResultInfo
 
 PLAN, WEIGHTS, RESULT = "plan.json", "model.safetensors", "result.json"
+
+
+WEIGHTS_BESIDE = "rankopt.safetensors"
+"""The file of weights instead of WEIGHTS where a model's own save_pretrained writes a file of that name."""
 
 
 RESULT_KEYS = {"task", "strategy", "seed", "seconds", "trials", "budget", "cost", "score", "milliseconds", "layers"}
@@ -106,7 +111,15 @@ def report_damage(folder: str | Path) -> Iterator[None]:
         ) from error
 
 
-def check_same(kept: Mapping[str, Any], asked: Mapping[str, Any], path: str | Path, what: str, remedy: str) -> None:
+def check_same(
+    kept: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    path: str | Path,
+    what: str,
+    remedy: str,
+    tolerances: Mapping[str, float] | None = None,
+    hashes: Collection[str] = (),
+) -> None:
     """Check that what was kept belongs to the job that is to be resumed.
 
     Args:
@@ -115,15 +128,33 @@ def check_same(kept: Mapping[str, Any], asked: Mapping[str, Any], path: str | Pa
         path: Where `kept` comes from, for the message.
         what: What it belongs to: "search", "study" or "training".
         remedy: What the user should do otherwise; a sentence without its full stop.
+        tolerances: Setting -> relative difference up to which its numbers count as the same. Default: 0.
+        hashes: Settings whose values say nothing to a reader.
 
     Raises:
-        StudyError: A setting differs. The message names the first one.
+        StudyError: Some settings differ. The message names them.
     """
-    for key, value in asked.items():
-        if kept.get(key) != value:
-            raise StudyError(
-                f"{path} belongs to another {what}: its {key} is {kept.get(key)!r}, asked is {value!r}. {remedy}"
-            )
+    different = [
+        f"not the same {key}" if key in hashes else f"its {key} is {kept.get(key)!r}, asked is {value!r}"
+        for key, value in asked.items()
+        if not _same(kept.get(key), value, (tolerances or {}).get(key, 0.0))
+    ]
+    if different:
+        raise StudyError(f"{path} belongs to another {what}: {', '.join(different)}. {remedy}")
+
+
+def _same(kept: Any, asked: Any, tolerance: float) -> bool:
+    """Whether two values are equal; numbers up to the tolerance, relative to the largest one beside them."""
+    if isinstance(kept, list) and isinstance(asked, list) and len(kept) == len(asked):
+        numbers = [abs(x) for x in (*kept, *asked) if isinstance(x, float)]
+        near = tolerance * max(numbers, default=0.0)
+        return all(
+            abs(a - b) <= near if isinstance(a, float) and isinstance(b, float) else _same(a, b, tolerance)
+            for a, b in zip(kept, asked, strict=True)
+        )
+    if isinstance(kept, float) and isinstance(asked, float):
+        return math.isclose(kept, asked, rel_tol=tolerance, abs_tol=1e-3 * tolerance)
+    return bool(kept == asked)
 
 
 # --- folders and locks ---------------------------------------------------------------------------

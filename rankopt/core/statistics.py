@@ -63,6 +63,47 @@ def difference(first: float | None, second: float | None, examples: int | None) 
     return d - math.hypot(first - a[0], b[1] - second), d + math.hypot(a[1] - first, second - b[0])
 
 
+SCORE_RISE = 0.05
+"""A compressed model's score is no more than this above the dense model's, up to noise."""
+
+
+def misread_score(dense: float, small: float, examples: int | None) -> str | None:
+    """Say why a score does not look like a fraction where higher is better.
+
+    Args:
+        dense: The dense model's score.
+        small: A compressed model's score.
+        examples: The number of examples that each averages over; None if unknown.
+
+    Returns:
+        A sentence with what to do; None if the scores look right.
+    """
+    outside = next((x for x in (dense, small) if not 0 <= x <= 1), None)
+    if outside is not None:
+        return f"the score is {outside:.4g}, not within 0 to 1: return a fraction, for example an accuracy of 0.93"
+    interval = difference(small, dense, examples)
+    if small - dense <= SCORE_RISE or (interval is not None and interval[0] <= 0):
+        return None
+    return (
+        f"the score rises from {dense:.4g} (dense) to {small:.4g} (compressed): if lower is better, as of an error "
+        "rate, return 1 - error"
+    )
+
+
+FAR = 10.0  # times the predicted objective: layers that are measured alone add up to within a factor of about two
+LEAST_FAR = 1e-2  # of the objective: below it a ratio says little
+
+
+def is_far(measured: float, predicted: float) -> bool:
+    """Whether a measured objective is so far above the predicted one that the prediction failed.
+
+    Args:
+        measured: Objective of the rebuilt model.
+        predicted: Sum of the layers' predicted losses.
+    """
+    return measured > LEAST_FAR and measured > FAR * predicted
+
+
 def correlation(x: Sequence[float], y: Sequence[float]) -> CorrelationEntry:
     """Spearman's rank correlation with the interval of Bonett and Wright (2000, Psychometrika 65), and a verdict.
 

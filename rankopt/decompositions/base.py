@@ -25,9 +25,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from rankopt.core.errors import RankoptError
 from rankopt.core.records import FACTORISED, RECONSTRUCTED, Cost, Layer, Rank
 from rankopt.decompositions.modules import Reconstructed, build_chain, copy_settings
 from rankopt.decompositions.types import Aspect, Bond, Factors, Fit, Stage
+from rankopt.model.forward import random_numbers
 
 
 class Decomposition(ABC):
@@ -96,7 +98,8 @@ class Decomposition(ABC):
             layer: Layer to decompose.
             weight: The module's weight, in its own shape.
             ranks: Valid ranks.
-            moment: Input moment S (groups, n, n), float64; of an Embedding its diagonal (1, n). None: identity.
+            moment: Input moment S (groups, n, n), float64; of an Embedding and of very wide layers its diagonal
+                (groups, n). None: identity.
             metric: Output metric H (groups, T, T), float64. None: identity.
             steps: Optimisation steps, multiplied by `effort`.
 
@@ -129,12 +132,20 @@ class Decomposition(ABC):
 
         Returns:
             Ranks with fewer weights than the layer, in ascending number of weights.
+
+        Raises:
+            RankoptError: `aspects` do not fit the ranks.
         """
         full = self.full_rank(layer)
         if full is None:
             return []
         found = set()
         for aspect in self.directions(layer):
+            if len(aspect) != len(full):
+                raise RankoptError(
+                    f"the decomposition {self.name!r} has the aspect {tuple(aspect)} for ranks such as {full}: give "
+                    "`aspects` one entry for each number of a rank"
+                )
             for fraction in fractions:
                 rank: Rank
                 if nearest and len(full) == 1:
@@ -297,9 +308,10 @@ class Decomposition(ABC):
             rank: A valid rank.
             form: FACTORISED or RECONSTRUCTED; None: the default form.
         """
-        if (form or self.forms[0]) == RECONSTRUCTED:
-            return copy_settings(Reconstructed(self, module, layer, rank), module)
-        return copy_settings(self.factorised(module, layer, rank), module)
+        with random_numbers():  # torch's modules draw initial weights, from the caller's random state otherwise
+            if (form or self.forms[0]) == RECONSTRUCTED:
+                return copy_settings(Reconstructed(self, module, layer, rank), module)
+            return copy_settings(self.factorised(module, layer, rank), module)
 
     def factorised(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
         """Build the module that contracts its input with the factors one after the other.

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankopt.core.records import Layer, Rank
+from rankopt.decompositions.modules import OnBatches, empty_cores
 from rankopt.decompositions.types import Bond, Factors, Target
 from rankopt.decompositions.variable_projection import OutputSolved, full_target, roots
+from rankopt.model.layer_kinds import describe, in_own_shape
 
 TRAIN = (("C1",), ("C1", "C2"), ("C1", "C2", "T1"))
 """The modes on the input's side of each bond of a train over C1, C2, T1, T2."""
@@ -91,8 +92,7 @@ class CoreNetwork(OutputSolved):
     def factorised(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
         if len(layer.shape) == 4:
             return super().factorised(module, layer, rank)
-        assert isinstance(module, nn.Linear)
-        return CoreNetworkLinear(self, layer, rank, module)
+        return CoreNetworkLinear(self, module, layer, rank)
 
     def target(
         self, layer: Layer, weight: Tensor, moment: Tensor | None, metric: Tensor | None
@@ -116,28 +116,31 @@ class CoreNetworkLinear(nn.Module):
 
     Args:
         family: The decomposition.
-        layer: Description of the original layer.
+        module: The original layer.
+        layer: Its description.
         rank: The rank.
-        like: The original layer.
     """
 
-    def __init__(self, family: CoreNetwork, layer: Layer, rank: Rank, like: nn.Linear) -> None:
+    def __init__(self, family: CoreNetwork, module: nn.Module, layer: Layer, rank: Rank) -> None:
         super().__init__()
-        self.family, self.method, self.rank, self.shape = family, family.name, rank, layer.shape
-        kind: dict[str, Any] = {"device": like.weight.device, "dtype": like.weight.dtype}
-        shapes = family.core_shapes(layer, rank)
-        self.cores = nn.ParameterList(nn.Parameter(torch.empty(s, **kind)) for s in shapes)
-        self.bias = nn.Parameter(torch.empty(layer.shape[0], **kind)) if like.bias is not None else None
+        self.family, self.method, self.rank, self.layer = family, family.name, rank, describe(module)
+        self.cores = empty_cores(module, family.core_shapes(layer, rank))
+        bias: Tensor | None = module.bias  # type: ignore[assignment]
+        self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias))
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (T, C)."""
-        return self.family.linear_weight(tuple(self.cores)).reshape(self.shape)
+        """The dense weight in the original's own shape."""
+        return in_own_shape(self.layer, self.family.linear_weight(tuple(self.cores)))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.family.contract(x.reshape(-1, x.shape[-1]), tuple(self.cores))
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles."""
+        return OnBatches(self, self.cores[0].new_zeros(2, self.layer.shape[1]))
 
     def extra_repr(self) -> str:
         return f"method={self.method}, rank={self.rank}"

@@ -8,6 +8,7 @@ Families with modules of their own: core_networks.CoreNetworkLinear, tensor_trai
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,17 @@ from torch.nn.modules.conv import _ConvNd
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.types import Factors, Family, Stage
-from rankopt.model.layer_kinds import CONVOLUTIONS, TRANSPOSED, as_matrix, convolve, describe, extended, in_own_shape
+from rankopt.model.layer_kinds import (
+    CONVOLUTIONS,
+    GEOMETRY,
+    TRANSPOSED,
+    as_matrix,
+    convolve,
+    describe,
+    extended,
+    in_own_shape,
+)
+from rankopt.model.lazy_weight import lazy
 
 # --- factorised: a chain of stages -----------------------------------------------------------------
 
@@ -34,9 +45,12 @@ class Factorised(nn.Sequential):
         layer: Description of the original layer.
     """
 
+    __jit_unused_properties__ = ("factors", "weight", "bias")
+
     def __init__(self, stages: Sequence[nn.Module], family: Family, rank: Rank, layer: Layer) -> None:
         super().__init__(*stages)
         self.family, self.method, self.rank, self.layer = family, family.name, rank, layer
+        self.lazy_weight = True
 
     @property
     def factors(self) -> Factors:
@@ -46,7 +60,11 @@ class Factorised(nn.Sequential):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight in the original's own shape."""
+        """The dense weight in the original's own shape; it is built when its values are used."""
+        like: Tensor = self[0].weight  # type: ignore[assignment]
+        return lazy(self.layer.own_shape, like, self._build) if self.lazy_weight else self._build()
+
+    def _build(self) -> Tensor:
         return in_own_shape(self.layer, self.family.weight(self.layer, self.factors))
 
     @property
@@ -138,7 +156,7 @@ class BlockLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         x = input.reshape(-1, self.blocks, self.in_features).transpose(0, 1)
         y = x @ self.weight.unflatten(0, (self.blocks, -1)).mT  # (blocks, N, out // blocks)
-        return y.transpose(0, 1).reshape(*input.shape[:-1], self.out_features)
+        return y.transpose(0, 1).reshape(list(input.shape[:-1]) + [self.out_features])  # noqa: RUF005  # TorchScript
 
 
 class SharedConv(_ConvNd):
@@ -154,6 +172,10 @@ class SharedConv(_ConvNd):
         y = convolve(self, parts.reshape(-1, self.in_channels, *input.shape[-n:]), self.weight)
         y = y.reshape(*parts.shape[: -n - 2], groups, -1, *y.shape[-n:]).transpose(-n - 2, -n - 3)
         return y.flatten(-n - 3, -n - 1)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles."""
+        return OnBatches(self, _smallest_map(self))
 
 
 # --- reconstructed: a dense weight computed from cores ---------------------------------------------
@@ -207,7 +229,8 @@ class Reconstructed(nn.Module):
         """The dense weight in the original's own shape."""
         stored = [*self.cores.parameters(), *self.cores.buffers()]  # the cores, or what quantized cores are stored as
         needs_grad = torch.is_grad_enabled() and any(c.requires_grad for c in stored)
-        if self.training or needs_grad or torch.compiler.is_compiling() or any(c.is_inference() for c in stored):
+        followed = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if self.training or needs_grad or followed or any(c.is_inference() for c in stored):
             return self._build()
         return self._cached(stored)
 
@@ -234,25 +257,66 @@ class Reconstructed(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": None}
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles."""
+        if len(self.layer.shape) == 4:
+            return OnBatches(self, _smallest_map(self))
+        like = next(self.parameters())
+        x = torch.zeros(1, dtype=torch.long, device=like.device)
+        return traced(self, x if self.layer.kind == "Embedding" else like.new_zeros(1, self.layer.in_channels))
+
     def forward(self, x: Tensor) -> Tensor:
         if self.layer.kind == "Embedding":
             return nn.functional.embedding(x, self.weight, self.padding_idx)  # type: ignore[arg-type]
         if len(self.layer.shape) == 2:
-            return nn.functional.linear(x, self.weight, self.bias)
+            weight = self.weight.mT if self.layer.input_first else self.weight
+            return nn.functional.linear(x, weight, self.bias)
         return convolve(self, x, self.weight)
 
     def extra_repr(self) -> str:
         return f"method={self.method}, rank={self.rank}"
 
 
+# --- TorchScript -----------------------------------------------------------------------------------
+
+
+def traced(module: nn.Module, x: Tensor) -> nn.Module:
+    """A module as torch.jit.script can compile it, which does not follow the Python code of a decomposition.
+
+    Args:
+        module: A module that does the same operations on inputs of every size.
+        x: An input.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*trace might")  # of the factors' shapes, which do not change
+        return torch.jit.trace(module, x, check_trace=False)
+
+
+def _smallest_map(conv: Any) -> Tensor:
+    """The smallest input of a convolution, or of a module with the attributes of one."""
+    sizes = [(k - 1) * d + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    return next(conv.parameters()).new_zeros(1, conv.in_channels, *sizes)
+
+
+class OnBatches(nn.Module):
+    """A module that is traced on a batch, for inputs with any number of batch dimensions.
+
+    Args:
+        module: The module.
+        x: A batch, with one dimension before those of an example.
+    """
+
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        self.batches, self.axes = traced(module, x), x.ndim - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = x.ndim - self.axes
+        y = self.batches(x.reshape([-1] + list(x.shape[at:])))  # noqa: RUF005  # TorchScript
+        return y.reshape(list(x.shape[:at]) + list(y.shape[1:]))
+
+
 # --- filling a replacement -------------------------------------------------------------------------
-
-
-GEOMETRY = (
-    *("in_features", "out_features", "in_channels", "out_channels"),
-    *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding"),
-    *("num_embeddings", "embedding_dim", "padding_idx"),
-)
 
 
 def copy_settings(replacement: nn.Module, module: nn.Module) -> nn.Module:
@@ -265,7 +329,7 @@ def copy_settings(replacement: nn.Module, module: nn.Module) -> nn.Module:
     Returns:
         The replacement.
     """
-    for name in GEOMETRY:  # models may read layer.out_channels and similar attributes
+    for name in GEOMETRY:
         if hasattr(module, name):
             setattr(replacement, name, getattr(module, name))
     bias: Tensor | None = getattr(module, "bias", None)

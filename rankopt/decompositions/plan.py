@@ -1,6 +1,7 @@
 """Applying a plan to a model, saving it, and loading a compressed model from a folder.
 
-A folder holds plan.json (the choice for every layer) and model.safetensors (the weights of the compressed model).
+A folder holds plan.json (the choice for every layer) and model.safetensors (the weights of the compressed model), which
+is called rankopt.safetensors for models with a save_pretrained of their own: both may be used on one folder.
 """
 
 from __future__ import annotations
@@ -9,27 +10,44 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
-from torch import nn
+from torch import Tensor, nn
 
 from rankopt.core.errors import PlanError
 from rankopt.core.files import write_beside
-from rankopt.core.records import BUDGETS, DENSE, METRICS, PRECISIONS, SAME, Candidate, Choice, Cost, Layer, Plan
-from rankopt.core.run_folder import LARGEST_JSON, PLAN, WEIGHTS, read_json
-from rankopt.decompositions.modules import load_factors
+from rankopt.core.records import (
+    BUDGETS,
+    DENSE,
+    FACTORISED,
+    METRICS,
+    PRECISIONS,
+    RECONSTRUCTED,
+    SAME,
+    Candidate,
+    Choice,
+    Cost,
+    Layer,
+    Plan,
+)
+from rankopt.core.run_folder import LARGEST_JSON, PLAN, WEIGHTS, WEIGHTS_BESIDE, read_json
+from rankopt.decompositions.modules import Factorised, Reconstructed, load_factors
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import FactorLookup
 from rankopt.model.composites import expand_composites, parts, take_ordinary_path
-from rankopt.model.layer_kinds import KINDS, describe
+from rankopt.model.layer_kinds import describe, is_kind
+from rankopt.model.pretrained import holds_pretrained, mark_replaced
 from rankopt.model.quantization import quantize_
 
-FORMAT, VERSION = "rankopt-plan", 3
+FORMAT, VERSION = "rankopt-plan", 4
+SHOWN = 5  # names in a message
+EARLIER = "replaced in the model that was compressed"
 
 
 # --- replacing layers ------------------------------------------------------------------------------
@@ -91,7 +109,7 @@ def assemble(
         candidates: One candidate per layer.
         fill: Called with each new module and its candidate; writes the factors.
     """
-    pairs = zip(layers, candidates, strict=True)
+    names, pairs = list(model.state_dict()), zip(layers, candidates, strict=True)
     model = expand_composites(copy.deepcopy(model), [layer.name for layer, c in pairs if not c.unchanged])
     for layer, candidate in zip(layers, candidates, strict=True):
         if candidate.unchanged:
@@ -101,14 +119,14 @@ def assemble(
             new = DECOMPOSITIONS[candidate.method].build(new, layer, candidate.rank, candidate.form)
         fill(new, candidate)
         model = replace(model, layer, new)
-    return take_ordinary_path(model)
+    return mark_replaced(take_ordinary_path(model), names)
 
 
 # --- the plan on disk ------------------------------------------------------------------------------
 
 
 def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
-    """Write model.safetensors and plan.json, which holds the checksum of the weights.
+    """Write the compressed model's weights and plan.json, which holds their checksum.
 
     Args:
         folder: Folder to write to; created if missing.
@@ -123,17 +141,24 @@ def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlanError(f"{folder} cannot be made: {error}") from error
-    write_beside(folder / WEIGHTS, lambda p: save_model(model, str(p)))
+    path = folder / _weights_file(model)
+    write_beside(path, lambda p: save_model(model, str(p)))
     content = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if plan.before else VERSION - 1,  # earlier readers know all but `before`
         "cost": dataclasses.asdict(plan.cost),
         "dense": dataclasses.asdict(plan.dense),
         "latency_on": plan.latency_on,
-        "weights": {"sha256": _sha256(folder / WEIGHTS)},
+        "weights": {"sha256": _sha256(path)},
         "layers": [dataclasses.asdict(c) for c in plan.choices],
+        **({"before": [dataclasses.asdict(c) for c in plan.before]} if plan.before else {}),
     }
     write_beside(folder / PLAN, lambda p: p.write_text(json.dumps(content, indent=1)))
+
+
+def _weights_file(model: nn.Module) -> str:
+    """The name of a model's file of weights; never one that its own save_pretrained writes."""
+    return WEIGHTS_BESIDE if holds_pretrained(model) else WEIGHTS
 
 
 def _sha256(path: Path) -> str:
@@ -162,7 +187,9 @@ def read_plan(folder: str | Path) -> tuple[Plan, str]:
         raise PlanError(f"{path} has version {version!r}; this rankopt reads version 1 to {VERSION}")
     try:
         choices = tuple(_choice(_with_form(c) if version == 1 else c) for c in content["layers"])
-        plan = Plan(choices, _cost(content["cost"]), _cost(content["dense"]), str(content.get("latency_on", "")))
+        before = tuple(map(_choice, content.get("before", ())))
+        costs = _cost(content["cost"]), _cost(content["dense"])
+        plan = Plan(choices, *costs, str(content.get("latency_on", "")), before)
         return plan, str(content["weights"]["sha256"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"{path} is damaged: {type(error).__name__}: {error}") from error
@@ -204,7 +231,7 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
     """Replace a model's layers, in place, as a plan says; the factors are left uninitialised.
 
     Args:
-        model: The dense model.
+        model: The dense model; or, of a plan for a compressed model, this compressed model.
         plan: A plan for this model.
 
     Returns:
@@ -213,30 +240,93 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         PlanError: If the plan is for another model.
     """
-    model = expand_composites(model, [c.name for c in plan.choices if not c.unchanged])
+    names = list(model.state_dict())
+    if not set(map(_identity, plan.before)) <= set(map(_identity, replaced_layers(model))):
+        for choice in plan.before:  # one by one: some are parts of others
+            model = _rebuild(model, [choice])
+    return mark_replaced(take_ordinary_path(_rebuild(model, plan.choices)), names)
+
+
+def _identity(choice: Choice) -> tuple[Any, ...]:
+    return choice.name, choice.method, choice.rank, choice.form, choice.precision
+
+
+def replaced_layers(model: nn.Module) -> tuple[Choice, ...]:
+    """The choices that had to be made to get a model's replaced and quantized layers from a dense one.
+
+    Args:
+        model: A compressed model, or any other.
+
+    Returns:
+        A choice for each, the outer of nested layers first; none for a dense model.
+    """
+    found: list[Choice] = []
+    quantized: list[str] = []  # replacements whose parts are quantized along with them
+    for name, module in model.named_modules():
+        precision = _precision(module)
+        if isinstance(layer := getattr(module, "layer", None), Layer) and hasattr(module, "method"):
+            form = RECONSTRUCTED if isinstance(module, Reconstructed) else FACTORISED
+            method, rank, kind, shape = module.method, module.rank, layer.kind, layer.own_shape
+            quantized += [f"{name}."] if precision != SAME else []
+        elif precision != SAME and is_kind(getattr(module, "base", object)) and not name.startswith(tuple(quantized)):
+            method, rank, form, kind, shape = DENSE, (), DENSE, module.base.__name__, tuple(module.weight.shape)
+        else:
+            continue
+        params = sum(p.numel() for p in module.parameters())
+        found.append(Choice(name, kind, shape, str(method), rank, params, 0, 0.0, EARLIER, form, precision))
+    return tuple(found)
+
+
+def _precision(module: nn.Module) -> str:
+    """The precision that all weights of a layer, or of its replacement, are stored in."""
+    holders = list(module) if isinstance(module, Factorised) else [getattr(module, "cores", module)]
+    found = {str(getattr(part, "precision", SAME)) for part in holders}
+    return found.pop() if len(found) == 1 else SAME
+
+
+def _rebuild(model: nn.Module, choices: Sequence[Choice]) -> nn.Module:
+    """Make the choices in a model; raises PlanError if they are for another one."""
+    model = expand_composites(model, [c.name for c in choices if not c.unchanged])
     modules = dict(model.named_modules(remove_duplicate=False))
     unexpanded = {part for name, module in modules.items() for part in parts(module, name)}
-    for choice in plan.choices:
-        module = modules.get(choice.name)
-        if module is None and choice.name in unexpanded and choice.unchanged:
-            continue
-        if module is None:
-            raise PlanError(f"the plan is for another model: this one has no layer {choice.name!r}")
+    _check_names(choices, modules.keys(), unexpanded)
+    for choice in choices:
         if choice.unchanged:
             continue
+        module = modules[choice.name]
         aliases = tuple(n for n, m in modules.items() if m is module and n != choice.name)
         layer = dataclasses.replace(_checked_layer(module, choice), aliases=aliases)
         if choice.method == DENSE:
             quantize_(module, choice.precision)
         else:
             model = replace(model, layer, quantize_(_replacement(module, layer, choice), choice.precision))
-    return take_ordinary_path(model)
+    return model
+
+
+def _check_names(choices: Sequence[Choice], names: Collection[str], unexpanded: Collection[str]) -> None:
+    """Raise PlanError if a model lacks layers of a plan: another model, or a part of the right one."""
+    missing = [c.name for c in choices if c.name not in names and not (c.unchanged and c.name in unexpanded)]
+    if not missing:
+        return
+    below: dict[str, list[str]] = defaultdict(list)
+    for head, _, rest in (c.name.partition(".") for c in choices):
+        below[head] += [rest] if rest else []
+    part = next((head for head, inside in below.items() if inside and set(inside) <= set(names)), None)
+    advice = "give the model that was compressed"
+    if part:
+        advice = f"give the whole model that was compressed, and take {part!r} from what load returns"
+    raise PlanError(f"the plan is for another model: this one has no layer {_listed(missing)}; {advice}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(repr, names[:SHOWN])) + more
 
 
 def _checked_layer(module: nn.Module, choice: Choice) -> Layer:
     """The description of a module; raises PlanError if the choice was made for another one."""
     kind = type(module).__name__
-    layer = describe(module, choice.name) if type(module) in KINDS else Layer(choice.name, kind, ())
+    layer = describe(module, choice.name) if is_kind(type(module)) else Layer(choice.name, kind, ())
     if (kind, layer.own_shape) != (choice.kind, choice.shape):
         raise PlanError(
             f"the plan is for another model: layer {choice.name!r} is {kind} with weight {layer.own_shape}, "
@@ -255,12 +345,13 @@ def _replacement(module: nn.Module, layer: Layer, choice: Choice) -> nn.Module:
 
 
 def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.Module:
-    """Load a compressed model from plan.json and model.safetensors.
+    """Load a compressed model from plan.json and its weights.
 
     Nothing is unpickled.
 
     Args:
-        model: The dense model, which is copied, or a function that builds it.
+        model: The dense model, which is copied, or a function that builds it. It may be on the meta device. For a plan
+            of a compressed model, that compressed model does, too.
         folder: A folder that a search wrote, or `save`.
 
     Returns:
@@ -274,20 +365,55 @@ def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.M
         dense = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
     except RuntimeError as error:
         raise PlanError(f"the model cannot be copied ({error}): give a function that builds it") from error
-    small = rebuild(dense, plan)
-    path = Path(folder) / WEIGHTS
+    small = _off_meta(rebuild(dense, plan))
+    path = Path(folder) / _weights_file(small)
+    if not path.exists():
+        path = Path(folder) / WEIGHTS  # of earlier versions
     try:
         expected = sum(t.numel() * t.element_size() for t in (*small.parameters(), *small.buffers()))
         if path.stat().st_size > 2 * expected + LARGEST_JSON:
             raise PlanError(f"{path} is larger than the plan's model: it is from elsewhere")
         if _sha256(path) != checksum:
             raise PlanError(f"{path} is damaged or from another run: its checksum is not the one in {PLAN}")
-        load_model(small, str(path))
+        missing, unexpected = load_model(small, str(path), strict=False)
+        if missing or unexpected:
+            raise PlanError(f"{path} does not fit this model: {_differences(missing, unexpected)}")
     except OSError as error:
         raise PlanError(f"{path} cannot be read: {error}") from error
     except (SafetensorError, RuntimeError) as error:
         raise PlanError(f"{path} does not fit this model: {error}") from error
     return small
+
+
+def _differences(missing: Collection[str], unexpected: Collection[str]) -> str:
+    """What a file lacks and has too much, in words."""
+    lacks = f"the file lacks {_listed(sorted(missing))}" if missing else ""
+    has = f"the model has no {_listed(sorted(unexpected))}" if unexpected else ""
+    return ", and ".join(filter(None, (lacks, has)))
+
+
+def _off_meta(model: nn.Module) -> nn.Module:
+    """Give the tensors of a model that are on the meta device memory on the CPU, in place, for the file to fill."""
+    saved = model.state_dict().keys()
+    lost = [name for name, t in model.named_buffers() if t.is_meta and name not in saved]
+    if lost:
+        raise PlanError(
+            f"the model is on the meta device, and its buffers {_listed(lost)} are not among the saved weights: build "
+            "it on the CPU"
+        )
+    made: dict[int, Tensor] = {}  # a tied tensor stays one
+    for module in model.modules():
+        held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in held:
+            for key, t in tensors.items():
+                if t is not None and t.is_meta:
+                    tensors[key] = made.setdefault(id(t), _empty_on_cpu(t))
+    return model
+
+
+def _empty_on_cpu(t: Tensor) -> Tensor:
+    empty = torch.empty_like(t, device="cpu")
+    return nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
 
 
 @torch.no_grad()

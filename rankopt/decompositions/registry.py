@@ -6,6 +6,8 @@ point of the group `rankopt.decompositions`.
 
 from __future__ import annotations
 
+from typing import Any
+
 from rankopt.core.registry import Registry
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.block_term import BlockTerm
@@ -17,6 +19,16 @@ from rankopt.decompositions.tensor_ring import TensorRing
 from rankopt.decompositions.tensor_train import TensorTrain
 from rankopt.decompositions.tensor_train_matrix import TensorTrainConvolution, TensorTrainMatrix
 from rankopt.decompositions.tucker import Tucker, Tucker2
+
+
+def _fault(name: str, found: Any) -> str | None:
+    """What is wrong with what another package registered."""
+    if not isinstance(found, Decomposition):
+        return f"its entry point is {found!r}, not an instance of a Decomposition"
+    if getattr(found, "name", None) != name:
+        return f"its class has the name {getattr(found, 'name', None)!r}: give both the same"
+    return None
+
 
 DECOMPOSITIONS: Registry[Decomposition] = Registry(
     "decomposition",
@@ -40,4 +52,5 @@ DECOMPOSITIONS: Registry[Decomposition] = Registry(
         "augmented_ttn": AugmentedTreeNetwork(),
         "mera": Mera(),
     },
+    _fault,
 )

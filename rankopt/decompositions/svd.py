@@ -190,10 +190,10 @@ class SvdGrouped(OutputSolved):
         blocks, r = rank
         size = layer.patch // blocks
         rows = []
-        for i, w in enumerate(target.weight.split(size, -1)):
-            own = target.moment[:, i * size :, i * size :][:, :size, :size]
-            u = torch.linalg.eigh(w @ own @ w.mT)[1][..., -r:]
-            rows.append(torch.nn.functional.normalize(u.mT @ w, dim=-1))
+        for i in range(blocks):
+            part = target.inputs(slice(i * size, (i + 1) * size))
+            u = torch.linalg.eigh(part.times_moment(part.weight) @ part.weight.mT)[1][..., -r:]
+            rows.append(torch.nn.functional.normalize(u.mT @ part.weight, dim=-1))
         return (torch.stack(rows, 1),)
 
     def rows(self, layer: Layer, theta: Parameters) -> Tensor:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from rankopt.core.records import RECONSTRUCTED, Layer, Rank
 from rankopt.decompositions.joint_fit import Joint
-from rankopt.decompositions.modules import empty_cores
-from rankopt.decompositions.types import Bond, Factors
+from rankopt.decompositions.modules import OnBatches, empty_cores
+from rankopt.decompositions.types import Aspect, Bond, Factors
 from rankopt.decompositions.variable_projection import balanced, leading_basis
+from rankopt.model.layer_kinds import describe, in_own_shape
 
 UNEVEN = 3
 """Largest ratio of the factors of an even factorisation."""
@@ -153,7 +154,6 @@ class TensorTrainMatrix(Joint):
         return min(train_macs(shapes), train_macs(reversed_shapes(shapes))) * sum(call.maps for call in layer.calls)
 
     def factorised(self, module: nn.Module, layer: Layer, rank: Rank) -> nn.Module:
-        assert isinstance(module, nn.Linear)
         return TensorTrainMatrixLinear(self, module, layer, rank)
 
 
@@ -187,8 +187,9 @@ class TensorTrainConvolution(TensorTrainMatrix):
         (_, *first), *others = super().shapes(layer, rank[1:])
         return (1, area, rank[0]), (rank[0], *first), *others
 
-    def _largest(self, layer: Layer, full: Rank, aspect: tuple[float, ...], weights: float) -> Rank:
-        return super()._largest(layer, full, aspect[-len(full) :], weights)  # no G₀, no first proportion
+    def directions(self, layer: Layer) -> Sequence[Aspect]:
+        bonds = len(self.modes(layer)) - 1
+        return [aspect[-bonds:] for aspect in self.aspects]  # a kernel of one position has no G₀, and no first bond
 
 
 # --- the module of a Linear -----------------------------------------------------------------------
@@ -204,19 +205,19 @@ class TensorTrainMatrixLinear(nn.Module):
         rank: The rank.
     """
 
-    def __init__(self, family: TensorTrainMatrix, module: nn.Linear, layer: Layer, rank: Rank) -> None:
+    def __init__(self, family: TensorTrainMatrix, module: nn.Module, layer: Layer, rank: Rank) -> None:
         super().__init__()
-        self.family, self.method, self.rank = family, family.name, rank
-        self.layer = Layer("", "", tuple(layer.shape))
+        self.family, self.method, self.rank, self.layer = family, family.name, rank, describe(module)
         shapes = family.shapes(layer, rank)
         self.cores = empty_cores(module, shapes)
-        self.bias = None if module.bias is None else nn.Parameter(torch.empty_like(module.bias))
+        bias: Tensor | None = module.bias  # type: ignore[assignment]
+        self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias))
         self.from_the_end = train_macs(reversed_shapes(shapes)) < train_macs(shapes)
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (T, C)."""
-        return self.family.weight(self.layer, tuple(self.cores))
+        """The dense weight in the original's own shape."""
+        return in_own_shape(self.layer, self.family.weight(self.layer, tuple(self.cores)))
 
     def forward(self, x: Tensor) -> Tensor:
         cores = list(self.cores)
@@ -230,6 +231,10 @@ class TensorTrainMatrixLinear(nn.Module):
             y = contract_train(y, cores)
         y = y.reshape(n, math.prod(j))[:, :t].reshape(*x.shape[:-1], t)
         return y if self.bias is None else y + self.bias
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles."""
+        return OnBatches(self, self.cores[0].new_zeros(2, self.layer.shape[1]))
 
     def extra_repr(self) -> str:
         return f"method={self.method}, rank={self.rank}"

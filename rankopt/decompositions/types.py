@@ -96,7 +96,8 @@ class Target(NamedTuple):
 
     Attributes:
         weight: W (g, T, n).
-        moment: Input moment S (g, n, n); of an Embedding, whose input is one-hot, its diagonal (1, n).
+        moment: Input moment S (g, n, n); its diagonal (g, n) for an Embedding, whose input is one-hot, and for layers
+            too wide for more.
         metric: Output metric H (g, T, T).
         outer: Metric of t1 (g, t1, t1), if the weight is arranged as (g, t2, t1 * n) with T = t1 * t2 so that t1
             belongs to the searched side of the fit; the input moment is then outer ⊗ S.
@@ -115,10 +116,9 @@ class Target(NamedTuple):
         Args:
             rows: Tensor (g, m, n), or (g, m, t1 * n) if `outer` is set.
         """
-        if self.moment.ndim == 2:
-            return rows * self.moment.unsqueeze(1)
         product = rows.reshape(len(rows), -1, self.moment.shape[-1])
-        product = product if self.plain else product @ self.moment
+        if not self.plain:
+            product = product * self.moment.unsqueeze(1) if self.diagonal else product @ self.moment
         if self.outer is not None:
             product = self.outer.unsqueeze(1) @ product.view(*rows.shape[:2], self.outer.shape[-1], -1)
         return product.view(rows.shape)
@@ -131,7 +131,21 @@ class Target(NamedTuple):
         """
         difference = self.weight - approximation
         whole = self.norm
-        return self._square(difference) / whole if whole > 0 else 0.0
+        return max(self._square(difference), 0.0) / whole if whole > 0 else 0.0
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether only the diagonal of S is known, or is not zero."""
+        return self.moment.ndim == 2
+
+    def inputs(self, part: slice) -> Target:
+        """The same for some of the inputs alone.
+
+        Args:
+            part: Which inputs.
+        """
+        moment = self.moment[:, part] if self.diagonal else self.moment[:, part, part]
+        return self._replace(weight=self.weight[..., part], moment=moment)
 
     @property
     def norm(self) -> float:

@@ -138,7 +138,7 @@ class OutputSolved(Decomposition):
             return value, gradient
 
         rows = self.rows(layer, theta)
-        width = target.weight.shape[-2] if target.plain else target.moment.shape[-1]
+        width = target.weight.shape[-2] if target.diagonal else target.moment.shape[-1]
         steps = affordable_steps(steps, rows.numel() * width)
         start, output, _ = solver(rows)
         if steps > 0 and solver.scale > 0 and start > NEGLIGIBLE:
@@ -308,16 +308,9 @@ def full_target(layer: Layer, weight: Tensor, moment: Tensor | None, metric: Ten
     """
     w = as_matrix(layer, weight.detach().double())
 
-    def or_identity(m: Tensor | None, size: int) -> Tensor:
-        if m is not None:
-            return m.to(w)
-        return torch.eye(size, dtype=w.dtype, device=w.device).expand(layer.groups, -1, -1)
-
-    if layer.kind == "Embedding":
-        diagonal = w.new_ones(1, layer.patch) if moment is None else moment.to(w)
-        return Target(w, diagonal, or_identity(metric, layer.out_channels))
-    plain = moment is None
-    return Target(w, or_identity(moment, layer.patch), or_identity(metric, layer.out_channels), plain=plain)
+    s = w.new_ones(len(w), layer.patch) if moment is None else moment.to(w)
+    identity = torch.eye(layer.out_channels, dtype=w.dtype, device=w.device).expand(layer.groups, -1, -1)
+    return Target(w, s, identity if metric is None else metric.to(w), plain=moment is None)
 
 
 def stored_fit(

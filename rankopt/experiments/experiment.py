@@ -16,14 +16,14 @@ from typing import Any
 from rankopt.candidates.prepare import Prepared, prepare
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError, StudyError
-from rankopt.core.files import write_beside
+from rankopt.core.files import without_folder, write_beside
 from rankopt.core.progress import Display, StopCondition, graceful_interrupt
 from rankopt.core.records import METRICS, Task
 from rankopt.core.result_record import TrainingSource
-from rankopt.core.run_folder import RESULT, open_folder
+from rankopt.core.run_folder import RESULT
 from rankopt.experiments.tasks import load_task
 from rankopt.model.objective import call
-from rankopt.search.compress import run_search
+from rankopt.search.compress import open_run_folder, run_search
 from rankopt.search.loop import Runner
 from rankopt.search.result import Result
 from rankopt.search.settings import SearchSettings
@@ -115,7 +115,7 @@ class Experiment:
             task: Name of the task. Of tasks in files only the file's name counts, not its folder.
         """
         content = {
-            "task": task and _without_folder(task),
+            "task": task and without_folder(task),
             "budget": dict(self.budget),
             "strategy": self.search.strategy,
             "options": dict(self.search.options),
@@ -126,7 +126,7 @@ class Experiment:
             "ladder": dataclasses.asdict(self.search.fidelities),
             "training": dataclasses.asdict(self.training),
             "from_scratch": self.from_scratch,
-            "teacher": _without_folder(self.teacher),
+            "teacher": without_folder(self.teacher),
         }
         return json.loads(json.dumps(content, default=str))
 
@@ -134,12 +134,6 @@ class Experiment:
     def recipe(self) -> Recipe:
         """The training with the search's seed."""
         return dataclasses.replace(self.training, seed=self.search.seed)
-
-
-def _without_folder(task: str) -> str:
-    """The task's name without the folder of its file: studies may move, and be run from anywhere."""
-    file, colon, function = task.rpartition(":")
-    return Path(file).name + colon + function
 
 
 def run_experiment(experiment: Experiment, prepared: Prepared, runner: Runner) -> Result:
@@ -213,9 +207,9 @@ def run_in_folder(
     settings_text = json.dumps(experiment.as_json(task.name), indent=1)
     if not trained.is_dir():
         resume = out.is_dir() and any(out.rglob("study.db"))
-        open_folder(out, resume)
-        prepared = prepare(task, experiment.space, cache, display, budget=experiment.budget)
         settings = dataclasses.replace(experiment.search, resume=resume)
+        open_run_folder(out, settings)
+        prepared = prepare(task, experiment.space, cache, display, budget=experiment.budget)
         result = run_search(prepared, prepared.problem(experiment.budget), settings, out, runner, display)
         if result.info["trials"]["interrupted"]:
             return None

@@ -7,7 +7,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,13 +41,13 @@ def load_task(name: str) -> Task:
         file, colon, attribute = name.rpartition(":")
         if not colon or not file.endswith(".py"):
             raise TaskError(f"unknown task {name!r}: {HELP}")
-        function = getattr(_load_module(Path(file)), attribute, None)
+        with _as_a_script(Path(file), f"{file} does not run"):
+            module = _load_module(Path(file))
+        function = getattr(module, attribute, None)
         if not callable(function):
             raise TaskError(f"{file} has no function {attribute!r}: {HELP}")
-    try:
+    with _as_a_script(Path(name.rpartition(":")[0] or name), f"task {name!r} failed"):
         task: Any = function()
-    except Exception as error:
-        raise TaskError(f"task {name!r} failed: {type(error).__name__}: {error}") from error
     if not isinstance(task, Task):
         raise TaskError(f"task {name!r} returned {type(task).__name__}: return rankopt.Task(...)")
     if not isinstance(task.model, nn.Module):
@@ -54,17 +57,55 @@ def load_task(name: str) -> Task:
 
 
 def _load_module(path: Path) -> ModuleType:
-    """Run a file as a module of its own."""
+    """Run a file as a module of its own, which is also a package of the file's folder: for `from .nets import Net`."""
     if not path.is_file():
         raise TaskError(f"there is no file {path}: {HELP}")
-    name = f"rankopt_task_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    folder = str(path.parent.resolve())
+    name = "rankopt_task_" + re.sub(r"\W", "_", path.stem)
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[folder])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    sys.path.insert(0, str(path.parent.resolve()))  # the file may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise TaskError(f"{path} does not run: {type(error).__name__}: {error}") from error
+    # The file may import its neighbours, as in a script, and what lies in the working folder, as under `python -m`.
+    sys.path[:] = [folder, *(p for p in sys.path if p != folder)]
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.append(str(Path.cwd()))
+    spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def _as_a_script(path: Path, failure: str) -> Iterator[None]:
+    """Context in which a task's code runs: without rankopt's own arguments. What it raises is a TaskError.
+
+    Args:
+        path: The task's file.
+        failure: What failed, for the message.
+
+    Raises:
+        TaskError: The code raises an error, or ends the program.
+    """
+    arguments, sys.argv = sys.argv, [str(path)]
+    try:
+        yield
+    except TaskError:
+        raise
+    except SystemExit as end:
+        raise TaskError(
+            f"{failure}: it ends the program (exit status {end.code!r}), as argparse does where arguments are missing; "
+            "put what only a script does below if __name__ == '__main__':"
+        ) from end
+    except ImportError as error:
+        raise TaskError(f"{failure}: {type(error).__name__}: {error}. {_import_help(path)}") from error
+    except Exception as error:
+        raise TaskError(f"{failure}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.argv = arguments
+
+
+def _import_help(path: Path) -> str:
+    """Where a task's imports are looked for."""
+    return (
+        f"A task's file may import what is installed and what lies in its folder ({path.parent.resolve()}) or in the "
+        "working folder; set PYTHONPATH for others, and import a parent's modules by their full name"
+    )

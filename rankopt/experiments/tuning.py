@@ -104,7 +104,7 @@ class TuningStudy:
         """Open the database; trials that still run in it were killed, and are marked as lost."""
         if not self.path.exists():
             directions = [OBJECTIVES[name] for name in self.objectives]
-            write_beside(self.path, lambda p: create_study(f"sqlite:///{p}", STUDY, self.metadata(), directions))
+            write_beside(self.path, lambda p: create_study(p, STUDY, self.metadata(), directions))
         self.study = load_study(self.path)
         remedy = "Go on with the same file, or give another --out"
         check_same(self.study.user_attrs, self.metadata(), self.path, "study", remedy)

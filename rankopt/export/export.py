@@ -28,7 +28,8 @@ from rankopt.core.timing import medians, threads
 from rankopt.decompositions.plan import multiplied_out
 from rankopt.export.fuse import fuse
 from rankopt.export.onnx_session import check_exporter, open_session, quiet_exporter
-from rankopt.model.forward import batch_size, collect_batches, hooked, inference, map_tensors, one_example, run, take
+from rankopt.model.forward import batch_size, call_arguments, hooked, inference, map_tensors, run, take
+from rankopt.model.inputs import collect_batches, one_example
 from rankopt.model.recurrent import Recurrent
 
 SUFFIXES = {"onnx": ".onnx", "torch.export": ".pt2", "state_dict": ".safetensors"}
@@ -121,7 +122,7 @@ def export_run(
     Raises:
         RankoptError: As `export` and `export_weights`.
     """
-    inputs = collect_batches(task.calibration, EXAMPLES if batch == "dynamic" else int(batch))[0]
+    inputs = collect_batches(task.model, task.calibration, EXAMPLES if batch == "dynamic" else int(batch))[0]
     if to == "state_dict":
         return export_weights(task.model, small, path, inputs, multiply)
     made = export(small, to, path, inputs, batch, fused)
@@ -159,7 +160,7 @@ def export(
     written = fuse(small, x) if fused else small
     with inference(small), inference(written), quiet_exporter(FutureWarning):
         program = _trace(written, x, dynamic)
-        cases = [x, one_example(x)] if dynamic else [x]
+        cases = [x, one_example(small, x)] if dynamic else [x]
         return _checked(Path(path), lambda p: write(program, p), LOADERS[to], lambda y: run(small, y), cases)
 
 
@@ -210,7 +211,7 @@ def _trace(model: nn.Module, x: Any, dynamic: bool) -> torch.export.ExportedProg
     n = batch_size(x)
     if dynamic and n < 2:
         raise RankoptError("one example cannot show which dimension is the batch: give --batch 1, or larger batches")
-    args, kwargs = ((), x) if isinstance(x, dict) else (tuple(x) if isinstance(x, (tuple, list)) else (x,), {})
+    args, kwargs = call_arguments(x)
 
     def sizes(value: Any) -> dict[int, Any] | None:
         """The dynamic dimensions of an input."""
@@ -294,8 +295,10 @@ def load_onnx(path: Path) -> Forward:
     names = [i.name for i in session.get_inputs()]
 
     def forward(x: Any) -> list[Tensor]:
-        by_name = isinstance(x, dict) and set(names) <= x.keys()
-        tensors = [x[name] for name in names] if by_name else [t for t in tree_leaves(x) if isinstance(t, Tensor)]
+        args, kwargs = call_arguments(x)
+        by_name = bool(names) and set(names) <= kwargs.keys()
+        leaves = tree_leaves((args, kwargs))
+        tensors = [kwargs[name] for name in names] if by_name else [t for t in leaves if isinstance(t, Tensor)]
         outputs = session.run(None, {k: t.numpy() for k, t in zip(names, tensors, strict=True)})
         return [torch.as_tensor(out) for out in outputs]
 

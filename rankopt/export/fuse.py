@@ -18,15 +18,18 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from rankopt.core.errors import RankoptError
+from rankopt.core.records import Layer
 from rankopt.core.timing import medians
 from rankopt.decompositions.core_networks import CoreNetworkLinear
 from rankopt.decompositions.modules import Factorised, Reconstructed
 from rankopt.decompositions.tensor_train_matrix import TensorTrainMatrixLinear
 from rankopt.export.dataflow import Dataflow
+from rankopt.model.attention import linear
 from rankopt.model.counting import count
-from rankopt.model.forward import find_output, inference, one_example, run, to_device
+from rankopt.model.forward import find_output, inference, run, to_device
+from rankopt.model.inputs import one_example
 from rankopt.model.inventory import names_of
-from rankopt.model.layer_kinds import CONVOLUTIONS, TRANSPOSED
+from rankopt.model.layer_kinds import CONVOLUTIONS, TRANSPOSED, as_matrix
 from rankopt.model.quantization import QuantizedMixin
 
 REPLACEMENTS = (Factorised, Reconstructed, CoreNetworkLinear, TensorTrainMatrixLinear)
@@ -57,7 +60,7 @@ def fuse(model: nn.Module, example_input: Any, *, channels_last: bool = False, m
             calling them.
     """
     fused = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
-    x = to_device(one_example(example_input), fused)
+    x = to_device(one_example(fused, example_input), fused)
     fused = _multiply_out(fused, Dataflow(fused, x), measured)
     while _join(fused, Dataflow(fused, x)):
         pass
@@ -123,7 +126,10 @@ def dense_twin(module: nn.Module) -> nn.Module:
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
     bias: Tensor | None = getattr(module, "bias", None)
-    kind = module.layer.kind if isinstance(module, (Factorised, Reconstructed)) else "Linear"
+    layer: Layer = module.layer  # type: ignore[assignment]
+    kind = layer.kind
+    if kind == "Conv1D":  # an ordinary Linear, which joins with its neighbours
+        return linear(as_matrix(layer, weight)[0], bias)
     names = {
         "Linear": ("in_features", "out_features"),
         "Embedding": ("num_embeddings", "embedding_dim", "padding_idx"),

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rankopt.core.errors import not_scriptable
+from rankopt.model.layer_kinds import GEOMETRY, as_matrix, describe, in_own_shape
+from rankopt.model.lazy_weight import lazy
+
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A Linear with copies of a weight and a bias, with their requires_grad.
@@ -29,7 +33,7 @@ def copied(tensor: Tensor) -> nn.Parameter:
     Args:
         tensor: The parameter, or a part of it.
     """
-    return nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+    return nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format), tensor.requires_grad)
 
 
 def thirds(weight: Tensor, bias: Tensor | None) -> list[nn.Linear]:
@@ -49,13 +53,16 @@ class FusedLinear(nn.Module):
     `weight` and `bias` are those of the whole map, rebuilt if a part is factorised.
 
     Args:
-        module: The Linear.
+        module: The Linear, or transformers' Conv1D.
     """
 
-    def __init__(self, module: nn.Linear) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.in_features, self.out_features = module.in_features, module.out_features
-        self.q, self.k, self.v = thirds(module.weight, module.bias)
+        for name in GEOMETRY:
+            if hasattr(module, name):
+                setattr(self, name, getattr(module, name))
+        self.layer = describe(module)
+        self.q, self.k, self.v = thirds(as_matrix(self.layer, module.weight)[0], module.bias)  # type: ignore[arg-type]
         self.train(module.training)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
@@ -64,8 +71,12 @@ class FusedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(out_features, in_features)."""
-        return torch.cat([self.q.weight, self.k.weight, self.v.weight])
+        """The weight of the whole map in the original's own shape; it is built when its values are used."""
+        return lazy(
+            self.layer.own_shape,
+            self.q.weight,
+            lambda: in_own_shape(self.layer, torch.cat([self.q.weight, self.k.weight, self.v.weight])),
+        )
 
     @property
     def bias(self) -> Tensor | None:
@@ -112,6 +123,10 @@ class Attention(nn.Module):
         if name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
             return None if self._qkv_same_embed_dim else getattr(self, name[:6]).weight
         return super().__getattr__(name)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse torch.jit.script."""
+        raise not_scriptable("an attention with factorised or quantized parts")
 
     def forward(
         self,

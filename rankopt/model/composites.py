@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.model.attention import Attention, FusedLinear
+from rankopt.model.layer_kinds import describe, is_linear
 from rankopt.model.recurrent import Recurrent, part_names
 
 COMPOSITES = (nn.LSTM, nn.GRU, nn.RNN, nn.MultiheadAttention)
 
 
 FUSED = re.compile(r"qkv|in_proj|c_attn|query_key_value")
-"""Found in the last part of the names, in lower case, of Linears that compute queries, keys and values at once."""
+"""Found in the last part of the names, in lower case, of layers that compute queries, keys and values at once."""
 
 
 def is_composite(module: nn.Module, name: str, split_qkv: bool = True) -> bool:
@@ -32,10 +33,17 @@ def is_composite(module: nn.Module, name: str, split_qkv: bool = True) -> bool:
         name: Its name in the model. A Linear is fused if its name matches FUSED and it has three outputs per input.
         split_qkv: Count fused Linears.
     """
-    if type(module) is nn.Linear:
-        named = FUSED.search(name.rpartition(".")[2].lower()) is not None
-        return split_qkv and named and module.out_features == 3 * module.in_features
-    return type(module) in COMPOSITES
+    if type(module) in COMPOSITES:
+        return True
+    return split_qkv and FUSED.search(name.rpartition(".")[2].lower()) is not None and _has_three_maps(module)
+
+
+def _has_three_maps(module: nn.Module) -> bool:
+    """Whether a module is a Linear with three outputs per input."""
+    if not is_linear(module):
+        return False
+    outputs, inputs = describe(module).shape
+    return outputs == 3 * inputs
 
 
 def parts(module: nn.Module, name: str) -> list[str]:
@@ -51,7 +59,7 @@ def parts(module: nn.Module, name: str) -> list[str]:
     found: list[str] = []
     if type(module) in COMPOSITES:
         found = part_names(module) if isinstance(module, nn.RNNBase) else ["q_proj", "k_proj", "v_proj", "out_proj"]
-    elif type(module) is nn.Linear and module.out_features == 3 * module.in_features:
+    elif _has_three_maps(module):
         found = ["q", "k", "v"]
     return [f"{name}.{part}" if name else part for part in found]
 
@@ -79,7 +87,6 @@ def expand_composites(model: nn.Module, names: Collection[str]) -> nn.Module:
         elif isinstance(module, nn.MultiheadAttention):
             new = Attention(module)
         else:
-            assert isinstance(module, nn.Linear)
             new = FusedLinear(module)
         if module is model:
             return new
@@ -126,6 +133,9 @@ def take_ordinary_path(model: nn.Module) -> nn.Module:
         layer.activation_relu_or_gelu = 0  # marks, in torch, a layer that the fused path cannot compute
         if type(layer) is nn.TransformerEncoderLayer:
             layer.__class__ = OrdinaryEncoderLayer
+        for part in layer.modules():
+            if hasattr(part, "lazy_weight"):  # a tensor subclass would keep nn.TransformerEncoder from nested tensors
+                part.lazy_weight = False  # type: ignore[assignment]
     subclasses = {x for x in changed if type(x) is not OrdinaryEncoderLayer}  # with a forward of their own
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and not subclasses.isdisjoint(encoder.layers):

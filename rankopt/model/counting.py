@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rankopt.core.errors import TaskError
 from rankopt.core.records import Cost
-from rankopt.model.forward import inference, one_example, run, to_device
+from rankopt.model.forward import inference, run, to_device
+from rankopt.model.inputs import one_example
 
 
 def count(model: nn.Module, example_input: Any) -> Cost:
@@ -23,9 +25,16 @@ def count(model: nn.Module, example_input: Any) -> Cost:
 
     Returns:
         Unique parameters, MACs (half of what torch's FlopCounterMode counts), and bytes of parameters and buffers.
+
+    Raises:
+        TaskError: The model does not run on the input, or its operations cannot be counted.
     """
-    with inference(model), _visible_recurrence(), FlopCounterMode(display=False) as flops:
-        run(model, to_device(one_example(example_input), model))
+    x = to_device(one_example(model, example_input), model)
+    try:
+        with inference(model), _visible_recurrence(), FlopCounterMode(display=False) as flops:
+            run(model, x)
+    except RuntimeError as error:
+        raise TaskError(f"the operations cannot be counted, does the forward take gradients? ({error})") from error
     tensors = [*model.parameters(), *model.buffers()]
     return Cost(
         params=sum(p.numel() for p in model.parameters()),

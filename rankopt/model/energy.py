@@ -17,7 +17,8 @@ from torch import nn
 
 from rankopt.core.errors import RankoptError
 from rankopt.core.result_record import EnergyEntry
-from rankopt.model.forward import inference, one_example, run, to_device
+from rankopt.model.forward import inference, run, to_device
+from rankopt.model.inputs import one_example
 
 RAPL = Path("/sys/class/powercap")
 
@@ -102,7 +103,7 @@ def of_models(models: Sequence[nn.Module], example_input: Any) -> EnergyEntry:
         dense, compressed (joules), dense_grams, compressed_grams (CO₂ equivalents; each None if it cannot be measured
         here) and source (what measured it, or why not).
     """
-    x = to_device(one_example(example_input), models[0])
+    x = to_device(one_example(models[0], example_input), models[0])
     device = next(models[0].parameters()).device
     gpu = device.index or 0 if device.type == "cuda" else None
     found = []

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+import dataclasses
+import random
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,10 +18,6 @@ from torch.nn.utils.rnn import PackedSequence
 from rankopt.core.errors import TaskError
 
 Where = TypeVar("Where", str, nn.Module)
-
-
-CALIBRATION_EXAMPLES = 2048
-"""The most examples that are taken from a task's calibration batches."""
 
 
 # --- outputs -------------------------------------------------------------------------------------
@@ -65,18 +66,63 @@ def find_output(out: Any) -> Tensor | None:
         return out
     if isinstance(getattr(out, "logits", None), Tensor):
         return out.logits
-    values = list(out.values()) if isinstance(out, dict) else list(out) if isinstance(out, (tuple, list)) else []
-    return find_output(values[0]) if values else None
+    found = [tensor for _, tensor in _tensors_in(out, "")]
+    return next((t for t in found if t.ndim), found[0] if found else None)  # a scalar is a loss
+
+
+def outputs(out: Any) -> dict[str, Tensor]:
+    """Every floating-point tensor that a model returned, the main output first.
+
+    Args:
+        out: What the model returned: a tensor, or tuples, lists, mappings and dataclasses of them.
+
+    Returns:
+        The place of each tensor, such as "logits" or "1.boxes" ("" for a plain tensor), and the tensor.
+    """
+    found = dict(_tensors_in(out, ""))
+    main = find_output(out)
+    return {k: v for k, v in found.items() if v is main} | found
+
+
+def _tensors_in(out: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(out, Tensor):
+        if out.is_floating_point() and out.numel():
+            yield name, out
+        return
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(out, Mapping):
+        parts = out.items()
+    elif isinstance(out, (tuple, list)):
+        parts = enumerate(out)
+    elif dataclasses.is_dataclass(out):
+        parts = ((f.name, getattr(out, f.name)) for f in dataclasses.fields(out))
+    for key, value in parts:
+        yield from _tensors_in(value, f"{name}.{key}" if name else str(key))
 
 
 # --- inputs --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Undivided:
+    """An input without an axis of examples, such as a graph: it counts as one example, and is never cut.
+
+    Attributes:
+        inputs: The input, as `run` takes it.
+    """
+
+    inputs: Any
+
+
+class Examples(list[Any]):
+    """An argument that is a list with one item per example, such as images of different sizes."""
 
 
 def model_input(batch: Any) -> Any:
     """The model's input in a batch.
 
     Args:
-        batch: The input itself (a tensor or dict), or a tuple or list that begins with it, as a DataLoader gives.
+        batch: The input itself (a tensor or mapping), or a tuple or list that begins with it, as a DataLoader gives.
 
     Raises:
         TaskError: The batch is an empty tuple or a PackedSequence.
@@ -95,36 +141,68 @@ def _refuse_packed(x: Any) -> None:
         raise TaskError("an input is a PackedSequence: give the padded tensor and the lengths, and pack in the forward")
 
 
-def map_tensors(x: Any, function: Any) -> Any:
+def map_tensors(x: Any, function: Any, leaf: type | tuple[type, ...] = Tensor) -> Any:
     """Apply a function to every tensor of a nested input.
 
     Args:
-        x: Tensors in tuples, named tuples, lists and dicts; other values stay.
+        x: Tensors in tuples, named tuples, lists, mappings and dataclasses; other values stay.
         function: Tensor -> what replaces it.
+        leaf: What else is given to the function as a whole.
     """
-    if isinstance(x, Tensor):
+
+    def inside(value: Any) -> Any:
+        return map_tensors(value, function, leaf)
+
+    if isinstance(x, leaf):
         return function(x)
-    if isinstance(x, dict):
-        return {k: map_tensors(v, function) for k, v in x.items()}
+    if isinstance(x, Mapping):
+        return _with_columns(x, {k: inside(v) for k, v in x.items()})
     if isinstance(x, (tuple, list)):
-        mapped = [map_tensors(v, function) for v in x]
+        mapped = [inside(v) for v in x]
         return type(x)(*mapped) if hasattr(x, "_fields") else type(x)(mapped)
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return dataclasses.replace(x, **{f.name: inside(getattr(x, f.name)) for f in dataclasses.fields(x) if f.init})
     return x
 
 
+def input_tensors(x: Any) -> list[Tensor]:
+    """The tensors of a nested input, in order.
+
+    Args:
+        x: As `map_tensors` takes it.
+    """
+    found: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(x, keep)
+    return found
+
+
+def _with_columns(x: Mapping[Any, Any], columns: dict[Any, Any]) -> Mapping[Any, Any]:
+    """A mapping of the same class, where it can be: a tokenizer's encoding has attributes, too."""
+    if type(x) is dict or not isinstance(x, MutableMapping):
+        return columns
+    new = copy.copy(x)
+    new.update(columns)
+    return new
+
+
 def to_device(x: Any, model: nn.Module) -> Any:
-    """Move the tensors of an input to the model's device.
+    """Copy the tensors of an input to the model's device: a forward may write into them.
 
     Args:
         x: A nested input.
         model: The model that is to be run on it; on the CPU if it has no parameters.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return map_tensors(x, lambda t: t.to(device))
+    return map_tensors(x, lambda t: t.to(device, copy=True))
 
 
 def batch_size(x: Any) -> int:
-    """The first dimension of the first tensor of an input.
+    """The number of examples of an input: the first dimension of its first tensor, unless it is marked otherwise.
 
     Args:
         x: A nested input.
@@ -134,21 +212,33 @@ def batch_size(x: Any) -> int:
     """
     _refuse_packed(x)
     sizes: list[int] = []
-    map_tensors(x, lambda t: sizes.append(len(t) if t.ndim else 1))
+    map_tensors(x, lambda v: sizes.append(_length(v)), (Tensor, Examples))
     if not sizes:
-        raise TaskError("the input holds no tensor: give a tensor, or a tuple or dict with one")
-    return sizes[0]
+        raise TaskError("the input holds no tensor: give a tensor, or a tuple or mapping with one")
+    return 1 if isinstance(x, Undivided) else sizes[0]
 
 
-def map_batched(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to those tensors of a batch that have one row per example.
+def _length(value: Tensor | Examples) -> int:
+    return 1 if isinstance(value, Tensor) and not value.ndim else len(value)
+
+
+def map_batched(x: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to what has one row or item per example in an input.
 
     Args:
-        x: A nested input. Tensors whose first dimension is not its batch size (a table, a scalar) stay.
-        function: Tensor -> what replaces it.
+        x: A nested input. Tensors whose first dimension is not its batch size (a table, a scalar) stay; `Undivided`
+            stays as it is.
+        function: Tensor, or list of examples -> what replaces it.
     """
+    if isinstance(x, Undivided):
+        return x
     n = batch_size(x)
-    return map_tensors(x, lambda t: function(t) if t.ndim and len(t) == n else t)
+
+    def each(value: Tensor | Examples) -> Any:
+        scalar = isinstance(value, Tensor) and not value.ndim
+        return value if scalar or len(value) != n else function(value)
+
+    return map_tensors(x, each, (Tensor, Examples))
 
 
 def take(x: Any, part: slice) -> Any:
@@ -158,61 +248,23 @@ def take(x: Any, part: slice) -> Any:
         x: A nested input. Tensors whose first dimension is not its batch size stay whole.
         part: Which examples.
     """
-    return map_batched(x, lambda t: t[part])
-
-
-def one_example(x: Any) -> Any:
-    """A batch of the first example only.
-
-    Args:
-        x: A nested input.
-    """
-    return take(x, slice(1))
-
-
-def check_batches(calibration: Any) -> None:
-    """Check that an object is an iterable of batches.
-
-    Args:
-        calibration: What a task gives as calibration data.
-
-    Raises:
-        TaskError: It is a single tensor, or not iterable.
-    """
-    if isinstance(calibration, torch.Tensor) or not isinstance(calibration, Iterable):
-        raise TaskError(f"calibration is a {type(calibration).__name__}: give batches, for example x.split(64)")
-
-
-def collect_batches(calibration: Iterable[Any], limit: int) -> list[Any]:
-    """The inputs of the first examples of an iterable of batches, held in memory.
-
-    Args:
-        calibration: Batches, as `Task.calibration`.
-        limit: The most examples to take; the last batch is cut.
-
-    Raises:
-        TaskError: There is no example, or `calibration` is not an iterable of batches.
-    """
-    check_batches(calibration)
-    batches: list[Any] = []
-    examples = 0
-    for batch in calibration:
-        x = model_input(batch)
-        n = batch_size(x)
-        if n == 0:
-            continue
-        if examples + n > limit:
-            x = take(x, slice(limit - examples))
-        batches.append(x)
-        examples += min(n, limit - examples)
-        if examples >= limit:
-            break
-    if not batches:
-        raise TaskError("the calibration set is empty: give at least one batch of inputs")
-    return batches
+    return map_batched(x, lambda rows: type(rows)(rows[part]) if isinstance(rows, list) else rows[part])
 
 
 # --- running a model -----------------------------------------------------------------------------
+
+
+def call_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that an input stands for.
+
+    Args:
+        x: A tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+    """
+    if isinstance(x, Undivided):
+        return call_arguments(x.inputs)
+    if isinstance(x, Mapping):
+        return (), dict(x)
+    return (tuple(x) if isinstance(x, (tuple, list)) else (x,)), {}
 
 
 def run(model: nn.Module, x: Any) -> Any:
@@ -220,33 +272,62 @@ def run(model: nn.Module, x: Any) -> Any:
 
     Args:
         model: The model.
-        x: A tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+        x: An input, as `call_arguments` takes it.
     """
-    if isinstance(x, dict):
-        return model(**x)
-    return model(*x) if isinstance(x, (tuple, list)) else model(x)
+    args, kwargs = call_arguments(x)
+    return model(*args, **kwargs)
+
+
+ONE_THREAD = threading.RLock()
+"""Held while rankopt runs, trains or copies a model: threads of a process take turns.
+
+torch's random state, its choice of attention kernels and its hooks that count operations belong to the process, and a
+module's mode and hooks to all who hold the module. A thread that changes them would change what the others compute.
+"""
 
 
 @contextmanager
 def inference(model: nn.Module, fused: bool = False) -> Iterator[None]:
-    """Context: eval mode without gradients. Every module's mode is restored.
+    """Context: eval mode without gradients, and the same random numbers every time. Modes are restored.
+
+    Other threads wait, see `ONE_THREAD`.
 
     Args:
         model: The model that is run.
         fused: Leave torch's fused attention path on. It is off by default, as it calls no submodules, so that hooks on
             an attention's layers would see nothing.
     """
-    modes = {m: m.training for m in model.modules()}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    torch.backends.mha.set_fastpath_enabled(fast and fused)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
-            module.training = mode
+    with ONE_THREAD:
+        modes = {m: m.training for m in model.modules()}
+        fast = torch.backends.mha.get_fastpath_enabled()
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(fast and fused)
+        try:
+            with torch.no_grad(), random_numbers():
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module, mode in modes.items():
+                module.training = mode
+
+
+@contextmanager
+def random_numbers(seed: int = 0) -> Iterator[None]:
+    """Context: torch's and Python's random numbers of a seed, so that a forward that draws some repeats itself.
+
+    Args:
+        seed: Another seed gives other numbers. The state before is restored.
+    """
+    with ONE_THREAD:
+        state = random.getstate()
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            try:
+                yield
+            finally:
+                random.setstate(state)
 
 
 @contextmanager

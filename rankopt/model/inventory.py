@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,16 +14,19 @@ from torch.nn.utils import parametrize
 
 from rankopt.core.errors import TaskError
 from rankopt.core.records import Call, Cost, Layer
+from rankopt.model.checks import check_model, parametrisation
 from rankopt.model.composites import COMPOSITES, expand_composites, is_composite, parts, take_ordinary_path
-from rankopt.model.forward import hooked, inference, one_example, run, to_device
-from rankopt.model.layer_kinds import KINDS, describe, pair
+from rankopt.model.forward import hooked, inference, run, to_device
+from rankopt.model.inputs import one_example
+from rankopt.model.layer_kinds import KINDS, describe, is_kind, pair
 from rankopt.model.quantization import QuantizedMixin
+from rankopt.model.stand_in import Trial, faulty, light_copy
 
 UNKNOWN = Call(0, (0, 0), (0, 0))
 """A call with more than one argument, or of a module that cannot be factorised: its sizes are not recorded."""
 
 
-PARAMETRISED = "its weight is parametrised (weight_norm, spectral_norm, ...): remove the parametrisation first"
+SEVERAL = "{} holds several maps: unfold it first, if the model's output stays the same (does it ask isinstance?)"
 
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -49,9 +53,13 @@ def unfolded(model: nn.Module, example_input: Any, split_qkv: bool = True) -> nn
         return model
     calls, owners = _record_calls(model, example_input), weight_owners(model)
     free = {names[0]: m for m, names in found.items() if obstacle(m, calls[m], owners) is None}
-    return take_ordinary_path(
-        expand_composites(copy.deepcopy(model), [p for name, m in free.items() for p in parts(m, name)])
-    )
+
+    def expanded(names: Sequence[str], copied: nn.Module) -> nn.Module:
+        return take_ordinary_path(expand_composites(copied, [p for name in names for p in parts(free[name], name)]))
+
+    trial = Trial(model, one_example(model, example_input))
+    at_fault = faulty(list(free), lambda names: trial.works(expanded(names, light_copy(model))))
+    return expanded([name for name in free if name not in at_fault], copy.deepcopy(model))
 
 
 def inventory(model: nn.Module, example_input: Any) -> tuple[Layer, ...]:
@@ -65,8 +73,9 @@ def inventory(model: nn.Module, example_input: Any) -> tuple[Layer, ...]:
         The layers in the model's order.
 
     Raises:
-        TaskError: The model does not run on the example, or has a NaN or infinite weight.
+        TaskError: `check_model` refuses the model, it does not run on the example, or has a NaN or infinite weight.
     """
+    check_model(model)
     names = names_of(model)
     calls = _record_calls(model, example_input)
     owners = weight_owners(model)
@@ -128,10 +137,12 @@ def _record_calls(model: nn.Module, example_input: Any) -> dict[nn.Module, list[
     def note(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], out: Any) -> None:
         calls[module].append(_call(module, args[0], out) if len(args) == 1 and not options else UNKNOWN)
 
-    weighted = [m for m in model.modules() if _main_weight(m) is not None]
+    x = to_device(one_example(model, example_input), model)
+    program = torch.jit.ScriptModule  # takes no hooks
+    weighted = [m for m in model.modules() if _main_weight(m) is not None and not isinstance(m, program)]
     try:
-        with hooked(model, weighted, on_output=note), inference(model):
-            run(model, to_device(one_example(example_input), model))
+        with inference(model), hooked(model, weighted, on_output=note):
+            run(model, x)
     except Exception as error:
         raise TaskError(f"the model does not run on example_input: {type(error).__name__}: {error}") from error
     return calls
@@ -139,7 +150,7 @@ def _record_calls(model: nn.Module, example_input: Any) -> dict[nn.Module, list[
 
 def _call(module: nn.Module, x: Any, out: Any) -> Call:
     """The sizes of a call."""
-    if type(module) not in KINDS:
+    if not is_kind(type(module)):
         return UNKNOWN
     if isinstance(module, nn.modules.conv._ConvNd):
         axes = len(module.kernel_size)
@@ -156,7 +167,7 @@ def _layer(
     calls: list[Call],
     owners: dict[int, list[str]],
 ) -> Layer:
-    if type(module) in KINDS:
+    if is_kind(type(module)):
         layer = describe(module, aliases[0])
     else:
         layer = Layer(aliases[0], type(module).__name__, tuple(weight.shape))
@@ -174,11 +185,11 @@ def _layer(
 
 def _reason(module: nn.Module, calls: list[Call], owners: dict[int, list[str]]) -> str | None:
     """Why a layer must stay dense; None if it may be factorised."""
-    if parametrize.is_parametrized(module):
-        return PARAMETRISED
+    if computed := parametrisation(module):
+        return computed
     if type(module) in COMPOSITES:
-        return obstacle(module, calls, owners) or f"{type(module).__name__} holds several maps: unfold it first"
-    if type(module) not in KINDS:
+        return obstacle(module, calls, owners) or SEVERAL.format(type(module).__name__)
+    if not is_kind(type(module)):
         return _kind_reason(module)
     if any(c.maps == 0 for c in calls):
         return "called with more than its input, or with keywords, which the replacement does not take"
@@ -187,7 +198,7 @@ def _reason(module: nn.Module, calls: list[Call], owners: dict[int, list[str]]) 
 
 
 def _kind_reason(module: nn.Module) -> str:
-    """Why a module of a class that is not in KINDS must stay dense."""
+    """Why a module of another kind must stay dense."""
     if isinstance(module, QuantizedMixin):
         return f"its weight is stored in {module.precision} already"
     base = next((c.__name__ for c in (*KINDS, *COMPOSITES) if isinstance(module, c)), None)
@@ -210,9 +221,10 @@ def obstacle(module: nn.Module, calls: list[Call], owners: dict[int, list[str]])
     inside, weights = list(module.modules()), list(module.parameters())
     shared = next((owners[id(p)] for p in weights if len(owners[id(p)]) > 1), [])
     other_types = [p.dtype for p in weights if not p.is_floating_point()]
+    computed = next(filter(None, map(parametrisation, inside)), None)
     reasons = {
-        PARAMETRISED: any(parametrize.is_parametrized(m) for m in inside),
-        f"its weight or bias is shared: {', '.join(shared)}": bool(shared),
+        str(computed): computed is not None,
+        f"its weight or bias is shared: {', '.join(shared)}; untie them to factorise each": bool(shared),
         "its forward was replaced on the instance, which the replacement would lose": any(
             "forward" in vars(m) for m in inside
         ),

@@ -6,6 +6,7 @@ Conv1d              height 1, its axis is the width
 Conv3d              its depth is the height, its plane the width: spatial decompositions split depth from plane
 ConvTranspose       a convolution with the same kernel over the input with zeros in between; stored input first
 Embedding           a Linear of one-hot vectors, (dim, vocabulary); stored input first
+Conv1D              transformers' Linear with its weight stored input first (GPT-2); not a convolution
 """
 
 from __future__ import annotations
@@ -27,7 +28,46 @@ TRANSPOSED: dict[int, type[_ConvNd]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspo
 
 
 KINDS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS.values(), *TRANSPOSED.values(), nn.Linear, nn.Embedding)
-"""The modules that may be factorised: exactly these classes, not their subclasses."""
+"""The modules that may be factorised, and transformers' Conv1D: exactly these classes, not their subclasses."""
+
+
+GEOMETRY = (
+    *("in_features", "out_features", "in_channels", "out_channels"),
+    *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding"),
+    *("num_embeddings", "embedding_dim", "padding_idx", "nx", "nf"),
+)
+"""The attributes of a layer that its replacement has, too: models may read layer.out_channels and the like."""
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, which is recognised by its name: transformers may not be installed.
+
+    Args:
+        module: Any module.
+    """
+    return _is_conv1d(type(module))
+
+
+def _is_conv1d(kind: type) -> bool:
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def is_kind(kind: type) -> bool:
+    """Whether decompositions know the modules of a class.
+
+    Args:
+        kind: The class.
+    """
+    return kind in KINDS or _is_conv1d(kind)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is exactly an nn.Linear, or transformers' Conv1D.
+
+    Args:
+        module: Any module.
+    """
+    return type(module) is nn.Linear or is_conv1d(module)
 
 
 AXES: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -68,7 +108,7 @@ def describe(module: nn.Module, name: str = "") -> Layer:
     """The kind and shapes of a layer, which are known without running the model.
 
     Args:
-        module: A module of one of KINDS, or one that replaces such a module.
+        module: A module of one of the kinds, or one that replaces such a module.
         name: Its name in the model.
     """
     weight: Tensor = module.weight  # type: ignore[assignment]

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rankopt.model.forward import inference, map_tensors, one_example, run, to_device
+from rankopt.model.forward import inference, map_tensors, run, to_device
+from rankopt.model.inputs import one_example
 
 NAMES = {
     torch.float64: "F64",
@@ -43,7 +44,9 @@ def peak_memory(model: nn.Module, example_input: Any) -> int:
         model: The model.
         example_input: A tensor, or a tuple or dict of the forward's arguments; the first example is used.
     """
-    x = map_tensors(to_device(one_example(example_input), model), lambda t: t.clone())  # with a storage of its own
+    x = map_tensors(
+        to_device(one_example(model, example_input), model), lambda t: t.clone()
+    )  # with a storage of its own
     live = Live()
     map_tensors((x, *model.parameters(), *model.buffers()), live.see)
     with live, inference(model):  # in this order: what .eval() builds stays while the model runs

@@ -1,129 +1,270 @@
-"""The default objective, and checked calls of a task's own objective and score."""
+"""Model -> numbers: the default objective, and guarded calls of a task's own score and objective."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt.core.errors import TaskError
-from rankopt.model.forward import batch_size, class_axis, inference, main_output, run, take, to_device
+from rankopt.model.forward import batch_size, class_axis, inference, outputs, run, take, to_device
+
+CHUNK = 2**20  # numbers of an output that are compared at once, in float64 (8 MB)
+KEPT = 2**30  # bytes of the dense model's outputs that are kept; it is run again for the others
+
+
+UNNAMED = ("", "0", "out", "output", "scores")
+"""Names of a main output that say nothing of what it holds: it is then read as classes."""
+
+
+class Part(NamedTuple):
+    """How one of a model's outputs is compared.
+
+    Attributes:
+        name: Its place in what the model returns.
+        axis: Where its classes lie; None if it holds no classes.
+        size: What its distance is divided by, for one example. With classes the number of predictions; else its
+            summed squared deviations from its mean (its squares, if it is constant). 0: it is not compared.
+    """
+
+    name: str
+    axis: int | None
+    size: float
 
 
 class Divergence:
-    """The default objective: mean KL divergence (nats) of a model's predictions from the dense model's.
+    """The default objective: how far a model's outputs are from the dense model's.
+
+    Predictions count by their mean Kullback-Leibler divergence from the dense model's, in nats:
 
         D = mean KL(p₀ ‖ p), p₀ = softmax(z₀) of the dense model's logits, p = softmax(z)
 
-    The mean is over examples and positions; `class_axis` says where the classes are. Models with a single output have
-    no classes: their objective is ‖z − z₀‖² / ‖z₀ − mean(z₀)‖².
-
-    Args:
-        dense: The dense model.
-        batches: Calibration inputs.
-
-    Raises:
-        TaskError: The dense model's outputs are not finite, or hold no tensor.
+    The main output (`forward.main_output`) is read as predictions unless its name says otherwise ("last_hidden_state"),
+    and so is every output whose name holds "logits"; `forward.class_axis` says where the classes are. Every other
+    floating-point output counts by its squared error, relative to the dense output's variance: ‖y − y₀‖² / ‖y₀ − mean
+    y₀‖². Of a model with several outputs the parts are added up, each relative to its own size: divergences are then
+    divided by what the predictions say at all, mean KL(p₀ ‖ mean p₀). So every head counts, and 1 is a head's loss of
+    all that it says.
     """
 
     def __init__(self, dense: nn.Module, batches: Sequence[Any]) -> None:
-        self.batches = list(batches)
-        self.reference = [z.cpu() for z in self._outputs(dense)]
-        finite = all(torch.isfinite(z).all() for z in self.reference)
-        if not finite:
-            raise TaskError("the dense model's outputs are NaN or infinite on the calibration data")
-        self.axis = class_axis(self.reference[0])
-        everything = torch.cat([z.flatten() for z in self.reference]).double()
-        self.spread = max((everything - everything.mean()).square().sum().item(), 1e-30)
-
-    def _outputs(self, model: nn.Module) -> list[Tensor]:
-        with inference(model):
-            return [main_output(run(model, to_device(b, model))).float() for b in self.batches]
-
-    def __call__(self, model: nn.Module) -> float:
-        """The objective of a model.
+        """Run the dense model once, and keep up to `KEPT` bytes of its outputs on the CPU.
 
         Args:
-            model: A compressed model.
-        """
-        total, weight = self.sums(model)
-        return total / weight
-
-    def sums(self, model: nn.Module) -> tuple[float, float]:
-        """Numerator and denominator of the objective. Those of `slices` add up to those of the whole.
-
-        Args:
-            model: A compressed model.
-        """
-        total = count = 0.0
-        for z, reference in zip(self._outputs(model), self.reference, strict=True):
-            z0 = reference.to(z.device)
-            if self.axis is not None:
-                log_p, log_p0 = F.log_softmax(z.double(), self.axis), F.log_softmax(z0.double(), self.axis)
-                total += F.kl_div(log_p, log_p0, reduction="sum", log_target=True).item()
-                count += z.numel() // z.shape[self.axis]
-            else:
-                total += (z - z0).double().square().sum().item()
-        return total, count if self.axis is not None else self.spread
-
-    def slices(self, shares: Sequence[float]) -> list[Divergence]:
-        """Cut the objective into objectives of consecutive examples.
-
-        Args:
-            shares: Where to cut, as shares of all examples: rising, the last one 1.
+            dense: The model to compare with. It is run again with every measurement for outputs that were not kept.
+            batches: Inputs, as `forward.run` takes them.
 
         Raises:
-            TaskError: A slice would hold no example, or an output's first dimension is not the batch.
+            TaskError: If the model returns no floating-point tensor, or one that is NaN or infinite.
+        """
+        self.batches = list(batches)
+        self.names: tuple[str, ...] = ()
+        self.parts: list[Part] = []
+        self.examples = sum(batch_size(x) for x in self.batches)
+        self.reference: list[list[Tensor] | None] = []
+        self.lengths: list[list[int]] = []  # the first dimension of every output, by batch
+        sizes: list[_Size] = []
+        room = KEPT
+        for found in self._outputs(dense):
+            zs = list(found.values())
+            sizes = sizes or [_Size(name, i, z, len(zs)) for i, (name, z) in enumerate(found.items())]
+            if len(zs) != len(sizes):
+                raise TaskError("the model returns more outputs on some calibration batches than on others")
+            for size, z in zip(sizes, zs, strict=True):
+                size.add(z)
+            room -= sum(z.numel() * z.element_size() for z in zs)
+            self.reference.append([z.cpu() for z in zs] if room >= 0 else None)
+            self.lengths.append([len(z) if z.ndim else 0 for z in zs])
+        self.dense = dense if None in self.reference else None
+        self.parts = [Part(x.name, x.axis, x.value() / self.examples) for x in sizes]
+
+    def _outputs(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        for batch in self.batches:
+            with inference(model):
+                out = run(model, to_device(batch, model))
+            if not (found := outputs(out)):
+                raise TaskError(
+                    f"the model returns no floating-point tensor ({type(out).__name__}): return one, or give the task "
+                    "an objective of its own"
+                )
+            yield found
+
+    def _references(self) -> Iterator[list[Tensor]]:
+        for batch, kept in zip(self.batches, self.reference, strict=True):
+            if kept is None:
+                assert self.dense is not None
+                with inference(self.dense):
+                    kept = list(outputs(run(self.dense, to_device(batch, self.dense))).values())  # noqa: PLW2901
+            yield kept
+
+    def __call__(self, model: nn.Module) -> float:
+        """The divergence of a model from the dense one.
+
+        Args:
+            model: The model to measure.
+        """
+        total, examples = self.sums(model)
+        return total / examples
+
+    def sums(self, model: nn.Module) -> tuple[float, float]:
+        """Numerator and denominator; those of slices add up to the whole's.
+
+        Args:
+            model: The model to measure.
+        """
+        total = 0.0
+        for found, reference in zip(self._outputs(model), self._references(), strict=True):
+            if len(found) != len(reference):
+                raise TaskError(f"the compressed model returns {len(found)} outputs, the dense one {len(reference)}")
+            for part, z, z0 in zip(self.parts, found.values(), reference, strict=True):
+                if part.size > 0:
+                    total += sum(_distance(*pieces) for pieces in _chunks(z, z0, part.axis)) / part.size
+        return total, self.examples
+
+    def slices(self, shares: Sequence[float]) -> list[Divergence]:
+        """The same in consecutive slices of the examples.
+
+        Args:
+            shares: Where to cut, as shares of the examples: rising, the last one 1.
+
+        Raises:
+            TaskError: If a slice would hold no example, or an output's first dimension is not the batch.
         """
         sizes = [batch_size(x) for x in self.batches]
-        if [len(z) for z in self.reference] != sizes:
+        if any([lengths[i] for lengths in self.lengths] != sizes for i in range(len(self.parts))):
             raise TaskError("the objective cannot be sliced: an output's first dimension is not the batch's")
         ends = [round(share * sum(sizes)) for share in shares]
         parts = []
         for start, end in zip([0, *ends], ends, strict=False):
             if end <= start:
                 raise TaskError(f"a fidelity of {end / sum(sizes):.2g} holds no example more than the one below it")
-            parts.append(self._slice(start, end, sizes))
+            part, at = copy.copy(self), 0
+            part.batches, part.reference, part.lengths, part.examples = [], [], [], end - start
+            for x, zs, n in zip(self.batches, self.reference, sizes, strict=True):
+                cut = slice(max(start - at, 0), max(end - at, 0))
+                if cut.start < min(n, cut.stop):
+                    part.batches.append(take(x, cut))
+                    part.reference.append(None if zs is None else [z[cut] for z in zs])
+                    part.lengths.append([min(n, cut.stop) - cut.start] * len(self.parts))
+                at += n
+            parts.append(part)
         return parts
 
-    def _slice(self, start: int, end: int, sizes: Sequence[int]) -> Divergence:
-        """The objective of the examples from start to end; sizes: of the batches."""
-        part, at = copy.copy(self), 0
-        part.batches, part.reference, part.spread = [], [], self.spread * (end - start) / sum(sizes)
-        for x, z, n in zip(self.batches, self.reference, sizes, strict=True):
-            cut = slice(max(start - at, 0), max(end - at, 0))
-            if cut.start < min(n, cut.stop):
-                part.batches.append(take(x, cut))
-                part.reference.append(z[cut])
-            at += n
-        return part
+
+class _Size:
+    """Measures, batch by batch, what the distance of one output is divided by; see `Part.size`.
+
+    Args:
+        name: The output's place in what the model returns.
+        number: Its number; 0 is the main output.
+        z: The output of the first batch.
+        of: How many outputs there are.
+    """
+
+    def __init__(self, name: str, number: int, z: Tensor, of: int) -> None:
+        self.name, self.alone, self.scalar = name, of == 1, not z.ndim
+        classes = "logits" in name or (number == 0 and name.rpartition(".")[2] in UNNAMED)
+        self.axis = class_axis(z) if classes else None
+        self.count = self.mean = self.around = self.squares = 0.0
+        self.entropy: float = 0.0  # of predictions, negative, summed
+        self.predictions: Any = 0.0  # summed
+
+    def add(self, z: Tensor) -> None:
+        """Read the output of a batch.
+
+        Raises:
+            TaskError: It is NaN or infinite.
+        """
+        if not torch.isfinite(z).all():
+            raise TaskError("the dense model's outputs are NaN or infinite on the calibration data")
+        for piece, axis in _pieces(z, self.axis):
+            if axis is None:
+                self._add_numbers(piece.double())
+            elif self.alone:
+                self.count += piece.numel() / piece.shape[axis]
+            else:
+                self._add_predictions(F.log_softmax(piece.double(), axis).movedim(axis, -1).flatten(0, -2))
+
+    def _add_numbers(self, t: Tensor) -> None:
+        """Count, mean and squared deviations of both parts together (Chan et al. 1979)."""
+        n, mean = t.numel(), t.mean().item()
+        total, apart = self.count + n, mean - self.mean
+        self.around += (t - mean).square().sum().item() + apart**2 * self.count * n / total
+        self.mean += apart * n / total
+        self.squares += t.square().sum().item()
+        self.count = total
+
+    def _add_predictions(self, log_p: Tensor) -> None:
+        self.count += len(log_p)
+        self.entropy += (log_p.exp() * log_p).sum().item()
+        self.predictions = self.predictions + log_p.exp().sum(0)
+
+    def value(self) -> float:
+        """The size, of all examples together."""
+        if self.axis is None:
+            # Of one number a batch, as an auxiliary loss, how much batches differ says nothing of its size.
+            varies = not self.scalar and self.around > 1e-12 * self.count * self.mean**2
+            return self.around if varies else self.squares
+        return self.count if self.alone else self.count * self._information()
+
+    def _information(self) -> float:
+        """Mean KL divergence, in nats, of predictions from their mean: what the predictions say of their inputs."""
+        mean = self.predictions / self.count
+        return max(self.entropy / self.count - torch.special.xlogy(mean, mean).sum().item(), 1e-12)
+
+
+def _pieces(z: Tensor, axis: int | None) -> Iterator[tuple[Tensor, int | None]]:
+    """An output in pieces of bounded size, in which classes stay together, and where these lie."""
+    if axis is None:
+        yield from ((piece, None) for piece in z.flatten().split(CHUNK))
+        return
+    for piece in z.split(max(1, CHUNK * len(z) // max(z.numel(), 1))):
+        if piece.numel() <= CHUNK:
+            yield piece, axis
+            continue
+        lines = piece.movedim(axis, -1).flatten(0, -2)  # of a single example
+        yield from ((line, 1) for line in lines.split(max(1, CHUNK // lines.shape[1])))
+
+
+def _chunks(z: Tensor, z0: Tensor, axis: int | None) -> Iterator[tuple[Tensor, Tensor, int | None]]:
+    """Both outputs in pieces, and where their classes lie."""
+    if z.shape != z0.shape:
+        raise TaskError(f"the compressed model's output has shape {tuple(z.shape)}, the dense one's {tuple(z0.shape)}")
+    for (a, where), (b, _) in zip(_pieces(z, axis), _pieces(z0, axis), strict=True):
+        yield a, b, where
+
+
+def _distance(z: Tensor, z0: Tensor, axis: int | None) -> float:
+    """Summed KL divergence over the classes, or summed squared error; both in float64."""
+    z, z0 = z.double(), z0.to(z.device).double()
+    if axis is None:
+        return (z - z0).square().sum().item()
+    log_p, log_p0 = F.log_softmax(z, axis), F.log_softmax(z0, axis)
+    return F.kl_div(log_p, log_p0, reduction="sum", log_target=True).item()
 
 
 def call(what: str, function: Callable[[nn.Module], float] | None, model: nn.Module) -> float | None:
-    """Call a task's score or objective on a model, in eval mode without gradients.
+    """Call a task's score or objective in eval mode, without gradients.
 
     Args:
-        what: What is called, for messages: "the score".
-        function: The score or objective; None if the task has none.
-        model: The model.
-
-    Returns:
-        Its value; None without a function.
+        what: Its name, for messages.
+        function: The task's function; None gives None.
+        model: The model to measure.
 
     Raises:
-        TaskError: It raises an error, or does not return a finite number.
+        TaskError: If the function raises, or gives no finite number.
     """
     if function is None:
         return None
     try:
         with inference(model):
             value = function(model)
-    except Exception as error:
+    except Exception as error:  # whatever a user's function raises
         raise TaskError(f"{what} raised {type(error).__name__}: {error}") from error
     try:
         number = float(value)

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from rankopt.core.errors import not_scriptable
 from rankopt.core.records import BFLOAT16, FLOAT16, INT8, SAME, Cost, Layer
-from rankopt.model.layer_kinds import as_matrix, describe, in_own_shape
+from rankopt.model.layer_kinds import as_matrix, describe, in_own_shape, is_conv1d
 
 DTYPES = {INT8: torch.int8, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}
 
@@ -170,6 +171,10 @@ class QuantizedMixin(nn.Module):
         self.wide = fn(torch.empty(0, dtype=self.wide)).dtype  # .to(dtype), .half() etc. change it, too
         return self
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse torch.jit.script."""
+        raise not_scriptable("weights that are stored in another precision")
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (self.base, self.names, self.precision), self.__getstate__()
 
@@ -230,7 +235,7 @@ def quantize_(module: nn.Module, precision: str, encoded: Sequence[Tensor] = ())
 
 def _own(part: nn.Module) -> Layer | None:
     """The layer that a part is, if decompositions see its weight in another shape than it is kept in."""
-    return describe(part) if isinstance(part, (_ConvNd, nn.Embedding)) else None
+    return describe(part) if isinstance(part, (_ConvNd, nn.Embedding)) or is_conv1d(part) else None
 
 
 def _as_seen(part: nn.Module, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from rankopt.core.errors import not_scriptable
 from rankopt.model.attention import linear
 
 
@@ -43,6 +44,10 @@ class Recurrent(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.mode}, {self.input_size}, {self.hidden_size}"
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse torch.jit.script."""
+        raise not_scriptable("a recurrent network with factorised or quantized parts")
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:  # noqa: A002
         """As nn.LSTM, nn.GRU or nn.RNN.

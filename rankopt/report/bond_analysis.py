@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rankopt.candidates.calibration import calibrate
+from rankopt.candidates.calibration import WithinMemory, calibrate
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import DENSE, SAME, Layer, Rank, Task
 from rankopt.decompositions.plan import apply, load, read_plan
 from rankopt.model.composites import expand_composites
-from rankopt.model.forward import collect_batches
+from rankopt.model.inputs import collect_batches, first_examples
 from rankopt.model.inventory import inventory
 from rankopt.report.bond_channels import Channel, Watch, as_images, channel_shares, find_channels, first_channels
 from rankopt.report.bond_spectra import BondSpectrum, spectra
@@ -69,7 +69,8 @@ def bonds_of_run(folder: Path, task: Task, progress: Progress = silent) -> list[
     small = load(task.model, folder)
     replaced = {c.name: (c.method, c.rank) for c in plan.choices if c.method != DENSE}
     dense = expand_composites(copy.deepcopy(task.model), [c.name for c in plan.choices])
-    batches, layers = collect_batches(task.calibration, EXAMPLES), inventory(dense, task.example_input)
+    batches = collect_batches(task.model, WithinMemory(task.calibration), EXAMPLES)
+    layers = inventory(dense, task.example_input)
     s, h = calibrate(dense, [x for x in layers if x.name in replaced], batches, progress)
     statistics = {name: (s.get(name), h.get(name)) for name in replaced}
     return inspect_bonds(dense, small, layers, replaced, statistics, batches)
@@ -91,7 +92,7 @@ def bonds_of_space(
     chosen = {x: min(menu, key=lambda c: c.error) for x, menu in menus.items() if menu}
     small = apply(task.model, [*chosen], [*chosen.values()], prepared.factors)
     replaced = {x.name: (c.method, c.rank) for x, c in chosen.items()}
-    batches = collect_batches(prepared.statistics.batches, EXAMPLES)
+    batches = first_examples(prepared.statistics.batches, EXAMPLES)
     return inspect_bonds(prepared.model, small, prepared.layers, replaced, prepared.statistics, batches)
 
 

@@ -96,6 +96,7 @@ def channel_shares(layer: Layer, method: str, factors: Factors, moment: Any, met
     rest = family.weight(behind, (eye, *(f.double().cpu() for f in factors[1:])))
     rest = rest.reshape(g, layer.out_channels, size, -1)
     s, h = inner_moment(layer, Bond(size, ("C",)), moment), metric
+    s = torch.diag_embed(s) if s is not None and s.ndim == 2 else s
     s, h = (torch.eye(n) if m is None else m for m, n in ((s, layer.in_channels), (h, layer.out_channels)))
     s, h = (m.double().cpu().expand(g, -1, -1) for m in (s, h))
     seen = first @ s @ first.mT

@@ -41,6 +41,7 @@ class BondSpectrum:
         metric: "output" (weighted by S and H) or "plain".
         dense: Singular values of the dense layer, all groups together, descending.
         small: Singular values of the compressed layer, likewise.
+        lost: Energy of the difference of the two layers over that of the dense one, in the same metric.
     """
 
     bond: str
@@ -48,6 +49,7 @@ class BondSpectrum:
     metric: str
     dense: tuple[float, ...]
     small: tuple[float, ...]
+    lost: float = 0.0
 
     @property
     def possible(self) -> int:
@@ -61,8 +63,11 @@ class BondSpectrum:
 
     @property
     def kept(self) -> float:
-        """Energy of the compressed layer over that of the dense one."""
-        return sum(s * s for s in self.small) / max(sum(s * s for s in self.dense), 1e-300)
+        """The share of the dense layer's energy that the compressed layer reproduces, 0 to 1.
+
+        If what is left out is orthogonal to what is kept, this is the ratio of the two energies.
+        """
+        return max(0.0, 1.0 - self.lost)
 
 
 def effective_rank(values: Sequence[float]) -> float:
@@ -101,17 +106,26 @@ def spectra(
         outside = tuple(n for n in names if n not in bond.inside)
         felt = {n[0] for n in bond.inside} <= set("Chw") and {n[0] for n in outside} <= set("Thw")
         roots = (_root(metric), _root(inner_moment(layer, bond, moment))) if felt else (None, None)
-        values = [_singular_values(names, t, bond, outside, roots) for t in (a, b)]
+        whole, part = (_across(names, t, bond, outside, roots) for t in (a, b))
+        lost = ((whole - part).square().sum() / whole.square().sum().clamp_min(1e-300)).item()
         size = bond.size * layer.groups
         text = f"{' '.join(bond.inside)} | {' '.join(outside)}"
-        found.append(BondSpectrum(text, size, "output" if felt else "plain", values[0], values[1]))
+        found.append(
+            BondSpectrum(
+                text, size, "output" if felt else "plain", _singular_values(whole), _singular_values(part), lost
+            )
+        )
     return tuple(found)
 
 
-def _singular_values(
+def _singular_values(matrix: Tensor) -> tuple[float, ...]:
+    return tuple(torch.linalg.svdvals(matrix).flatten().sort(descending=True).values.tolist())
+
+
+def _across(
     names: tuple[str, ...], tensor: Tensor, bond: Bond, outside: tuple[str, ...], roots: tuple[Any, Any]
-) -> tuple[float, ...]:
-    """Singular values of a tensor (g, *modes) across a bond, with H^½ and S^½ on either side (None: the identity)."""
+) -> Tensor:
+    """A tensor (g, *modes) as matrices across a bond, with H^½ and S^½ on either side (None: the identity)."""
     order = [0, *(1 + names.index(n) for n in (*outside, *bond.inside))]
     split = 1 + len(outside)
     turned = tensor.permute(order)
@@ -121,7 +135,7 @@ def _singular_values(
         matrix = (h @ matrix.reshape(len(tensor), h.shape[-1], -1)).reshape(matrix.shape)
     if s is not None:
         matrix = matrix @ s if s.ndim == 3 else matrix * s.unsqueeze(1)
-    return tuple(torch.linalg.svdvals(matrix).flatten().sort(descending=True).values.tolist())
+    return matrix
 
 
 def inner_moment(layer: Layer, bond: Bond, moment: Tensor | None) -> Tensor | None:
@@ -130,21 +144,24 @@ def inner_moment(layer: Layer, bond: Bond, moment: Tensor | None) -> Tensor | No
     Args:
         layer: The layer.
         bond: The bond.
-        moment: Input moment S, (g, patch, patch); a diagonal (g, n) for an Embedding, which is returned as it is.
+        moment: Input moment S, (g, patch, patch), or its diagonal (g, patch).
 
     Returns:
-        (g, n, n), n the size of the input side.
+        (g, n, n) or (g, n), n the size of the input side.
     """
-    if moment is None or moment.ndim == 2:  # an Embedding's is a diagonal
-        return moment
+    if moment is None:
+        return None
     sizes = (layer.in_channels, *layer.kernel)
     inner = (True, "h" in bond.inside, "w" in bond.inside)
     # Of outer positions only the diagonal: one index for both sides of S.
     other = "".join(b if on else a for a, b, on in zip("chw", "dyx", inner, strict=True))
     kept = "".join(a for a, on in zip("chw", inner, strict=True) if on)
     also = "".join(b for b, on in zip(other, inner, strict=True) if on)
-    summed = torch.einsum(f"gchw{other}->g{kept}{also}", moment.double().cpu().reshape(-1, *sizes, *sizes))
     n = math.prod(size for size, on in zip(sizes, inner, strict=True) if on)
+    if moment.ndim == 2:
+        summed = torch.einsum(f"gchw->g{kept}", moment.double().cpu().reshape(-1, *sizes))
+        return summed.reshape(-1, n) / (layer.patch / n)
+    summed = torch.einsum(f"gchw{other}->g{kept}{also}", moment.double().cpu().reshape(-1, *sizes, *sizes))
     return summed.reshape(-1, n, n) / (layer.patch / n)
 
 

@@ -101,7 +101,7 @@ def verdict(rows: Sequence[LayerBonds]) -> str:
 
 LEGEND = (
     "eff. rank: exp of the entropy of the normalised squared singular values across the bond\n"
-    "kept: the sum of these over the dense layer's; metric output: as fitted, plain: of the weight"
+    "kept: 1 - the energy of the difference over the dense layer's; output: as fitted, plain: of the weight"
 )
 
 

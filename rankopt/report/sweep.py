@@ -44,7 +44,7 @@ def _write_csv(path: Path, found: Sweep) -> None:
 def _row(point: Point) -> dict[str, Any]:
     """A budget's row, empty where nothing was measured. Its plan is layer:method:rank:precision, layer by layer."""
     row: dict[str, Any] = {k: getattr(point, k) for k in ("budget", "kind", *MEASURED)}
-    row |= {"target": point.limit.target, "reason": point.reason}
+    row |= {"target": point.limit.target, "reason": " ".join(point.reason.split())}
     if point.plan:
         row |= {m: point.plan.cost[m] for m in METRICS}
         row["plan"] = " ".join(map(_choice, point.plan.choices))

@@ -14,17 +14,18 @@ import numpy as np
 
 from rankopt.candidates.prepare import Prepared
 from rankopt.core.errors import RankoptError, StudyError
-from rankopt.core.files import write_beside
+from rankopt.core.files import without_folder, write_beside
 from rankopt.core.options import parse_pairs
 from rankopt.core.problem import Problem
 from rankopt.core.progress import Clock, Progress, silent
 from rankopt.core.records import METRICS, Proposal, Trial
 from rankopt.core.result_record import Bounds, Part
-from rankopt.core.run_folder import open_folder
+from rankopt.core.run_folder import check_same, open_folder
 from rankopt.core.statistics import wilson
 from rankopt.model.objective import call
 from rankopt.search.compress import fingerprint
 from rankopt.search.evaluator import Evaluator
+from rankopt.search.identity import HASHES, TOLERANCES, identity
 from rankopt.search.loop import Outcome, PlanKey, Study, attempt, plan_key, proposals, trial_limit
 from rankopt.strategies.registry import STRATEGIES, make_strategy, read_options, strategy_class
 
@@ -89,6 +90,7 @@ class BenchmarkSettings(TypedDict):
         strategies: The strategies with their options, as text.
         seeds: Number of seeds: 0, 1, ...
         candidates: Fingerprint of the candidates of each budget.
+        identity: What the measured numbers depend on, as `identity` describes it.
     """
 
     task: str
@@ -98,6 +100,7 @@ class BenchmarkSettings(TypedDict):
     strategies: list[str]
     seeds: int
     candidates: dict[str, str]
+    identity: dict[str, Any]
 
 
 class Winner(TypedDict):
@@ -246,20 +249,24 @@ def benchmark(  # noqa: PLR0913  # all but three are optional
     if out:
         open_folder(out, resume, FILE)
     asked: BenchmarkSettings = {
-        "task": prepared.task.name,
+        "task": without_folder(prepared.task.name),
         "space": prepared.space.name,
         "trials": trials,
         "budgets": list(dict.fromkeys(budgets)),
         "strategies": list(dict.fromkeys(strategies)),
         "seeds": seeds,
         "candidates": {},
+        "identity": identity(prepared),
     }
     data: Benchmark = {"settings": asked, "cells": [], "scores": []}
     book = _Book(out, _joined(read(out / FILE), data) if resume and out and (out / FILE).is_file() else data)
     settings = book.data["settings"]
+    remedy = "Choose another --out"
+    kept, path = settings.get("identity", {}), f"{out}/{FILE}"
+    check_same(kept, asked["identity"], path, "benchmark", remedy, TOLERANCES, HASHES)
     problems = {b: prepared.problem(b.split(",")) for b in settings["budgets"]}
     for budget, problem in problems.items():
-        offered = fingerprint(prepared, problem)
+        offered = fingerprint(problem)
         if settings["candidates"].setdefault(budget, offered) != offered:
             raise StudyError(
                 f"the candidates of {budget} are not those of the benchmark in {out}: choose another --out"

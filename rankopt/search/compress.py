@@ -1,31 +1,28 @@
 """The whole job: search for a plan within a budget, check its latency, and return the compressed model.
 
-`compress` is the entry point for Python; the command line and experiments prepare a task themselves and call
-`run_search`.
+`rankopt.search.api.compress` is the entry point for Python; the command line and experiments prepare a task themselves
+and call `run_search`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from rankopt.candidates.latency_table import Conditions
-from rankopt.candidates.prepare import Prepared, prepare
-from rankopt.candidates.search_space import SearchSpace
-from rankopt.core.errors import RankoptError, TaskError
+from rankopt.candidates.prepare import Prepared
+from rankopt.core.errors import RankoptError
 from rankopt.core.files import digest
 from rankopt.core.problem import Problem
 from rankopt.core.progress import Progress, silent
-from rankopt.core.records import Task
+from rankopt.core.records import Trial
 from rankopt.core.result_record import QuestionEntry, SearchMetadata
-from rankopt.model.forward import check_batches, model_input, one_example
+from rankopt.core.run_folder import open_folder
+from rankopt.core.statistics import is_far
 from rankopt.search.evaluator import Evaluator
+from rankopt.search.identity import identity
 from rankopt.search.latency_check import FinishedSearch, check, checkable_limit, search_until_met
 from rankopt.search.loop import Runner, Study, best, search, trial_limit
 from rankopt.search.result import Result, SearchOutcome, build_result
@@ -34,98 +31,6 @@ from rankopt.strategies.registry import make_strategy
 
 if TYPE_CHECKING:
     from rankopt.search.storage.local import Store
-
-
-def compress(  # noqa: PLR0913  (the public entry point: everything after `score` is optional and by keyword)
-    model: nn.Module,
-    calibration: Iterable[Any],
-    budget: Mapping[str, Any] | Sequence[str],
-    score: Callable[[nn.Module], float] | None = None,
-    *,
-    example_input: Any = None,
-    objective: Callable[[nn.Module], float] | None = None,
-    test: Callable[[nn.Module], float] | None = None,
-    strategy: str = "knapsack",
-    trials: int | None = None,
-    seed: int = 0,
-    space: SearchSpace | str = "default",
-    refine: bool = False,
-    options: Mapping[str, Any] | None = None,
-    cache: str | Path | None = None,
-    progress: Progress = silent,
-    examples: int | None = None,
-    test_examples: int | None = None,
-    latency_on: str | None = None,
-) -> Result:
-    """Compress a model to a budget by low-rank decompositions of its layers.
-
-    Every layer gets a tensor decomposition and a rank, or stays dense, such that the whole model meets the budget and
-    its predictions change as little as possible. The model that is passed in is not changed.
-
-    Args:
-        model: The dense model, any `nn.Module`.
-        calibration: Batches of real inputs: tensors, tuples whose first item is the input (as a DataLoader gives
-            them), or dicts of the forward's keyword arguments. The first 2,048 examples are used; labels are not.
-        budget: Limits by metric, such as `{"params": 0.5}` or `{"macs": "30%", "bytes": "500KB"}`, or as text,
-            `["params=0.5"]`. Fractions and per cents are of the dense model. Metrics are params, macs, bytes, latency,
-            memory and disk.
-        score: Model -> score on validation data, a fraction, higher is better. It is reported, and not optimised.
-        example_input: One input to count costs with; a tensor, or a tuple or dict of the forward's arguments.
-            Default: the first example of the first calibration batch.
-        objective: Model -> number to minimise. Default: the KL divergence to the dense model's predictions on the
-            calibration batches.
-        test: Like `score`, on test data; evaluated once, at the end.
-        strategy: Name of the search strategy, one of `rankopt.STRATEGIES`.
-        trials: Distinct plans to evaluate. Default: 30, or 1 for strategies that propose a single plan.
-        seed: The same seed gives the same plan.
-        space: A search space, its name, or the path of its TOML file.
-        refine: Whether to refit the chosen plan's layers one after the other, against the dense model's outputs;
-            takes minutes.
-        options: The strategy's own options, such as `{"sampler": "gp"}` for "optuna".
-        cache: Folder for fitted candidates. Default: the environment variable RANKOPT_CACHE, or the user's cache.
-        progress: Called as `progress(items, what, total)` to show long work; must yield the items.
-        examples: Number of examples that `score` averages over, for confidence intervals.
-        test_examples: Number of examples that `test` averages over.
-        latency_on: Conditions of a latency budget (`{"latency": 0.6}` or `"5ms"`), such as
-            "cpu,batch=1,threads=1,runtime=eager".
-
-    Returns:
-        The result: the compressed model, an ordinary `nn.Module`, as `result.model`; its plan as `result.plan`; a
-        readable report from `result.summary()`. `result.save(folder)` writes it to disk for `rankopt.load`.
-
-    Raises:
-        RankoptError: If an argument is wrong or the search cannot be done; the message says what to do. Subclasses:
-            `BudgetError` for a budget that is not understood or cannot be met, `TaskError` for the model, the data or
-            a function that fails, `StudyError` if every evaluation failed.
-
-    Example:
-        >>> import rankopt
-        >>> result = rankopt.compress(model, train_loader, {"params": 0.5}, score=accuracy)
-        >>> print(result.summary())
-        >>> small = result.model
-        >>> result.save("runs/small")
-    """
-    settings = SearchSettings.parse(strategy, options, trials=trials, seed=seed, refine=refine)
-    if not isinstance(model, nn.Module):
-        raise TaskError(f"model is a {type(model).__name__}: give an nn.Module")
-    if example_input is None:
-        example_input, calibration = _first_example(calibration)
-    task = Task(
-        model, example_input, calibration, score, objective, test=test, examples=examples, test_examples=test_examples
-    )
-    conditions = Conditions.parse(latency_on) if latency_on else None
-    prepared = prepare(task, space, cache, progress, budget=budget, latency_on=conditions)
-    return run_search(prepared, prepared.problem(budget), settings, progress=progress)
-
-
-def _first_example(calibration: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The first input, and the batches with the first one put back: they may come from a generator."""
-    check_batches(calibration)
-    iterator = iter(calibration)
-    first = list(islice(iterator, 1))
-    if not first:
-        raise TaskError("the calibration set is empty: give at least one batch of inputs")
-    return one_example(model_input(first[0])), chain(first, iterator)
 
 
 def run_search(
@@ -181,6 +86,7 @@ def run_search(
         if max_drop:
             metadata["question"] = max_drop
         metadata["notes"] = strategy.notes
+        metadata["warnings"] = [*prepared.warnings, *_failed_prediction(prepared, finished.chosen)]
         outcome = SearchOutcome(
             problem=finished.problem,
             trials=finished.trials,
@@ -198,6 +104,19 @@ def run_search(
         if store is not None:
             store.close()
     return result
+
+
+def _failed_prediction(prepared: Prepared, chosen: Trial) -> list[str]:
+    """A warning, if the chosen plan lost far more than its layers were predicted to."""
+    if chosen.objective is None or chosen.predicted is None:
+        return []
+    zero = 0.0 if prepared.task.objective is None else prepared.dense_objective
+    if not is_far(chosen.objective - zero, chosen.predicted):
+        return []
+    return [
+        f"the plan's measured objective rises by {chosen.objective - zero:.3g}, far above the predicted "
+        f"{chosen.predicted:.3g}: the calibration data show too little of what some layers do, give more of them"
+    ]
 
 
 def _search_once(
@@ -228,6 +147,25 @@ def _search_once(
     return FinishedSearch(problem, study, trials, best(trials))
 
 
+def open_run_folder(out: Path, settings: SearchSettings) -> None:
+    """Make a run folder, or check one that is to be resumed, and check that trials can be kept, before any work.
+
+    Args:
+        out: The run folder.
+        settings: The settings of the search.
+
+    Raises:
+        StudyError: If the folder or the storage cannot be used.
+    """
+    from rankopt.search.storage.local import FILE, check_folder
+    from rankopt.search.storage.shared import check_storage
+
+    open_folder(out, settings.resume, "*" if settings.storage else FILE)
+    check_folder(out)
+    if settings.storage:
+        check_storage(settings.storage)
+
+
 def _open_store(
     out: Path, prepared: Prepared, problem: Problem, metadata: Mapping[str, Any], settings: SearchSettings
 ) -> Store:
@@ -236,9 +174,10 @@ def _open_store(
     from rankopt.search.storage.shared import SharedStore
 
     required = {
-        **metadata,
+        **{k: v for k, v in metadata.items() if k != "task"},
+        **identity(prepared),
         "limits": [list(dataclasses.astuple(limit)) for limit in problem.limits],
-        "candidates": fingerprint(prepared, problem),
+        "candidates": fingerprint(problem),
         "fidelities": str(settings.fidelities),
     }
     if settings.storage:
@@ -246,16 +185,13 @@ def _open_store(
     return Store(out, problem, required, settings.resume)
 
 
-def fingerprint(prepared: Prepared, problem: Problem) -> str:
+def fingerprint(problem: Problem) -> str:
     """Hash what a search chooses from, so that only equal searches share trials.
 
     Args:
-        prepared: The task with its candidates.
         problem: The candidates within a budget.
 
     Returns:
-        A digest of the candidates' families and ranks, the search space and the dense weights. The fitted numbers are
-        left out: they differ between machines.
+        A digest of the candidates' families and ranks. The fitted numbers are left out: they differ between machines.
     """
-    ranks = [[(c.method, c.rank, c.form, c.precision) for c in f] for f in problem.frontiers]
-    return digest(ranks, dataclasses.asdict(prepared.space), *prepared.task.model.state_dict().values())
+    return digest([[(c.method, c.rank, c.form, c.precision) for c in f] for f in problem.frontiers])

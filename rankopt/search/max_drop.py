@@ -14,7 +14,7 @@ from rankopt.core.errors import RankoptError, TaskError
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import METRICS, Task, Trial
 from rankopt.core.result_record import Metric, QuestionEntry, TriedRow
-from rankopt.core.statistics import difference
+from rankopt.core.statistics import difference, misread_score
 from rankopt.model.objective import call
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.loop import Evaluate, PlanKey, Study, plan_key, search
@@ -96,6 +96,7 @@ def smallest_model(
 
     Raises:
         RankoptError: If no plan smaller than the dense model holds, or an argument makes no sense.
+        TaskError: If the score is not a fraction where higher is better.
     """
     task = prepared.task
     check_max_drop(task, max_drop, minimize)
@@ -114,6 +115,8 @@ def smallest_model(
             for _ in progress([step], f"evaluating {metric}={target:,}", 1):
                 objective, score = Evaluator.of(prepared, problem)(proposal)
             assert score is not None
+            if odd := misread_score(dense, score, task.examples):
+                raise TaskError(f"--max-drop: {odd}")
             row = {"objective": objective, "score": score, "drop": dense - score, "target": target}
             rows[key] = cast(TriedRow, row | {metric: problem.cost(proposal)[metric]})
         rows[key]["target"] = min(target, rows[key]["target"])

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from rankopt.candidates.calibration import WithinMemory
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.budget import Limit, parse_budget
@@ -24,7 +25,7 @@ from rankopt.core.result_record import RoundEntry, ScoreEntry, ScoresEntry
 from rankopt.core.run_folder import RESULT, read_result
 from rankopt.decompositions.plan import load, multiplied_out
 from rankopt.model.counting import count
-from rankopt.model.forward import CALIBRATION_EXAMPLES, collect_batches
+from rankopt.model.inputs import CALIBRATION_EXAMPLES, collect_batches
 from rankopt.model.objective import Divergence, call
 from rankopt.search.compress import run_search
 from rankopt.search.loop import Runner, search
@@ -69,7 +70,7 @@ def run_multi_stage(  # noqa: PLR0913  # a search's arguments and its preparatio
     """
     dense = count(task.model, task.example_input)
     limits = parse_budget(budget, dense)
-    batches = collect_batches(task.calibration, CALIBRATION_EXAMPLES)
+    batches = collect_batches(task.model, WithinMemory(task.calibration), CALIBRATION_EXAMPLES)
     objective = task.objective or Divergence(task.model, batches)
     model = task.model
     history: list[RoundEntry] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -43,12 +42,13 @@ from rankopt.core.result_record import (
     TrialsEntry,
 )
 from rankopt.core.run_folder import write_result
-from rankopt.core.statistics import proxy, tie, wilson
+from rankopt.core.statistics import misread_score, proxy, tie, wilson
 from rankopt.core.timing import in_turn, threads
-from rankopt.decompositions.plan import save
+from rankopt.decompositions.plan import apply, replaced_layers, save
 from rankopt.model.counting import count
 from rankopt.model.energy import of_models
-from rankopt.model.forward import inference, one_example, run, to_device
+from rankopt.model.forward import inference, run, to_device
+from rankopt.model.inputs import one_example
 from rankopt.model.objective import call
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.fidelity import fidelity_rows
@@ -59,8 +59,6 @@ from rankopt.strategies.allocation import allocate, relative_gap
 from rankopt.training.batch_norm import recalibrate
 from rankopt.training.loop import train_briefly
 from rankopt.training.refine import refine as refine_layers
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -87,6 +85,9 @@ class Result:
 
     def save(self, folder: str | Path) -> None:
         """Write plan.json, model.safetensors and result.json.
+
+        For models with a save_pretrained of their own (Hugging Face), the weights are in rankopt.safetensors: the
+        folder may be one that save_pretrained writes to, too.
 
         Args:
             folder: Where to write them; made if it is missing.
@@ -148,7 +149,7 @@ def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
     for layer in prepared.layers:
         if layer.name in chosen:
             candidates, at = chosen[layer.name]
-            candidate, reason = candidates[at], _reason(candidates, at, problem.limits[0].metric)
+            candidate, reason = candidates[at], _reason(layer, candidates, at, problem.limits[0].metric)
         else:
             candidate, reason = dense_candidate(layer), layer.reason or ""
         choices.append(
@@ -168,15 +169,17 @@ def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
         )
     limited = prepared.latencies is not None and latency_limit(problem) is not None
     conditions = str(prepared.latencies.conditions) if prepared.latencies and limited else ""
-    return Plan(tuple(choices), problem.cost(proposal), prepared.dense, conditions)
+    before = replaced_layers(prepared.task.model)
+    return Plan(tuple(choices), problem.cost(proposal), prepared.dense, conditions, before)
 
 
-def _reason(candidates: Sequence[Candidate], at: int, metric: str) -> str:
+def _reason(layer: Layer, candidates: Sequence[Candidate], at: int, metric: str) -> str:
     """Why a layer got the candidate at this index: what it saves, its loss, and that of the next cheaper one."""
-    chosen, dense = candidates[at], candidates[-1]
+    chosen = candidates[at]
 
+    # Shares are of the layer's cost: where a candidate is exact, dense is not on the frontier.
     def share(candidate: Candidate) -> float:
-        return candidate.cost[metric] / max(dense.cost[metric], 1)
+        return candidate.cost[metric] / max(layer.cost[metric], 1)
 
     if at == 0 and chosen.unchanged:
         return "dense: no candidate is cheaper than the layer itself"
@@ -228,7 +231,7 @@ def build_result(
     plan = make_plan(prepared, outcome.problem, outcome.chosen.proposal)
     model, changes = _rebuild(prepared, outcome, settings, progress)
     achieved = _count(prepared, model, outcome.check.measured.latency if outcome.check else plan.cost.latency)
-    _check_budget(outcome.problem.limits, planned=plan.cost, achieved=achieved)
+    _check_cost(prepared, outcome, planned=plan.cost, achieved=achieved)
     score = _score(prepared, outcome.chosen, model, changes)
     rebuilt = _Rebuilt(model, dataclasses.replace(plan, cost=achieved), changes, score)
     info = _assemble(prepared, outcome, metadata, settings, rebuilt)
@@ -305,25 +308,39 @@ def _count(prepared: Prepared, model: nn.Module, latency: int) -> Cost:
     return cost
 
 
-def _check_budget(limits: Sequence[Limit], planned: Cost, achieved: Cost) -> None:
-    """Raises RankoptError if the rebuilt model misses a limit; warns if it does not cost what the plan says."""
-    for limit in limits:
-        if achieved[limit.metric] > limit.target:
-            raise RankoptError(
-                f"the rebuilt model has {limit.metric} {achieved[limit.metric]:,}, above the budget of "
-                f"{limit.target:,} (the plan says {planned[limit.metric]:,}): a bug in rankopt, please report it"
-            )
-    if achieved != planned:  # without latency, which Cost does not compare
-        log.warning(
-            "the rebuilt model costs %s, planned was %s: is a layer held outside the module tree?", achieved, planned
+def _check_cost(prepared: Prepared, outcome: SearchOutcome, planned: Cost, achieved: Cost) -> None:
+    """Raises RankoptError if the rebuilt model misses a limit, or does not cost what the plan says."""
+    missed = [limit.metric for limit in outcome.problem.limits if achieved[limit.metric] > limit.target]
+    if not missed and achieved == planned:  # without latency, memory and disk, which Cost does not compare
+        return
+    metrics = dict.fromkeys([*missed, *(m for m in ("params", "macs", "bytes") if achieved[m] != planned[m])])
+    costs = ", ".join(f"{achieved[m]:,} {m} where the plan says {planned[m]:,}" for m in metrics)
+    layer = _differing_layer(prepared, outcome)
+    raise RankoptError(
+        f"the rebuilt model has {costs}: "
+        + (
+            f"layer {layer!r} is used in another way than by calling it, keep it dense (keep_dense)"
+            if layer
+            else "a bug in rankopt, please report it"
         )
+    )
+
+
+def _differing_layer(prepared: Prepared, outcome: SearchOutcome) -> str | None:
+    """The first layer whose replacement, alone in the model, does not cost what its candidate says."""
+    problem, task = outcome.problem, prepared.task
+    for layer, candidate in zip(problem.layers, problem.candidates(outcome.chosen.proposal), strict=True):
+        alone = apply(task.model, [layer], [candidate], prepared.factors)
+        if count(alone, task.example_input) != prepared.dense - layer.cost + candidate.cost:
+            return layer.name
+    return None
 
 
 def _score(prepared: Prepared, chosen: Trial, model: nn.Module, changes: ChangeRecord) -> ScoresEntry:
     """Validation and test scores of both models. The chosen trial has the validation score of an unchanged model."""
     task, validation = prepared.task, chosen.score
     with prepared.clock.stage("scoring"):
-        dense = call("the score", task.score, task.model)
+        dense = prepared.dense_score
         if any(change and change["kept"] for change in (changes["refinement"], changes["batch_norm"])):
             validation = call("the score", task.score, model)
     with prepared.clock.stage("test"):
@@ -331,6 +348,13 @@ def _score(prepared: Prepared, chosen: Trial, model: nn.Module, changes: ChangeR
             "dense": {"validation": dense, "test": call("the test score", task.test, task.model)},
             "compressed": {"validation": validation, "test": call("the test score", task.test, model)},
         }
+
+
+def _score_warnings(task: Task, scores: ScoresEntry) -> list[str]:
+    """What is odd about the validation scores, if anything is."""
+    dense, small = scores["dense"]["validation"], scores["compressed"]["validation"]
+    found = None if dense is None or small is None else misread_score(dense, small, task.examples)
+    return [] if found is None else [found]
 
 
 def _assemble(
@@ -349,6 +373,7 @@ def _assemble(
         "seed": metadata["seed"],
         "options": metadata["options"],
         "notes": metadata["notes"],
+        "warnings": [*metadata["warnings"], *_score_warnings(task, rebuilt.score)],
         "seconds": {k: round(v, 3) for k, v in prepared.clock.items()},
         "family_seconds": {k: round(v, 3) for k, v in prepared.family_seconds.items()},
         "trials": _trials_entry(outcome),
@@ -489,7 +514,7 @@ def time_forward(
     Returns:
         Median milliseconds.
     """
-    models, x = (dense, compressed), to_device(one_example(example_input), dense)
+    models, x = (dense, compressed), to_device(one_example(dense, example_input), dense)
     with threads(1), ExitStack() as stack:  # more make small operations slower where others use the cores too
         for model in models:
             stack.enter_context(inference(model, fused=True))

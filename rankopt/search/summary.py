@@ -331,7 +331,8 @@ def reliability_notes(info: ResultInfo) -> list[tuple[str, bool]]:
         notes.append(_tie_note(tie, examples["validation"]))
     elif info["score"]["compressed"]["validation"] is not None and not (examples and examples["validation"]):
         notes.append(("the noise of the scores is unknown: Task(examples=...) says how many they average over", False))
-    return [*notes, *((text, False) for text in fidelity_lines(info))]
+    said = [(text, True) for text in info.get("warnings", [])]
+    return [*notes, *said, *((text, False) for text in fidelity_lines(info))]
 
 
 def _correlation_notes(info: ResultInfo) -> list[tuple[str, bool]]:

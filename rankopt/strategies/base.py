@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal, Trial
 
@@ -55,10 +56,21 @@ class Strategy(ABC):
 
         Returns:
             One frontier index per layer, or None if there is nothing to propose (any more, or until the next result).
+
+        Raises:
+            RankoptError: The strategy proposed something else.
         """
         proposal = self.propose(self.n_asked)
         self.n_asked += proposal is not None
-        return proposal
+        sizes = [len(f) for f in self.problem.frontiers]
+        if proposal is None or (
+            len(proposal) == len(sizes) and all(0 <= i < n for i, n in zip(proposal, sizes, strict=True))
+        ):
+            return proposal
+        raise RankoptError(
+            f"the strategy {type(self).name!r} proposed {proposal!r}: a proposal has an index for each of the "
+            f"{len(sizes)} layers, from 0 to below the length of its frontier"
+        )
 
     @abstractmethod
     def propose(self, number: int) -> Proposal | None:

@@ -30,7 +30,7 @@ def at_share(problem: Problem, share: float) -> Proposal:
         share: The share of the dense cost.
     """
     metrics = [limit.metric for limit in problem.limits]
-    return within(problem, [{m: share * f[-1].cost[m] for m in metrics} for f in problem.frontiers])
+    return within(problem, [{m: share * x.cost[m] for m in metrics} for x in problem.layers])
 
 
 def within(problem: Problem, costs: Sequence[Cost | Mapping[str, float]]) -> Proposal:

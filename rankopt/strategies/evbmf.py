@@ -127,11 +127,10 @@ def unfolded(layer: Layer, weight: Tensor, moment: Tensor | None = None, metric:
     """
     target = full_target(layer, weight, moment, metric)
     felt = roots(target.metric)[0] @ target.weight  # (groups, T, C * height * width)
-    diagonal = layer.kind == "Embedding"  # whose moment is diagonal
-    felt = felt * target.moment.sqrt().unsqueeze(1) if diagonal else felt @ roots(target.moment)[0]
+    felt = felt * target.moment.sqrt().unsqueeze(1) if target.diagonal else felt @ roots(target.moment)[0]
     tensor = felt.unflatten(2, (layer.in_channels, *layer.kernel)).permute(2, 3, 4, 1, 0)  # C, height, width, T, groups
     matrices = {"output": tensor.movedim(3, 0).flatten(1)}
-    if not diagonal:
+    if layer.kind != "Embedding":
         matrices["input"] = tensor.flatten(1)
     if min(layer.kernel) > 1:
         matrices["spatial"] = tensor.flatten(0, 1).flatten(1)

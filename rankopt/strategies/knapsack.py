@@ -10,12 +10,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal
+from rankopt.core.statistics import is_far
 from rankopt.model.objective import call
+from rankopt.strategies.allocation import allocate
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.corrections import CONTENDERS, Corrections
+
+REPAIRS = 5  # rounds of measuring a plan's layers alone, at most
 
 
 class Knapsack(Strategy):
@@ -42,10 +48,43 @@ class Knapsack(Strategy):
         self.chosen: Proposal | None = None
 
     def measure(self, prepared: Any, progress: Any) -> None:
-        plans = dict.fromkeys(self.corrections.contender(self.seed, n) for n in range(self.contenders))
-        if len(plans) > 1:
+        if self.contenders > 1:
+            plans = dict.fromkeys(self.corrections.contender(self.seed, n) for n in range(self.contenders))
             shown = progress(plans, "measuring contenders", len(plans))
-            self.chosen = min(shown, key=lambda p: _measured(prepared, self.problem, p))
+            values = {plan: _measured(prepared, self.problem, plan) for plan in shown}
+            self.chosen = self._repaired(prepared, progress, values)
+
+    def _repaired(self, prepared: Any, progress: Any, values: dict[Proposal, float]) -> Proposal:
+        """The best plan measured; where it is far from its prediction, after the losses of its layers were measured.
+
+        Predictions interpolate; a layer whose loss is far above its own is found by measuring it alone, its losses are
+        raised by that ratio, and the allocation is solved again.
+
+        Args:
+            prepared: The task with its candidates.
+            progress: Progress callback.
+            values: Measured objective by plan; what is measured here is added.
+        """
+        ratios = np.ones(len(self.problem.layers))
+        dense = tuple(len(f) - 1 for f in self.problem.frontiers)
+        zero = 0.0 if prepared.task.objective is None else _measured(prepared, self.problem, dense)
+        for _ in range(REPAIRS):
+            best = min(values, key=values.__getitem__)
+            if not is_far(values[best] - zero, self.problem.loss(best)):
+                break
+            changed = [i for i, c in enumerate(self.problem.candidates(best)) if not c.unchanged]
+            for i in progress(changed, "measuring layers that lost more than predicted", len(changed)):
+                alone = (*dense[:i], best[i], *dense[i + 1 :])
+                predicted = self.problem.frontiers[i][best[i]].loss * ratios[i]
+                measured = _measured(prepared, self.problem, alone) - zero
+                if is_far(measured, predicted) and measured < math.inf:
+                    ratios[i] *= measured / max(predicted, 1e-12)
+            losses = [[r * c.loss for c in f] for r, f in zip(ratios, self.problem.frontiers, strict=True)]
+            plan = allocate(self.problem, losses).proposal
+            if plan in values:
+                break
+            values[plan] = _measured(prepared, self.problem, plan)
+        return min(values, key=values.__getitem__)
 
     def propose(self, number: int) -> Proposal | None:
         return (self.chosen or self.corrections.contender(self.seed, 0)) if number == 0 else None

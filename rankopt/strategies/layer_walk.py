@@ -115,4 +115,4 @@ def pareto_least(points: np.ndarray) -> np.ndarray:
 def _shape(layer: Layer) -> list[float]:
     """The layer's kind and shape as six numbers of about 0 to 1."""
     logs = [math.log2(x) / 10 for x in (layer.shape[0], layer.in_channels, *layer.kernel, layer.groups)]
-    return [float(layer.kind == "Linear"), *logs]
+    return [float(layer.kind in ("Linear", "Conv1D")), *logs]

@@ -17,6 +17,14 @@ from rankopt.core.problem import Problem
 from rankopt.core.registry import Registry
 from rankopt.strategies.base import Strategy
 
+
+def _fault(name: str, found: Any) -> str | None:  # noqa: ARG001
+    """What is wrong with what another package registered."""
+    if isinstance(found, type) and issubclass(found, Strategy):
+        return None
+    return f"its entry point is {found!r}, not a subclass of Strategy"
+
+
 STRATEGIES: Registry[str | type[Strategy]] = Registry(
     "strategy",
     "rankopt.strategies",
@@ -32,6 +40,7 @@ STRATEGIES: Registry[str | type[Strategy]] = Registry(
         "optuna": "rankopt.strategies.optuna:Optuna",
         "rl": "rankopt.strategies.rl:Agent",
     },
+    _fault,
 )
 
 

@@ -80,7 +80,7 @@ def _pass(model: nn.Module, batch: Any, see: Callable[[str, tuple[Tensor, Tensor
         variance, mean = torch.var_mean(wide, [d for d in range(y.ndim) if d != 1], correction=0)
         see(name, (mean.double(), variance.double()))
 
-    with hooked(model, batch_norms(model), on_input=note), inference(model):
+    with inference(model), hooked(model, batch_norms(model), on_input=note):
         run(model, to_device(batch, model))
 
 

@@ -18,11 +18,11 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rankopt.core.errors import StudyError, TaskError
-from rankopt.core.files import digest
+from rankopt.core.files import digest, without_folder
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Task
 from rankopt.core.result_record import EpochRow, FinetuneInfo
-from rankopt.model.forward import CALIBRATION_EXAMPLES, collect_batches
+from rankopt.model.inputs import CALIBRATION_EXAMPLES, collect_batches
 from rankopt.model.objective import call
 from rankopt.model.quantization import dequantize_all, requantize_all
 from rankopt.training import checkpoint
@@ -187,7 +187,8 @@ class _Training:
         """Calibration inputs, the same for the same seed even if their loader shuffles."""
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.seed)
-            return split(collect_batches(self.task.calibration, CALIBRATION_EXAMPLES), BATCH)
+            inputs = collect_batches(self.task.model, self.task.calibration, CALIBRATION_EXAMPLES)
+            return [(x,) for x in split(inputs, BATCH)]
 
     # --- running them ---
 
@@ -284,7 +285,7 @@ class _Training:
         batches = self.task.train
         length = None if batches is None else epoch_length(batches)
         weights = [*self.state.model.state_dict().values(), *self.teacher.state_dict().values()]
-        self.fingerprint = digest(dataclasses.asdict(self.recipe), self.task.name, length, *weights)
+        self.fingerprint = digest(dataclasses.asdict(self.recipe), without_folder(self.task.name), length, *weights)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

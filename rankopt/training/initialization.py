@@ -26,7 +26,8 @@ from rankopt.decompositions.plan import rebuild
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import Factors
 from rankopt.model.composites import expand_composites
-from rankopt.model.layer_kinds import KINDS, describe
+from rankopt.model.forward import random_numbers
+from rankopt.model.layer_kinds import describe, is_kind
 from rankopt.model.quantization import dequantize_all, quantize_
 
 ROUNDS, TOLERANCE = 40, 1e-4  # of rescaling factors; a single round is exact if there is no activation between them
@@ -43,8 +44,7 @@ def from_scratch(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
     Raises:
         TaskError: A module holds parameters and has no reset_parameters().
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with random_numbers(seed):
         dense = untrained(model)
         # Composite modules that the plan changes are expanded, to get at the weight of each of their layers.
         parts = expand_composites(copy.deepcopy(dense), [c.name for c in plan.choices if c.method != DENSE])
@@ -81,12 +81,12 @@ def untrained(model: nn.Module) -> nn.Module:
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if callable(reset):
             reset()
-        elif any(True for _ in module.parameters(recurse=False)):
+        elif any(True for _ in module.parameters(recurse=False)) and not is_kind(type(module)):
             raise TaskError(
                 f"module {name!r} ({type(module).__name__}) holds parameters and has no reset_parameters(), so it "
                 "cannot start from scratch: give it one"
             )
-        if type(module) in KINDS and not isinstance(module, nn.Embedding):
+        if is_kind(type(module)) and not isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=(2 / describe(module).patch) ** 0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rankopt.core.errors import TaskError
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Task
-from rankopt.model.forward import batch_size, class_axis, inference, main_output, run, take, to_device
+from rankopt.model.forward import ONE_THREAD, batch_size, class_axis, inference, main_output, run, take, to_device
 from rankopt.model.quantization import dequantized
 
 RATE = 3e-4  # learning rate of Adam in `train_briefly`
@@ -195,7 +195,7 @@ def _prepared(model: nn.Module, moving: Sequence[Tensor], training: bool) -> Ite
         p.requires_grad_(True)
     model.train(training)
     try:
-        with torch.enable_grad(), torch.random.fork_rng():
+        with ONE_THREAD, torch.enable_grad(), torch.random.fork_rng():
             yield
     finally:
         for p, was in wanted.items():

@@ -26,6 +26,7 @@ from rankopt.model.forward import (
     run,
     to_device,
 )
+from rankopt.model.inputs import keywords
 from rankopt.training.loop import Loss, divergence, labelled
 from rankopt.training.recipe import Recipe
 
@@ -225,7 +226,7 @@ def as_input(batch: Any, model: nn.Module, recipe: Recipe) -> Any:
         model: The model.
         recipe: The recipe.
     """
-    x = to_device(model_input(batch), model)
+    x = to_device(keywords(model, model_input(batch)), model)
     return map_tensors(x, in_channels_last) if recipe.channels_last else x
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankopt.candidates.calibration import columns, outer
+from rankopt.candidates.calibration import WIDEST, columns, outer
 from rankopt.candidates.quantize import quantize_candidate
 from rankopt.core.records import DENSE, SAME, Candidate, Layer
 from rankopt.decompositions.modules import load_factors
@@ -45,7 +45,8 @@ def refine(
 ) -> None:
     """Refit the factorised layers of a compressed model in place, in the model's order.
 
-    Quantized layers are refitted, then quantized again. Dense layers are left as they are.
+    Quantized layers are refitted, then quantized again. Dense layers, Embeddings and layers of more than `WIDEST`
+    inputs are left as they are.
 
     Args:
         dense: The dense model.
@@ -57,8 +58,13 @@ def refine(
         steps: Optimisation steps per fit.
         progress: Progress callback.
     """
-    # The indices that an Embedding reads are the same in both models, so refitting would change nothing.
-    todo = [(x, c) for x, c in zip(layers, candidates, strict=True) if c.method != DENSE and x.kind != "Embedding"]
+    # The indices that an Embedding reads are the same in both models, so refitting would change nothing. The moment of
+    # a wide layer's inputs is too large.
+    todo = [
+        (x, c)
+        for x, c in zip(layers, candidates, strict=True)
+        if c.method != DENSE and x.kind != "Embedding" and x.patch <= WIDEST
+    ]
     for layer, candidate in progress(todo, "refining layer after layer", len(todo)):
         weight, moment = seen_weight(dense, small, layer, batches)
         family = DECOMPOSITIONS[candidate.method]
@@ -110,6 +116,6 @@ def _inputs(model: nn.Module, layer: Layer, batch: Any) -> list[Tensor]:
         if len(found) == len(layer.calls):
             raise _Reached
 
-    with suppress(_Reached), hooked(model, [layer.name], on_input=note), inference(model):
+    with suppress(_Reached), inference(model), hooked(model, [layer.name], on_input=note):
         run(model, to_device(batch, model))
     return found

@@ -83,6 +83,26 @@ def test_the_budget_is_kept_and_reported(prepared, metric, tmp_path):
     assert rankopt.read_plan(tmp_path)[0].cost[metric] == count[metric]
 
 
+@pytest.mark.parametrize("share", [0.8, 0.9])
+def test_the_file_of_a_model_whose_composites_are_expanded_keeps_its_budget(share):
+    """Each part of a fused Linear has entries of its own in the file, also those that stay dense."""
+
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj, self.head = nn.Linear(24, 72), nn.Linear(72, 36), nn.Linear(36, 8)
+
+        def forward(self, x):
+            return self.head(self.proj(self.qkv(x).tanh()).tanh())
+
+    torch.manual_seed(0)
+    space = SearchSpace(families=("svd_out",), points=12, steps=0)
+    result = rankopt.compress(Fused().eval(), [torch.randn(256, 24)], {"disk": share}, space=space)
+    told = result.info["budget"]["disk"]
+    assert told["achieved"] == file_size(result.model) <= told["target"]
+    assert any(c.name.startswith("qkv.") and c.method != "dense" for c in result.plan.choices)
+
+
 def test_a_budget_that_cannot_be_met_is_refused_with_the_least_possible(prepared):
     task = prepared.task
     with pytest.raises(BudgetError, match="least achievable"):

@@ -59,7 +59,7 @@ def test_inspect_shows_every_layer_within_100_columns():
         (["none.py:task", "--budget", "params=0.3"], "there is no file none.py"),
         (["digits", "--budget", "params=1"], "ambiguous"),
         (["digits", "--budget", "params=0"], "not above 0"),
-        (["digits", "--budget", "params=0.001"], "least achievable"),
+        (["digits", "--budget", "params=0.001"], "budget params=38 cannot be met:"),
         (["digits", "--budget", "params=99999999"], "above the dense model's 38,218"),
         (["digits", "--budget", "speed=2"], "unknown budget metric 'speed': choose from params, macs, bytes"),
         (["digits", "--budget", "params=0.3", "--strategy", "magic"], "unknown strategy 'magic': choose from knapsack"),

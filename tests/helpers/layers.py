@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rankopt.candidates.calibration import moments
 from rankopt.core.records import Layer
 from rankopt.decompositions.modules import load_factors
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.model.inventory import inventory
+from rankopt.model.layer_kinds import describe
 
 MODULES = {
     "conv3x3": lambda: nn.Conv2d(8, 12, 3, padding=1),
@@ -39,6 +41,7 @@ MODULES = {
     "embedding": lambda: nn.Embedding(40, 12, padding_idx=0),
     "linear": lambda: nn.Linear(12, 20),
     "linear, primes, no bias": lambda: nn.Linear(11, 8, bias=False),
+    "linear, stored input first": lambda: Conv1D(nf=20, nx=12),
 }
 
 
@@ -46,8 +49,8 @@ def inputs(module: nn.Module, dtype: torch.dtype = torch.float64) -> list[Tensor
     """Eight batches of four correlated examples; of an Embedding, of tokens that fall in frequency."""
     if isinstance(module, nn.Embedding):
         return [torch.randn(4, 5).square().mul(5).long().clamp_max(module.num_embeddings - 1) for _ in range(8)]
-    if isinstance(module, nn.Linear):
-        shape: tuple[int, ...] = (module.in_features,)
+    if isinstance(module, (nn.Linear, Conv1D)):
+        shape: tuple[int, ...] = (describe(module).in_channels,)
     else:
         shape = (module.in_channels, *{1: (29,), 2: (11, 13), 3: (5, 6, 7)}[len(module.kernel_size)])
     return [torch.randn(4, *shape, dtype=dtype).cumsum(-1) for _ in range(8)]

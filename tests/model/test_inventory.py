@@ -8,7 +8,7 @@ from torch import nn
 
 from rankopt import TaskError, count, inventory
 from rankopt.candidates.calibration import moments, output_metrics, patches
-from rankopt.model.forward import one_example
+from rankopt.model.forward import take
 from rankopt.model.layer_kinds import as_matrix
 from tests.helpers.layers import MODULES, make
 from tests.helpers.models import Odd
@@ -53,7 +53,7 @@ def test_counting_is_for_one_example_of_any_input():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(5))
     model(torch.zeros(1, 3, 8, 8))
     assert count(model, torch.zeros(1, 3, 8, 8)) == count(model, torch.zeros(7, 3, 8, 8))
-    mixed = one_example({"ids": torch.zeros(7, 3), "flag": True, "table": torch.zeros(2, 5)})
+    mixed = take({"ids": torch.zeros(7, 3), "flag": True, "table": torch.zeros(2, 5)}, slice(1))
     assert mixed["ids"].shape == (1, 3) and mixed["table"].shape == (2, 5)
 
 

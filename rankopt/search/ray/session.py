@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -111,11 +113,15 @@ def started(address: str | None, workers: int, folder: str) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray was imported without a token
         options = {"address": "local", "num_cpus": workers, "include_dashboard": False, "_temp_dir": folder}
     try:
+        before = signal.getsignal(signal.SIGTERM)  # Ray's own handler exits at once, as if nothing was to be kept
         try:
             ray.init(**options, log_to_driver=False, logging_level="ERROR")
         except (Exception, SystemExit) as error:  # Ray exits the process where something else answers
             problem = f"cannot be reached at {address}" if address else "does not start"
             raise RankoptError(f"Ray {problem}: {line(error)}") from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)
         yield
     finally:
         ray.shutdown()

@@ -19,6 +19,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from rankopt.core.errors import StudyError
@@ -26,7 +27,8 @@ from rankopt.core.files import digest, write_beside
 from rankopt.core.problem import Problem
 from rankopt.core.records import BUDGETS, Cost, Proposal, Trial
 from rankopt.core.result_record import TrialRow
-from rankopt.core.run_folder import check_same, lock_folder
+from rankopt.core.run_folder import check_same, folder_lock, lock_folder
+from rankopt.search.identity import HASHES, TOLERANCES
 
 FILE = "study.db"
 
@@ -72,10 +74,13 @@ class Store:
             layer.name or "model": IntDistribution(0, len(f) - 1)
             for layer, f in zip(problem.layers, problem.frontiers, strict=True)
         }
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         with storage_errors(self.place):
             self.close = weakref.finalize(self, os.close, lock_folder(folder))
-            self.study = self._open(required, resume)
+            try:
+                self.study = self._open(required, resume)
+            except BaseException:  # a traceback may keep this object, and with it the lock
+                self.close()
+                raise
 
     @property
     def place(self) -> str:
@@ -86,12 +91,12 @@ class Store:
         for stale in self.path.parent.glob(".*.part*"):  # left by a process that was killed
             stale.unlink()
         if not self.path.exists():
-            write_beside(self.path, lambda part: create_study(f"sqlite:///{part}", STUDY, required))
+            write_beside(self.path, lambda part: create_study(part, STUDY, required))
         elif not resume:
             raise StudyError(f"{self.path} is there already: go on with --resume, or search into another folder")
         study = load_study(self.path)
         remedy = "Resume with the same settings, or search into another folder"
-        check_same(study.user_attrs, required, self.path, "search", remedy)
+        check_same(study.user_attrs, required, self.path, "search", remedy, TOLERANCES, HASHES)
         return study
 
     def add(self, trial: Trial, n_asked: int) -> None:
@@ -253,9 +258,12 @@ def storage_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, OptunaError, sqlite3.Error, OSError) as error:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        cause = getattr(error, "orig", None) or error
+        # SQLite: a full disk and a missing right are OperationalErrors, a file that is no database is not.
+        damaged = isinstance(cause, sqlite3.DatabaseError) and not isinstance(cause, sqlite3.OperationalError)
+        remedy = "restore it from a copy" if damaged else "mend that and try again"
         raise StudyError(
-            f"{path} cannot be used ({reason}): restore it from a copy, or search into another folder"
+            f"{path} cannot be used ({str(cause).splitlines()[0]}): {remedy}, or search into another folder"
         ) from error
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, StudyError):
@@ -266,16 +274,26 @@ def storage_errors(path: Path | str) -> Iterator[None]:
         ) from error
 
 
-def create_study(url: str, name: str, attributes: dict[str, Any], directions: Sequence[Any] = ("minimize",)) -> None:
-    """Create a study in a storage.
+def sqlite_url(path: Path) -> str:
+    """Make the SQLAlchemy URL of an SQLite file. Its name may hold ?, %, # and { }, which mean something in URLs.
 
     Args:
-        url: SQLAlchemy URL of the storage.
+        path: The file.
+    """
+    return URL.create("sqlite", database=path.absolute().as_uri(), query={"uri": "true"}).render_as_string()
+
+
+def create_study(path: Path, name: str, attributes: dict[str, Any], directions: Sequence[Any] = ("minimize",)) -> None:
+    """Create a study in a file.
+
+    Args:
+        path: The file, which does not exist.
         name: Name of the study.
         attributes: Its user attributes.
         directions: "minimize" or "maximize" for each objective.
     """
-    storage = RDBStorage(url)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = RDBStorage(sqlite_url(path))
     study = optuna.create_study(storage=storage, study_name=name, directions=list(directions))
     for key, value in attributes.items():
         study.set_user_attr(key, value)
@@ -299,7 +317,28 @@ def load_study(path: Path) -> optuna.Study:
         raise ValueError(found)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return optuna.load_study(study_name=STUDY, storage=f"sqlite:///{path}")
+        return optuna.load_study(study_name=STUDY, storage=sqlite_url(path))
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a study can be kept in a folder, before the work whose results it is to keep.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        StudyError: If the folder is in use, cannot be written, or holds a damaged study.
+    """
+    path = folder / FILE
+    with storage_errors(path), folder_lock(folder):
+        if path.exists():
+            load_study(path)
+        else:
+            probe = folder / f".{FILE}.{os.getpid()}.part"
+            try:
+                create_study(probe, STUDY, {})
+            finally:
+                probe.unlink(missing_ok=True)
 
 
 def read_trials(folder: Path) -> list[TrialRow]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,15 +25,16 @@ import optuna
 from optuna.exceptions import OptunaError, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from rankopt.core.errors import StudyError
 from rankopt.core.files import digest, write_beside
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal, Trial
-from rankopt.core.run_folder import process_alive
-from rankopt.search.storage.local import FILE, STUDY, Store, create_study, storage_errors, valid_trials
+from rankopt.core.run_folder import check_same, process_alive
+from rankopt.search.identity import HASHES, TOLERANCES
+from rankopt.search.storage.local import FILE, STUDY, Store, create_study, sqlite_url, storage_errors, valid_trials
 
 BEAT = 20  # seconds between heartbeats
 
@@ -40,6 +43,9 @@ GRACE = 90  # seconds without a heartbeat after which a claim of another machine
 
 
 PATIENCE = 300  # seconds to wait for a storage that does not answer
+
+
+BUSY = 60  # seconds to wait while other processes create the tables, or write to SQLite
 
 
 T = TypeVar("T")
@@ -68,12 +74,7 @@ class SharedStore(Store):
         Raises:
             StudyError: If the storage cannot be used.
         """
-        try:
-            self.url = make_url(url)
-        except ArgumentError as error:
-            raise StudyError(
-                f"storage {url!r} is no SQLAlchemy URL: give one as postgresql+psycopg://user@host/db"
-            ) from error
+        self.url = read_url(url)
         self.claims: dict[Proposal, int] = {}  # claims of this process -> trial id
         self.owner = f"{socket.gethostname()}:{os.getpid()}"
         self.known: set[Proposal] = set()  # plans whose trials this process has added or read
@@ -86,23 +87,19 @@ class SharedStore(Store):
         return self.url.render_as_string(hide_password=True)
 
     def _open(self, required: dict[str, Any], resume: bool) -> optuna.Study:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                self.storage = RDBStorage(
-                    self.url.render_as_string(hide_password=False),
-                    engine_kwargs={"pool_pre_ping": True},
-                    heartbeat_interval=BEAT,
-                    grace_period=GRACE,
-                )
-            except ImportError as error:
-                raise StudyError(
-                    f"the driver of {self.url.drivername} is not installed ({error}): pip install it"
-                ) from error
-        name = f"{STUDY}-{required['strategy']}-{required['seed']}-{digest(required)[:12]}"
+        exact = {k: v for k, v in required.items() if k not in TOLERANCES}
+        name = f"{STUDY}-{required['strategy']}-{required['seed']}-{digest(exact)[:12]}"
+        return _retried(partial(self._join, name, required))
+
+    def _join(self, name: str, required: dict[str, Any]) -> optuna.Study:
+        self.storage = connect(self.url)
         study = optuna.create_study(storage=self.storage, study_name=name, direction="minimize", load_if_exists=True)
-        for key, value in required.items():
-            study.set_user_attr(key, value)
+        kept = study.user_attrs
+        remedy = "Use the same task everywhere, or another storage"
+        known = {k: v for k, v in required.items() if k in kept}  # another process may be writing the others
+        check_same(kept, known, self.place, "search", remedy, TOLERANCES, HASHES)
+        for key in required.keys() - kept.keys():
+            study.set_user_attr(key, required[key])
         return study
 
     def claim(self, proposal: Proposal, limit: int) -> bool:
@@ -172,9 +169,8 @@ class SharedStore(Store):
             trials, attributes = list(valid_trials(self.study)), self.study.user_attrs
 
         def write(part: Path) -> None:
-            url = f"sqlite:///{part}"
-            create_study(url, STUDY, attributes)
-            optuna.load_study(study_name=STUDY, storage=url).add_trials(trials)
+            create_study(part, STUDY, attributes)
+            optuna.load_study(study_name=STUDY, storage=sqlite_url(part)).add_trials(trials)
 
         write_beside(self.folder / FILE, write)
 
@@ -216,6 +212,86 @@ class SharedStore(Store):
                     ) from error
                 log.warning("%s does not answer: waiting for it", self.place)
                 time.sleep(5)
+
+
+def read_url(url: str) -> URL:
+    """Parse the URL of a storage.
+
+    Args:
+        url: SQLAlchemy URL.
+
+    Raises:
+        StudyError: If it is not one.
+    """
+    try:
+        return make_url(url)
+    except ArgumentError as error:
+        raise StudyError(
+            f"storage {url!r} is no SQLAlchemy URL: give one as postgresql+psycopg://user@host/db"
+        ) from error
+
+
+def connect(url: URL) -> RDBStorage:
+    """Connect to a storage, and create its tables if it has none.
+
+    Args:
+        url: The storage.
+
+    Raises:
+        StudyError: If the database's driver is not installed.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if url.get_backend_name() == "sqlite":  # one process writes at a time; the default is to give up after 5 s
+        options["connect_args"] = {"timeout": BUSY}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return RDBStorage(
+                url.render_as_string(hide_password=False),
+                engine_kwargs=options,
+                heartbeat_interval=BEAT,
+                grace_period=GRACE,
+            )
+        except ImportError as error:
+            raise StudyError(f"the driver of {url.drivername} is not installed ({error}): pip install it") from error
+
+
+def check_storage(url: str) -> None:
+    """Check that a storage can be used, before the work whose results it is to keep. It gets its tables.
+
+    Args:
+        url: SQLAlchemy URL.
+
+    Raises:
+        StudyError: If it cannot be used.
+    """
+    storage = read_url(url)
+    with storage_errors(storage.render_as_string(hide_password=True)):
+        _retried(partial(connect, storage)).engine.dispose()
+
+
+def _retried(opening: Callable[[], T]) -> T:
+    """Repeat the opening of a storage while other processes are opening it for the first time.
+
+    Optuna looks which tables there are and then creates the others: of processes that start together, those that
+    looked too early fail. At the next look the tables are there.
+    """
+    end = time.monotonic() + BUSY
+    while True:
+        try:
+            return opening()
+        except (OptunaError, SQLAlchemyError) as error:
+            if not _others_were_faster(error) or time.monotonic() > end:
+                raise
+            time.sleep(random.uniform(0.05, 0.25))
+
+
+def _others_were_faster(error: BaseException | None) -> bool:
+    """Whether another process created a table or a row, or had locked the database."""
+    if isinstance(error, DBAPIError):
+        return isinstance(error, IntegrityError) or any(x in str(error.orig) for x in ("already exists", "locked"))
+    return error is not None and _others_were_faster(error.__cause__)
 
 
 def _beat(store: weakref.ref[SharedStore]) -> None:
