@@ -1,5 +1,10 @@
 """rankopt: which tensor decomposition, at which rank, for every layer, under one budget."""
 
+from rankopt.api.compress import compress
+from rankopt.api.inspection import Inspection, inspect
+from rankopt.api.prepared import PreparedModel, prepare, sweep
+from rankopt.api.result import Result
+from rankopt.api.runs import export, load_run, save
 from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.budget import Limit, parse_budget
 from rankopt.core.errors import BudgetError, PlanError, RankoptError, StudyError, TaskError
@@ -9,8 +14,6 @@ from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.export.fuse import fuse
 from rankopt.model.counting import count
 from rankopt.model.inventory import inventory, unfolded
-from rankopt.search.api import compress
-from rankopt.search.result import Result
 from rankopt.strategies.registry import STRATEGIES
 from rankopt.training.finetune import finetune
 from rankopt.training.recipe import Recipe
@@ -24,10 +27,12 @@ __all__ = [
     "Candidate",
     "Choice",
     "Cost",
+    "Inspection",
     "Layer",
     "Limit",
     "Plan",
     "PlanError",
+    "PreparedModel",
     "RankoptError",
     "Recipe",
     "Result",
@@ -38,12 +43,18 @@ __all__ = [
     "Trial",
     "compress",
     "count",
+    "export",
     "finetune",
     "fuse",
+    "inspect",
     "inventory",
     "load",
+    "load_run",
     "load_space",
     "parse_budget",
+    "prepare",
     "read_plan",
+    "save",
+    "sweep",
     "unfolded",
 ]

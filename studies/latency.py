@@ -33,13 +33,13 @@ from rankopt.candidates.latency import expanded, layer_inputs, random_factors, s
 from rankopt.candidates.latency_table import Conditions, machine
 from rankopt.candidates.prepare import Prepared, prepare
 from rankopt.candidates.search_space import load_space
-from rankopt.cli.progress import show_progress
 from rankopt.core.errors import BudgetError
 from rankopt.core.files import write_beside
 from rankopt.core.records import Choice, Layer
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.experiments.tasks import load_task
 from rankopt.search.compress import run_search
+from rankopt.search.progress import show_progress
 from rankopt.search.result import Result
 from rankopt.search.settings import SearchSettings
 

@@ -23,13 +23,13 @@ from rich.console import Console
 
 from rankopt.candidates.latency_table import Conditions, machine
 from rankopt.candidates.prepare import Prepared, prepare
-from rankopt.cli.progress import show_progress
 from rankopt.core.budget import Limit
 from rankopt.core.errors import BudgetError
 from rankopt.core.files import write_beside
 from rankopt.experiments.tasks import load_task
 from rankopt.search.compress import run_search
 from rankopt.search.latency_check import check
+from rankopt.search.progress import show_progress
 from rankopt.search.settings import SearchSettings
 from rankopt.strategies.allocation import allocate
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -14,12 +16,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import digest, write_beside
+from rankopt.core.schema import checked, parse_json, read_json
 from rankopt.decompositions.types import Factors
 
 VERSION = 4  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
+
+
+MOST = 20 * 10**9
+"""Bytes that a cache holds by default; see `Cache.prune`."""
+
+
+SPARED = 86400
+"""Seconds for which an entry stays after its last use."""
 
 
 def crc(tensor: Tensor) -> int:
@@ -36,17 +48,25 @@ def _sound(file: Any, name: str, tensor: Tensor) -> bool:
     return (file.metadata() or {}).get(f"crc.{name}") in (None, str(crc(tensor)))
 
 
+class _Entry(TypedDict):
+    """A JSON entry."""
+
+    value: Any
+    checksum: str
+
+
 class Cache:
     """A folder of safetensors and JSON files named by content hash.
 
-    A damaged entry reads as missing, so that it is recomputed. Writes are atomic.
+    A damaged entry reads as missing, so that it is recomputed. Writes are atomic. What the cache holds becomes part of
+    models, so nobody else may write to it; a folder made here is private.
 
     Args:
         folder: The folder, created if needed. Default: the environment variable RANKOPT_CACHE, else rankopt's
             folder in $XDG_CACHE_HOME or ~/.cache.
 
     Raises:
-        RankoptError: The folder cannot be created, or there is no home folder to create it in.
+        RankoptError: The folder cannot be created, there is no home folder to create it in, or others can write to it.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -54,18 +74,76 @@ class Cache:
         self.folder = Path(folder or default)
         try:
             self.folder = self.folder.expanduser()
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(0o700, parents=True, exist_ok=True)
+            found = self.folder.stat()
         except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
             raise RankoptError(
                 f"the cache {self.folder} cannot be made ({error}): set RANKOPT_CACHE, or --cache, to another folder"
             ) from error
 
+        if hasattr(os, "geteuid") and (found.st_mode & 0o022 or found.st_uid not in (0, os.geteuid())):
+            raise RankoptError(
+                f"the cache {self.folder} can be written by others, who could change the models made from it: take "
+                f"that right away (chmod go-w {self.folder}), or set RANKOPT_CACHE, or --cache, to a folder of your own"
+            )
+
+    def prune(self, most: int = MOST, spared: float = SPARED) -> tuple[int, int]:
+        """Remove the entries that were used the longest ago until the others fit into a size.
+
+        Args:
+            most: The size, in bytes.
+            spared: Entries used within this many seconds stay, as a search that runs may need them.
+
+        Returns:
+            How many entries were removed, and their bytes.
+
+        Raises:
+            RankoptError: An entry cannot be removed.
+        """
+        entries = sorted((s.st_mtime, s.st_size, path) for path, s in self._entries())
+        excess, recent = sum(size for _, size, _ in entries) - most, time.time() - spared
+        removed = freed = 0
+        for used, size, path in entries:
+            if freed >= excess or used > recent:
+                break
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise self._unwritable(error) from error
+            removed, freed = removed + 1, freed + size
+        return removed, freed
+
+    def size(self) -> tuple[int, int]:
+        """Count the entries and their bytes."""
+        sizes = [s.st_size for _, s in self._entries()]
+        return len(sizes), sum(sizes)
+
+    def _entries(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """The cache's own files, of which another process may remove some meanwhile."""
+        for path in self.folder.iterdir():
+            if path.suffix in (".json", ".safetensors", ".part"):
+                with suppress(OSError):
+                    yield path, path.lstat()
+
+    def used(self, key: str, suffix: str) -> Path:
+        """Return the path of an entry that is about to be read, and note the time of its use.
+
+        Args:
+            key: The entry's key.
+            suffix: As of `path`.
+        """
+        path = self.path(key, suffix)
+        with suppress(OSError, NotImplementedError):
+            os.utime(path, follow_symlinks=False)
+        return path
+
     def check_writable(self) -> None:
-        """Check that the folder can be written, before the work whose results it is to keep.
+        """Check that the folder can be written, before the work whose results it is to keep, and `prune` it.
 
         Raises:
             RankoptError: It cannot.
         """
+        self.prune()
         try:
             with TemporaryFile(dir=self.folder) as file:
                 file.write(b"rankopt")
@@ -93,19 +171,20 @@ class Cache:
         """
         return self.folder / f"{key}.{suffix}"
 
-    def read_json(self, key: str) -> Any:
+    def read_json(self, key: str, kind: Any) -> Any:
         """Read a JSON entry.
 
         Args:
             key: The entry's key.
+            kind: The type that its value must have.
 
         Returns:
             The value, or None if the entry is missing or damaged.
         """
         try:
-            kept = json.loads(self.path(key, "json").read_text())
-            return kept["value"] if kept["checksum"] == digest(kept["value"]) else None
-        except (OSError, ValueError, KeyError, TypeError):
+            kept = read_json(self.used(key, "json"), _Entry)
+            return checked(kept["value"], kind) if kept["checksum"] == digest(kept["value"]) else None
+        except (OSError, ValueError):
             return None
 
     def write_json(self, key: str, value: Any) -> None:
@@ -118,6 +197,23 @@ class Cache:
         text = json.dumps({"value": value, "checksum": digest(value)})
         self._write(self.path(key, "json"), lambda p: p.write_text(text))
 
+    def read_metadata(self, key: str, name: str, kind: Any) -> Any:
+        """Read what the header of an entry of tensors holds beside them.
+
+        Args:
+            key: The entry's key.
+            name: Its name in `metadata`, as `write_tensors` got it, where it is JSON text.
+            kind: The type that its value must have.
+
+        Returns:
+            The value, or None if the entry is missing or damaged.
+        """
+        try:
+            with safe_open(self.used(key, "safetensors"), "pt") as file:
+                return parse_json((file.metadata() or {})[name], kind)
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+
     def read_tensors(self, key: str) -> dict[str, Tensor] | None:
         """Read an entry of tensors.
 
@@ -128,7 +224,7 @@ class Cache:
             Tensors by name, or None if the entry is missing or damaged.
         """
         try:
-            with safe_open(self.path(key, "safetensors"), "pt") as file:
+            with safe_open(self.used(key, "safetensors"), "pt") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return found if all(_sound(file, name, t) for name, t in found.items()) else None
         except (OSError, SafetensorError):
@@ -164,7 +260,7 @@ class FactorStore:
             return self.kept[key]
         file_key, index = key.rsplit("/", 1)
         try:
-            with safe_open(self.cache.path(file_key, "safetensors"), "pt") as file:
+            with safe_open(self.cache.used(file_key, "safetensors"), "pt") as file:
                 count = sum(n.startswith(f"{index}.") for n in file.keys())  # noqa: SIM118
                 found = {name: file.get_tensor(name) for name in (f"{index}.{i}" for i in range(count))}
                 damaged = [name for name, tensor in found.items() if not _sound(file, name, tensor)]

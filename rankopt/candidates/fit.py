@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from joblib import Parallel, delayed, parallel_config
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rankopt.candidates.cache import VERSION, Cache
@@ -84,7 +83,7 @@ def fit_candidates(
     jobs: list[_Job] = []
     for layer in statistics.layers:
         weight = model.get_submodule(layer.name).weight
-        for family in space.families:
+        for family in space.families_of(layer):
             ranks = space.ranks(family, layer)
             if not ranks:
                 continue
@@ -199,12 +198,10 @@ def _fit_one(
 
 def _read(cache: Cache, key: str, layer: Layer, family: str) -> list[Candidate] | None:
     """The candidates of one layer and family from the cache; None if they are not there or damaged."""
-    try:
-        with safe_open(cache.path(key, "safetensors"), "pt") as file:
-            fits = json.loads(file.metadata()["fits"])
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+    fits = cache.read_metadata(key, "fits", list[tuple[Rank, float]])
+    if fits is None:
         return None
-    return [c for i, (rank, e) in enumerate(fits) for c in in_each_form(layer, family, tuple(rank), e, f"{key}/{i}")]
+    return [c for i, (rank, e) in enumerate(fits) for c in in_each_form(layer, family, rank, e, f"{key}/{i}")]
 
 
 def in_each_form(layer: Layer, family: str, rank: Rank, error: float, key: str | None = None) -> list[Candidate]:

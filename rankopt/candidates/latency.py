@@ -28,6 +28,7 @@ from rankopt.candidates.cache import Cache
 from rankopt.candidates.latency_table import (
     Conditions,
     LatencyTable,
+    ModelTimes,
     Timing,
     find_table,
     interleaved,
@@ -40,11 +41,11 @@ from rankopt.candidates.pareto import dense_candidate
 from rankopt.candidates.quantize import in_each_precision
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError, TaskError
-from rankopt.core.files import digest
+from rankopt.core.files import available_memory, digest, gigabytes
 from rankopt.core.records import DENSE, RECONSTRUCTED, SAME, Candidate, Layer
 from rankopt.decompositions.plan import assemble
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.model.forward import Undivided, hooked, inference, map_batched, run, to_device
+from rankopt.model.forward import Undivided, hooked, inference, map_batched, map_tensors, run, to_device
 from rankopt.model.inputs import UNDIVIDED
 from rankopt.model.quantization import quantize_
 
@@ -201,7 +202,7 @@ def measure_latencies(
     offers = {x.name: timed_candidates(x, space, POINTS[conditions.runtime]) for x in layers}
 
     todo = {signatures[x.name]: x for x in layers if _missing(table, signatures[x.name], offers[x.name])}
-    name = digest(repr(model_layers.model), sorted(signatures.values()), space.families)
+    name = digest(repr(model_layers.model), sorted(signatures.values()), space.families, *map(repr, space.layers))
     if foreign and (todo or name not in table.models):
         raise RankoptError(
             f"{path} holds no times of this model's layers on {table.machine}: there, run "
@@ -213,7 +214,7 @@ def measure_latencies(
         known = table.layers.setdefault(text, {DENSE: found[DENSE]})
         # Times of earlier runs and of this one are made comparable by the dense layer, which both hold.
         ratio = known[DENSE][0] / found[DENSE][0]
-        known |= {k: [max(1, round(ns * ratio)), spread] for k, (ns, spread) in found.items() if k != DENSE}
+        known |= {k: Timing(max(1, round(ns * ratio)), spread) for k, (ns, spread) in found.items() if k != DENSE}
         table.save(path)
 
     entries = {x.name: {k: int(ns) for k, (ns, _) in table.layers[signatures[x.name]].items()} for x in layers}
@@ -243,10 +244,19 @@ def expanded(example_input: Any, batch: int) -> Any:
         batch: How many examples the result has.
 
     Raises:
-        TaskError: The input cannot be repeated, as it has no axis of examples.
+        TaskError: The input cannot be repeated, as it has no axis of examples, or takes more than a quarter of the
+            memory that is free.
     """
     if isinstance(example_input, Undivided) and batch > 1:
         raise TaskError(f"{UNDIVIDED}; it cannot be timed with batch={batch}: say batch=1")
+
+    tensors: list[Tensor] = []
+    map_tensors(example_input, tensors.append)
+    size, free = batch * sum(t[:1].nbytes for t in tensors if t.ndim), available_memory()
+    if free is not None and size > free / 4:
+        raise TaskError(
+            f"batch={batch}: this input takes {gigabytes(size)}, {gigabytes(free)} are free; lower the batch"
+        )
 
     def repeat(rows: Any) -> Any:
         if isinstance(rows, list):
@@ -300,7 +310,7 @@ def timed_candidates(layer: Layer, space: SearchSpace, points: int) -> list[Cand
         precision of the space.
     """
     found = in_each_precision(layer, dense_candidate(layer), space.precisions)
-    for family in space.families:
+    for family in space.families_of(layer):
         decomposition = DECOMPOSITIONS[family]
         if decomposition.forms[0] == RECONSTRUCTED:  # runs like the dense layer
             continue
@@ -438,8 +448,7 @@ def _time_plans(
     entries: dict[str, dict[str, int]],
     conditions: Conditions,
     progress: Any,
-) -> dict[str, Any]:
-    """{"dense": ns, "plans": [[sum of the layers' times, ns], ...]}."""
+) -> ModelTimes:
     whole, layers = model_layers.model, model_layers.layers
     x = expanded(model_layers.example_input, conditions.batch)
     sums, ratios, times = [], [], []
@@ -451,7 +460,7 @@ def _time_plans(
         ratios.append(ratio(one, dense))
         times.append(median(dense))
     dense_ns = round(median(times))
-    return {"dense": dense_ns, "plans": [[s, round(r * dense_ns)] for s, r in zip(sums, ratios, strict=True)]}
+    return {"dense": dense_ns, "plans": [(s, round(r * dense_ns)) for s, r in zip(sums, ratios, strict=True)]}
 
 
 def _plan_near(
@@ -471,11 +480,11 @@ def _time(times: dict[str, int], candidate: Candidate) -> int:
     return times[key(candidate)]
 
 
-def fit_line(model: dict[str, Any], dense_sum: int) -> tuple[float, float]:
+def fit_line(model: ModelTimes, dense_sum: int) -> tuple[float, float]:
     """Fit the line from sums of layer times to whole models' times, through the dense model.
 
     Args:
-        model: {"dense": ns, "plans": [[sum of the layers' times, ns], ...]}, as in a latency table.
+        model: Times of a model, as in a latency table.
         dense_sum: Sum of the dense layers' times.
 
     Returns:

@@ -7,18 +7,22 @@ import dataclasses
 import io
 import json
 import platform
+import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from typing_extensions import TypedDict
 
 from rankopt.candidates.search_space import search_spaces_folder
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import write_beside
+from rankopt.core.schema import read_json
+from rankopt.core.text import escaped, shortened
 from rankopt.core.timing import in_turn, threads
 from rankopt.export.onnx_session import onnxruntime_version, open_session, quiet_exporter
 from rankopt.model.forward import call_arguments, inference, input_tensors, map_tensors, run
@@ -39,6 +43,9 @@ WARM_UP, ROUNDS = 2, 11  # rounds of a measurement: first those that do not coun
 
 
 LARGEST = 2**26  # bytes of the largest table that is read
+
+
+MOST_BATCH, MOST_THREADS = 2**16, 2**10
 
 
 Timed = Callable[[], Any]
@@ -76,13 +83,13 @@ class Conditions:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise RankoptError(f"latency conditions: {name}={getattr(self, name)!r}, choose from {list(values)}")
-        if self.batch < 1 or self.threads < 1:
-            raise RankoptError("latency conditions: batch and threads are 1 or more")
-        try:
-            here = torch.device(self.device).type != "cuda" or torch.cuda.is_available() or self.table
-        except RuntimeError as error:
-            raise RankoptError(f"latency conditions: no device {self.device!r} ({error})") from error
-        if not here:
+        if not (1 <= self.batch <= MOST_BATCH and 1 <= self.threads <= MOST_THREADS):
+            raise RankoptError(
+                f"latency conditions: batch and threads are 1 or more, at most {MOST_BATCH:,} and {MOST_THREADS:,}"
+            )
+        if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", self.device):
+            raise RankoptError(f"latency conditions: no device {self.device!r}, choose cpu, cuda or cuda:1")
+        if self.device != "cpu" and not self.table and not _has_gpu(self.device):
             raise RankoptError(f"latency conditions: device {self.device!r} is not here, and no table=FILE is given")
         if self.runtime == "onnxruntime" and (self.dtype, self.device) != ("float32", "cpu"):
             raise RankoptError("latency conditions: onnxruntime is timed in float32 on cpu")
@@ -144,6 +151,10 @@ class Conditions:
             return t.contiguous(memory_format=LAYOUTS[self.layout]) if t.ndim == 4 else t.contiguous()
 
         return map_tensors(x, convert)
+
+
+def _has_gpu(device: str) -> bool:
+    return (torch.device(device).index or 0) < torch.cuda.device_count()
 
 
 def machine(conditions: Conditions) -> str:
@@ -263,6 +274,18 @@ def passes(modules: Sequence[nn.Module], x: Any, conditions: Conditions) -> list
 # --- the table -----------------------------------------------------------------------------------
 
 
+class ModelTimes(TypedDict):
+    """The times of a model, in nanoseconds.
+
+    Attributes:
+        dense: Time of the dense model.
+        plans: Of some plans, the sum of the layers' times and the time of the whole model.
+    """
+
+    dense: int
+    plans: list[tuple[int, int]]
+
+
 @dataclass
 class LatencyTable:
     """Times of layers and models under some conditions; a JSON file.
@@ -272,13 +295,24 @@ class LatencyTable:
         machine: See `machine`.
         layers: By layer (its module's text and the sizes of its inputs) and candidate, [nanoseconds, spread];
             "dense" is the layer itself.
-        models: By hash of a model, {"dense": ns, "plans": [[sum of the layers' times, ns], ...]}.
+        models: By hash of a model, its times.
+
+    Raises:
+        RankoptError: A time is not above 0, or that of a dense layer is missing.
     """
 
-    conditions: dict[str, Any]
+    conditions: dict[str, str | int]
     machine: str
-    layers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    models: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    layers: dict[str, dict[str, Timing]] = dataclasses.field(default_factory=dict)
+    models: dict[str, ModelTimes] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        times = [t.ns for found in self.layers.values() for t in found.values()]
+        times += [ns for m in self.models.values() for ns in (m["dense"], *(x for pair in m["plans"] for x in pair))]
+        if min(times, default=1) < 1:
+            raise RankoptError("times are whole numbers of nanoseconds, from 1 on")
+        if not all("dense" in found for found in self.layers.values()):
+            raise RankoptError("the time of a dense layer is missing")
 
     def save(self, path: Path) -> None:
         """Write the table.
@@ -289,6 +323,14 @@ class LatencyTable:
         content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_beside(path, lambda p: p.write_text(json.dumps(content, indent=1)))
+
+
+@dataclass(kw_only=True)
+class _TableFile(LatencyTable):
+    """A table as `LatencyTable.save` writes it."""
+
+    format: Literal["rankopt-hardware"]
+    version: Literal[1]
 
 
 def find_table(name: str) -> Path:
@@ -318,28 +360,11 @@ def read_table(path: Path, conditions: Conditions) -> LatencyTable:
         RankoptError: The file is damaged, or the conditions differ.
     """
     try:
-        table = _sound_table(json.loads(path.read_text() if path.stat().st_size <= LARGEST else "null"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        table: LatencyTable = read_json(path, _TableFile, LARGEST)
+    except (OSError, ValueError) as error:
         raise RankoptError(f"{path} is no table of times ({error}): measure it again with rankopt hardware") from error
     if table.conditions != conditions.measured:
-        differ = [f"{k}={v}" for k, v in _items(table.conditions) if v != conditions.measured.get(k)]
+        wrong = [f"{k}={v}" for k, v in sorted(table.conditions.items()) if v != conditions.measured.get(k)]
+        differ = [shortened(escaped(text), 40) for text in wrong]
         raise RankoptError(f"{path} was measured with {', '.join(differ)}: ask for that, or measure another table")
     return table
-
-
-def _sound_table(content: Any) -> LatencyTable:
-    """The table in a file's content; malformed content raises one of many errors."""
-    if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
-        raise ValueError("its format or version is another")
-    table = LatencyTable(**content)
-    times = [ns for found in table.layers.values() for ns, _ in found.values()]
-    times += [
-        ns for model in table.models.values() for ns in (model["dense"], *(x for pair in model["plans"] for x in pair))
-    ]
-    if not all(isinstance(ns, int) and ns > 0 for ns in times):
-        raise ValueError("times are whole numbers of nanoseconds")
-    return table
-
-
-def _items(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return sorted(found.items())

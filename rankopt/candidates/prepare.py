@@ -94,6 +94,8 @@ class Prepared:
         clock: Seconds spent in each stage of the preparation.
         family_seconds: Seconds of fitting by family, without fits that were read from the cache.
         latencies: Measured latencies, if the budget limits latency.
+        memory: Memory and disk of candidates and plans, if the budget limits one of them.
+        curves: Layer name -> measured (relative error, rise of the objective).
         warnings: What to know of the model and the data before trusting a result.
     """
 
@@ -109,7 +111,9 @@ class Prepared:
     clock: Clock
     family_seconds: dict[str, float] = field(default_factory=dict)
     latencies: Latencies | None = None
+    memory: MemoryCosts | None = None
     warnings: Sequence[str] = ()
+    curves: Mapping[str, Curve] = field(default_factory=dict)
 
     @cached_property
     def dense_objective(self) -> float:
@@ -148,7 +152,8 @@ class Prepared:
         if "latency" in metrics:
             offers = {x.name: [c for c in offers[x.name] if c.cost.latency <= x.cost.latency] for x in self.free}
         frontiers = tuple(frontier(layer, offers[layer.name], metrics) for layer in self.free)
-        problem = Problem(self.free, frontiers, self.dense, limits, _kept(self.layers, self.model))
+        counter = self.memory.count if self.memory else None
+        problem = Problem(self.free, frontiers, self.dense, limits, _kept(self.layers, self.model), counter)
         check_feasible(problem)
         return problem
 
@@ -222,7 +227,7 @@ def _prepare(
         few = [take(x, slice(TRIED)) for x in batches[:2]]
         task = _with_one_example(dataclasses.replace(task, model=check_copy(task.model, few)))
         model_layers, layers = _take_inventory(task, space, few[0])
-        warnings = _input_warnings(task, calibration, few[0])
+        warnings = [*space.warnings(layers), *_input_warnings(task, calibration, few[0])]
         if within.cut:
             warnings.append(f"only the first {sum(map(batch_size, batches)):,} calibration examples are used: {LARGE}")
         dense = count(task.model, task.example_input)
@@ -242,11 +247,13 @@ def _prepare(
     free = _free(layers)
     if budget is not None:
         kept = _kept(layers, model_layers.unfolded)
-        _refuse_infeasible(Problem(free, (), dense, parse_budget(budget, dense), kept), space, prices)
+        counter = memory.count if memory else None
+        problem = Problem(free, (), dense, parse_budget(budget, dense), kept, counter)
+        _refuse_infeasible(problem, space, prices)
 
     for layer in free:
         module = model_layers.unfolded.get_submodule(layer.name)
-        for family in space.families:
+        for family in space.families_of(layer):
             check_modules(family, module, layer, space.ranks(family, layer))
 
     statistics = Statistics(model_layers.unfolded, free, batches, key, store, progress)
@@ -275,7 +282,9 @@ def _prepare(
         clock,
         family_seconds,
         latencies,
+        memory,
         [*warnings, *few_examples(statistics), *wide_layers(free), *without_metric(statistics)],
+        curves,
     )
 
 
@@ -343,6 +352,7 @@ def mark_dense(layers: Sequence[Layer], space: SearchSpace) -> tuple[Layer, ...]
     Returns:
         The same layers, with `reason` set on those that stay dense.
     """
+    space.check_layers(layers)
     free = _free(layers)
     marked = []
     for layer in layers:
@@ -352,7 +362,7 @@ def mark_dense(layers: Sequence[Layer], space: SearchSpace) -> tuple[Layer, ...]
         if reason is None and layer.out_channels > WIDEST:
             reason = f"its {layer.out_channels:,} outputs are more than {WIDEST:,}, for which fits would take hours"
         quantized = in_each_precision(layer, dense_candidate(layer), space.precisions)
-        if reason is None and not quantized and not any(space.ranks(family, layer) for family in space.families):
+        if reason is None and not quantized and not any(space.ranks(f, layer) for f in space.families_of(layer)):
             depthwise = ", which has only its kernel: it is depthwise" if layer.groups == layer.shape[0] > 1 else ""
             reason = f"no family of search space {space.name!r} makes it smaller{depthwise}"
         marked.append(dataclasses.replace(layer, reason=reason))
@@ -418,7 +428,7 @@ def _refuse_infeasible(problem: Problem, space: SearchSpace, prices: Sequence[La
     """
     menus = []
     for x in problem.layers:
-        found = [c for f in space.families for r in space.ranks(f, x) for c in in_each_form(x, f, r, 0.0)]
+        found = [c for f in space.families_of(x) for r in space.ranks(f, x) for c in in_each_form(x, f, r, 0.0)]
         found += [c for one in (dense_candidate(x), *found) for c in in_each_precision(x, one, space.precisions)]
         menus.append((dense_candidate(x), *_price_candidates(x, found, prices)))
     check_feasible(dataclasses.replace(problem, frontiers=tuple(menus)))
@@ -480,8 +490,9 @@ def _measure_curves(
     # The forms of a fit share its key and error, and count once.
     fits = {n: [*dict.fromkeys((c.key, c.error) for c in candidates[n])] for n in names}
     key = "sensitivity-" + digest(statistics.key, fits)
-    if task.objective is None and (kept := statistics.cache.read_json(key)):
-        return {name: tuple((e, r) for e, r in kept[name]) for name in names}
+    kept = statistics.cache.read_json(key, dict[str, Curve]) if task.objective is None else None
+    if kept is not None and kept.keys() == set(names):
+        return kept
     by_name = {layer.name: layer for layer in statistics.layers}
     zero = call("the objective", objective, task.model)
     assert zero is not None

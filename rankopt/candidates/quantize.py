@@ -19,10 +19,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rankopt.candidates.cache import VERSION, Cache, FactorStore
+from rankopt.candidates.cache import VERSION, FactorStore
 from rankopt.candidates.calibration import Statistics
 from rankopt.candidates.pareto import frontier
 from rankopt.core.files import digest
@@ -87,8 +86,8 @@ def add_precisions(
         todo = [c for one in kept for c in in_each_precision(layer, one, precisions)]
         names = [(c.method, c.rank, c.form, c.key, c.precision) for c in todo]
         file_key = "rounded-" + digest(VERSION, ROW, statistics.key, layer.name, weight, names)
-        errors = _read(cache, file_key)
-        if errors is None:
+        errors = cache.read_metadata(file_key, "errors", list[float | None])
+        if errors is None or len(errors) != len(todo):
             errors = _quantize_all(layer, weight, todo, factors, statistics, file_key)
         made = [
             dataclasses.replace(c, error=error, key=f"{file_key}/{i}")
@@ -97,15 +96,6 @@ def add_precisions(
         ]
         found[layer.name] = candidates[layer.name] + made
     return found
-
-
-def _read(cache: Cache, key: str) -> list[float | None] | None:
-    """The errors in a cache file; None if it is missing or damaged."""
-    try:
-        with safe_open(cache.path(key, "safetensors"), "pt") as file:
-            return json.loads(file.metadata()["errors"])
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-        return None
 
 
 def _quantize_all(
@@ -197,10 +187,12 @@ def _compensated(output: Tensor, scale: Tensor, target: Target, rows: Tensor) ->
     """Quantize B (g, T, m) column by column with error compensation, to int8; None where G has no inverse."""
     gram = target.times_moment(rows) @ rows.mT
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-    factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(DAMPING * mean[:, None].expand(gram.shape[:2])))
-    inverse = torch.cholesky_inverse(factor)
-    upper, more = torch.linalg.cholesky_ex(inverse, upper=True)
-    if info.any() or more.any():
+    damping = torch.where(mean > 0, DAMPING * mean, 1.0)  # inputs of a group that are always zero: G = 0
+    factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(damping[:, None].expand(gram.shape[:2])))
+    if info.any():
+        return None
+    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    if info.any():
         return None
     rest, values = output.clone(), []
     for r in range(output.shape[-1]):

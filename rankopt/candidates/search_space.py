@@ -2,21 +2,85 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import PRECISIONS, SAME, Layer, Rank
+from rankopt.core.schema import checked, read_toml
 from rankopt.decompositions.conformance import named
 from rankopt.decompositions.registry import DECOMPOSITIONS
 
 DEFAULT = ("svd_out", "svd_in", "svd_spatial", "svd_grouped", "tucker2", "cp", "cp_merged", "tt", "tt_matrix")
+
+
+class RuleContent(TypedDict, total=False):
+    """The keys of a table [layers."PATTERN"] in a file; see `LayerRule`."""
+
+    families: str | list[str]
+    ranks: int | list[int | list[int]]
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What the layers of some names may become, instead of what the whole search space says.
+
+    Attributes:
+        pattern: The layers: a name with wildcards * and ?.
+        families: Their decompositions; empty for those of the search space.
+        ranks: Their ranks; empty for those of the search space. A number stands for a rank of that many in every bond.
+            Only ranks that a family can have, and that make the layer smaller, are tried.
+    """
+
+    pattern: str
+    families: tuple[str, ...] = ()
+    ranks: tuple[int | Rank, ...] = ()
+
+    def __post_init__(self) -> None:
+        for family in self.families:
+            DECOMPOSITIONS[family]
+        for rank in self.ranks:
+            numbers = rank if isinstance(rank, tuple) else (rank,)
+            if not numbers or not all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in numbers):
+                raise RankoptError(f"ranks of {self.pattern!r}: {rank!r} is no rank: give 8 or (8, 16)")
+
+    @classmethod
+    def of(cls, pattern: str, families: Sequence[str] = (), ranks: Sequence[Any] = ()) -> LayerRule:
+        """Make a rule of what a user wrote.
+
+        Args:
+            pattern: As the attribute.
+            families: As the attribute, or one name.
+            ranks: As the attribute, or one rank; lists count as tuples.
+
+        Raises:
+            RankoptError: A family is unknown, or something is no rank.
+        """
+        ranks = ranks if isinstance(ranks, Sequence) and not isinstance(ranks, str) else (ranks,)
+        found: tuple[Any, ...] = tuple(tuple(r) if isinstance(r, list) else r for r in ranks)
+        return cls(pattern, _names(families, f"families of {pattern!r}"), found)
+
+    def matches(self, layer: Layer) -> bool:
+        """Whether the rule is for a layer.
+
+        Args:
+            layer: The layer.
+        """
+        return fnmatchcase(layer.name, self.pattern)
+
+
+def _names(value: Any, what: str) -> tuple[str, ...]:
+    """One name or several as a tuple; raises RankoptError for anything else."""
+    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
+    if not all(isinstance(name, str) for name in names) or (not names and value not in ((), [])):
+        raise RankoptError(f"{what}: {value!r} is not understood, give a list of names")
+    return names
 
 
 @dataclass(frozen=True)
@@ -39,6 +103,7 @@ class SearchSpace:
         steps: Steps of L-BFGS per fit; some families take a share of it.
         keep_dense: Layers to leave dense: names with wildcards * and ?, "@first-convolution" or "@classifier" (a
             last Linear).
+        layers: What layers of some names may become instead; of several rules for a layer, the first one counts.
         split_qkv: Whether a joint projection of queries, keys and values is split into three layers.
         rounds: Number of searches in multi-stage compression; 1 is a single search.
         round_steps: Training steps after each of several rounds.
@@ -56,11 +121,15 @@ class SearchSpace:
     precisions: tuple[str, ...] = (SAME,)
     steps: int = 500
     keep_dense: tuple[str, ...] = ()
+    layers: tuple[LayerRule, ...] = ()
     split_qkv: bool = True
     rounds: int = 1
     round_steps: int = 100
 
     def __post_init__(self) -> None:
+        if isinstance(self.layers, Mapping):  # as in TOML: pattern -> families and ranks
+            rules = tuple(LayerRule.of(pattern, **rule) for pattern, rule in self.layers.items())
+            object.__setattr__(self, "layers", rules)
         for family in self.families:
             DECOMPOSITIONS[family]
         if not self.families:
@@ -75,6 +144,62 @@ class SearchSpace:
                 raise RankoptError(f"search space {self.name!r}: unknown precision {precision!r}; choose from {known}")
         if self.steps < 0 or self.round_steps < 0 or self.rounds < 1:
             raise RankoptError(f"search space {self.name!r}: steps and round_steps are 0 or more, rounds is 1 or more")
+
+    def adjusted(
+        self,
+        families: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+        ranks: Mapping[str, Sequence[Any]] | None = None,
+        keep_dense: Sequence[str] | None = None,
+    ) -> SearchSpace:
+        """Return the space with other families or ranks, for all or for some layers.
+
+        Args:
+            families: Names of decompositions instead of the space's; or for some layers, name pattern -> names.
+            ranks: Name pattern -> ranks to try: 8, [8, 16] or [(8, 16), (16, 16)].
+            keep_dense: Layers to leave dense in addition to the space's, as the attribute.
+
+        Raises:
+            RankoptError: Something is not understood.
+        """
+        if ranks is not None and not isinstance(ranks, Mapping):
+            raise RankoptError(f"ranks={ranks!r}: give a dictionary of name patterns, such as {{'*': [8, 16]}}")
+        own = families if isinstance(families, Mapping) else {}
+        rules = [LayerRule.of(pattern, families=value) for pattern, value in own.items()]
+        rules += [LayerRule.of(pattern, ranks=value) for pattern, value in (ranks or {}).items()]
+        everywhere = self.families if families is None or families is own else _names(families, "families")
+        dense = (*self.keep_dense, *_names(keep_dense or (), "keep_dense"))
+        return replace(self, families=everywhere, layers=(*rules, *self.layers), keep_dense=dense)
+
+    def families_of(self, layer: Layer) -> tuple[str, ...]:
+        """The decompositions that may be used for a layer.
+
+        Args:
+            layer: The layer.
+        """
+        return next((rule.families for rule in self.layers if rule.families and rule.matches(layer)), self.families)
+
+    def check_layers(self, layers: Sequence[Layer]) -> None:
+        """Check that every rule is for some layer.
+
+        Args:
+            layers: All layers of the model.
+
+        Raises:
+            RankoptError: A rule is for none.
+        """
+        for rule in self.layers:
+            if not any(map(rule.matches, layers)):
+                raise RankoptError(_no_layer(rule.pattern, "families and ranks", layers))
+
+    def warnings(self, layers: Sequence[Layer]) -> list[str]:
+        """What in this space has no effect on a model; a space may be made for several.
+
+        Args:
+            layers: All layers of the model.
+        """
+        patterns = [p for p in self.keep_dense if not p.startswith("@")]
+        missed = [p for p in patterns if not any(fnmatchcase(x.name, p) for x in layers)]
+        return [_no_layer(pattern, "keep_dense", layers) for pattern in missed]
 
     def grid(self, density: float = 1) -> tuple[float, ...]:
         """List the fractions of a layer's weights at which ranks are tried.
@@ -97,6 +222,9 @@ class SearchSpace:
             Ranks without duplicates; empty if the family does not apply to the layer or would not make it smaller.
         """
         decomposition = DECOMPOSITIONS[family]
+        if (own := next((rule.ranks for rule in self.layers if rule.ranks and rule.matches(layer)), None)) is not None:
+            with named(family, layer, "ranks"):
+                return _own_ranks(family, layer, own)
         density = 1.0 if layer.kind == "Embedding" else decomposition.density  # an Embedding's factors fill the disk
         with named(family, layer, "ranks"):
             ranks = decomposition.ranks(layer, self.grid(density), self.nearest)
@@ -128,6 +256,23 @@ class SearchSpace:
         return None
 
 
+def _own_ranks(family: str, layer: Layer, ranks: Sequence[int | Rank]) -> list[Rank]:
+    """Those of the ranks that a family can have on a layer, and that make it smaller, by number of weights."""
+    decomposition = DECOMPOSITIONS[family]
+    full = decomposition.full_rank(layer)
+    if full is None:
+        return []
+    asked = {r if isinstance(r, tuple) else (r,) * len(full) for r in ranks}
+    found = [r for r in asked if len(r) == len(full) and decomposition.valid(layer, r) == r]
+    smaller = [r for r in found if decomposition.weights(layer, r) < layer.weights]
+    return sorted(smaller, key=lambda r: decomposition.weights(layer, r))
+
+
+def _no_layer(pattern: str, what: str, layers: Sequence[Layer]) -> str:
+    names = ", ".join(repr(x.name) for x in layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
+    return f"{what}: no layer is called {pattern!r}; the layers are {names}"
+
+
 def search_spaces_folder() -> Path:
     """Find the folder of rankopt's own search spaces: in the installed package, or at the top of a checkout."""
     package = Path(__file__).parent.parent
@@ -157,16 +302,19 @@ def load_space(name: str | Path) -> SearchSpace:
                 f"unknown search space {str(name)!r}: choose from {', '.join(space_names())}, or a .toml file"
             )
     try:
-        content = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = read_toml(path)
+    except (OSError, ValueError) as error:
         raise RankoptError(f"search space {path} cannot be read: {error}") from error
     known = {f.name: f.type for f in fields(SearchSpace)}
     unknown = sorted(set(content) - set(known) | ({"name"} & set(content)))
     if unknown:
         settings = ", ".join(k for k in known if k != "name")
         raise RankoptError(f"search space {path}: unknown setting {unknown[0]!r}; the settings are {settings}")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
     try:
-        return SearchSpace(name=path.stem, **values)
-    except TypeError as error:
+        rules = checked(content.pop("layers", {}), dict[str, RuleContent])
+        layers = tuple(LayerRule.of(pattern, **rule) for pattern, rule in rules.items())
+        return replace(checked({"name": path.stem, **content}, SearchSpace), layers=layers)
+    except RankoptError:
+        raise
+    except ValueError as error:
         raise RankoptError(f"search space {path}: {error}") from error

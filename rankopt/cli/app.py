@@ -4,24 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from rankopt.cli.progress import console
 from rankopt.core.errors import RankoptError
 from rankopt.core.signals import discard_output, exit_status
-
-if TYPE_CHECKING:
-    from rankopt.candidates.latency_table import Conditions
+from rankopt.core.text import printable
+from rankopt.search.progress import console
 
 app = typer.Typer(
     help="Choose a tensor decomposition and its rank for every layer of a PyTorch model, under one budget.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rankopt {installed_version('rankopt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Choose a tensor decomposition and its rank for every layer of a PyTorch model, under one budget."""
 
 
 # Panels of `rankopt --help`
@@ -38,6 +53,23 @@ CacheFolder = Annotated[
     Path | None,
     typer.Option("--cache", help="where candidates are kept", show_default="RANKOPT_CACHE, or ~/.cache/rankopt"),
 ]
+
+
+RAY = "Ray Tune"  # a panel of a command's --help
+
+
+Workers = Annotated[
+    int, typer.Option(help="evaluate with this many Ray Tune workers; 0: in this process", rich_help_panel=RAY)
+]
+
+
+RayAddress = Annotated[str | None, typer.Option(help="a running Ray cluster, or auto", rich_help_panel=RAY)]
+
+
+GpusPerTrial = Annotated[float, typer.Option(help="GPUs of one Ray trial, may be a fraction", rich_help_panel=RAY)]
+
+
+CpusPerTrial = Annotated[float, typer.Option(help="CPUs of one Ray trial", rich_help_panel=RAY)]
 
 
 @contextmanager
@@ -78,24 +110,6 @@ def write_page(out: Path, html: bool) -> None:
         echo(f"report: {write_report(out)}")
 
 
-def latency_conditions(latency_on: str | None, budget: Any) -> Conditions | None:
-    """Read --latency-on.
-
-    Args:
-        latency_on: The option's text; None if it was not given.
-        budget: The budget, which must then limit latency.
-
-    Raises:
-        RankoptError: If the conditions are invalid or the budget does not limit latency.
-    """
-    from rankopt.candidates.latency_table import Conditions
-    from rankopt.core.budget import limited_metrics
-
-    if latency_on and "latency" not in limited_metrics(budget):
-        raise RankoptError("--latency-on goes with --budget latency=...")
-    return Conditions.parse(latency_on) if latency_on else None
-
-
 def default_folder(task: str, what: str) -> Path:
     """Return the folder that results go to without --out, as runs/digits-knapsack.
 
@@ -109,12 +123,14 @@ def default_folder(task: str, what: str) -> Path:
 def echo(text: str) -> None:
     """Print results on standard output; what goes on while they are made is printed on standard error.
 
+    Control characters are written as escapes.
+
     Where nobody reads any more, as after `| head`, the command still does its work.
 
     Args:
         text: One or more lines.
     """
     try:
-        typer.echo(text)
+        typer.echo(printable(text))
     except BrokenPipeError:
         discard_output(1)

@@ -7,14 +7,28 @@ from typing import Annotated
 
 import typer
 
-from rankopt.cli.app import COMPARE, CacheFolder, SpaceName, TaskName, app, default_folder, echo, readable_errors
-from rankopt.cli.progress import console, show_progress
+from rankopt.cli.app import (
+    COMPARE,
+    CacheFolder,
+    CpusPerTrial,
+    GpusPerTrial,
+    RayAddress,
+    SpaceName,
+    TaskName,
+    Workers,
+    app,
+    default_folder,
+    echo,
+    readable_errors,
+)
+from rankopt.search.progress import console, show_progress
+from rankopt.search.runners import RunnerSettings, make_runner, session
 
 COMPARED = "What is compared"  # a panel of --help
 
 
 @app.command(rich_help_panel=COMPARE)
-def sweep(
+def sweep(  # noqa: PLR0913  # a parameter for every option
     task: TaskName,
     budgets: Annotated[str, typer.Option(help="METRIC=FROM:TO:HOW_MANY, equal ratios apart, or METRIC=A,B,C")],
     evaluate: Annotated[str, typer.Option(help="knees (and the ends), all or none")] = "knees",
@@ -23,6 +37,10 @@ def sweep(
     ] = None,
     space: SpaceName = "default",
     cache: CacheFolder = None,
+    workers: Workers = 0,
+    ray_address: RayAddress = None,
+    gpus_per_trial: GpusPerTrial = 0.0,
+    cpus_per_trial: CpusPerTrial = 1.0,
 ) -> None:
     """Trace score against size: one calibration, then the exact allocation for every budget."""
     with readable_errors("what was fitted is kept: the same command goes on"):
@@ -36,9 +54,12 @@ def sweep(
         sweeps.check_evaluate(evaluate)
         loosest = sweeps.loosest(found, budgets)
         out = out or default_folder(task, "sweep")
+        runner = make_runner(
+            RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial), out / "logs"
+        )
         open_folder(out, resume=False)
         prepared = prepare(found, space, cache, show_progress, budget=[loosest])
-        result = sweeps.sweep(prepared, budgets, evaluate, show_progress)
+        result = sweeps.sweep(prepared, budgets, evaluate, show_progress, runner)
         write(out, result)
         echo(table(result))
         echo(f"written: {out / 'sweep.csv'}, {out / 'sweep.png'}")
@@ -70,6 +91,10 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
     resume: Annotated[bool, typer.Option("--resume", help="go on; budgets, strategies and seeds may be added")] = False,
     space: SpaceName = "default",
     cache: CacheFolder = None,
+    workers: Workers = 0,
+    ray_address: RayAddress = None,
+    gpus_per_trial: GpusPerTrial = 0.0,
+    cpus_per_trial: CpusPerTrial = 1.0,
 ) -> None:
     """Compare strategies under equal numbers of evaluations."""
     with readable_errors("every finished run is kept: go on with --resume"):
@@ -81,13 +106,19 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
 
         names = benchmarks.read_strategies(strategies)
         out = out or default_folder(task, "benchmark")
+        runner = make_runner(
+            RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial), out / "logs"
+        )
         open_folder(out, resume, benchmarks.FILE)
         prepared = prepare(load_task(task), space, cache, show_progress, budget=budget[0].split(","))
 
         def print_cell(cell: benchmarks.Cell) -> None:
             console.print(cell_line(cell), markup=False, highlight=False, soft_wrap=True)
 
-        data = benchmarks.benchmark(prepared, budget, names, trials, seeds, out, resume, print_cell, show_progress)
+        with session(runner):
+            data = benchmarks.benchmark(
+                prepared, budget, names, trials, seeds, out, resume, print_cell, show_progress, runner
+            )
         write(out, data)
         echo(text(data))
         echo(f"written: {', '.join(str(p) for p in sorted(out.glob('benchmark.*')))}")

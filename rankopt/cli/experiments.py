@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rankopt.cli.app import EXPERIMENTS, CacheFolder, app, echo, readable_errors, write_page
-from rankopt.cli.progress import LiveRunner, ProgressBar
+from rankopt.cli.app import EXPERIMENTS, RAY, CacheFolder, app, echo, readable_errors, write_page
 from rankopt.core.errors import RankoptError
 from rankopt.core.progress import StopCondition
 from rankopt.core.run_folder import folder_lock, read_result
 from rankopt.core.signals import received
-from rankopt.search.runners import RunnerSettings, make_runner
+from rankopt.search.progress import LiveRunner, ProgressBar
+from rankopt.search.runners import make_runner, session
 
 if TYPE_CHECKING:
     from rankopt.experiments.config import StudyFile
     from rankopt.search.loop import Runner
 
+FILES = "the file's"
+
 
 @app.command(rich_help_panel=EXPERIMENTS)
-def run(
+def run(  # noqa: PLR0913  # a parameter for every option
     study: Annotated[
         Path,
         typer.Argument(
@@ -40,6 +43,19 @@ def run(
         typer.Option(help="this case only, repeatable: so several processes share a study", show_default="all"),
     ] = None,
     cache: CacheFolder = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Ray Tune workers of each search", show_default=FILES, rich_help_panel=RAY)
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="a running Ray cluster, or auto", show_default=FILES, rich_help_panel=RAY)
+    ] = None,
+    gpus_per_trial: Annotated[
+        float | None,
+        typer.Option(help="GPUs of one Ray trial, may be a fraction", show_default=FILES, rich_help_panel=RAY),
+    ] = None,
+    cpus_per_trial: Annotated[
+        float | None, typer.Option(help="CPUs of one Ray trial", show_default=FILES, rich_help_panel=RAY)
+    ] = None,
 ) -> None:
     """Run a study's file, or resume it: one search, a list of cases, or a search for hyperparameters."""
     with readable_errors("every finished search is kept: the same command goes on"):
@@ -49,14 +65,22 @@ def run(
         if case and not found.cases:
             raise RankoptError(f"--case: {study} has no [[cases]]")
         folder = out or found.out
-        runner = make_runner(RunnerSettings(found.workers), folder / "logs")
+        options: dict[str, Any] = {
+            "workers": workers,
+            "ray_address": ray_address,
+            "gpus_per_trial": gpus_per_trial,
+            "cpus_per_trial": cpus_per_trial,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        runner = make_runner(dataclasses.replace(found.runner, **given), folder / "logs")
         stop = StopCondition(budget_minutes)
-        if found.hyperparameters:
-            _run_tuning(found, folder, runner, cache, stop)
-        elif found.cases:
-            _run_cases(found, folder, LiveRunner(runner, folder), cache, stop, case or ())
-        else:
-            _run_one(found, folder, LiveRunner(runner, folder), cache, stop)
+        with session(runner):
+            if found.hyperparameters:
+                _run_tuning(found, folder, runner, cache, stop)
+            elif found.cases:
+                _run_cases(found, folder, LiveRunner(runner, folder), cache, stop, case or ())
+            else:
+                _run_one(found, folder, LiveRunner(runner, folder), cache, stop)
         if received():
             raise KeyboardInterrupt
 

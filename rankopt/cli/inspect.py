@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group
-from rich.table import Table
 
 from rankopt.cli.app import COMPRESS, CacheFolder, SpaceName, app, default_folder, echo, readable_errors
-from rankopt.cli.progress import show_progress
 from rankopt.core.errors import RankoptError
-from rankopt.core.records import Cost, Layer
+from rankopt.search.progress import show_progress
 
 
 @app.command(rich_help_panel=COMPRESS)
@@ -37,31 +33,16 @@ def inspect(
     With --bonds: what the bonds of a run's layers hold, or of each layer's most accurate candidate in the space.
     """
     with readable_errors():
-        from rankopt.candidates.pareto import dense_candidate
-        from rankopt.candidates.prepare import mark_dense
-        from rankopt.candidates.quantize import in_each_precision
-        from rankopt.candidates.search_space import load_space
+        from rankopt.api.inspection import inspect as inspect_model
         from rankopt.experiments.tasks import load_task
-        from rankopt.model.counting import count
-        from rankopt.model.inventory import inventory, unfolded
 
         if bonds:
             _inspect_bonds(task, run_task, space, out, cache)
             return
         if run_task or out:
             raise RankoptError("--task and --out go with --bonds")
-        found, allowed = load_task(task), load_space(space)
-        layers = mark_dense(
-            inventory(unfolded(found.model, found.example_input, allowed.split_qkv), found.example_input), allowed
-        )
-        free = [x for x in layers if x.reason is None]
-        options = {x.name: [f for f in allowed.families if allowed.ranks(f, x)] for x in free}
-        for x in free:
-            options[x.name] += [c.precision for c in in_each_precision(x, dense_candidate(x), allowed.precisions)]
-        screen = Console(width=max(100, Console().width), markup=False, emoji=False)
-        with screen.capture() as printed:
-            screen.print(inspection(layers, count(found.model, found.example_input), options))
-        echo(printed.get().removesuffix("\n"))
+        found = load_task(task)
+        echo(repr(inspect_model(found.model, found.example_input, space)))
 
 
 def _inspect_bonds(what: str, task: str | None, space: str, out: Path | None, cache: Path | None) -> None:
@@ -84,35 +65,3 @@ def _inspect_bonds(what: str, task: str | None, space: str, out: Path | None, ca
         )
     echo(table(rows))
     echo(f"page: {write_bonds(out or folder / FILE, what, rows)}")
-
-
-def inspection(layers: Sequence[Layer], dense: Cost, options: Mapping[str, Sequence[str]]) -> Group:
-    """Make what `rankopt inspect` prints: a table of the layers and a line on the whole model.
-
-    Args:
-        layers: The model's layers; those with a reason stay dense.
-        dense: Cost of the model.
-        options: Name of a layer -> decompositions and precisions that have a cheaper candidate for it.
-    """
-    table = Table()
-    for name, side in (
-        ("layer", "left"),
-        ("kind", "left"),
-        ("weight", "right"),
-        ("params", "right"),
-        ("MACs", "right"),
-    ):
-        table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("may become, or why not", overflow="fold", ratio=1)
-    for x in layers:
-        may = ", ".join(options.get(x.name, [])) if x.reason is None else f"dense: {x.reason}"
-        shape = "×".join(map(str, x.own_shape)) + (f" g{x.groups}" if x.groups > 1 else "")
-        name = x.name + (f" (also {', '.join(x.aliases)})" if x.aliases else "")
-        table.add_row(name or "(the model)", x.kind, shape, f"{x.cost.params:,}", f"{x.cost.macs:,}", may)
-    free = [x for x in layers if x.reason is None]
-    share = sum(x.cost.params for x in free) / max(dense.params, 1)
-    return Group(
-        table,
-        f"whole model: {dense.params:,} parameters, {dense.macs:,} MACs for one example, {dense.bytes:,} bytes; "
-        f"{len(free)} of {len(layers)} layers ({share:.1%} of the parameters) may be factorised",
-    )

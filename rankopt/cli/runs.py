@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ import typer
 from rankopt.cli.app import FINISHED, app, echo, readable_errors
 from rankopt.core.budget import amount
 from rankopt.core.errors import RankoptError
+from rankopt.core.files import available_cores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,17 +65,26 @@ def apply(
                 f"cost counted again: {cost.params:,} parameters, {cost.macs:,} MACs, {cost.bytes:,} bytes, as planned"
             )
             if plan.latency_on:
-                _check_latency(found, model, plan)
+                try:
+                    _check_latency(found, model, plan)
+                except RankoptError as error:
+                    echo(f"latency not measured again: {error}")
             with report_damage(run):
                 _check_scores(found, model, read_result(run))
 
 
 def _check_latency(task: Task, model: nn.Module, plan: Plan) -> None:
-    """Time the rebuilt model beside the dense one and print what the plan says, too."""
+    """Time the rebuilt model beside the dense one and print what the plan says, too.
+
+    Raises:
+        RankoptError: The plan's conditions cannot be met here.
+    """
     from rankopt.candidates.latency_table import Conditions, machine
     from rankopt.search.latency_check import in_turns, interval
 
-    conditions = Conditions.parse(plan.latency_on)
+    conditions = dataclasses.replace(Conditions.parse(plan.latency_on), table="")  # the table is not needed here
+    if conditions.threads > available_cores():
+        raise RankoptError(f"{conditions} asks for more threads than this machine has cores ({available_cores()})")
     dense, small = in_turns(task.model, model, task.example_input, conditions)
     low, high = interval([b / a for a, b in zip(dense, small, strict=True)])
     echo(
@@ -113,9 +124,9 @@ def export(
 ) -> None:
     """Write the compressed model for use elsewhere, compare its outputs on calibration inputs, and time it."""
     with readable_errors("nothing was written"):
-        import rankopt.export.export as exports
         from rankopt.decompositions.plan import load
         from rankopt.experiments.tasks import load_task
+        from rankopt.export import export as exports
 
         size = exports.check_request(to, fuse, batch, dense)
         found = load_task(task)

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from rankopt.cli.app import FINISHED, app, echo, readable_errors
-from rankopt.cli.progress import ProgressBar
 from rankopt.core.progress import StopCondition, graceful_interrupt
+from rankopt.search.progress import ProgressBar
 
 RECIPE, STOPPING = "How to train", "Stopping and resuming"  # panels of --help
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import sqlite3
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,32 +46,111 @@ def digest(*parts: Any) -> str:
     return state.hexdigest()[:32]
 
 
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """Context: an empty file beside a path, which is removed at the end if it is still there.
+
+    Its name is random, so that neither another process or thread nor a link that was prepared can meet it.
+
+    Args:
+        path: The path.
+
+    Yields:
+        The temporary file.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    handle, name = tempfile.mkstemp(".part", f".{path.name}.", path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
 def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file atomically: to a temporary file beside it, which then takes its name.
 
-    A reader never sees half a file, and a full disk leaves the old one intact. The temporary file's name is random, so
-    that threads and processes that write the same file at once do not write into each other's.
+    A reader never sees half a file, and a full disk leaves the old one intact. The file keeps its mode.
 
     Args:
         path: The file.
         write: Writes the content to the path that it is given.
 
     Raises:
-        RankoptError: The file cannot be written.
+        RankoptError: The file cannot be written, or is a symbolic link.
     """
-    beside = None
+    check_no_link(path)
     try:
-        handle, name = tempfile.mkstemp(".part", f".{path.name}.", path.parent)
-        os.close(handle)
-        beside = Path(name)
-        write(beside)
-        beside.chmod(0o666 & ~_UMASK)  # only their owner may read the files of mkstemp and safetensors
-        beside.replace(path)
+        with temporary_beside(path) as beside:
+            write(beside)
+            # mkstemp and safetensors make files that only their owner may read.
+            beside.chmod(stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_UMASK)
+            beside.replace(path)
     except (OSError, SafetensorError) as error:
-        raise RankoptError(f"{path} cannot be written: {error}") from error
-    finally:
-        if beside is not None:
-            beside.unlink(missing_ok=True)
+        remedy = "; make room there, then try again" if is_disk_full(error) else ""
+        raise RankoptError(f"{path} cannot be written: {error}{remedy}") from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room on a disk, or that its quota is used up.
+
+    Args:
+        error: An error of the operating system, SQLite or safetensors.
+    """
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        return True
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def check_no_link(path: Path, failure: type[RankoptError] = RankoptError) -> None:
+    """Check that a path to be written is no symbolic link: one in a folder from elsewhere may lead anywhere.
+
+    Args:
+        path: The path; the folders that lead to it may be links.
+        failure: The error to raise.
+
+    Raises:
+        RankoptError: `failure`, a subclass: it is a link.
+    """
+    if path.is_symlink():
+        raise failure(f"{path} is a symbolic link, which rankopt does not follow: remove it, or choose another folder")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append text to a file, which is made if it is missing.
+
+    Args:
+        path: The file.
+        text: The text.
+
+    Raises:
+        OSError: It cannot be written, or is a symbolic link.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8", errors="replace") as file:
+        file.write(text)
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """Read a file that may come from elsewhere.
+
+    Args:
+        path: The file.
+        most: The largest size that is read, in bytes.
+
+    Raises:
+        OSError: It is missing or cannot be read.
+        ValueError: It is larger, or no regular file: reading a pipe or a device may never end.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no regular file")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it is larger than {most:,} bytes, the most that is read")
+    return content
 
 
 def available_memory() -> int | None:

@@ -49,6 +49,6 @@ def typed_options(options: Mapping[str, Any], known: Mapping[str, Any], whose: s
         kind = type(known[key])
         try:
             typed[key] = {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
-        except (ValueError, KeyError):
+        except (ArithmeticError, KeyError, TypeError, ValueError):
             raise RankoptError(f"{whose}: option {key}={value} is no {kind.__name__}") from None
     return typed

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -16,6 +17,13 @@ from rankopt.core.budget import BYTES, Limit, amount
 from rankopt.core.errors import BudgetError
 from rankopt.core.records import Candidate, Cost, Layer, Proposal
 
+Counter = Callable[[Sequence[Candidate]], Mapping[str, int]]
+"""Counts memory and disk of the model that a plan's candidates make."""
+
+
+NOT_ADDITIVE = ("memory", "disk")
+"""The metrics whose sum over layers is an estimate; a `Counter` counts them."""
+
 
 class ProblemTable(NamedTuple):
     """A problem as float64 arrays: n layers, up to m candidates each, k limits. Integers up to 2^53 stay exact.
@@ -23,7 +31,7 @@ class ProblemTable(NamedTuple):
     Attributes:
         losses: (n, m) predicted losses, infinite where a layer has fewer candidates.
         costs: (k, n, m) costs in each limit's metric; a shorter row repeats its last candidate's.
-        room: (k,) what each limit leaves for the n layers together.
+        room: (k,) what each limit leaves for the n layers together; of metrics that do not add up, an estimate.
     """
 
     losses: NDArray[np.float64]
@@ -42,6 +50,8 @@ class Problem:
         dense: The dense model's cost.
         limits: The budget.
         kept: The layers that stay dense, with their reasons: they explain why a budget cannot be met.
+        counter: Counts memory and disk of a whole plan, of which the candidates' costs are estimates. None: they are
+            taken to add up.
     """
 
     layers: tuple[Layer, ...]
@@ -49,6 +59,7 @@ class Problem:
     dense: Cost
     limits: tuple[Limit, ...]
     kept: tuple[Layer, ...] = ()
+    counter: Counter | None = None
 
     @property
     def fixed(self) -> Cost:
@@ -72,6 +83,15 @@ class Problem:
         Args:
             proposal: One frontier index per free layer.
         """
+        total = self.sum(proposal)
+        return dataclasses.replace(total, **self.counter(self.candidates(proposal))) if self.counter else total
+
+    def sum(self, proposal: Proposal) -> Cost:
+        """The sum of all layers' costs: the model's cost, but for memory and disk an estimate, which takes no time.
+
+        Args:
+            proposal: One frontier index per free layer.
+        """
         total = self.fixed
         for candidate in self.candidates(proposal):
             total = total + candidate.cost
@@ -91,23 +111,69 @@ class Problem:
         Args:
             proposal: One frontier index per free layer.
         """
-        cost = self.cost(proposal)
-        return all(cost[limit.metric] <= limit.target for limit in self.limits)
+        return bool((self.excess(proposal) <= 0).all())
+
+    def excess(self, proposal: Proposal) -> NDArray[np.int64]:
+        """By how much the model exceeds each limit under a proposal, (k,); negative where room is left.
+
+        Args:
+            proposal: One frontier index per free layer.
+        """
+        counted = self.counter and any(x.metric in NOT_ADDITIVE for x in self.limits)
+        cost = self.cost(proposal) if counted else self.sum(proposal)
+        return np.array([cost[x.metric] - x.target for x in self.limits], np.int64)
+
+    def seems_to_fit(self, proposal: Proposal) -> bool:
+        """As `fits`, but by the layers' costs alone, for strategies that look at many proposals.
+
+        Args:
+            proposal: One frontier index per free layer.
+        """
+        of_layers = [sum(c.cost[x.metric] for c in self.candidates(proposal)) for x in self.limits]
+        return bool((np.array(of_layers) <= self.table.room).all())
 
     @property
     def least(self) -> tuple[int, ...]:
         """For each limit, the least that its metric can be, taken alone."""
-        of_layers = self.table.costs.min(axis=-1, initial=math.inf).sum(axis=-1)
-        return tuple(self.fixed[x.metric] + int(of_free) for x, of_free in zip(self.limits, of_layers, strict=True))
+        return tuple(self._cost_in(x.metric, self.cheapest(x)) for x in self.limits)
+
+    def cheapest(self, limit: Limit) -> Proposal:
+        """The plan that costs least in a limit's metric.
+
+        Where costs only estimate, plans that keep the layers of one parent dense (a composite, which is then not
+        expanded) are counted, too, before the limit is given up.
+
+        Args:
+            limit: One of the limits.
+        """
+        metric, dense = limit.metric, tuple(len(f) - 1 for f in self.frontiers)
+        plan = tuple(min(range(len(f)), key=lambda i: f[i].cost[metric]) for f in self.frontiers)
+        if self.counter is None or metric not in NOT_ADDITIVE:
+            return plan
+        plan = min(plan, dense, key=lambda p: self._cost_in(metric, p))
+        for parent in dict.fromkeys(x.name.rpartition(".")[0] for x in self.layers):
+            if self._cost_in(metric, plan) <= limit.target:
+                break
+            inside = [x.name.rpartition(".")[0] == parent for x in self.layers]
+            kept = tuple(d if i else p for d, p, i in zip(dense, plan, inside, strict=True))
+            plan = min(plan, kept, key=lambda p: self._cost_in(metric, p))
+        return plan
+
+    def _cost_in(self, metric: str, proposal: Proposal) -> int:
+        return (self.cost(proposal) if metric in NOT_ADDITIVE else self.sum(proposal))[metric]
 
     @cached_property
     def table(self) -> ProblemTable:
         """The problem as arrays."""
-        fixed = self.fixed
+        fixed = [self.fixed[x.metric] for x in self.limits]
+        for i, x in enumerate(self.limits):  # what the sum overestimates of the cheapest plan, which must not be lost
+            if self.counter and x.metric in NOT_ADDITIVE:
+                plan = self.cheapest(x)
+                fixed[i] -= max(0, self.sum(plan)[x.metric] - self.cost(plan)[x.metric])
         return ProblemTable(
             padded([[c.loss for c in f] for f in self.frontiers], math.inf),
             np.array([padded([[c.cost[x.metric] for c in f] for f in self.frontiers]) for x in self.limits]),
-            np.array([x.target - fixed[x.metric] for x in self.limits], float),
+            np.array([x.target - n for x, n in zip(self.limits, fixed, strict=True)], float),
         )
 
 

@@ -26,7 +26,7 @@ def silent(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:  # noq
 
 
 class Display(Protocol):
-    """A progress display with a text beside it, such as the command line's `rankopt.cli.progress.ProgressBar`."""
+    """A progress display with a text beside it, such as the command line's `rankopt.search.progress.ProgressBar`."""
 
     def __call__(self, items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
         """Iterate over the items and show the progress; see `Progress`."""
@@ -78,7 +78,7 @@ class StopCondition:
 
 
 @contextmanager
-def graceful_interrupt(study: Stoppable, say: Callable[[str], None]) -> Iterator[None]:
+def graceful_interrupt(study: Stoppable, say: Callable[[str], None], take_default: bool = True) -> Iterator[None]:
     """Context: the first Ctrl-C, SIGTERM or SIGHUP lets running work finish, the second raises KeyboardInterrupt.
 
     Outside the main thread, which alone receives signals, it does nothing.
@@ -86,6 +86,7 @@ def graceful_interrupt(study: Stoppable, say: Callable[[str], None]) -> Iterator
     Args:
         study: The work; its `stopping` is set.
         say: Shows a message to the user.
+        take_default: As in `on_stop_signals`: False where the program may not be the command line.
     """
 
     def stop() -> None:
@@ -97,5 +98,5 @@ def graceful_interrupt(study: Stoppable, say: Callable[[str], None]) -> Iterator
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    with on_stop_signals(stop):
+    with on_stop_signals(stop, take_default):
         yield

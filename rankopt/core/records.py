@@ -55,8 +55,8 @@ class Cost:
         macs: Multiply-accumulates for one example.
         bytes: Size of the parameters as stored; of a whole model, of its buffers, too.
         latency: Nanoseconds of a forward pass under the conditions of the latency budget.
-        memory: Peak bytes of weights and activations in a forward pass; of a layer, bytes of its weights.
-        disk: Bytes of model.safetensors.
+        memory: Peak bytes of weights and activations in a forward pass; of a layer, an estimate of its share.
+        disk: Bytes of model.safetensors; of a layer, an estimate of its share.
     """
 
     params: int
@@ -273,6 +273,7 @@ class Trial:
         error: What went wrong in a failed trial.
         note: The strategy's own numbers on the proposal, kept so that a resumed strategy learns the same from it.
         rungs: The objective at each lower fidelity that was measured.
+        device: The device that it ran on, as "cpu" or "cuda:0 (NVIDIA H200)"; empty if that is not known.
     """
 
     number: int
@@ -286,6 +287,7 @@ class Trial:
     error: str | None = None
     note: tuple[float, ...] = ()
     rungs: tuple[float, ...] = ()
+    device: str = ""
 
 
 WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}

@@ -9,7 +9,9 @@ earlier versions did not write are marked so as well, because their files are st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired
+
+from typing_extensions import TypedDict  # pydantic reads the one of typing only from Python 3.12 on
 
 Metric = Literal["params", "macs", "bytes", "latency", "memory", "disk"]
 """What a budget may limit; `rankopt.core.records.Cost` defines each."""
@@ -693,6 +695,7 @@ class TrialRow(TypedDict):
         predicted: Predicted rise of the objective.
         seconds: Duration of the evaluation.
         error: Message of a failed trial.
+        device: The device that it ran on; empty if that is not known.
         cost: Cost by metric, in the order of `rankopt.core.records.BUDGETS`.
     """
 
@@ -704,4 +707,5 @@ class TrialRow(TypedDict):
     predicted: float | None
     seconds: float
     error: str | None
+    device: str
     cost: list[int]

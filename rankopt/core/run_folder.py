@@ -1,4 +1,4 @@
-"""Run folders: their file names and locks, and reading their JSON files safely."""
+"""Run folders: their file names, results and locks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rankopt.core.errors import RankoptError, StudyError
-from rankopt.core.files import write_beside
+from rankopt.core.files import check_no_link, write_beside
 from rankopt.core.result_record import ResultInfo
+from rankopt.core.schema import read_json
+from rankopt.core.text import in_one_line
 
 PLAN, WEIGHTS, RESULT = "plan.json", "model.safetensors", "result.json"
 
@@ -21,42 +23,11 @@ WEIGHTS_BESIDE = "rankopt.safetensors"
 """The file of weights instead of WEIGHTS where a model's own save_pretrained writes a file of that name."""
 
 
-RESULT_KEYS = {"task", "strategy", "seed", "seconds", "trials", "budget", "cost", "score", "milliseconds", "layers"}
-"""Entries that every result.json has."""
-
-
-LARGEST_JSON = 2**24
-"""The largest JSON file that is read, in bytes. A run of 10,000 layers takes 5 MB."""
-
-
 DAMAGE = ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError
 """Errors that reading an entry of a damaged file may raise."""
 
 
 # --- reading -------------------------------------------------------------------------------------
-
-
-def read_json(path: Path, failure: type[RankoptError], if_missing: str) -> Any:
-    """Read a JSON file of a run.
-
-    Args:
-        path: The file.
-        failure: The error to raise if it is missing, unreadable or too large.
-        if_missing: What the user should do if it is missing.
-
-    Raises:
-        RankoptError: `failure`, a subclass.
-    """
-    try:
-        size = path.stat().st_size
-        content = json.loads(path.read_text()) if size <= LARGEST_JSON else None
-    except FileNotFoundError:
-        raise failure(f"there is no {path}: {if_missing}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise failure(f"{path} is damaged ({error}): run the search again with --resume") from error
-    if size > LARGEST_JSON:
-        raise failure(f"{path} is larger than {LARGEST_JSON:,} bytes: it is not one of rankopt's")
-    return content
 
 
 def write_result(folder: str | Path, info: ResultInfo) -> None:
@@ -75,19 +46,22 @@ def write_result(folder: str | Path, info: ResultInfo) -> None:
 def read_result(folder: str | Path) -> ResultInfo:
     """Read a run's result.json, also that of an earlier version.
 
-    Only the presence of the main entries is checked: put `report_damage` around code that reads the rest.
+    Its texts are made printable. Values that are of the right type, but make no sense, are left to the code that reads
+    them: put `report_damage` around it.
 
     Args:
         folder: The run folder.
 
     Raises:
-        StudyError: The file is missing or damaged, or lacks one of RESULT_KEYS.
+        StudyError: The file is missing or damaged.
     """
     path = Path(folder) / RESULT
-    info = read_json(path, StudyError, "name a finished run's folder, or finish it with --resume")
-    if not isinstance(info, dict) or not info.keys() >= RESULT_KEYS:
-        raise StudyError(f"{path} is damaged: it is not a rankopt result")
-    return cast(ResultInfo, info)
+    try:
+        return in_one_line(read_json(path, ResultInfo))
+    except FileNotFoundError:
+        raise StudyError(f"there is no {path}: name a finished run's folder, or finish it with --resume") from None
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} is damaged ({error}): run the search again with --resume") from error
 
 
 @contextmanager
@@ -169,7 +143,7 @@ def open_folder(out: Path, resume: bool, kept: str = "study.db") -> None:
         kept: The file, anywhere below the folder, without which there is nothing to resume.
 
     Raises:
-        StudyError: The folder is not empty and not resumed, holds nothing to resume, or cannot be made.
+        StudyError: The folder is not empty and not resumed, holds nothing to resume or a link, or cannot be made.
     """
     try:
         # A process that was killed while it wrote its first file leaves nothing but *.part.
@@ -178,6 +152,8 @@ def open_folder(out: Path, resume: bool, kept: str = "study.db") -> None:
             raise StudyError(f"{out} is not empty: pass --resume to go on with it, or choose another --out")
         if full and not any(out.rglob(kept)):
             raise StudyError(f"there is nothing to resume in {out}: it holds files, but no {kept}")
+        for path in out.rglob("*") if full else ():
+            check_no_link(path, StudyError)
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StudyError(f"{out} cannot be used: {error}") from error

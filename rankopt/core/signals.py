@@ -26,12 +26,15 @@ def exit_status() -> int:
 
 
 @contextmanager
-def on_stop_signals(act: Callable[[], None]) -> Iterator[None]:
+def on_stop_signals(act: Callable[[], None], take_default: bool = True) -> Iterator[None]:
     """Context: a stop signal calls a function. Signals that are ignored, as SIGHUP under nohup, stay so.
 
     Args:
         act: The function.
+        take_default: Also the signals that end the process by the system's default. False in a library's function: a
+            program whose part it is would not end, but go on after it.
     """
+    leave = (signal.SIG_IGN,) if take_default else (signal.SIG_IGN, signal.SIG_DFL)
 
     def handle(number: int, frame: Any) -> None:  # noqa: ARG001  (a signal handler's arguments)
         _received.append(number)
@@ -39,7 +42,7 @@ def on_stop_signals(act: Callable[[], None]) -> Iterator[None]:
         act()
 
     before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
-    before = {s: handler for s, handler in before.items() if handler is not signal.SIG_IGN}
+    before = {s: handler for s, handler in before.items() if handler not in leave}
     for s in before:
         signal.signal(s, handle)
     try:

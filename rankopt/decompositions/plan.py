@@ -10,23 +10,25 @@ import copy
 import dataclasses
 import hashlib
 import json
+import logging
+import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from rankopt.core.errors import PlanError
 from rankopt.core.files import write_beside
 from rankopt.core.records import (
-    BUDGETS,
     DENSE,
     FACTORISED,
-    METRICS,
     PRECISIONS,
     RECONSTRUCTED,
     SAME,
@@ -36,7 +38,8 @@ from rankopt.core.records import (
     Layer,
     Plan,
 )
-from rankopt.core.run_folder import LARGEST_JSON, PLAN, WEIGHTS, WEIGHTS_BESIDE, read_json
+from rankopt.core.run_folder import PLAN, WEIGHTS, WEIGHTS_BESIDE
+from rankopt.core.schema import LARGEST, checked, read_json
 from rankopt.decompositions.modules import Factorised, Reconstructed, load_factors
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import FactorLookup
@@ -44,6 +47,9 @@ from rankopt.model.composites import expand_composites, parts, take_ordinary_pat
 from rankopt.model.layer_kinds import describe, is_kind
 from rankopt.model.pretrained import holds_pretrained, mark_replaced
 from rankopt.model.quantization import quantize_
+
+log = logging.getLogger(__name__)
+
 
 FORMAT, VERSION = "rankopt-plan", 4
 SHOWN = 5  # names in a message
@@ -179,49 +185,65 @@ def read_plan(folder: str | Path) -> tuple[Plan, str]:
         PlanError: If the plan is missing, damaged or of a newer version.
     """
     path = Path(folder) / PLAN
-    content = read_json(path, PlanError, "name the folder that a search wrote")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise PlanError(f"{path} is not a rankopt plan")
-    version = content.get("version")
-    if version not in range(1, VERSION + 1):
-        raise PlanError(f"{path} has version {version!r}; this rankopt reads version 1 to {VERSION}")
     try:
-        choices = tuple(_choice(_with_form(c) if version == 1 else c) for c in content["layers"])
-        before = tuple(map(_choice, content.get("before", ())))
-        costs = _cost(content["cost"]), _cost(content["dense"])
-        plan = Plan(choices, *costs, str(content.get("latency_on", "")), before)
-        return plan, str(content["weights"]["sha256"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise PlanError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        found = _parsed(read_json(path, Any))
+    except FileNotFoundError:
+        raise PlanError(f"there is no {path}: name the folder that a search wrote") from None
+    except (OSError, ValueError) as error:
+        raise PlanError(
+            f"{path} is damaged, or no plan that this rankopt can read ({error}): get the folder again"
+        ) from error
+    return Plan(found.layers, found.cost, found.dense, found.latency_on, found.before), found.weights["sha256"]
 
 
-def _with_form(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the form to an entry of a version 1 plan, where every family had only its default form."""
-    method = entry["method"]
-    return {**entry, "form": DECOMPOSITIONS[method].forms[0] if method in DECOMPOSITIONS else DENSE}
+class _Checksum(TypedDict):
+    sha256: str
 
 
-def _choice(entry: Mapping[str, Any]) -> Choice:
-    """Parse and check an entry; raises TypeError or ValueError if it is malformed."""
-    choice = Choice(**entry)
-    numbers = (*choice.shape, *choice.rank, choice.params, choice.macs)
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-        raise ValueError(f"layer {choice.name!r}: shapes, ranks and costs must be whole numbers")
+@dataclass(frozen=True)
+class _Content:
+    """What plan.json holds beside its format and version."""
+
+    cost: Cost
+    dense: Cost
+    weights: _Checksum
+    layers: tuple[Choice, ...]
+    latency_on: str = ""
+    before: tuple[Choice, ...] = ()
+
+
+def _parsed(content: Any) -> _Content:
+    """Parse and check the content of plan.json; raises ValueError if it is malformed."""
+    version = content.get("version") if isinstance(content, dict) and content.get("format") == FORMAT else None
+    if version is None:
+        raise ValueError("it is not a rankopt plan")
+    if version not in range(1, VERSION + 1):
+        raise ValueError(f"it has version {version!r:.40}, this rankopt reads version 1 to {VERSION}")
+    found: _Content = checked(content, _Content)
+    if version == 1:
+        found = dataclasses.replace(found, layers=tuple(map(_with_form, found.layers)))
+    for choice in (*found.layers, *found.before):
+        _check(choice)
+    return found
+
+
+def _with_form(choice: Choice) -> Choice:
+    """Add the form to a choice of a version 1 plan, where every family had only its default form."""
+    known = choice.method in DECOMPOSITIONS
+    return dataclasses.replace(choice, form=DECOMPOSITIONS[choice.method].forms[0] if known else DENSE)
+
+
+def _check(choice: Choice) -> None:
+    """Raise ValueError for a choice that no plan can hold."""
+    if min(*choice.shape, *choice.rank, choice.params, choice.macs) < 0:
+        raise ValueError(f"layer {choice.name!r}: shapes, ranks and costs must be whole numbers from 0 on")
     if choice.precision not in PRECISIONS:
         raise ValueError(f"layer {choice.name!r}: unknown precision {choice.precision!r}")
-    if not all(isinstance(s, str) for s in (choice.name, choice.kind, choice.method, choice.reason)):
-        raise ValueError(f"layer {choice.name!r}: names, methods and reasons must be text")
     if choice.method != DENSE and choice.method not in DECOMPOSITIONS:
         raise ValueError(f"layer {choice.name!r}: unknown method {choice.method!r}")
     forms = (DENSE,) if choice.method == DENSE else DECOMPOSITIONS[choice.method].forms
     if choice.form not in forms:
         raise ValueError(f"layer {choice.name!r}: {choice.method} has no form {choice.form!r}, it has {forms}")
-    return dataclasses.replace(choice, shape=tuple(choice.shape), rank=tuple(choice.rank))
-
-
-def _cost(entry: Mapping[str, Any]) -> Cost:
-    counted = {m: int(entry[m]) for m in METRICS}
-    return Cost(**counted, **{m: int(entry.get(m, 0)) for m in BUDGETS if m not in METRICS})
 
 
 # --- rebuilding ------------------------------------------------------------------------------------
@@ -275,6 +297,33 @@ def replaced_layers(model: nn.Module) -> tuple[Choice, ...]:
         params = sum(p.numel() for p in module.parameters())
         found.append(Choice(name, kind, shape, str(method), rank, params, 0, 0.0, EARLIER, form, precision))
     return tuple(found)
+
+
+def plan_of(model: nn.Module, cost: Cost | None = None) -> Plan:
+    """The plan with which `load` rebuilds a model with replaced layers, wherever these come from.
+
+    Args:
+        model: A compressed model, or any other.
+        cost: What it costs; None counts parameters and bytes, and gives 0 MACs.
+    """
+    made = replaced_layers(model)
+    names = {choice.name for choice in made}
+    outer = [c for c in made if not any(c.name.startswith(f"{name}.") for name in names)]
+    if cost is None:
+        tensors = [*model.parameters(), *model.buffers()]
+        stored = sum(t.numel() * t.element_size() for t in tensors)
+        cost = Cost(sum(p.numel() for p in model.parameters()), 0, stored)
+    saved = sum(_dense_params(model.get_submodule(c.name), c) - c.params for c in outer)
+    dense = dataclasses.replace(cost, params=cost.params + saved)
+    # Of nested replacements the inner ones can be made only once the outer ones are.
+    return Plan(made, cost, dense) if len(outer) == len(made) else Plan((), cost, dense, before=made)
+
+
+def _dense_params(module: nn.Module, choice: Choice) -> int:
+    """Parameters of the dense layer that a replacement stands for."""
+    layer = getattr(module, "layer", None)
+    bias = layer.shape[0] if isinstance(layer, Layer) and layer.bias else 0
+    return math.prod(choice.shape) + bias if choice.method != DENSE else choice.params
 
 
 def _precision(module: nn.Module) -> str:
@@ -344,7 +393,7 @@ def _replacement(module: nn.Module, layer: Layer, choice: Choice) -> nn.Module:
     return family.build(module, layer, choice.rank, choice.form)
 
 
-def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.Module:
+def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path, strict: bool = True) -> nn.Module:
     """Load a compressed model from plan.json and its weights.
 
     Nothing is unpickled.
@@ -352,7 +401,9 @@ def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.M
     Args:
         model: The dense model, which is copied, or a function that builds it. It may be on the meta device. For a plan
             of a compressed model, that compressed model does, too.
-        folder: A folder that a search wrote, or `save`.
+        folder: A folder that a search wrote, `Result.save` or `rankopt.save`.
+        strict: False leaves out what the model does not have, or has in another shape, such as the head of the model
+            that a backbone was compressed in; a model's own further layers stay as they are. A warning names both.
 
     Returns:
         The compressed model.
@@ -365,16 +416,20 @@ def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.M
         dense = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
     except RuntimeError as error:
         raise PlanError(f"the model cannot be copied ({error}): give a function that builds it") from error
+    plan = plan if strict else _part_for(dense, plan)
+    off_device = any(t.is_meta for t in dense.parameters())
     small = _off_meta(rebuild(dense, plan))
     path = Path(folder) / _weights_file(small)
     if not path.exists():
         path = Path(folder) / WEIGHTS  # of earlier versions
     try:
         expected = sum(t.numel() * t.element_size() for t in (*small.parameters(), *small.buffers()))
-        if path.stat().st_size > 2 * expected + LARGEST_JSON:
+        if path.stat().st_size > 2 * expected + LARGEST:
             raise PlanError(f"{path} is larger than the plan's model: it is from elsewhere")
         if _sha256(path) != checksum:
             raise PlanError(f"{path} is damaged or from another run: its checksum is not the one in {PLAN}")
+        if not strict:
+            return _load_part(small, path, plan, off_device)
         missing, unexpected = load_model(small, str(path), strict=False)
         if missing or unexpected:
             raise PlanError(f"{path} does not fit this model: {_differences(missing, unexpected)}")
@@ -383,6 +438,40 @@ def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.M
     except (SafetensorError, RuntimeError) as error:
         raise PlanError(f"{path} does not fit this model: {error}") from error
     return small
+
+
+def _part_for(model: nn.Module, plan: Plan) -> Plan:
+    """The choices of a plan that can be made in a model which is only part of the one that was compressed."""
+    if plan.before:
+        raise PlanError("a model that was compressed twice is loaded whole: give strict=True")
+    expanded = expand_composites(copy.deepcopy(model), [c.name for c in plan.choices if not c.unchanged])
+    modules = dict(expanded.named_modules(remove_duplicate=False))
+
+    def fits(choice: Choice) -> bool:
+        module = modules.get(choice.name)
+        if module is None or choice.unchanged:
+            return module is not None
+        kind = type(module).__name__
+        return is_kind(type(module)) and (kind, describe(module, choice.name).own_shape) == (choice.kind, choice.shape)
+
+    return dataclasses.replace(plan, choices=tuple(filter(fits, plan.choices)))
+
+
+def _load_part(model: nn.Module, path: Path, plan: Plan, off_device: bool) -> nn.Module:
+    """Load the weights of a file that a model has, in place; `strict=False` of `load`."""
+    own, kept = model.state_dict(keep_vars=True), load_file(path)
+    fitting = {name: t for name, t in kept.items() if name in own and own[name].shape == t.shape}
+    model.load_state_dict(fitting, strict=False)
+    loaded = {id(own[name]) for name in fitting}  # a tied weight is in the file once
+    missing = sorted(name for name, t in own.items() if id(t) not in loaded)
+    made = tuple(f"{c.name}." for c in plan.choices if not c.unchanged)
+    if lost := [name for name in missing if off_device or name.startswith(made)]:
+        raise PlanError(f"{path} does not fit this model: {_differences(lost, [])}")
+    if missing or len(fitting) < len(kept):
+        left = f"left as they were: {_listed(missing)}" if missing else "the model is loaded whole"
+        over = f"; not in the model: {_listed(sorted(kept.keys() - fitting))}" if len(fitting) < len(kept) else ""
+        log.warning("%s: %s%s", path, left, over)
+    return model
 
 
 def _differences(missing: Collection[str], unexpected: Collection[str]) -> str:

@@ -25,9 +25,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
+from typing_extensions import TypedDict
 
 from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.files import write_beside
@@ -35,6 +36,7 @@ from rankopt.core.progress import Display, StopCondition
 from rankopt.core.records import Task
 from rankopt.core.result_record import Bounds, Part
 from rankopt.core.run_folder import RESULT, folder_lock, read_result
+from rankopt.core.schema import read_json
 from rankopt.experiments.config import Case, StudyFile
 from rankopt.experiments.experiment import TRAINED, run_in_folder
 from rankopt.experiments.tasks import load_task
@@ -73,6 +75,12 @@ class CaseRow(TypedDict):
     date: str
     machine: str
     settings: dict[str, Any]
+
+
+class _Cases(TypedDict):
+    """The content of cases.json."""
+
+    cases: list[CaseRow]
 
 
 class CaseStarted(NamedTuple):
@@ -168,9 +176,11 @@ def _read_rows(out: Path) -> dict[str, CaseRow]:
     """Read cases.json: name -> row."""
     path = out / JSON
     try:
-        return {row["case"]: row for row in json.loads(path.read_text())["cases"]} if path.is_file() else {}
-    except (ValueError, LookupError, TypeError) as error:
-        raise StudyError(f"{path} is damaged: remove it, the folders beside it hold what it says") from error
+        return {row["case"]: row for row in read_json(path, _Cases)["cases"]}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} is damaged: remove it, the folders beside it hold what it says ({error})") from error
 
 
 def _is_finished(case: Case, folder: Path) -> bool:

@@ -19,20 +19,22 @@ training.rate = { low = 0.0001, high = 0.01, log = true }
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from typing_extensions import TypedDict
 
 from rankopt.candidates.search_space import load_space
 from rankopt.core.budget import check_metrics
 from rankopt.core.errors import RankoptError
 from rankopt.core.options import parse_pairs
 from rankopt.core.records import METRICS
+from rankopt.core.schema import checked, read_toml
 from rankopt.experiments.experiment import NO_TRAINING, Experiment
+from rankopt.search.runners import RunnerSettings
 from rankopt.search.settings import SearchSettings
 from rankopt.training.recipe import Recipe
 
@@ -42,36 +44,50 @@ OBJECTIVES = {"score": "maximize", "objective": "minimize"} | dict.fromkeys((*ME
 RANGE_KEYS = {"low", "high", "log", "step"}
 
 
-KEY_TYPES: dict[str, Any] = {  # the file's keys, and what their values are
-    "task": str,
-    "budget": (str, list, dict),
-    "strategy": str,
-    "options": dict,
-    "space": (str, dict),
-    "trials": int,
-    "seed": int,
-    "refine": bool,
-    "fidelities": str,
-    "workers": int,
-    "training": dict,
-    "from_scratch": bool,
-    "teacher": str,
-    "out": str,
-    "searches": int,
-    "objectives": (str, list),
-    "hyperparameters": dict,
-    "cases": list,
-}
+Setting = str | int | float | bool
 
 
-STUDY_KEYS = (
-    "cases",
-    "hyperparameters",
-    "searches",
-    "objectives",
-    "out",
-    "workers",
-)  # of the whole study, not of a case
+class CaseContent(TypedDict, total=False):
+    """The keys of one search, which a case may have of its own; see `read_study`."""
+
+    task: str
+    budget: str | list[str] | dict[str, str | int | float]
+    strategy: str
+    options: dict[str, Setting]
+    space: str | dict[str, Setting | list[Setting]]
+    trials: int
+    seed: int
+    refine: bool
+    fidelities: str
+    training: dict[str, Setting]
+    from_scratch: bool
+    teacher: str
+
+
+class RayContent(TypedDict, total=False):
+    """The keys of the table [ray]."""
+
+    workers: int
+    address: str
+    gpus_per_trial: float
+    cpus_per_trial: float
+    trial_timeout: float
+    trial_memory: float
+
+
+class StudyContent(CaseContent, total=False):
+    """The keys of a study's file."""
+
+    workers: int
+    ray: RayContent
+    out: str
+    searches: int
+    objectives: str | list[Any]
+    hyperparameters: dict[str, Any]
+    cases: list[dict[str, Any]]
+
+
+IN_PROCESS = RunnerSettings()
 
 
 CASE_NAME = r"[\w.,%+-]*[\w%]"  # of a case: also the name of its folder
@@ -139,7 +155,7 @@ class StudyFile:
         task: Name of the task; with cases that of the first.
         experiment: The settings; with cases those of the first.
         out: Folder for results.
-        workers: Number of Ray workers of each search; 0 for none.
+        runner: Where the trials of each search are evaluated.
         searches: Number of searches, if there are hyperparameters.
         objectives: What these searches optimise, the most important first; empty for the default.
         hyperparameters: The settings that are searched for.
@@ -150,7 +166,7 @@ class StudyFile:
     task: str
     experiment: Experiment
     out: Path
-    workers: int = 0
+    runner: RunnerSettings = IN_PROCESS
     searches: int = 40
     objectives: tuple[str, ...] = ()
     hyperparameters: tuple[Hyperparameter, ...] = ()
@@ -175,6 +191,7 @@ def read_study(path: Path) -> StudyFile:
     The keys are:
 
     - task, strategy, trials, seed, refine, fidelities, workers: as the options of `rankopt search`.
+    - ray: a table of workers, address, gpus_per_trial, cpus_per_trial, trial_timeout and trial_memory.
     - budget: text as for `rankopt search`, a list of such texts, or a table { metric = limit }.
     - options: a table of the strategy's options.
     - space: name of a search space or its file, or a table of settings that differ from those of the space `base`.
@@ -193,8 +210,8 @@ def read_study(path: Path) -> StudyFile:
         RankoptError: If the file cannot be read, a key is unknown or a value invalid.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = read_toml(path)
+    except (OSError, ValueError) as error:
         raise RankoptError(f"study {path} cannot be read: {error}") from error
     try:
         return _study(path, content)
@@ -204,13 +221,15 @@ def read_study(path: Path) -> StudyFile:
 
 def _study(path: Path, content: Mapping[str, Any]) -> StudyFile:
     """Check a file's content as a whole, and read its parts."""
-    _check_keys(content, KEY_TYPES)
+    if isinstance(content.get("ray"), dict):
+        _check_keys(content["ray"], RayContent, "ray")
+    content = _with_known_keys(content, StudyContent)
     folder = path.parent / content["out"] if "out" in content else Path("runs") / path.stem
     if "hyperparameters" not in content and ("searches" in content or "objectives" in content):
         raise RankoptError("searches and objectives go with a table [hyperparameters]")
-    if content.get("searches", 1) < 1 or content.get("workers", 0) < 0:
-        raise RankoptError("searches are 1 or more, workers 0 or more")
-    given = {k: content[k] for k in ("workers", "searches") if k in content}
+    if content.get("searches", 1) < 1:
+        raise RankoptError("searches are 1 or more")
+    given = {"runner": _runner(content), **{k: content[k] for k in ("searches",) if k in content}}
     if cases := tuple(_cases(path, content)):
         if "hyperparameters" in content:
             raise RankoptError("cases and [hyperparameters] do not go together: make two studies of it")
@@ -222,6 +241,16 @@ def _study(path: Path, content: Mapping[str, Any]) -> StudyFile:
     return StudyFile(
         path, task, experiment, folder, objectives=_objectives(content), hyperparameters=hyperparameters, **given
     )
+
+
+def _runner(content: Mapping[str, Any]) -> RunnerSettings:
+    """Read the table [ray]; workers may also stand alone."""
+    table = {**({"workers": content["workers"]} if "workers" in content else {}), **content.get("ray", {})}
+    names = {"address": "ray_address"}
+    settings = RunnerSettings(**{names.get(k, k): v for k, v in table.items()})
+    if settings.workers < 0:
+        raise RankoptError("workers are 0 or more")
+    return settings
 
 
 def _experiment(path: Path, content: Mapping[str, Any]) -> Experiment:
@@ -276,14 +305,13 @@ def _beside(path: Path, name: str) -> str:
 
 def _cases(path: Path, content: Mapping[str, Any]) -> Iterator[Case]:
     """Read the cases: each is the file with its own keys; its options and training are merged with the file's."""
-    common = {k: v for k, v in content.items() if k not in STUDY_KEYS}
+    common = {k: v for k, v in content.items() if k in CaseContent.__annotations__}
     for table in content.get("cases", []):
-        name = table.get("name") if isinstance(table, dict) else None
+        name = table.get("name")
         if not isinstance(name, str) or not re.fullmatch(CASE_NAME, name):
             raise RankoptError(f"a case is a table with a name of letters, digits and . , % + - only, not {name!r}")
-        own = {k: v for k, v in table.items() if k != "name"}
         try:
-            _check_keys(own, [k for k in KEY_TYPES if k not in STUDY_KEYS])
+            own = _with_known_keys({k: v for k, v in table.items() if k != "name"}, CaseContent)
             merged = {**common, **own}
             for key in ("options", "training"):
                 if key in common and key in own:
@@ -299,12 +327,20 @@ def _required(content: Mapping[str, Any], key: str) -> Any:
     return content[key]
 
 
-def _check_keys(content: Mapping[str, Any], known: Iterable[str]) -> None:
-    for key, value in content.items():
-        if key not in known:
-            raise RankoptError(f"unknown key {key!r}; the keys are {', '.join(known)}")
-        if not isinstance(value, KEY_TYPES[key]) or (isinstance(value, bool) and KEY_TYPES[key] is int):
-            raise RankoptError(f"{key} = {value!r} is not what it should be: see docs/reference/study-file.md")
+def _with_known_keys(content: Mapping[str, Any], kind: Any) -> Mapping[str, Any]:
+    """The content, checked against its type."""
+    _check_keys(content, kind)
+    try:
+        return checked(content, kind)
+    except ValueError as error:
+        raise RankoptError(f"{error}: see docs/reference/study-file.md") from error
+
+
+def _check_keys(content: Mapping[str, Any], kind: Any, table: str = "") -> None:
+    """Raise RankoptError if there is a key that the type does not have."""
+    if unknown := [key for key in content if key not in kind.__annotations__]:
+        name = f"{table}.{unknown[0]}" if table else repr(unknown[0])
+        raise RankoptError(f"unknown key {name}; the keys are {', '.join(kind.__annotations__)}")
 
 
 def _objectives(content: Mapping[str, Any]) -> tuple[str, ...]:

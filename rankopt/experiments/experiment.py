@@ -21,6 +21,7 @@ from rankopt.core.progress import Display, StopCondition, graceful_interrupt
 from rankopt.core.records import METRICS, Task
 from rankopt.core.result_record import TrainingSource
 from rankopt.core.run_folder import RESULT
+from rankopt.core.schema import checked
 from rankopt.experiments.tasks import load_task
 from rankopt.model.objective import call
 from rankopt.search.compress import open_run_folder, run_search
@@ -36,6 +37,9 @@ NO_TRAINING = Recipe(epochs=0)
 
 
 TUNABLE_TABLES = ("budget", "options", "space", "training")  # tables whose settings may be hyperparameters
+
+
+NOT_TUNABLE = ("name", "description", "layers", "rounds", "round_steps")  # settings of a search space
 
 
 TRAINED = "trained"  # the folder of the trained model, in a run folder
@@ -78,7 +82,9 @@ class Experiment:
         tables: dict[str, dict[str, Any]] = {
             "budget": {m: self.budget.get(m, 1.0) for m in METRICS},
             "options": {**strategy_options(self.search.strategy), **self.search.options},
-            "space": {k: v for k, v in space.items() if k not in ("name", "description", "rounds", "round_steps")},
+            "space": {
+                k: v for k, v in space.items() if k not in ("name", "description", "layers", "rounds", "round_steps")
+            },
             "training": {k: v for k, v in dataclasses.asdict(self.training).items() if k != "seed"},
         }
         return {f"{table}.{k}": v for table, values in tables.items() for k, v in values.items()}
@@ -102,10 +108,12 @@ class Experiment:
                 self,
                 budget={**self.budget, **parts["budget"]},
                 search=dataclasses.replace(self.search, options=options),
-                space=dataclasses.replace(self.space, **parts["space"]),
+                space=checked({**dataclasses.asdict(self.space), **parts["space"]}, SearchSpace),
                 training=dataclasses.replace(self.training, **parts["training"]),
             )
-        except TypeError as error:
+        except RankoptError:
+            raise
+        except (TypeError, ValueError) as error:
             raise RankoptError(f"{', '.join(f'{k}={v}' for k, v in values.items())}: {error}") from error
 
     def as_json(self, task: str | None) -> dict[str, Any]:

@@ -8,12 +8,30 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from rankopt.core.errors import TaskError
 from rankopt.core.records import Cost
 from rankopt.model.forward import inference, run, to_device
 from rankopt.model.inputs import one_example
+
+aten = torch.ops.aten
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Operations of both products of attention; arguments are shapes."""
+    return sdpa_flop_count(query, key, value)
+
+
+UNCOUNTED = dict.fromkeys(
+    (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_fused_attention_overrideable,  # Intel GPUs and other backends
+        aten._scaled_dot_product_attention_math_for_mps,
+    ),
+    _attention,
+)
+"""Kernels of attention that torch's counter does not know, while it knows those of other devices."""
 
 
 def count(model: nn.Module, example_input: Any) -> Cost:
@@ -24,14 +42,15 @@ def count(model: nn.Module, example_input: Any) -> Cost:
         example_input: A tensor, or a tuple or dict of the forward's arguments; the first example is run.
 
     Returns:
-        Unique parameters, MACs (half of what torch's FlopCounterMode counts), and bytes of parameters and buffers.
+        Unique parameters, MACs (half of what torch's FlopCounterMode counts, attention included on every device), and
+        bytes of parameters and buffers.
 
     Raises:
         TaskError: The model does not run on the input, or its operations cannot be counted.
     """
     x = to_device(one_example(model, example_input), model)
     try:
-        with inference(model), _visible_recurrence(), FlopCounterMode(display=False) as flops:
+        with inference(model), _visible_recurrence(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as flops:
             run(model, x)
     except RuntimeError as error:
         raise TaskError(f"the operations cannot be counted, does the forward take gradients? ({error})") from error

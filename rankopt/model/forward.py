@@ -197,8 +197,17 @@ def to_device(x: Any, model: nn.Module) -> Any:
         x: A nested input.
         model: The model that is to be run on it; on the CPU if it has no parameters.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     return map_tensors(x, lambda t: t.to(device, copy=True))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Find the device of a model's first parameter; the CPU for a model without parameters.
+
+    Args:
+        model: The model.
+    """
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def batch_size(x: Any) -> int:

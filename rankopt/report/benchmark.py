@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -15,6 +14,7 @@ from rankopt.core.files import write_beside
 from rankopt.core.records import METRICS
 from rankopt.core.statistics import difference
 from rankopt.report import pictures
+from rankopt.report.tables import write_csv
 from rankopt.search.benchmark import Benchmark, Cell, ScoreRow, curve, ranks
 from rankopt.search.summary import percent, render, with_interval
 
@@ -43,23 +43,22 @@ def write(folder: Path, data: Benchmark) -> None:
         data: The content of benchmark.json.
     """
     write_beside(folder / MARKDOWN, lambda p: p.write_text(markdown(data), encoding="utf-8"))
-    write_beside(folder / CSV, lambda p: _write_csv(p, data))
+    write_csv(folder / CSV, _rows(data))
     budgets, strategies = len(data["settings"]["budgets"]), len(data["settings"]["strategies"])
     size = (7.6, 0.6 + max(2.9 * budgets, 0.25 * strategies + 1))
     write_beside(folder / PNG, lambda p: pictures.png(p, _paint, data, size))
 
 
-def _write_csv(path: Path, data: Benchmark) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow((*COLUMNS, *TIMES))
-        for cell in data["cells"]:
-            place = [cell["budget"], cell["strategy"], cell["seed"]]
-            least = curve(cell, len(cell["trials"]))
-            for number, (t, best) in enumerate(zip(cell["trials"], least, strict=True)):
-                numbers = [t["objective"], best if math.isfinite(best) else None, t["predicted"], *t["cost"]]
-                rest = [t["seconds"], t["repeated"], cell["copied_from"], t["error"], " ".join(map(str, t["proposal"]))]
-                writer.writerow([*place, number, *numbers, *rest])
+def _rows(data: Benchmark) -> Iterator[Sequence[Any]]:
+    """The rows of the CSV file, one a trial, after the names of the columns."""
+    yield (*COLUMNS, *TIMES)
+    for cell in data["cells"]:
+        place = [cell["budget"], cell["strategy"], cell["seed"]]
+        least = curve(cell, len(cell["trials"]))
+        for number, (t, best) in enumerate(zip(cell["trials"], least, strict=True)):
+            numbers = [t["objective"], best if math.isfinite(best) else None, t["predicted"], *t["cost"]]
+            rest = [t["seconds"], t["repeated"], cell["copied_from"], t["error"], " ".join(map(str, t["proposal"]))]
+            yield [*place, number, *numbers, *rest]
 
 
 # --- tables --------------------------------------------------------------------------------------------
@@ -235,7 +234,8 @@ def cell_line(cell: Cell) -> str:
     """
     values = [objective for t in cell["trials"] if (objective := t["objective"]) is not None]
     best = f"best objective {min(values):.5g}" if values else "nothing finished"
-    seconds = sum(cell["seconds"].values())
+    spent = cell["seconds"]
+    seconds = spent["measure"] + spent["strategy"] + spent["evaluation"]
     tail = f", failed: {cell['error']}" if cell["error"] else ""
     run = f"{cell['budget']} {cell['strategy']} seed {cell['seed']}"
     return f"{run}: {best}, {len(cell['trials'])} evaluations, {seconds:.1f} s{tail}"

@@ -104,6 +104,7 @@ def render(info: ResultInfo, trials: Sequence[TrialRow], run: str) -> str:
             pictures=_pictures(info, trials),
             colour=pictures.colours([x["method"] for x in info["layers"]]),
             evaluated=n_evaluated(info),
+            devices=sorted({t["device"] for t in trials if t["device"]}),
             failed=[t for t in trials if t["state"] == "failed"],
             apply=f"rankopt apply {shlex.quote(run)} --task {shlex.quote(info['task'] or 'FILE.py:function')} --check",
             load=f"model = rankopt.load(model, {run!r})",

@@ -5,8 +5,8 @@ The pictures show importance (fANOVA), parallel coordinates, slices and the Pare
 
 from __future__ import annotations
 
-import csv
 import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from rankopt.experiments.tuning import TuningStudy
 from rankopt.report import pictures
 from rankopt.report.html import environment
 from rankopt.report.pictures import ACCENT, FAINT, INK, NAMES, POINT, short
+from rankopt.report.tables import write_csv
 
 PAGE, CSV, TEMPLATE = "hyperparameters.html", "hyperparameters.csv", "hyperparameters.html.j2"
 
@@ -100,7 +101,7 @@ def write(searches: TuningStudy) -> list[Path]:
         The paths of the files, the page first.
     """
     out, found = searches.out, table(searches)
-    write_beside(out / CSV, lambda p: _write_csv(p, searches))
+    write_csv(out / CSV, _rows(searches))
     write_beside(out / PAGE, lambda p: p.write_text(render(searches, found), encoding="utf-8", errors="replace"))
     paths = [out / PAGE, out / CSV]
     for name, (paint, size) in _pictures(found).items():
@@ -113,14 +114,11 @@ def write(searches: TuningStudy) -> list[Path]:
     return paths
 
 
-def _write_csv(path: Path, searches: TuningStudy) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("search", *searches.distributions, *KEPT))
-        for t in searches.done():
-            writer.writerow(
-                [t.number, *(t.params[name] for name in searches.distributions), *(t.user_attrs.get(k) for k in KEPT)]
-            )
+def _rows(searches: TuningStudy) -> Iterator[Sequence[Any]]:
+    """The rows of the CSV file, one a search, after the names of the columns."""
+    yield ("search", *searches.distributions, *KEPT)
+    for t in searches.done():
+        yield [t.number, *(t.params[name] for name in searches.distributions), *(t.user_attrs.get(k) for k in KEPT)]
 
 
 def render(searches: TuningStudy, found: SearchTable) -> str:

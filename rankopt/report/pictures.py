@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib import style
+from matplotlib import axes, style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from rankopt.core.records import BUDGETS, DENSE
+from rankopt.core.records import BUDGETS, DENSE, Candidate
 from rankopt.core.result_record import LayerRow, ResultInfo, TrialRow
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.search.summary import percent, rank_text
+
+Axes = axes.Axes
+"""Matplotlib's axes, for annotations elsewhere."""
+
 
 NAMES = {
     "params": "parameters",
@@ -119,6 +123,26 @@ def draw(
     svg = file.getvalue()
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])
     return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name or paint.__name__}-", svg)
+
+
+def on_axes(ax: Axes | None, paint: Callable[..., None], *arguments: Any, height: float = 3.6) -> Axes:
+    """Run a painter on axes that the user goes on with, as the plots of a result do.
+
+    Args:
+        ax: The axes; None for those of a new figure of pyplot, which notebooks show.
+        paint: The painter, called as paint(ax, *arguments).
+        arguments: What it shows.
+        height: Height of a new figure in inches.
+    """
+    from matplotlib import pyplot
+
+    # Outside of the style: the first figure starts the backend, whose settings would end with the style.
+    figure = ax.figure.figure if ax else pyplot.figure(figsize=(6.4, height), layout="constrained")
+    with style.context(["default", STYLE]):
+        ax = ax or figure.add_subplot()
+        paint(ax, *arguments)
+        figure.draw_without_rendering()  # ticks are made now, in this style, rather than when the figure is shown
+    return ax
 
 
 def png(path: Path, paint: Callable[..., None], content: Any, size: tuple[float, float] = (6.4, 5.6)) -> None:
@@ -287,6 +311,51 @@ def layers(ax: Any, rows: Sequence[LayerRow]) -> None:
     ax.grid(visible=False, axis="y")
 
 
+def layers_with_methods(ax: Any, rows: Sequence[LayerRow]) -> None:
+    """Draw `layers`, with a legend of the methods: a page has its table for that.
+
+    Args:
+        ax: Matplotlib axes.
+        rows: The layers of result.json.
+    """
+    layers(ax, rows)
+    for method in dict.fromkeys(x["method"] for x in rows):
+        ax.barh(0, 0, color=colours([x["method"] for x in rows])[method], label=method)
+    _legend(ax, 4)
+
+
+def frontier(ax: Any, layer: str, metric: str, candidates: Sequence[Candidate], chosen: Candidate) -> None:
+    """Draw a layer's frontier: predicted rise of the objective against cost, by method.
+
+    Args:
+        ax: Matplotlib axes.
+        layer: The layer's name.
+        metric: The metric of the cost.
+        candidates: The frontier.
+        chosen: The candidate that the plan has.
+    """
+    positive = [c.loss for c in candidates if c.loss > 0]
+    floor = min(positive, default=1.0) / 3  # dense and exact candidates lose nothing, which a logarithm cannot show
+    shown = {id(c): max(c.loss, floor) for c in candidates}
+    ax.plot([c.cost[metric] for c in candidates], [shown[id(c)] for c in candidates], color=GRID, lw=1.5, zorder=1)
+    colour = colours([c.method for c in candidates])
+    for method in dict.fromkeys(c.method for c in candidates):
+        some = [c for c in candidates if c.method == method]
+        x, y = [c.cost[metric] for c in some], [shown[id(c)] for c in some]
+        ax.scatter(x, y, s=32, color=colour[method], lw=0, label=method, zorder=2)
+    _star(ax, chosen.cost[metric], shown[id(chosen)], label="chosen")
+    for c in candidates:
+        if c.loss <= 0:
+            at = c.cost[metric], floor
+            ax.annotate("no loss", at, (-8, 0), textcoords="offset points", ha="right", va="center")
+    objective_axis(ax, "y", list(shown.values()))
+    ax.set(xlabel=f"{NAMES[metric]} of {layer or 'the model'}", ylabel="predicted rise of the objective")
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(FuncFormatter(_time) if metric == "latency" else EngFormatter(sep=""))
+    _legend(ax, 4)
+
+
 def layers_height(rows: Sequence[LayerRow]) -> float:
     """Height in inches of the picture of the layers.
 
@@ -364,7 +433,11 @@ def _name(ax: Any, at: tuple[float, float], text: str, side: str, above: bool) -
 
 
 def _legend(ax: Any, columns: int) -> None:
-    ax.figure.legend(loc="outside upper left", ncols=columns)
+    """Write the legend above the axes; within them where other axes share the figure."""
+    if len(ax.figure.axes) == 1:
+        ax.figure.legend(loc="outside upper left", ncols=columns)
+    else:
+        ax.legend()
 
 
 def short(name: str) -> str:

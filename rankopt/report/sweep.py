@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.table import Table
 from rankopt.core.files import write_beside
 from rankopt.core.records import METRICS, SAME, Choice
 from rankopt.report import pictures
+from rankopt.report.tables import write_csv
 from rankopt.search.summary import percent, render, with_interval
 from rankopt.search.sweep import Point, Sweep
 
@@ -30,15 +30,9 @@ def write(folder: Path, found: Sweep) -> None:
         folder: Where to write them.
         found: The sweep.
     """
-    write_beside(folder / CSV, lambda p: _write_csv(p, found))
+    rows = [_row(p) for p in found.points]
+    write_csv(folder / CSV, [COLUMNS, *([row.get(name) for name in COLUMNS] for row in rows)])
     write_beside(folder / PNG, lambda p: pictures.png(p, _paint, found))
-
-
-def _write_csv(path: Path, found: Sweep) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(_row(p) for p in found.points)
 
 
 def _row(point: Point) -> dict[str, Any]:

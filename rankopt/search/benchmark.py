@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal, NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from rankopt.candidates.prepare import Prepared
 from rankopt.core.errors import RankoptError, StudyError
@@ -21,15 +22,23 @@ from rankopt.core.progress import Clock, Progress, silent
 from rankopt.core.records import METRICS, Proposal, Trial
 from rankopt.core.result_record import Bounds, Part
 from rankopt.core.run_folder import check_same, open_folder
+from rankopt.core.schema import read_json
 from rankopt.core.statistics import wilson
+from rankopt.core.text import in_one_line
 from rankopt.model.objective import call
 from rankopt.search.compress import fingerprint
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.identity import HASHES, TOLERANCES, identity
-from rankopt.search.loop import Outcome, PlanKey, Study, attempt, plan_key, proposals, trial_limit
+from rankopt.search.loop import Outcome, PlanKey, Runner, Study, plan_key, search, trial_limit
 from rankopt.strategies.registry import STRATEGIES, make_strategy, read_options, strategy_class
 
 FILE = "benchmark.json"
+
+
+LARGEST_BENCHMARK = 2**28  # bytes; it holds all trials of all strategies
+
+
+MOST_RUNS = 10**5  # trials of a run, and seeds, in a file that is read
 
 
 # --- benchmark.json ------------------------------------------------------------------------------------
@@ -57,6 +66,20 @@ class BenchmarkTrial(TypedDict):
     repeated: bool
 
 
+class CellSeconds(TypedDict):
+    """Where the time of a run went.
+
+    Attributes:
+        measure: Before the first proposal.
+        strategy: Proposing and learning.
+        evaluation: Evaluating.
+    """
+
+    measure: float
+    strategy: float
+    evaluation: float
+
+
 class Cell(TypedDict):
     """One run: a strategy on a budget with a seed.
 
@@ -66,7 +89,7 @@ class Cell(TypedDict):
         seed: The seed.
         copied_from: The seed whose run this one repeats, for one-shot strategies that do not use their seed.
         error: Why the run failed.
-        seconds: "measure" (before the first proposal), "strategy" (proposing and learning) and "evaluation".
+        seconds: Where the time went.
         trials: The trials, in their order.
     """
 
@@ -75,7 +98,7 @@ class Cell(TypedDict):
     seed: int
     copied_from: int | None
     error: str | None
-    seconds: dict[str, float]
+    seconds: CellSeconds
     trials: list[BenchmarkTrial]
 
 
@@ -100,7 +123,7 @@ class BenchmarkSettings(TypedDict):
     strategies: list[str]
     seeds: int
     candidates: dict[str, str]
-    identity: dict[str, Any]
+    identity: NotRequired[dict[str, Any]]
 
 
 class Winner(TypedDict):
@@ -220,6 +243,7 @@ def benchmark(  # noqa: PLR0913  # all but three are optional
     resume: bool = False,
     report: Callable[[Cell], None] = lambda cell: None,
     progress: Progress = silent,
+    runner: Runner = search,
 ) -> Benchmark:
     """Run every strategy on every budget with seeds 0, 1, ...
 
@@ -237,6 +261,7 @@ def benchmark(  # noqa: PLR0913  # all but three are optional
             seeds are added.
         report: Called with every run that ends.
         progress: Shows long work.
+        runner: Evaluates the plans of a run: `search` in this process, or a `RaySearch`.
 
     Returns:
         The content of benchmark.json.
@@ -273,7 +298,7 @@ def benchmark(  # noqa: PLR0913  # all but three are optional
             )
     for label in settings["strategies"]:
         read_strategy(label)
-    runs = _Runs(prepared, problems, trials, progress)
+    runs = _Runs(prepared, problems, trials, progress, runner)
     for cell in book.cells():
         runs.remember(cell)
     for seed, budget, label in product(range(settings["seeds"]), problems, settings["strategies"]):
@@ -321,14 +346,16 @@ def read(path: Path) -> Benchmark:
         StudyError: If it is missing or damaged.
     """
     try:
-        data = json.loads(path.read_text())
-        if data.keys() >= {"settings", "cells", "scores"}:
-            return cast(Benchmark, data)
+        data: Benchmark = in_one_line(read_json(path, Benchmark, LARGEST_BENCHMARK))
+        if data["settings"]["trials"] > MOST_RUNS or data["settings"]["seeds"] > MOST_RUNS:
+            raise ValueError(f"it has more than {MOST_RUNS:,} trials or seeds")  # noqa: TRY301
+        if any((n := row.get("examples")) is not None and n < 1 for row in data["scores"]):
+            raise ValueError("it has a score of no examples")  # noqa: TRY301
+        return data
     except FileNotFoundError:
         raise StudyError(f"there is no {path}: there is nothing to resume") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise StudyError(f"{path} is damaged ({error}): choose another --out") from error
-    raise StudyError(f"{path} is no benchmark of rankopt: choose another --out")
 
 
 def _joined(before: Benchmark, data: Benchmark) -> Benchmark:
@@ -358,6 +385,40 @@ def _copied(book: _Book, budget: str, label: str, seed: int) -> Cell | None:
     return {**first, "seed": seed, "copied_from": 0} if same else None
 
 
+@dataclass(kw_only=True)
+class _RememberingStudy(Study):
+    """A study of one run, which ends the trials of plans that were measured in another without evaluating them.
+
+    Attributes:
+        known: Plan -> outcome, of all runs.
+        clock: Takes the time of the strategy, and of the evaluations.
+        repeated: The plans that were known.
+    """
+
+    known: dict[PlanKey, Outcome]
+    clock: Clock
+    repeated: set[Proposal] = field(default_factory=set)
+
+    def next(self) -> Proposal | None:
+        with self.clock.stage("strategy"):
+            while (proposal := super().next()) is not None:
+                outcome = self.known.get(plan_key(self.problem, proposal))
+                if outcome is None:
+                    return proposal
+                self.repeated.add(proposal)
+                self._finish(proposal, outcome)
+        return None
+
+    def finish(self, proposal: Proposal, outcome: Outcome) -> Trial:
+        self.known[plan_key(self.problem, proposal)] = outcome
+        with self.clock.stage("strategy"):
+            return self._finish(proposal, outcome)
+
+    def _finish(self, proposal: Proposal, outcome: Outcome) -> Trial:
+        self.clock["evaluation"] += outcome.seconds
+        return super().finish(proposal, outcome)
+
+
 @dataclass
 class _Runs:
     """Runs strategies; measures each distinct plan once."""
@@ -366,6 +427,7 @@ class _Runs:
     problems: dict[str, Problem]
     trials: int
     progress: Progress
+    runner: Runner
     known: dict[PlanKey, Outcome] = field(default_factory=dict)
 
     def remember(self, cell: Cell) -> None:
@@ -379,45 +441,33 @@ class _Runs:
     def run(self, budget: str, label: str, seed: int) -> Cell:
         """Run one strategy on one problem. Whatever it raises is the cell's error, and the benchmark goes on."""
         clock, problem, error = Clock(measure=0.0, strategy=0.0, evaluation=0.0), self.problems[budget], None
-        study, repeated = None, []
+        study = None
         try:
             with clock.stage("strategy"):
                 name, options = read_strategy(label)
                 strategy = make_strategy(name, problem, seed, options)
-                study = Study(problem, strategy, trial_limit(strategy, self.trials))
+                limit = trial_limit(strategy, self.trials)
+                study = _RememberingStudy(problem, strategy, limit, known=self.known, clock=clock)
             with clock.stage("measure"):
                 strategy.measure(self.prepared, self.progress)
-            asked = proposals(study)
-            while True:
-                with clock.stage("strategy"):
-                    proposal = next(asked, None)
-                if proposal is None:
-                    break
-                repeated.append(plan_key(problem, proposal) in self.known)
-                outcome = self._evaluate(problem, proposal)
-                clock["evaluation"] += outcome.seconds
-                with clock.stage("strategy"):
-                    study.finish(proposal, outcome)
+            p = self.prepared
+            self.runner(study, Evaluator(problem, p.task.model, p.factors, p.objective, None))
         except Exception as caught:  # noqa: BLE001  # whatever a strategy raises is its cell's error
             error = f"{type(caught).__name__}: {caught}"
-        finished = study.trials if study else []
-        rows = [_row(t, r) for t, r in zip(finished, repeated, strict=False)]
+        rows = [_row(t, t.proposal in study.repeated) for t in study.trials] if study else []
         return {
             "budget": budget,
             "strategy": label,
             "seed": seed,
             "copied_from": None,
             "error": error,
-            "seconds": {k: round(v, 4) for k, v in clock.items()},
+            "seconds": {
+                "measure": round(clock["measure"], 4),
+                "strategy": round(clock["strategy"], 4),
+                "evaluation": round(clock["evaluation"], 4),
+            },
             "trials": rows,
         }
-
-    def _evaluate(self, problem: Problem, proposal: Proposal) -> Outcome:
-        key = plan_key(problem, proposal)
-        if key not in self.known:
-            p = self.prepared
-            self.known[key] = attempt(Evaluator(problem, p.task.model, p.factors, p.objective, None), proposal)
-        return self.known[key]
 
     def score(self, book: _Book) -> tuple[DenseScore, list[ScoreRow]]:
         """Score the dense model and the best plan of each strategy and budget, each distinct plan once."""

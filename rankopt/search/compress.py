@@ -1,7 +1,7 @@
 """The whole job: search for a plan within a budget, check its latency, and return the compressed model.
 
-`rankopt.search.api.compress` is the entry point for Python; the command line and experiments prepare a task themselves
-and call `run_search`.
+`rankopt.search.job.run_job` prepares a task and calls `run_search`, for `rankopt.compress` and the command line;
+experiments prepare a task themselves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rankopt.core.statistics import is_far
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.identity import identity
 from rankopt.search.latency_check import FinishedSearch, check, checkable_limit, search_until_met
-from rankopt.search.loop import Runner, Study, best, search, trial_limit
+from rankopt.search.loop import RunFor, Runner, Study, best, search, trial_limit
 from rankopt.search.result import Result, SearchOutcome, build_result
 from rankopt.search.settings import SearchSettings
 from rankopt.strategies.registry import make_strategy
@@ -70,6 +70,8 @@ def run_search(
         "options": {k: str(v) for k, v in sorted(settings.options.items())},
     }
     store = None if out is None else _open_store(out, prepared, problem, metadata, settings)
+    if settings.timeout is not None:
+        runner = RunFor(runner, settings.timeout)
 
     def search_within(problem: Problem, limits_changed: bool = True) -> FinishedSearch:
         return _search_once(prepared, problem, settings, store, runner, progress, limits_changed)
@@ -134,7 +136,7 @@ def _search_once(
     strategy proposes once more.
     """
     strategy = make_strategy(settings.strategy, problem, settings.seed, settings.options)
-    study = Study(problem, strategy, trial_limit(strategy, settings.trials), store)
+    study = Study(problem, strategy, trial_limit(strategy, settings.trials), store, callbacks=settings.callbacks)
     study.resume()
     if limits_changed:
         strategy.n_asked = 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from rankopt.candidates.cache import FactorStore
@@ -16,6 +18,7 @@ from rankopt.core.errors import TaskError
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal
 from rankopt.decompositions.plan import apply
+from rankopt.model.forward import device_of
 from rankopt.model.objective import call
 from rankopt.search.fidelity import FULL_FIDELITY, FidelitySchedule
 from rankopt.training.loop import Loss, search_batches, train_briefly
@@ -68,7 +71,7 @@ class Evaluator:
         # The default objective compares with the dense model: training on labels would lead away from it.
         task = prepared.task if prepared.task.objective else dataclasses.replace(prepared.task, train=None)
         return cls(
-            problem,
+            dataclasses.replace(problem, counter=None),  # it holds the model, and is not needed to evaluate
             prepared.task.model,
             prepared.factors,
             prepared.objective,
@@ -77,6 +80,24 @@ class Evaluator:
             training_data=search_batches(task, prepared.statistics.batches) if fidelities.steps else None,
             steps=fidelities.steps,
         )
+
+    @property
+    def device(self) -> str:
+        """The device that plans are evaluated on, as "cpu" or "cuda:0 (NVIDIA H200)"."""
+        return device_name(device_of(self.model))
+
+    def to(self, device: str) -> None:
+        """Move the dense model, from which plans are built.
+
+        Args:
+            device: A device as torch names it.
+
+        Raises:
+            TaskError: If the model does not move.
+        """
+        self.model.to(device)
+        if (found := device_of(self.model).type) != torch.device(device).type:
+            raise TaskError(f"the model was moved to {device} and is on {found}: its own to() does not move it")
 
     def __call__(self, proposal: Proposal) -> tuple[float, float | None]:
         """Evaluate at full fidelity.
@@ -128,3 +149,16 @@ def _number(objective: Callable[[nn.Module], float], model: nn.Module) -> float:
     value = call("the objective", objective, model)
     assert value is not None
     return value
+
+
+def device_name(device: torch.device) -> str:
+    """Name a device for a report: a GPU by its number on the machine, whatever CUDA_VISIBLE_DEVICES hides.
+
+    Args:
+        device: The device.
+    """
+    if device.type != "cuda":
+        return str(device)
+    index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    number = visible[index] if index < len(visible) and visible[index] else index
+    return f"cuda:{number} ({torch.cuda.get_device_name(device)})"

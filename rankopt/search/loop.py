@@ -36,6 +36,9 @@ WAIT = 1.0  # seconds between looks at the results of other processes
 REPEATS = 100  # known proposals in a row after which the strategy counts as exhausted
 
 
+TRANSIENT = (OSError, torch.OutOfMemoryError, torch.AcceleratorError)
+
+
 class Outcome(NamedTuple):
     """The result of evaluating a plan, or of as many fidelities as were measured so far.
 
@@ -45,7 +48,8 @@ class Outcome(NamedTuple):
         seconds: Duration so far.
         error: Why the evaluation failed.
         rungs: The objective at each lower fidelity that was measured.
-        transient: True for errors that may not recur (I/O, out of memory); the trial is retried once.
+        transient: True for errors that may not recur (I/O, out of memory, a GPU's); the trial is retried once.
+        device: The device that it ran on; empty if that is not known.
     """
 
     objective: float | None = None
@@ -54,6 +58,7 @@ class Outcome(NamedTuple):
     error: str | None = None
     rungs: tuple[float, ...] = ()
     transient: bool = False
+    device: str = ""
 
     @property
     def finished(self) -> bool:
@@ -81,27 +86,27 @@ def stages(evaluate: Evaluate, proposal: Proposal) -> Iterator[Outcome]:
         failed outcomes.
     """
     start = time.perf_counter()
-    rungs: tuple[float, ...] = ()
+    found = Outcome(device=getattr(evaluate, "device", ""))
     try:
         for measured in evaluate.stages(proposal) if hasattr(evaluate, "stages") else (evaluate(proposal),):
             objective, score = measured if isinstance(measured, tuple) else (measured, None)
-            seconds = time.perf_counter() - start
+            found = found._replace(seconds=time.perf_counter() - start)
             if not math.isfinite(objective):
-                yield Outcome(seconds=seconds, error=f"the objective is {objective}", rungs=rungs)
+                yield found._replace(error=f"the objective is {objective}")
                 return
             if isinstance(measured, tuple):
-                yield Outcome(objective, score, seconds, rungs=rungs)
+                yield found._replace(objective=objective, score=score)
                 return
-            rungs = (*rungs, objective)
-            yield Outcome(seconds=seconds, rungs=rungs)
+            found = found._replace(rungs=(*found.rungs, objective))
+            yield found
     except Exception as error:  # noqa: BLE001  # whatever a user's model or score raises must not end the search
-        text = f"{type(error).__name__}: {error}"
-        yield Outcome(seconds=time.perf_counter() - start, error=text, rungs=rungs, transient=_is_transient(error))
+        text, seconds = f"{type(error).__name__}: {error}", time.perf_counter() - start
+        yield found._replace(seconds=seconds, error=text, transient=_is_transient(error))
 
 
 def _is_transient(error: BaseException | None) -> bool:
     """Whether an error may not recur: a disk or network that was away, a GPU that others had filled."""
-    return error is not None and (isinstance(error, OSError | torch.OutOfMemoryError) or _is_transient(error.__cause__))
+    return error is not None and (isinstance(error, TRANSIENT) or _is_transient(error.__cause__))
 
 
 def attempt(evaluate: Evaluate, proposal: Proposal) -> Outcome:
@@ -128,6 +133,7 @@ class Study:
         limit: Distinct plans to evaluate in total; failed ones and those of a resumed study count.
         store: Where trials are kept; None for nowhere.
         report: Called with every trial that ends.
+        callbacks: Called with the study and every trial that ends here, as Optuna's; one may call `stop()`.
         trials: The trials that ended.
         pending: Plan being evaluated -> number of its ask.
         reached: Plan -> its objective at each lower fidelity so far.
@@ -142,6 +148,7 @@ class Study:
     limit: int
     store: Store | None = None
     report: Callable[[Trial], None] = lambda trial: None
+    callbacks: Sequence[Callback] = ()
     trials: list[Trial] = field(default_factory=list)
     pending: dict[Proposal, int] = field(default_factory=dict)
     reached: dict[Proposal, tuple[float, ...]] = field(default_factory=dict)
@@ -251,6 +258,7 @@ class Study:
             error=outcome.error and outcome.error + " (tried twice)" * (proposal in self.retried),
             note=self.strategy.note(proposal),
             rungs=outcome.rungs,
+            device=outcome.device,
         )
         self.pending.pop(proposal, None)
         if self.store:  # a resumed study asks again for the plans that were running
@@ -258,13 +266,28 @@ class Study:
         self.trials.append(trial)
         self.strategy.tell(trial)
         self.report(trial)
+        for callback in self.callbacks:
+            callback(self, trial)
         self._stop_if_hopeless()
         return trial
+
+    def stop(self) -> None:
+        """Start no more trials; those that run come to their end."""
+        self.stopping = True
+
+    @property
+    def best_trial(self) -> Trial:
+        """The finished trial with the least objective; StudyError if none finished."""
+        return best(self.trials)
 
     def _stop_if_hopeless(self) -> None:
         failed = [t for t in self.trials if t.state == "failed"]
         if len(failed) == len(self.trials) and len(failed) >= min(ALL_FAILED, self.limit):
             raise StudyError(f"every evaluation failed; the first said: {failed[0].error}")
+
+
+Callback = Callable[[Study, Trial], None]
+"""Called with the study and a trial that ended; its errors end the search. `study.stop()` ends it in good order."""
 
 
 def search(study: Study, evaluate: Evaluate) -> list[Trial]:
@@ -419,3 +442,21 @@ class RunUntil:
             return self.runner(study, evaluate)
         finally:
             timer.cancel()
+
+
+class RunFor:
+    """A runner that starts no trial after some seconds, counted from its first call."""
+
+    def __init__(self, runner: Runner, seconds: float) -> None:
+        """Wrap a runner.
+
+        Args:
+            runner: The runner that does the work.
+            seconds: How long trials may start.
+        """
+        self.runner, self.seconds = runner, seconds
+        self.deadline: float | None = None
+
+    def __call__(self, study: Study, evaluate: Evaluate) -> list[Trial]:
+        self.deadline = self.deadline or time.monotonic() + self.seconds
+        return RunUntil(self.runner, self.deadline)(study, evaluate)

@@ -162,7 +162,7 @@ def grid(prepared: Prepared, metric: str) -> list[int]:
     """
     dense = prepared.dense[metric]
     problem = prepared.problem({metric: dense})
-    least = problem.fixed[metric] + sum(min(c.cost[metric] for c in f) for f in problem.frontiers)
+    (least,) = problem.least
     targets: list[int] = []
     while (target := int(dense * (1 - STEP) ** (len(targets) + 1))) > least:
         targets.append(target)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,6 +17,7 @@ from torch import nn
 from rankopt.candidates.memory import measured
 from rankopt.candidates.pareto import dense_candidate
 from rankopt.candidates.prepare import Prepared
+from rankopt.candidates.sensitivity import Curve
 from rankopt.core.budget import Limit
 from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
@@ -70,12 +71,18 @@ class Result:
         plan: The decision for every layer.
         limits: The budget in absolute numbers.
         info: The content of result.json; `rankopt.core.result_record` documents every key.
+        trials: The trials within the limits, in the order in which they ended.
+        problem: The layers' frontiers that the search chose from; None where that is not known, as in a run folder.
+        sensitivities: Layer name -> measured (relative error, rise of the objective), one layer at a time.
     """
 
     model: nn.Module
     plan: Plan
     limits: tuple[Limit, ...]
     info: ResultInfo
+    trials: Sequence[Trial] = field(default=(), repr=False)
+    problem: Problem | None = field(default=None, repr=False)
+    sensitivities: Mapping[str, Curve] = field(default_factory=dict, repr=False)
 
     def summary(self) -> str:
         """The result as text, at most 100 columns wide."""
@@ -235,7 +242,9 @@ def build_result(
     score = _score(prepared, outcome.chosen, model, changes)
     rebuilt = _Rebuilt(model, dataclasses.replace(plan, cost=achieved), changes, score)
     info = _assemble(prepared, outcome, metadata, settings, rebuilt)
-    return Result(model, rebuilt.plan, outcome.problem.limits, info)
+    return Result(
+        model, rebuilt.plan, outcome.problem.limits, info, tuple(outcome.trials), outcome.problem, prepared.curves
+    )
 
 
 @dataclass(frozen=True)

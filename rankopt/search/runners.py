@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class RunnerSettings:
         trial_timeout: Seconds until a worker's trial is stopped.
         trial_memory: Gigabytes that a worker's trial may take beyond model and data.
         tensorboard: Whether to keep Ray's TensorBoard files.
+        cpus_per_trial: CPUs of one worker, as Ray counts them; a worker's torch uses as many threads.
     """
 
     workers: int = 0
@@ -30,19 +32,20 @@ class RunnerSettings:
     trial_timeout: float | None = None
     trial_memory: float | None = None
     tensorboard: bool = False
+    cpus_per_trial: float = 1.0
 
     @property
     def any_given(self) -> bool:
         """Whether some setting differs from its default."""
-        return any(dataclasses.astuple(self))
+        return self != RunnerSettings()
 
 
-def make_runner(settings: RunnerSettings, logs: Path) -> Runner:
+def make_runner(settings: RunnerSettings, logs: Path | None = None) -> Runner:
     """Make the runner of a search.
 
     Args:
         settings: Where trials are evaluated.
-        logs: Folder for the workers' logs.
+        logs: Folder for the workers' logs; None keeps none.
 
     Returns:
         `search`, which works in this process, or a `RaySearch`.
@@ -51,11 +54,11 @@ def make_runner(settings: RunnerSettings, logs: Path) -> Runner:
         RankoptError: If the settings contradict each other, or Ray Tune is needed and not installed.
     """
     if settings.workers < 0 or settings.gpus_per_trial < 0:
-        raise RankoptError("--workers and --gpus-per-trial must not be negative")
+        raise RankoptError("workers and gpus_per_trial must not be negative")
     if not settings.workers and not settings.ray_address and not settings.gpus_per_trial:
         if settings.any_given:
             raise RankoptError(
-                "--trial-timeout, --trial-memory and --tensorboard go with --workers: "
+                "cpus_per_trial, trial_timeout, trial_memory and tensorboard go with workers: "
                 "in this process nothing can stop a trial"
             )
         return search_in_process
@@ -70,4 +73,15 @@ def make_runner(settings: RunnerSettings, logs: Path) -> Runner:
         Limits(settings.trial_timeout, memory),
         logs,
         settings.tensorboard,
+        settings.cpus_per_trial,
     )
+
+
+def session(runner: Runner) -> AbstractContextManager[object]:
+    """Context in which several searches share a start of Ray.
+
+    Args:
+        runner: Their runner; for `search` there is nothing to start.
+    """
+    opened: Callable[[], AbstractContextManager[object]] = getattr(runner, "session", nullcontext)
+    return opened()

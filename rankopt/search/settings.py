@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
+from rankopt.core.errors import RankoptError
 from rankopt.search.fidelity import FULL_FIDELITY, FidelitySchedule
+from rankopt.search.loop import Callback
 from rankopt.strategies.registry import read_options
 
 
@@ -23,6 +25,8 @@ class SearchSettings:
         refine: Whether to refit the chosen plan's layers one after the other against the dense model's outputs, and
             then to recalibrate its batch norms. Each step is kept only if it lowers the objective.
         fidelities: The fidelities that trials are evaluated at.
+        timeout: Seconds after the first trial's start from which no further one starts. None: no limit.
+        callbacks: Called with the study and every trial that ends, as Optuna's.
         storage: SQLAlchemy URL of a study that several processes share. None: study.db in the run folder.
         resume: Whether to continue the study that the storage holds.
     """
@@ -34,8 +38,16 @@ class SearchSettings:
     options: Mapping[str, Any] = field(default_factory=dict)
     refine: bool = False
     fidelities: FidelitySchedule = FULL_FIDELITY
+    timeout: float | None = None
+    callbacks: tuple[Callback, ...] = ()
     storage: str | None = None
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None and not self.timeout > 0:
+            raise RankoptError(f"timeout is {self.timeout}: give seconds above 0")
+        if not all(map(callable, self.callbacks)):
+            raise RankoptError(f"callbacks are {self.callbacks!r}: give functions of the study and a trial")
 
     @classmethod
     def parse(

@@ -40,7 +40,13 @@ def render(*parts: RenderableType) -> str:
         parts: Rich renderables, one below the other.
     """
     console = Console(
-        width=WIDTH, file=io.StringIO(), force_terminal=False, color_system=None, markup=False, emoji=False
+        width=WIDTH,
+        file=io.StringIO(),
+        force_terminal=False,
+        force_jupyter=False,  # in a notebook rich would display the text and write nothing to the file
+        color_system=None,
+        markup=False,
+        emoji=False,
     )
     console.print(*parts, sep="\n")
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

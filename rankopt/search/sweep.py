@@ -13,15 +13,18 @@ import numpy as np
 
 from rankopt.candidates.prepare import Prepared
 from rankopt.core.budget import Limit, parse_budget
-from rankopt.core.errors import BudgetError, RankoptError
+from rankopt.core.errors import BudgetError, RankoptError, TaskError
+from rankopt.core.problem import Problem
 from rankopt.core.progress import Clock, Progress, silent
 from rankopt.core.records import Cost, Plan, Proposal, Task
 from rankopt.core.statistics import Interval, wilson
 from rankopt.model.counting import count
 from rankopt.model.objective import call
 from rankopt.search.evaluator import Evaluator
+from rankopt.search.loop import Runner, Study, search
 from rankopt.search.result import make_plan
 from rankopt.strategies.allocation import allocate
+from rankopt.strategies.base import Strategy
 
 DEPTH = 2  # knees are searched on the whole front, then on both sides of its knee
 
@@ -159,7 +162,13 @@ def knees(x: Sequence[float], y: Sequence[float], depth: int = DEPTH) -> set[int
     return {at} | left | {at + i for i in right}
 
 
-def sweep(prepared: Prepared, budgets: str, evaluate: str = "knees", progress: Progress = silent) -> Sweep:
+def sweep(
+    prepared: Prepared,
+    budgets: str,
+    evaluate: str = "knees",
+    progress: Progress = silent,
+    runner: Runner = search,
+) -> Sweep:
     """Allocate for every budget, and measure objective and validation score of some plans. Test data is not used.
 
     Args:
@@ -167,6 +176,7 @@ def sweep(prepared: Prepared, budgets: str, evaluate: str = "knees", progress: P
         budgets: The budgets, as `read_budgets` takes them.
         evaluate: Which plans to measure: "knees" (the ends and knees of the predicted front), "all" or "none".
         progress: Shows long work.
+        runner: Evaluates the plans: `search` in this process, or a `RaySearch`.
 
     Raises:
         BudgetError: If no budget can be met.
@@ -183,7 +193,7 @@ def sweep(prepared: Prepared, budgets: str, evaluate: str = "knees", progress: P
     kinds = {"knees": ("end", "knee"), "all": ("end", "knee", "between"), "none": ()}[evaluate]
     with clock.stage("evaluating"):
         chosen = [p for p in points if p.kind in kinds]
-        measured = {p.budget: _measure(prepared, p) for p in progress(chosen, "evaluating", len(chosen))}
+        measured = _measure(prepared, chosen, runner, progress)
         dense = call("the score", task.score, task.model)
     points = [measured.get(p.budget, p) for p in points]
     seconds = {k: round(v, 3) for k, v in clock.items()}
@@ -224,7 +234,33 @@ def _mark(points: Sequence[Point]) -> list[Point]:
     return [replace(p, kind=kinds.get(i, p.kind)) for i, p in enumerate(points)]
 
 
-def _measure(prepared: Prepared, point: Point) -> Point:
-    assert point.proposal is not None
-    objective, score = Evaluator.of(prepared, prepared.problem([point.budget]))(point.proposal)
-    return replace(point, objective=objective, score=score, interval=wilson(score, prepared.task.examples))
+class _Given(Strategy):
+    """Proposes given plans."""
+
+    def __init__(self, problem: Problem, plans: Sequence[Proposal]) -> None:
+        super().__init__(problem)
+        self.plans = plans
+
+    def propose(self, number: int) -> Proposal | None:
+        return self.plans[number] if number < len(self.plans) else None
+
+
+def _measure(prepared: Prepared, points: Sequence[Point], runner: Runner, progress: Progress) -> dict[str, Point]:
+    """Measure the plans of some points. All are one study, within the loosest budget: the frontiers are the same."""
+    if not points:
+        return {}
+    plans = list(dict.fromkeys(p.proposal for p in points if p.proposal is not None))
+    problem = prepared.problem([max(points, key=lambda p: p.limit.target).budget])
+    done = iter(progress(range(len(plans)), "evaluating", len(plans)))
+    study = Study(problem, _Given(problem, plans), len(plans), report=lambda trial: next(done, None) and None)
+    next(done)
+    trials = {t.proposal: t for t in runner(study, Evaluator.of(prepared, problem))}
+    next(done, None)
+    if failed := next((t for t in trials.values() if t.error), None):
+        raise TaskError(f"the evaluation of a plan failed: {failed.error}")
+    examples = prepared.task.examples
+    found = {p: trials[p.proposal] for p in points if p.proposal is not None}
+    return {
+        p.budget: replace(p, objective=t.objective, score=t.score, interval=wilson(t.score, examples))
+        for p, t in found.items()
+    }

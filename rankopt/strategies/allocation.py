@@ -11,6 +11,9 @@ The problem is the multiple-choice knapsack (Kellerer, Pferschy, Pisinger 2004, 
    plan of loss U, and U − L certifies how far it can be from the optimum.
 3. *Core.* A plan with candidate j in layer i loses at least L + r[i, j], r = (c + λ·w)[i, j] − min_j (c + λ·w)[i, j].
    Where that exceeds U the candidate goes. `scipy.optimize.milp` (HiGHS) chooses among the few that are left.
+
+Memory and file size do not quite add up over layers: w estimates them. The plan that was found is counted as a whole,
+and room_l corrected by the difference, until the plan fits (`_fitting`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +55,9 @@ NODES = 2_000  # limit of branch and bound; unlike a time limit it gives the sam
 
 
 CUTS = 200  # limit of cutting planes; about a dozen are needed for one limit
+
+
+CORRECTIONS = 12  # plans that are counted before the cheapest one is taken; two or three are usual
 
 
 MAX_PRICE = 1e6  # keeps the first linear programs bounded; in loss of all layers per cost of all layers
@@ -110,9 +116,63 @@ def allocate(
     if tolerance is None:
         tolerance = 0.0 if len(problem.layers) <= EXACT_LAYERS else TOLERANCE
     table = problem.table if losses is None else problem.table._replace(losses=padded(losses, math.inf))
+    bounds = [math.fsum(table.losses.min(axis=1))]
+
+    def solve(room: Array) -> Positions | None:
+        found = _solve(table._replace(room=room), tolerance)
+        if found is None:
+            return None
+        bounds.append(found[1])
+        return found[0]
+
+    plan = _fitting(problem, solve, table.room)
+    if plan is None:
+        plan = _fitting_extreme(problem, table)
+    else:  # where the sum overestimates this plan more than the cheapest, there may be room for a better one
+        other = solve(np.maximum(table.room, _room_around(problem, plan)))
+        if other is not None and _loss(table, other) < _loss(table, plan) and problem.fits(_proposal(other)):
+            plan = other
+    loss = _loss(table, plan)
+    return Allocation(_proposal(plan), loss, min(loss, min(bounds[1:], default=bounds[0])))
+
+
+def _proposal(plan: Positions) -> Proposal:
+    return tuple(map(int, plan))
+
+
+def _room_around(problem: Problem, plan: Positions) -> Array:
+    """The limits on the layers' costs, if these over- and underestimate other plans as much as this one."""
+    return _pick(problem.table.costs, plan).sum(axis=-1) - problem.excess(_proposal(plan))
+
+
+def _fitting(problem: Problem, solve: Callable[[Array], Positions | None], room: Array) -> Positions | None:
+    """Solve under limits on the layers' costs, lowered until the plan fits as a whole; None if none was found."""
+    for number in range(CORRECTIONS):
+        plan = solve(room)
+        if plan is None:
+            return None
+        excess = problem.excess(_proposal(plan))
+        if (excess <= 0).all():
+            return plan
+        reached = _pick(problem.table.costs, plan).sum(axis=-1)
+        room = np.where(excess > 0, np.minimum(room, reached) - excess * 2.0**number, room)
+    return None
+
+
+def _fitting_extreme(problem: Problem, table: ProblemTable) -> Positions:
+    """The better of the dense and the cheapest plans that fit; raises BudgetError if none does."""
+    dense = tuple(len(f) - 1 for f in problem.frontiers)
+    plans = [p for p in (dense, *map(problem.cheapest, problem.limits)) if problem.fits(p)]
+    if not plans:
+        raise cannot_be_met_together(problem)
+    return np.array(min(plans, key=lambda p: _loss(table, np.array(p))))
+
+
+def _solve(table: ProblemTable, tolerance: float) -> tuple[Positions, float] | None:
+    """The plan of least loss whose layers' costs are within the room, and a bound; None if there is none."""
     table = _drop_impossible(table)
     if np.isinf(table.losses).all(axis=1).any():
-        raise cannot_be_met_together(problem)
+        return None
     plan, prices, least = _maximise_dual(table)
     plan = _fill(table, _repair(table, plan))
     upper, bound = _loss(table, plan) if _fits(table, plan) else math.inf, least
@@ -123,9 +183,7 @@ def allocate(
             core = _core(table, prices, upper - least)
             plan, upper, proven = _solve_core(core, plan, upper, goal)
             bound = max(bound, min(proven, upper))
-    if not _fits(table, plan):
-        raise cannot_be_met_together(problem)
-    return Allocation(tuple(map(int, plan)), upper, min(bound, upper))
+    return (plan, min(bound, upper)) if _fits(table, plan) else None
 
 
 def project(problem: Problem, proposal: Proposal) -> Proposal:
@@ -156,7 +214,9 @@ def fill(problem: Problem, proposal: Proposal) -> Proposal:
         problem: The candidates of every layer, and the limits.
         proposal: A plan that fits.
     """
-    return tuple(map(int, _fill(problem.table, np.array(proposal, int))))
+    plan, table = np.array(proposal, int), problem.table
+    filled = _fitting(problem, lambda room: _fill(table._replace(room=room), plan), _room_around(problem, plan))
+    return proposal if filled is None else _proposal(filled)
 
 
 # --- plans: one position per layer -----------------------------------------------------------------

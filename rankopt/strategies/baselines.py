@@ -65,11 +65,11 @@ def largest(problem: Problem, proposal_at: Callable[[float], Proposal]) -> Propo
         The proposal of that number; the proposal at 0 if none fits.
     """
     low, high = 0.0, 1.0
-    if problem.fits(proposal_at(high)):
+    if problem.seems_to_fit(proposal_at(high)):
         return proposal_at(high)
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if problem.fits(proposal_at(middle)) else (low, middle)
+        low, high = (middle, high) if problem.seems_to_fit(proposal_at(middle)) else (low, middle)
     return proposal_at(low)
 
 
@@ -102,7 +102,7 @@ class Greedy(Strategy):
             return None
         problem = self.problem
         current = tuple(len(f) - 1 for f in problem.frontiers)
-        while not problem.fits(current):
+        while not problem.seems_to_fit(current):
             steps = [(*current[:i], p - 1, *current[i + 1 :]) for i, p in enumerate(current) if p > 0]
             if not steps:
                 break
@@ -111,7 +111,7 @@ class Greedy(Strategy):
 
     def _price(self, before: Proposal, after: Proposal) -> tuple[bool, float]:
         """Loss per share of the budget saved; steps that save nothing come last."""
-        old, new = self.problem.cost(before), self.problem.cost(after)
+        old, new = self.problem.sum(before), self.problem.sum(after)
         freed = sum((old[x.metric] - new[x.metric]) / x.target for x in self.problem.limits)
         return freed <= 0, (self.problem.loss(after) - self.problem.loss(before)) / max(freed, 1e-12)
 

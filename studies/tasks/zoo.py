@@ -220,7 +220,7 @@ ZOO: dict[str, Callable[[], Made]] = {
     ),
     "timm mobilevit_xxs": _timm("mobilevit_xxs"),
     "timm xcit_nano": _timm("xcit_nano_12_p16_224", 32, img_size=32, embed_dim=32, depth=2, num_heads=2),
-    "timm poolformer_s12": _timm("poolformer_s12", depths=(1, 1, 1, 1), dims=(16, 24, 32, 48)),
+    "timm lcnet_035": _timm("lcnet_035"),
     # Text, of transformers
     "hf BERT classifier": _hf("BertForSequenceClassification", "BertConfig", **BERT),
     "hf BERT encoder": _hf("BertModel", "BertConfig", **BERT),

@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from rankopt.cli.main import app
 
-ORDER = ["inspect", "search", "report", "apply", "export", "train", "sweep", "benchmark", "hardware", "run"]
+ORDER = ["inspect", "search", "report", "apply", "export", "train", "sweep", "benchmark", "hardware", "run", "cache"]
 PANELS = ["Compress a model", "Use a finished run", "Compare", "Experiments"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
+from typing_extensions import is_typeddict
 
 from rankopt.candidates.prepare import Prepared
 from rankopt.core import result_record
@@ -19,13 +20,13 @@ from rankopt.core.run_folder import read_result, write_result
 from rankopt.search.compress import run_search
 from rankopt.search.settings import SearchSettings
 
-RECORDS = [x for x in vars(result_record).values() if isinstance(x, type) and typing.is_typeddict(x)]
+RECORDS = [x for x in vars(result_record).values() if isinstance(x, type) and is_typeddict(x)]
 
 
 def differences(value: Any, kind: Any, path: str = "info") -> list[str]:
     """Where a value is not of an annotated type."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if typing.is_typeddict(kind):
+    if is_typeddict(kind):
         if not isinstance(value, dict):
             return [f"{path} is {value!r}"]
         hints, extras = get_type_hints(kind), get_type_hints(kind, include_extras=True)

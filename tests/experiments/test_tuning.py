@@ -25,9 +25,11 @@ from rankopt.experiments.config import read_study
 from rankopt.experiments.tasks import load_task
 from rankopt.experiments.tuning import FILE, TuningStudy
 from rankopt.search.compress import run_search
+from rankopt.search.runners import RunnerSettings
 from rankopt.search.settings import SearchSettings
 from rankopt.training.loop import divergence
 from tests.helpers import ROOT
+from tests.helpers.command import run as command
 
 BASE = 'task = "digits"\nbudget = { params = 0.3 }\nspace = "quick.toml"\n'
 RANGES = """
@@ -124,6 +126,9 @@ def rows(folder):
         ),
         (BASE + "[hyperparameters]\nspace.points = ['a']", "space.points=a"),
         ("a = [", "cannot be read"),
+        (BASE + "workers = -1", "workers are 0 or more"),
+        (BASE + "[ray]\ngpus = 1", "unknown key ray.gpus; the keys are workers, address, gpus_per_trial"),
+        (BASE + "[ray]\ncpus_per_trial = '2'", "ray.cpus_per_trial = '2' is not what it should be"),
         (BASE + "objectives = [['score']]\n[hyperparameters]\nspace.points = [2, 4]", "unknown objective ['score']"),
         (BASE + "[hyperparameters]\nspace.rounds = [1, 3]", "unknown hyperparameter 'space.rounds'"),
         (
@@ -179,6 +184,24 @@ def test_what_a_file_says(write):
     assert 0.5 in [width.distribution.high / 4] and width.distribution.step is None, "a fraction, though 0 to 2"
     changed = experiment.with_values({"options.width": 1.5, "space.points": points.from_optuna("5")})
     assert changed.search.options["width"] == 1.5 and changed.space.points == 5 and changed.budget == experiment.budget
+
+
+def test_ray_is_set_in_the_file_or_on_the_command_line(write, tmp_path, monkeypatch):
+    assert read_study(write(BASE)).runner == RunnerSettings()
+    assert read_study(write(BASE + "workers = 3")).runner == RunnerSettings(workers=3)
+    path = write(BASE + "[ray]\nworkers = 2\naddress = 'auto'\ngpus_per_trial = 0.5\ncpus_per_trial = 2")
+    expected = RunnerSettings(2, "auto", 0.5, cpus_per_trial=2)
+    assert read_study(path).runner == expected
+    asked = []
+
+    def refuse(settings, logs):
+        asked.append(settings)
+        raise RankoptError("no search today")
+
+    monkeypatch.setattr("rankopt.cli.experiments.make_runner", refuse)
+    command("run", path, "--out", tmp_path / "out", code=2)
+    command("run", path, "--out", tmp_path / "out", "--workers", "4", "--gpus-per-trial", "1", code=2)
+    assert asked == [expected, dataclasses.replace(expected, workers=4, gpus_per_trial=1.0)]
 
 
 def test_one_search_is_that_of_the_command(write, digits, tmp_path):

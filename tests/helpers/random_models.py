@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
@@ -164,7 +169,7 @@ def _sequence(draw: Random, width: int) -> tuple[nn.Sequential, int]:
 
 
 class MultiplyAdds(TorchDispatchMode):
-    """Counts the multiply-adds of matrix products and convolutions by their definition, operation by operation."""
+    """Counts the multiply-adds of products, attention and convolutions by their definition, operation by operation."""
 
     total = 0
 
@@ -180,7 +185,52 @@ class MultiplyAdds(TorchDispatchMode):
             x, weight, transposed = args[0], args[1], args[6]
             points = x if transposed else out  # each point meets one filter of every channel
             self.total += points.numel() * math.prod(weight.shape[1:])
+        elif func.overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu:
+            q, k, v = args[:3]  # every score is a product over the head, every output one over the keys
+            self.total += q.numel() * k.shape[-2] + math.prod(q.shape[:-1]) * k.shape[-2] * v.shape[-1]
         return out
+
+
+class Alive(TorchDispatchMode):
+    """Adds up the storages that are alive after each operation.
+
+    Args:
+        tensors: What is alive already.
+    """
+
+    def __init__(self, tensors: Any) -> None:
+        super().__init__()
+        self.sizes: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+        self.look(tensors)
+
+    def look(self, tensors: Any) -> None:
+        """Add tensors, drop what was freed, and note the sum."""
+        self.sizes = {key: entry for key, entry in self.sizes.items() if not entry[0].expired()}
+        for t in tree_leaves(tensors):
+            if isinstance(t, Tensor):
+                reference = StorageWeakRef(t.untyped_storage())
+                self.sizes[reference.cdata] = reference, t.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.sizes.values()))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.look(out)
+        return out
+
+
+@contextmanager
+def _ordinary_path() -> Iterator[None]:
+    """Context: no gradients, and torch's fused attention off, in which operations would hide."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def count_params(model: nn.Module) -> int:
@@ -193,18 +243,48 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, one: Any) -> int:
-    """Multiply-adds of one forward pass, attention's own products aside.
+    """Multiply-adds of one forward pass.
 
     Args:
         model: A module in eval mode.
         one: Its input, one example.
     """
     mkldnn = torch.backends.mkldnn
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), mkldnn.flags(False, mkldnn.deterministic, mkldnn.allow_tf32), MultiplyAdds() as counter:
-            model(one)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    off = mkldnn.flags(False, mkldnn.deterministic, mkldnn.allow_tf32)
+    with _ordinary_path(), off, MultiplyAdds() as counter:
+        model(one)
     return counter.total
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of a model's distinct parameters and buffers.
+
+    Args:
+        model: Any module.
+    """
+    return sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def count_memory(model: nn.Module, one: Any) -> int:
+    """The most bytes that are alive at once in one forward pass.
+
+    Args:
+        model: A module.
+        one: Its input, one example.
+    """
+    x = one.clone()
+    with _ordinary_path(), Alive([x, *model.parameters(), *model.buffers()]) as alive:
+        model.eval()
+        model(x)
+    return alive.peak
+
+
+def count_disk(model: nn.Module, folder: Path) -> int:
+    """The size of a model's file.
+
+    Args:
+        model: Any module.
+        folder: Where to write it.
+    """
+    save_model(model, str(folder / "counted.safetensors"))
+    return (folder / "counted.safetensors").stat().st_size

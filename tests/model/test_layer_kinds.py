@@ -16,10 +16,10 @@ from torch import nn
 
 import rankopt
 from rankopt import inventory
+from rankopt.api.inspection import Inspection
 from rankopt.candidates.calibration import frequencies, moments
 from rankopt.candidates.prepare import mark_dense, prepare
 from rankopt.candidates.search_space import SearchSpace
-from rankopt.cli.inspect import inspection
 from rankopt.core.progress import silent
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.experiments.digits import TRAIN, VALIDATION, data
@@ -27,7 +27,6 @@ from rankopt.model.layer_kinds import as_matrix, describe, in_own_shape
 from rankopt.report.html import write_report
 from rankopt.search.compress import run_search
 from rankopt.search.settings import SearchSettings
-from rankopt.search.summary import render
 from rankopt.strategies.registry import STRATEGIES, make_strategy
 from tests.helpers.layers import MODULES, make
 from tests.helpers.spaces import QUICK
@@ -264,7 +263,7 @@ def test_a_model_of_each_kind_becomes_smaller_and_comes_back(prepared, tmp_path)
     torch.testing.assert_close(small(x), made.model.eval()(x))
     assert choice.shape == tuple(prepared.task.model.get_submodule(choice.name).weight.shape)
     assert NEW[kind] in write_report(tmp_path).read_text()
-    table = render(inspection(prepared.layers, prepared.dense, {x.name: ["svd_out"] for x in prepared.layers}))
+    table = repr(Inspection(prepared.layers, {x.name: ["svd_out"] for x in prepared.layers}, prepared.dense))
     assert f"{NEW[kind]}" in table and "×".join(map(str, choice.shape)) in table
 
 

@@ -95,7 +95,7 @@ def test_it_answers_a_readers_questions(run: Path, info: dict[str, Any]) -> None
         assert layer["name"] in text and layer["reason"] in text
     assert f"rankopt apply {run} --task digits --check" in text
     assert f"rankopt.load(model, '{run}')" in text
-    assert "3 plans were evaluated, 0 failed" in text
+    assert "3 plans were evaluated on cpu, 0 failed" in text
 
 
 def test_the_slower_note_is_there_if_the_smaller_model_is_slower(info: dict[str, Any]) -> None:

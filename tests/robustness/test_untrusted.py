@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import rankopt
 from rankopt.candidates.cache import Cache, FactorStore
 from rankopt.core.errors import RankoptError, StudyError
-from rankopt.core.run_folder import LARGEST_JSON, read_result, report_damage
+from rankopt.core.run_folder import read_result, report_damage
+from rankopt.core.schema import LARGEST
 from rankopt.experiments.digits import DigitsNet
 from rankopt.report.html import write_report
 from rankopt.search.compress import run_search
@@ -28,6 +29,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
+CURVES = dict[str, list[list[float]]]
 FUZZ = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
@@ -113,14 +115,14 @@ def test_a_file_too_large_is_not_read(run, tmp_path):
         ("result.json", lambda: read_result(tmp_path)),
     ):
         with (tmp_path / name).open("wb") as file:
-            file.truncate(LARGEST_JSON + 1)
+            file.truncate(LARGEST + 1)
         with pytest.raises(RankoptError, match="larger than"):
             read()
         (tmp_path / name).unlink()
     for name in ("plan.json", "model.safetensors"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     with (tmp_path / "model.safetensors").open("r+b") as file:
-        file.truncate(10 * LARGEST_JSON)
+        file.truncate(10 * LARGEST)
     with pytest.raises(RankoptError, match="larger than the plan's model"):
         rankopt.load(DigitsNet, tmp_path)
 
@@ -182,13 +184,13 @@ def test_silent_damage_of_the_cache_is_noticed(tmp_path):
     cache.write_tensors("statistics", {"a": torch.rand(5, 5, dtype=torch.float64), "b": torch.tensor(3.0)})
     cache.write_tensors("fit", {"0.0": torch.rand(3), "1.0": torch.rand(4)})
     cache.write_json("curve", {"x": [[0.5, 0.25]]})
-    assert cache.read_tensors("statistics") is not None and cache.read_json("curve") == {"x": [[0.5, 0.25]]}
+    assert cache.read_tensors("statistics") is not None and cache.read_json("curve", CURVES) == {"x": [[0.5, 0.25]]}
     for path in tmp_path.iterdir():
         if path.suffix == ".json":
             path.write_text(path.read_text().replace("0.25", "0.75"))
         else:
             flip(path)
-    assert cache.read_tensors("statistics") is None and cache.read_json("curve") is None
+    assert cache.read_tensors("statistics") is None and cache.read_json("curve", CURVES) is None
     assert len(FactorStore(cache)["fit/0"][0]) == 3
     with pytest.raises(RankoptError, match="is damaged, and removed now"):
         FactorStore(cache)["fit/1"]

@@ -13,6 +13,7 @@ import rankopt.search.benchmark as benchmarks
 from rankopt.core.errors import RankoptError, StudyError
 from rankopt.report.benchmark import overall, problem_rows, text, write
 from rankopt.search.benchmark import FILE, benchmark, curve, ranks, read_strategies
+from rankopt.search.loop import plan_key, search
 from rankopt.strategies.baselines import Random
 from rankopt.strategies.registry import STRATEGIES
 from tests.helpers.command import run
@@ -61,6 +62,25 @@ def test_every_strategy_has_as_many_evaluations_and_stays_within_the_budgets(dig
         assert len({tuple(t["proposal"]) for t in cell["trials"]}) == len(cell["trials"])
         evaluation = sum(t["seconds"] for t in cell["trials"])
         assert cell["seconds"]["evaluation"] == pytest.approx(evaluation, abs=1e-3) and evaluation > 0
+
+
+@pytest.mark.slow
+def test_another_runner_evaluates_what_is_not_known_and_finds_the_same(digits, data):
+    evaluated = []
+
+    def runner(study, evaluate):
+        def noted(proposal):
+            evaluated.append(plan_key(study.problem, proposal))
+            return evaluate(proposal)
+
+        return search(study, noted)
+
+    again = benchmark(digits, BUDGETS, NAMES, trials=4, seeds=3, runner=runner)
+    for cell, expected in zip(again["cells"], data["cells"], strict=True):
+        keys = ("proposal", "objective", "repeated")
+        assert [[t[k] for k in keys] for t in cell["trials"]] == [[t[k] for k in keys] for t in expected["trials"]]
+    new = [t for c in again["cells"] if c["copied_from"] is None for t in c["trials"] if not t["repeated"]]
+    assert len(evaluated) == len(set(evaluated)) == len(new)
 
 
 @pytest.mark.slow

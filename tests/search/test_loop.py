@@ -16,10 +16,10 @@ import pytest
 from rich.console import Console
 
 from rankopt import StudyError
-from rankopt.cli.progress import LiveRunner
 from rankopt.search.compress import run_search
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.loop import Study, best, search
+from rankopt.search.progress import LiveRunner
 from rankopt.search.settings import SearchSettings
 from rankopt.search.storage.local import Store, read_trials
 from rankopt.strategies.registry import make_strategy

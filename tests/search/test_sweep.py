@@ -12,6 +12,7 @@ from rankopt.core.records import Cost
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.report.sweep import table, write
 from rankopt.search.evaluator import Evaluator
+from rankopt.search.loop import search
 from rankopt.search.sweep import knees, read_budgets, sweep
 from rankopt.strategies.allocation import allocate
 from tests.helpers.command import run
@@ -96,6 +97,29 @@ def test_the_csv_says_what_the_plans_are(digits, found, tmp_path):
     assert rows[-1]["params"] == rows[-1]["plan"] == "" and "least achievable" in rows[-1]["reason"]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert max(map(len, table(found).splitlines())) <= 100
+
+
+def test_another_runner_measures_the_same(digits, found):
+    studies = []
+
+    def runner(study, evaluate):
+        studies.append(study)
+        return search(study, evaluate)
+
+    again = sweep(digits, "params=0.8,0.5,0.3,0.25,0.2,0.1,0.01", runner=runner)
+    assert len(studies) == 1 and len(studies[0].trials) == found.evaluated
+    assert [(p.objective, p.score) for p in again.points] == [(p.objective, p.score) for p in found.points]
+
+
+def test_an_evaluation_that_fails_is_named(digits):
+    def failing(study, evaluate):
+        def fail(proposal):
+            raise ArithmeticError("on purpose")
+
+        return search(study, fail)
+
+    with pytest.raises(RankoptError, match="ArithmeticError: on purpose"):
+        sweep(digits, "params=0.5,0.3", runner=failing)
 
 
 def test_all_or_none_are_evaluated_on_request(digits):

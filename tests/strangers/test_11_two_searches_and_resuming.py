@@ -178,7 +178,10 @@ def test_a_storage_that_cannot_be_used_is_refused_before_any_fit(tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "study.db").write_text("no database")
-    for out, message in ((full, "restore it from a copy"), (tmp_path / "new", "try again, or search into")):
+    for out, message in (
+        (full, "restore it from a copy"),
+        (tmp_path / "new", "unable to open database file.*: mend that"),
+    ):
         storage = {"storage": f"sqlite:///{tmp_path / 'missing' / 'x.db'}"} if out != full else {"resume": True}
         with pytest.raises(StudyError, match=message):
             open_run_folder(out, SearchSettings("random", 2, **storage))
@@ -452,6 +455,7 @@ def test_a_pipe_that_nobody_reads_ends_a_command_quietly(arguments):
     assert outcome.stderr == "" and outcome.returncode == ("--help" in arguments)  # rich's own way out
 
 
+@pytest.mark.slow
 def test_a_search_does_its_work_where_nobody_reads(tmp_path):
     space = 'families = ["svd_out"]\npoints = 4\nsteps = 0\n'
     writer = nobody_reads()

@@ -12,16 +12,18 @@ import os
 import secrets
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.files import available_cores
+from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal, Trial
 from rankopt.search.loop import WAIT, Evaluate, Outcome, Study, proposals
 from rankopt.search.ray.session import check_resources, keep_logs, line, quiet, started, surroundings
-from rankopt.search.ray.worker import Limits, Worker, pack
+from rankopt.search.ray.worker import Limits, Payload, Worker, WorkerError, pack
 
 NONE = Limits()
 
@@ -44,6 +46,7 @@ class RaySearch:
         limits: Limits = NONE,
         logs: Path | None = None,
         tensorboard: bool = False,
+        cpus_per_trial: float = 1.0,
     ) -> None:
         """Check the settings.
 
@@ -54,6 +57,8 @@ class RaySearch:
             limits: Limits of one trial.
             logs: Folder for the workers' standard error and TensorBoard's files.
             tensorboard: Whether to keep TensorBoard's files.
+            cpus_per_trial: CPUs of a trial, as Ray counts them, and the threads of its torch. Where Ray is started
+                here, its workers share the cores that are left.
 
         Raises:
             RankoptError: If Ray Tune is not installed or a setting makes no sense.
@@ -71,10 +76,47 @@ class RaySearch:
             raise RankoptError(f"workers is {workers}: give 1 or more")
         if gpus_per_trial < 0 or (gpus_per_trial > 1 and gpus_per_trial % 1):
             raise RankoptError(f"gpus_per_trial is {gpus_per_trial}: give a fraction up to 1, or a whole number")
+        if cpus_per_trial <= 0:
+            raise RankoptError(f"cpus_per_trial is {cpus_per_trial}: give more than 0")
         if address and address.startswith("ray://"):  # Tune would pickle the study and move it to the cluster's head
             raise RankoptError(f"{address} is a Ray Client address: give the cluster's own (HOST:6379), or auto")
         self.workers, self.address, self.gpus, self.limits = workers, address, gpus_per_trial, limits
-        self.logs, self.tensorboard = logs, tensorboard
+        self.logs, self.tensorboard, self.cpus = logs, tensorboard, cpus_per_trial
+        self.folder: str | None = None  # Ray's temporary folder, while it is up
+        self.closing: ExitStack | None = None  # what ends with the session
+        self.sent: dict[str, Any] = {}  # digest of what went to the workers in this session -> where Ray keeps it
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Context in which several searches share a start of Ray, which the first of them makes."""
+        if self.closing is not None:
+            yield
+            return
+        self.closing = ExitStack()
+        try:
+            yield
+        finally:
+            with quiet(self.folder) if self.folder else nullcontext():
+                self.closing.close()
+            self.closing = self.folder = None
+            self.sent.clear()
+
+    def _start(self) -> str:
+        """Start Ray or connect to it, unless that was done in this session. Returns its temporary folder."""
+        assert self.closing is not None
+        if self.folder is None:
+            folder = self.closing.enter_context(surroundings())
+            with quiet(folder):
+                self.closing.enter_context(started(self.address, math.ceil(self.workers * self.cpus), folder))
+                check_resources(self.gpus, self.cpus)
+            self.folder = folder
+        return self.folder
+
+    @property
+    def threads(self) -> int:
+        """Threads of a worker: a share of this machine's cores if it has all workers, otherwise the CPUs of a trial."""
+        share = 1 if self.address else available_cores() // self.workers
+        return max(1, share, int(self.cpus))
 
     def __call__(self, study: Study, evaluate: Evaluate) -> list[Trial]:
         """Run a study until its limit or the strategy's end.
@@ -93,10 +135,9 @@ class RaySearch:
         asker = _StudySearch(study, self.limits.seconds)
         if not asker.waiting:
             return study.trials
-        with surroundings() as folder, quiet(folder), started(self.address, self.workers, folder):
-            check_resources(self.gpus)
+        with self.session(), quiet(folder := self._start()):
             try:
-                self._tune(asker, pack(evaluate), folder)
+                self._tune(asker, *pack(evaluate), folder)
             except Exception as error:
                 if asker.error is None and not isinstance(error, RankoptError):
                     raise StudyError(f"Ray ended the search ({line(error)}): go on with --resume") from error
@@ -107,7 +148,8 @@ class RaySearch:
             asker.settle()
         return study.trials
 
-    def _tune(self, asker: _StudySearch, payload: bytes, folder: str) -> None:
+    def _tune(self, asker: _StudySearch, payload: Payload, problem: Problem | None, folder: str) -> None:
+        import ray
         from ray import tune
         from ray.tune.schedulers import FIFOScheduler
         from ray.tune.search import Searcher
@@ -116,11 +158,14 @@ class RaySearch:
         searcher, worker = type("Searcher", (_Searcher, Searcher), {}), type("Worker", (Worker, tune.Trainable), {})
         scheduler = type("Scheduler", (_Scheduler, FIFOScheduler), {"asker": asker})
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        worker = tune.with_parameters(  # into the object store, once
+        if (key := payload.digest) not in self.sent:
+            self.sent[key] = ray.put(payload)
+        worker = tune.with_parameters(
             worker,
-            payload=payload,
+            payload=self.sent[key],
+            problem=problem,
             paths=[str(Path(p).resolve()) for p in sys.path],
-            threads=max(1, available_cores() // self.workers),
+            threads=self.threads,
             cuda=self.gpus > 0,
             limits=self.limits,
         )
@@ -130,7 +175,7 @@ class RaySearch:
 
             callbacks.append(TBXLoggerCallback())
         tune.Tuner(
-            tune.with_resources(worker, {"cpu": 1, "gpu": self.gpus}),
+            tune.with_resources(worker, {"cpu": self.cpus, "gpu": self.gpus}),
             tune_config=tune.TuneConfig(
                 search_alg=searcher(asker),
                 scheduler=scheduler(),
@@ -139,7 +184,7 @@ class RaySearch:
                 reuse_actors=True,  # twenty trivial trials: 8 s, else 50
             ),
             run_config=tune.RunConfig(
-                name="rankopt",
+                name=f"search-{len(list(Path(folder).glob('search-*')))}",
                 storage_path=folder,
                 verbose=0,
                 callbacks=callbacks,
@@ -201,7 +246,10 @@ class _StudySearch:
         """Note why a trial failed, from the last line of its error file. Called just before `tell`."""
         with suppress(OSError, IndexError):
             line = Path(trial.error_file).read_text().strip().splitlines()[-1]
-            self.reasons[trial.trial_id] = f"worker died: {line.partition(' Some common causes')[0]}"
+            _, raised, reason = line.partition(f"{WorkerError.__name__}: ")
+            self.reasons[trial.trial_id] = (
+                reason if raised else f"worker died: {line.partition(' Some common causes')[0]}"
+            )
 
     def tell(self, trial_id: str, outcome: Outcome | None) -> None:
         """Record the end of a trial; without an outcome its worker died."""

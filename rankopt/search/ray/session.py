@@ -68,7 +68,7 @@ def quiet(folder: str) -> Iterator[None]:
     Args:
         folder: Folder of the file.
     """
-    with (Path(folder) / "ray.out").open("w") as file, redirect_stdout(file):
+    with (Path(folder) / "ray.out").open("a") as file, redirect_stdout(file):
         yield
 
 
@@ -127,20 +127,25 @@ def started(address: str | None, workers: int, folder: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def check_resources(gpus: float) -> None:
+def check_resources(gpus: float, cpus: float) -> None:
     """Check that some machine has room for a trial; otherwise Ray would wait for ever.
 
     Args:
         gpus: GPUs of a trial.
+        cpus: CPUs of a trial.
 
     Raises:
         RankoptError: If none has.
     """
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in nodes if node.get("CPU", 0) >= cpus]
     if not nodes:
-        raise RankoptError("no machine of the Ray cluster offers a CPU: start it with --num-cpus 1 or more")
+        raise RankoptError(
+            f"no machine of the Ray cluster offers the {cpus:g} CPUs of a trial: start it with more (--num-cpus), or "
+            "lower cpus_per_trial (--cpus-per-trial)"
+        )
     most = max(node.get("GPU", 0) for node in nodes)
     if most < gpus:
         raise RankoptError(

@@ -7,16 +7,20 @@ import faulthandler
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from rankopt.candidates.cache import Cache, FactorStore
 from rankopt.core.errors import RankoptError, TaskError
+from rankopt.core.files import digest
+from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal
+from rankopt.core.task_file import SentFile, restore, send_files
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.loop import Evaluate, Outcome, stages
 from rankopt.search.ray.session import line
@@ -42,8 +46,44 @@ class Limits:
             raise RankoptError("a trial's limits of time and memory must be above 0")
 
 
-def pack(evaluate: Evaluate) -> bytes:
-    """Pickle an evaluation for the workers. Task files travel by value.
+@dataclass(frozen=True)
+class Payload:
+    """An evaluation on its way to the workers; an `Evaluator` without its problem, so that searches may share it.
+
+    Attributes:
+        files: The task files that it needs, to be run before it is unpickled.
+        pickled: The pickle of (what changed in these files' modules, the evaluation).
+    """
+
+    files: list[SentFile]
+    pickled: bytes
+
+    @property
+    def digest(self) -> str:
+        """A hash of the content."""
+        return digest([str(f.path) for f in self.files], *(f.source for f in self.files), self.pickled)
+
+    def unpack(self, problem: Problem | None, scratch: Path) -> Evaluate:
+        """Run the task files and unpickle the evaluation.
+
+        Args:
+            problem: The problem of an `Evaluator`.
+            scratch: Folder for task files that are not on this machine.
+        """
+        from ray import cloudpickle
+
+        for file in self.files:
+            file.load(scratch)
+        changes, evaluate = cloudpickle.loads(self.pickled)
+        restore(changes)
+        if isinstance(evaluate, Evaluator):
+            assert problem is not None
+            evaluate.problem = problem
+        return cast(Evaluate, evaluate)
+
+
+def pack(evaluate: Evaluate) -> tuple[Payload, Problem | None]:
+    """Pickle an evaluation for the workers. Task files travel as files; only what lies in `__main__` goes by value.
 
     It is pickled here and not by Ray, so that each worker has tensors and arrays of its own: Ray would leave arrays in
     shared memory, into which torch.from_numpy writes.
@@ -51,46 +91,66 @@ def pack(evaluate: Evaluate) -> bytes:
     Args:
         evaluate: Evaluates plans.
 
+    Returns:
+        The evaluation, and the problem if it is an `Evaluator`.
+
     Raises:
         TaskError: If something in it cannot be pickled.
     """
     from ray import cloudpickle
 
-    modules = [module for name, module in sys.modules.items() if name.startswith("rankopt_task_")]
-    for module in modules:
-        cloudpickle.register_pickle_by_value(module)
+    elsewhere = _other_machines()
     try:
-        return bytes(cloudpickle.dumps(_portable(evaluate) if isinstance(evaluate, Evaluator) else evaluate))
+        if not isinstance(evaluate, Evaluator):
+            return Payload(*send_files(cloudpickle.dumps, evaluate, elsewhere)), None
+        content = _portable(evaluate, elsewhere)
+        return Payload(*send_files(cloudpickle.dumps, content, elsewhere)), evaluate.problem
     except RankoptError:
         raise
     except Exception as error:
         raise TaskError(f"the task cannot be sent to Ray's workers ({line(error)}): search without workers") from error
-    finally:
-        for module in modules:
-            cloudpickle.unregister_pickle_by_value(module)
 
 
-def _portable(evaluator: Evaluator) -> Evaluator:
-    """Replace the cache's path by an absolute one; include the factors if the cluster has other machines."""
+def _other_machines() -> bool:
+    """Whether the cluster has machines other than this one."""
     import ray
 
+    return any(node["Alive"] and node["NodeManagerHostname"] != socket.gethostname() for node in ray.nodes())
+
+
+def _portable(evaluator: Evaluator, elsewhere: bool) -> Evaluator:
+    """Leave out the problem; make the cache's path absolute; include the factors if there are other machines."""
     factors = FactorStore(Cache(evaluator.factors.cache.folder.resolve()))
-    if any(node["Alive"] and node["NodeManagerHostname"] != socket.gethostname() for node in ray.nodes()):
+    if elsewhere:
         factors.keep(c.key for frontier in evaluator.problem.frontiers for c in frontier if c.key)
-    return dataclasses.replace(evaluator, factors=factors)
+    return dataclasses.replace(evaluator, factors=factors, problem=cast(Any, None))
+
+
+class WorkerError(RuntimeError):
+    """Raised in a worker that must not evaluate another plan. Ray Tune then replaces its process."""
 
 
 class Worker:
     """Becomes a `ray.tune.Trainable`: evaluates one plan after the other, one fidelity per step."""
 
+    logdir: str
+
     def setup(
-        self, config: dict[str, Any], payload: bytes, paths: list[str], threads: int, cuda: bool, limits: Limits
+        self,
+        config: dict[str, Any],
+        payload: Payload,
+        problem: Problem | None,
+        paths: list[str],
+        threads: int,
+        cuda: bool,
+        limits: Limits,
     ) -> None:
         """Prepare the worker process.
 
         Args:
             config: The first plan, as {"proposal": ...}.
-            payload: The pickled evaluation.
+            payload: The evaluation.
+            problem: Its problem, if it is an `Evaluator`.
             paths: Entries of sys.path, since a task file may import its neighbours.
             threads: Threads of torch.
             cuda: Whether the model goes to the GPU.
@@ -98,7 +158,7 @@ class Worker:
         """
         torch.set_num_threads(threads)
         sys.path.extend(path for path in paths if path not in sys.path)
-        self.payload, self.cuda, self.limits = payload, cuda, limits
+        self.payload, self.problem, self.cuda, self.limits = payload, problem, cuda, limits
         self.evaluate: Evaluate | None = None
         self.reset_config(config)
 
@@ -108,52 +168,47 @@ class Worker:
         Args:
             config: The plan, as {"proposal": ...}.
         """
-        self.going: Iterator[Outcome] = stages(self._Lazy(self), tuple(config["proposal"]))
+        self.proposal: Proposal = tuple(config["proposal"])
+        self.going: Iterator[Outcome] | None = None
         self.spent = 0.0
         return True
 
     def step(self) -> dict[str, Any]:
-        """Measure the next fidelity."""
+        """Measure the next fidelity.
+
+        Raises:
+            WorkerError: If the evaluation cannot be set up, or the GPU failed.
+        """
         start = time.monotonic()
         if self.limits.seconds:  # from C: works while a hung call holds the GIL, and prints where it hung
             faulthandler.dump_traceback_later(max(self.limits.seconds - self.spent, 0.001), exit=True)
         try:
+            if self.going is None:
+                self.going = stages(self._loaded(), self.proposal)
             outcome = next(self.going)
         finally:
             faulthandler.cancel_dump_traceback_later()
+        if self.cuda and outcome.transient:  # after a CUDA error nothing in this process can be trusted
+            raise WorkerError(outcome.error)
         self.spent += time.monotonic() - start
         # As a tuple: Tune fails on metrics that are NaN or missing.
         shown = {} if outcome.objective is None else {"objective": outcome.objective, "score": outcome.score}
         shown |= {f"rung{i}": value for i, value in enumerate(outcome.rungs)}
         return {"outcome": tuple(outcome), "done": outcome.finished, **shown}
 
-    class _Lazy:
-        """The evaluation, unpickled on first use, so that an error there is a trial's outcome."""
-
-        def __init__(self, worker: Worker) -> None:
-            self.worker = worker
-
-        def stages(self, proposal: Proposal) -> Iterator[Any]:
-            evaluate = self.worker.loaded()
-            if hasattr(evaluate, "stages"):
-                yield from evaluate.stages(proposal)
-            else:
-                yield evaluate(proposal)
-
-        def __call__(self, proposal: Proposal) -> tuple[float, float | None]:
-            return self.worker.loaded()(proposal)
-
-    def loaded(self) -> Evaluate:
-        """The evaluation, unpickled and moved to its device once."""
+    def _loaded(self) -> Evaluate:
+        """The evaluation, unpickled and on its device. It is kept only once all of that has succeeded."""
         if self.evaluate is None:
-            from ray import cloudpickle
-
-            self.evaluate, self.payload = cloudpickle.loads(self.payload), b""
-            if isinstance(self.evaluate, Evaluator):
-                self.evaluate.model.to("cuda" if self.cuda else "cpu")
-            if self.limits.memory:
-                _limit_memory(self.limits.memory)
-        assert self.evaluate is not None
+            try:
+                evaluate = self.payload.unpack(self.problem, Path(self.logdir))  # which Ray removes
+                if isinstance(evaluate, Evaluator):
+                    evaluate.to("cuda" if self.cuda else "cpu")
+                if self.limits.memory:
+                    _limit_memory(self.limits.memory)
+            except Exception as error:  # noqa: BLE001  # of a user's code, too
+                traceback.print_exc()  # into the worker's log; not chained, since it may not be picklable
+                raise WorkerError(line(error)) from None
+            self.evaluate, self.payload = evaluate, Payload([], b"")
         return self.evaluate
 
 

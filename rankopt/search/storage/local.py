@@ -5,7 +5,9 @@ All strategies' trials are kept in this form, so optuna-dashboard and Optuna's p
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import sqlite3
 import warnings
 import weakref
@@ -21,13 +23,16 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
+from typing_extensions import TypedDict
 
 from rankopt.core.errors import StudyError
-from rankopt.core.files import digest, write_beside
+from rankopt.core.files import check_no_link, digest, is_disk_full, temporary_beside, write_beside
 from rankopt.core.problem import Problem
 from rankopt.core.records import BUDGETS, Cost, Proposal, Trial
 from rankopt.core.result_record import TrialRow
-from rankopt.core.run_folder import check_same, folder_lock, lock_folder
+from rankopt.core.run_folder import DAMAGE, check_same, folder_lock, lock_folder
+from rankopt.core.schema import checked
+from rankopt.core.text import in_one_line, one_line, shortened
 from rankopt.search.identity import HASHES, TOLERANCES
 
 FILE = "study.db"
@@ -41,6 +46,31 @@ STATES = {"finished": TrialState.COMPLETE, "failed": TrialState.FAIL, "stopped":
 
 
 NAMES = {state: name for name, state in STATES.items()}
+
+
+COMPUTED = re.compile(r"\b(GENERATED|AS|VIRTUAL|COLLATE)\b|\bCHECK\s*\((?!\w+ ?= ?1\))", re.IGNORECASE)
+"""What no definition of Optuna's holds; its one check is of a version's number."""
+
+
+LONGEST_VALUE = 2**26
+"""The longest text in a study.db, in bytes."""
+
+
+STEPS_PER_TICK, TICKS = 10**6, 2000
+"""A statement on a study.db may take this many steps of SQLite's virtual machine: about 20 seconds."""
+
+
+class _Attributes(TypedDict):
+    """A trial's user attributes; see `Trial`."""
+
+    cost: list[int]
+    score: float | None
+    predicted: float | None
+    seconds: float
+    error: str | None
+    note: list[float]
+    asked: int
+    checksum: str
 
 
 class Store:
@@ -112,9 +142,8 @@ class Store:
         try:
             self.study.add_trial(self.frozen(trial, n_asked))
         except (SQLAlchemyError, OptunaError, OSError) as error:
-            raise StudyError(
-                f"trial {trial.number} cannot be written to {self.path} ({error}): make room, then use --resume"
-            ) from error
+            reason, remedy = _reason_and_remedy(error)
+            raise StudyError(f"trial {trial.number} cannot be written to {self.path} ({reason}): {remedy}") from error
 
     def frozen(self, trial: Trial, n_asked: int) -> FrozenTrial:
         """Convert a trial to Optuna's form, with its rungs as intermediate values.
@@ -129,6 +158,7 @@ class Store:
             "predicted": trial.predicted,
             "seconds": trial.seconds,
             "error": trial.error,
+            "device": trial.device,
             "note": list(trial.note),
             "asked": n_asked,
         }
@@ -159,9 +189,7 @@ class Store:
                 proposal = self._proposal(frozen)
                 if proposal not in trials:
                     trials[proposal] = _thawed(frozen, proposal, len(trials))
-                n_asked = frozen.user_attrs[
-                    "asked"
-                ]  # of the last trial: plans that were running then are proposed again
+                n_asked = frozen.user_attrs["asked"]  # of the last: plans that were running then are proposed again
         return list(trials.values()), n_asked
 
     def _proposal(self, frozen: FrozenTrial) -> Proposal:
@@ -210,11 +238,12 @@ def _thawed(frozen: FrozenTrial, proposal: Proposal, number: int) -> Trial:
         error=attributes["error"],
         note=tuple(attributes["note"]),
         rungs=tuple(value for _, value in sorted(frozen.intermediate_values.items())),
+        device=attributes.get("device", ""),  # absent in studies of earlier versions
     )
 
 
 def valid_trials(study: optuna.Study) -> Iterator[FrozenTrial]:
-    """Iterate over the trials that count, and check their checksums.
+    """Iterate over the trials that count, and check their attributes and checksums.
 
     Args:
         study: The study.
@@ -223,13 +252,13 @@ def valid_trials(study: optuna.Study) -> Iterator[FrozenTrial]:
         Its finished, failed and stopped trials since the last restart.
 
     Raises:
-        ValueError: If a trial was changed since it was written.
+        ValueError: If a trial is not what rankopt writes, or was changed since.
     """
     since = study.user_attrs.get("since", 0)
     for frozen in study.get_trials(deepcopy=False):
         if frozen.number < since or frozen.state not in NAMES or "void" in frozen.user_attrs:
             continue
-        if frozen.user_attrs["checksum"] != checksum(frozen):
+        if checked(frozen.user_attrs, _Attributes)["checksum"] != checksum(frozen):
             raise ValueError(f"trial {frozen.number} is not what was written")
         yield frozen
 
@@ -258,20 +287,29 @@ def storage_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, OptunaError, sqlite3.Error, OSError) as error:
-        cause = getattr(error, "orig", None) or error
-        # SQLite: a full disk and a missing right are OperationalErrors, a file that is no database is not.
-        damaged = isinstance(cause, sqlite3.DatabaseError) and not isinstance(cause, sqlite3.OperationalError)
-        remedy = "restore it from a copy" if damaged else "mend that and try again"
-        raise StudyError(
-            f"{path} cannot be used ({str(cause).splitlines()[0]}): {remedy}, or search into another folder"
-        ) from error
-    except (KeyError, TypeError, ValueError) as error:
+        reason, remedy = _reason_and_remedy(error)
+        raise StudyError(f"{path} cannot be used ({reason}): {remedy}, or search into another folder") from error
+    except (*DAMAGE, RuntimeError) as error:  # RuntimeError: of another version of Optuna
         if isinstance(error, StudyError):
             raise
-        reason = f"{type(error).__name__}: {error}"
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise StudyError(
             f"{path} is damaged ({reason}): restore it from a copy, or search into another folder"
         ) from error
+
+
+def _reason_and_remedy(error: BaseException) -> tuple[str, str]:
+    """What the database said below Optuna's and SQLAlchemy's errors, in one line, and what to do about it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    error = getattr(error, "orig", None) or error
+    # SQLite: a full disk and a missing right are OperationalErrors, a file that is no database is not.
+    damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+    if is_disk_full(error):
+        remedy = "make room there, then go on with --resume"
+    else:
+        remedy = "restore it from a copy" if damaged else "mend that, then go on with --resume"
+    return one_line(str(error).partition("\n")[0]), remedy
 
 
 def sqlite_url(path: Path) -> str:
@@ -287,7 +325,7 @@ def create_study(path: Path, name: str, attributes: dict[str, Any], directions: 
     """Create a study in a file.
 
     Args:
-        path: The file, which does not exist.
+        path: The file, which is empty or does not exist.
         name: Name of the study.
         attributes: Its user attributes.
         directions: "minimize" or "maximize" for each objective.
@@ -307,17 +345,43 @@ def load_study(path: Path) -> optuna.Study:
         path: The file.
 
     Raises:
+        StudyError: If it is a link.
         ValueError: If it is empty or damaged.
     """
+    check_no_link(path, StudyError)
     if path.stat().st_size == 0:
         raise ValueError("it is empty")
-    with closing(sqlite3.connect(path)) as connection:
+    if not path.is_file():
+        raise ValueError("it is no regular file")
+    with closing(sqlite3.connect(path, factory=_LimitedConnection)) as connection:
+        # Optuna has nothing but plain tables and indexes; views, triggers and expressions would be code to run.
+        for name, sql in connection.execute("SELECT name, sql FROM sqlite_master"):
+            if not re.match(r"CREATE (TABLE|(UNIQUE )?INDEX)\b", sql or "CREATE INDEX") or COMPUTED.search(sql or ""):
+                raise ValueError(f"its {shortened(str(name), 100)!r} is no plain table or index")
         (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if found != "ok":
         raise ValueError(found)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return optuna.load_study(study_name=STUDY, storage=sqlite_url(path))
+        storage = RDBStorage(sqlite_url(path), engine_kwargs={"connect_args": {"factory": _LimitedConnection}})
+        return optuna.load_study(study_name=STUDY, storage=storage)
+
+
+class _LimitedConnection(sqlite3.Connection):
+    """A connection to a file that may come from elsewhere: what a damaged one may cost is bounded.
+
+    A statement ends with an error after STEPS steps of SQLite's virtual machine; reading a trial takes some hundreds.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
+        self.set_progress_handler(lambda: next(self.ticks) >= TICKS, STEPS_PER_TICK)
+        self.set_trace_callback(self._begin)
+        self._begin()
+
+    def _begin(self, _statement: str = "") -> None:
+        self.ticks = itertools.count()
 
 
 def check_folder(folder: Path) -> None:
@@ -334,11 +398,8 @@ def check_folder(folder: Path) -> None:
         if path.exists():
             load_study(path)
         else:
-            probe = folder / f".{FILE}.{os.getpid()}.part"
-            try:
+            with temporary_beside(path) as probe:
                 create_study(probe, STUDY, {})
-            finally:
-                probe.unlink(missing_ok=True)
 
 
 def read_trials(folder: Path) -> list[TrialRow]:
@@ -357,6 +418,21 @@ def read_trials(folder: Path) -> list[TrialRow]:
         return trial_rows(valid_trials(load_study(path)))
 
 
+def read_run_trials(folder: Path) -> list[Trial]:
+    """Read the trials of a run folder as records; layers are indexed as in its search.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        StudyError: If its study is damaged.
+    """
+    path = folder / FILE
+    with storage_errors(path):
+        found = list(valid_trials(load_study(path)))
+        return [_thawed(t, tuple(map(int, t.params.values())), number) for number, t in enumerate(found)]
+
+
 def trial_rows(trials: Iterable[FrozenTrial]) -> list[TrialRow]:
     """Convert trials to the rows of a report.
 
@@ -372,7 +448,8 @@ def trial_rows(trials: Iterable[FrozenTrial]) -> list[TrialRow]:
             "score": t.user_attrs["score"],
             "predicted": t.user_attrs["predicted"],
             "seconds": t.user_attrs["seconds"],
-            "error": t.user_attrs["error"],
+            "error": in_one_line(t.user_attrs["error"]),
+            "device": t.user_attrs.get("device", ""),
             "cost": t.user_attrs["cost"],
         }
         for number, t in enumerate(trials)

@@ -105,7 +105,7 @@ def test_the_model_travels_once_for_each_worker(digits, cluster, tmp_path, monke
     evaluator = Evaluator.of(digits, problem)
     evaluator.score = Loaded(str(tmp_path / "loads"))
     RaySearch(2)(study, evaluator)
-    assert len(packed) == 1 and len(packed[0]) > 20e6
+    assert len(packed) == 1 and len(packed[0][0].pickled) > 20e6
     assert 1 <= len((tmp_path / "loads").read_text().split()) <= 2 and len(study.trials) == 6
 
 

@@ -8,9 +8,9 @@ import threading
 import pytest
 from rich.console import Console
 
-from rankopt.cli.progress import INTERVAL, Heartbeat, LiveRunner, ProgressBar, duration, time_left
 from rankopt.search.compress import run_search
 from rankopt.search.loop import search
+from rankopt.search.progress import INTERVAL, Heartbeat, LiveRunner, ProgressBar, duration, time_left
 from rankopt.search.settings import SearchSettings
 
 SOON = 0.001  # seconds between lines, so that nothing waits for 30

@@ -1,0 +1,1 @@
+"""What Python users call: the functions and results of the package rankopt."""

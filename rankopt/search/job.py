@@ -1,0 +1,215 @@
+"""A whole job, from a task to the compressed model: what `rankopt.compress` and `rankopt search` both run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankopt.candidates.latency_table import Conditions
+from rankopt.candidates.prepare import Budget, Prepared, prepare
+from rankopt.candidates.search_space import SearchSpace, load_space
+from rankopt.core.budget import limited_metrics
+from rankopt.core.errors import RankoptError
+from rankopt.core.progress import Progress
+from rankopt.core.records import Task
+from rankopt.search.compress import open_run_folder, run_search
+from rankopt.search.loop import Runner
+from rankopt.search.max_drop import OPTIONS, check_max_drop, smallest_model
+from rankopt.search.multi_stage import run_multi_stage
+from rankopt.search.result import Result
+from rankopt.search.runners import RunnerSettings, make_runner, session
+from rankopt.search.settings import SearchSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do with a task. `parse` reads it as users write it.
+
+    Attributes:
+        budget: The limits; None with `max_drop`.
+        max_drop: Instead of a budget: the largest drop of the score that is allowed, a fraction.
+        minimize: With `max_drop`: what is to be as small as possible; None for "params".
+        latency_on: Conditions of a latency budget, as `Conditions.parse` reads them.
+        space: The search space.
+        settings: How to search.
+        runner: Where trials are evaluated.
+        out: The run folder; None keeps nothing on disk.
+        cache: Folder for fitted candidates; None for the default one.
+    """
+
+    budget: Budget | None = None
+    _: KW_ONLY
+    max_drop: float | None = None
+    minimize: str | None = None
+    latency_on: str | None = None
+    space: SearchSpace = field(default_factory=SearchSpace)
+    settings: SearchSettings = field(default_factory=SearchSettings)
+    runner: RunnerSettings = field(default_factory=RunnerSettings)
+    out: Path | None = None
+    cache: str | Path | None = None
+
+    @classmethod
+    def parse(  # noqa: PLR0913  (a parameter for every option)
+        cls,
+        budget: Budget | None = None,
+        *,
+        max_drop: float | None = None,
+        minimize: str | None = None,
+        latency_on: str | None = None,
+        strategy: str = "knapsack",
+        options: Mapping[str, Any] | None = None,
+        trials: int | None = None,
+        seed: int = 0,
+        space: SearchSpace | str | Path = "default",
+        families: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+        ranks: Mapping[str, Sequence[Any]] | None = None,
+        keep_dense: Sequence[str] | None = None,
+        fidelities: str | None = None,
+        refine: bool = False,
+        timeout: float | None = None,
+        callbacks: Sequence[Any] = (),
+        out: str | Path | None = None,
+        resume: bool = False,
+        storage: str | None = None,
+        cache: str | Path | None = None,
+        runner: RunnerSettings | None = None,
+    ) -> Job:
+        """Read a job as users write it; the parameters are those of `rankopt.compress`.
+
+        Raises:
+            RankoptError: Something is not understood, or does not go together.
+        """
+        settings = SearchSettings.parse(
+            strategy,
+            options,
+            fidelities or None,
+            trials=trials,
+            seed=seed,
+            refine=refine,
+            timeout=timeout,
+            callbacks=tuple(callbacks),
+            storage=storage,
+            resume=resume,
+        )
+        found = space if isinstance(space, SearchSpace) else load_space(space)
+        job = cls(
+            budget or None,
+            max_drop=max_drop,
+            minimize=minimize,
+            latency_on=latency_on or None,
+            space=found.adjusted(families, ranks, keep_dense),
+            settings=settings,
+            runner=runner or RunnerSettings(),
+            out=None if out is None else Path(out),
+            cache=cache,
+        )
+        job.check()
+        return job
+
+    @property
+    def conditions(self) -> Conditions | None:
+        """The conditions of a latency budget, if they were given."""
+        return Conditions.parse(self.latency_on) if self.latency_on else None
+
+    def check(self) -> None:
+        """Check that the parts go together.
+
+        Raises:
+            RankoptError: They do not.
+        """
+        if self.max_drop is None and self.minimize is not None:
+            raise RankoptError("--minimize goes with --max-drop")
+        if (self.max_drop is None) == (self.budget is None):
+            raise RankoptError("give --budget (how small) or --max-drop (how good), and not both")
+        if self.latency_on and "latency" not in limited_metrics(self.budget):
+            raise RankoptError("--latency-on goes with --budget latency=...")
+        _ = self.conditions
+        if self.out is None and (self.settings.resume or self.settings.storage):
+            raise RankoptError("--resume and --storage go with --out, the run folder")
+        self._check_max_drop()
+        self._check_rounds()
+
+    def _check_max_drop(self) -> None:
+        default = SearchSettings(seed=self.settings.seed, refine=self.settings.refine)
+        if self.max_drop is not None and (self.settings != default or self.runner.any_given):
+            raise RankoptError(
+                "--max-drop evaluates knapsack plans of several budgets, here and now: it takes no --strategy, "
+                "--option, --trials, --resume, --fidelities, --storage, timeout, callbacks, --workers, or what goes "
+                "with workers"
+            )
+
+    def _check_rounds(self) -> None:
+        settings = self.settings
+        special = settings.refine or settings.fidelities != SearchSettings().fidelities or settings.storage
+        ended = settings.timeout is not None or settings.callbacks
+        if self.space.rounds > 1 and (self.max_drop is not None or special or ended or self.latency_on):
+            raise RankoptError(
+                f"search space {self.space.name!r} asks for {self.space.rounds} rounds: not with --max-drop, --refine, "
+                "--fidelities, --storage, --latency-on, timeout or callbacks"
+            )
+
+
+def run_job(task: Task, job: Job, progress: bool | Progress | None = None) -> Result:
+    """Compress a task's model.
+
+    Args:
+        task: The task.
+        job: What to do.
+        progress: As of `rankopt.search.progress.displays`.
+
+    Raises:
+        RankoptError: If an argument is wrong or the search cannot be done; see `rankopt.compress`.
+    """
+    from rankopt.search.progress import displays
+
+    if job.max_drop is not None:
+        check_max_drop(task, job.max_drop, job.minimize or "params")
+    runner = _runner(job)
+    if job.out is not None:
+        open_run_folder(job.out, job.settings)
+    show, shown = displays(progress)
+    if job.space.rounds > 1:
+        with session(runner):
+            return run_multi_stage(
+                task, job.space, job.budget or {}, job.settings, job.out, job.cache, shown(runner, job.out), show
+            )
+    prepared = prepare(task, job.space, job.cache, show, budget=job.budget, latency_on=job.conditions)
+    return _search(prepared, job, runner, progress)
+
+
+def run_prepared(prepared: Prepared, job: Job, progress: bool | Progress | None = None) -> Result:
+    """Compress the model of a task that was prepared before.
+
+    Args:
+        prepared: The task with its candidates; the job's search space is not used.
+        job: What to do.
+        progress: As in `run_job`.
+
+    Raises:
+        RankoptError: As `run_job`.
+    """
+    runner = _runner(job)
+    if job.out is not None:
+        open_run_folder(job.out, job.settings)
+    return _search(prepared, job, runner, progress)
+
+
+def _runner(job: Job) -> Runner:
+    return make_runner(job.runner, job.out / "logs" if job.out else None)
+
+
+def _search(prepared: Prepared, job: Job, runner: Runner, progress: bool | Progress | None) -> Result:
+    """Search within the budget, or within the smallest one that keeps the score."""
+    from rankopt.search.progress import displays
+
+    show, shown = displays(progress)
+    if job.max_drop is None:
+        problem = prepared.problem(job.budget or {})
+        return run_search(prepared, problem, job.settings, job.out, shown(runner, job.out), show)
+    answer = smallest_model(prepared, job.max_drop, job.minimize or "params", show)
+    settings = dataclasses.replace(job.settings, options=OPTIONS)
+    problem = prepared.problem(answer.budget)
+    return run_search(prepared, problem, settings, job.out, shown(answer.run, job.out), show, answer.report)

@@ -1,0 +1,291 @@
+"""Every kind of file that rankopt reads, damaged at random: a result or one clear line, no raw error, no hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import sqlite3
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankopt.candidates.cache import Cache, FactorStore
+from rankopt.candidates.latency_table import Conditions, read_table
+from rankopt.candidates.search_space import load_space
+from rankopt.core.errors import RankoptError
+from rankopt.core.run_folder import read_result, report_damage
+from rankopt.decompositions.plan import read_plan
+from rankopt.experiments import cases
+from rankopt.experiments.config import read_study
+from rankopt.report import benchmark as benchmark_report
+from rankopt.report import cases as cases_report
+from rankopt.report.training import lines
+from rankopt.search import benchmark
+from rankopt.search.storage.local import check_folder, create_study, read_trials
+from rankopt.search.summary import summary
+from rankopt.training import checkpoint
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "studies" / "results"
+SECONDS = 20  # of the processor: a reader that takes longer hangs
+TOKEN = re.compile(rb'"[^"\n]*"|-?\d[\d.e+-]*|true|false|null|[\[\]{},:=\n]')
+HOSTILE = [
+    *(b"1.5 -1 0 1e999 NaN nan -Infinity true null [] {} [[1]] [true] {} [{}] 1979-05-27 x , ] }".split()),
+    *(b'"" "x" "../../x" "\\u001b[2J" "=1+1" "\\ud800" {"a":1} {a=1} [{a=1}] "a\\nb"'.split()),
+    *(b"9" * n for n in (18, 19, 30, 5000)),
+    *(b"[" * n + b"]" * n for n in (20, 40, 100_000)),
+    b'"' + b"y" * 40_000 + b'"',
+    b"\xff\xfe",
+    b"\x00",
+]
+
+
+def damaged(good: bytes, chance: random.Random) -> bytes:
+    """The content with one to three tokens replaced, removed or moved, or with bytes changed."""
+    for _ in range(chance.choice((1, 1, 1, 2, 3))):
+        if chance.random() < 0.15:
+            at = chance.randrange(len(good))
+            good = good[:at] + chance.randbytes(chance.randrange(4)) + good[at + chance.randrange(4) :]
+            continue
+        tokens = [m.span() for m in TOKEN.finditer(good)] or [(0, len(good))]
+        start, end = chance.choice(tokens)
+        other = slice(*chance.choice(tokens))
+        new = chance.choice((b"", good[other], chance.choice(HOSTILE), chance.choice(HOSTILE), chance.choice(HOSTILE)))
+        good = good[:start] + new + good[end:]
+    return good
+
+
+def damaged_bytes(good: bytes, chance: random.Random) -> bytes:
+    """A binary file, cut off or with some bytes changed."""
+    content = bytearray(good)
+    if chance.random() < 0.1:
+        return bytes(content[: chance.randrange(len(content))])
+    for _ in range(chance.choice((1, 1, 2, 8, 64))):
+        content[chance.randrange(len(content))] = chance.randrange(256)
+    return bytes(content)
+
+
+@contextmanager
+def no_hang():
+    """Context: an error after SECONDS of the processor, however busy the machine is."""
+
+    def stop(number, frame):
+        raise AssertionError(f"still at work after {SECONDS} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _study(path):
+    read_study(path)
+
+
+def _table(path):
+    read_table(path, Conditions())
+
+
+def _plan(path):
+    read_plan(path.parent)
+
+
+def _result(path):
+    with report_damage(path.parent):
+        info = read_result(path.parent)
+        text = "\n".join([summary(info), *lines(info)])
+    assert "\x1b" not in text
+
+
+def _benchmark(path):
+    data = benchmark.read(path)
+    benchmark_report.text(data)
+    benchmark_report.markdown(data)
+    list(benchmark_report._rows(data))
+
+
+def _cases(path):
+    cases_report.table(list(cases._read_rows(path.parent).values()))
+
+
+def _trials(path):
+    for row in read_trials(path.parent):
+        assert row["state"] in {"finished", "failed", "stopped"}
+
+
+def _curves(path):
+    Cache(path.parent).read_json("entry", dict[str, tuple[tuple[float, float], ...]])
+
+
+def _fits(path):
+    cache = Cache(path.parent)
+    cache.read_metadata("entry", "fits", list[tuple[tuple[int, ...], float]])
+    cache.read_tensors("entry")
+    FactorStore(cache)["entry/0"]
+
+
+def _checkpoint(path):
+    checkpoint.load(path)
+
+
+def _few_cells() -> bytes:
+    data = json.loads((RESULTS / "benchmark_digits/benchmark.json").read_bytes())
+    for cell in data["cells"]:
+        cell["trials"] = cell["trials"][:2]
+    return json.dumps(data).encode()
+
+
+def _few_times() -> bytes:
+    data = json.loads((ROOT / "search_spaces/hardware/xeon-1-thread.json").read_bytes())
+    data["layers"] = {k: dict(list(v.items())[:3]) for k, v in list(data["layers"].items())[:4]}
+    return json.dumps(data).encode()
+
+
+def _own_study(folder: Path) -> bytes:
+    from rankopt.core.problem import Problem
+    from rankopt.core.records import Cost, Layer, Trial
+    from rankopt.search.storage.local import Store
+
+    problem = Problem.__new__(Problem)
+    object.__setattr__(problem, "layers", (Layer("a", "Linear", (4, 4)), Layer("b", "Linear", (4, 4))))
+    object.__setattr__(problem, "frontiers", ((1, 2, 3), (1, 2, 3)))
+    store = Store(folder, problem, {"seed": 0}, resume=False)
+    for number in range(4):
+        state = ("finished", "finished", "failed", "stopped")[number]
+        objective = 0.5 if state == "finished" else None
+        store.add(Trial(number, (number % 3, 1), state, Cost(1, 2, 3), objective, rungs=(0.25,)), number + 1)
+    store.close()
+    return (folder / "study.db").read_bytes()
+
+
+def _own_entry(folder: Path) -> bytes:
+    cache = Cache(folder)
+    tensors = {"0.0": torch.rand(3), "0.1": torch.rand(2, 2), "1.0": torch.rand(4)}
+    cache.write_tensors("entry", tensors, {"fits": json.dumps([((2,), 0.5), ((3,), 0.25)])})
+    return cache.path("entry", "safetensors").read_bytes()
+
+
+def _own_curve(folder: Path) -> bytes:
+    cache = Cache(folder)
+    cache.write_json("entry", {"layer": [[0.5, 0.25], [0.75, 0.5]]})
+    return cache.path("entry", "json").read_bytes()
+
+
+def _own_checkpoint(folder: Path) -> bytes:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    checkpoint.write(folder / "c", checkpoint.State(model, losses=[[0.5]]), optimizer, schedule, "print")
+    return (folder / "c").read_bytes()
+
+
+TARGETS = {
+    "search space": ("space.toml", lambda _: (ROOT / "search_spaces/thesis-cp.toml").read_bytes(), load_space),
+    "study": ("study.toml", lambda _: (ROOT / "studies/digits_hyperparameters.toml").read_bytes(), _study),
+    "cases of a study": ("study.toml", lambda _: (ROOT / "studies/short.toml").read_bytes(), _study),
+    "hardware table": ("table.json", lambda _: _few_times(), _table),
+    "plan": ("plan.json", lambda _: (RESULTS / "digits_hyperparameters/search-9/plan.json").read_bytes(), _plan),
+    "result": (
+        "result.json",
+        lambda _: (RESULTS / "digits_hyperparameters/search-9/result.json").read_bytes(),
+        _result,
+    ),
+    "benchmark": ("benchmark.json", lambda _: _few_cells(), _benchmark),
+    "cases": ("cases.json", lambda _: (RESULTS / "short/cases.json").read_bytes(), _cases),
+    "trials": ("study.db", _own_study, _trials),
+    "curves in the cache": ("entry.json", _own_curve, _curves),
+    "fits in the cache": ("entry.safetensors", _own_entry, _fits),
+    "checkpoint": ("checkpoint.safetensors", _own_checkpoint, _checkpoint),
+}
+
+
+def fuzz(target: str, folder: Path, mutations: int, seed: int) -> None:
+    name, make, read = TARGETS[target]
+    source, place = folder / "good", folder / "place"
+    source.mkdir()
+    place.mkdir()
+    good, path = make(source), place / name
+    path.write_bytes(good)
+    read(path)  # the whole file is fine
+    chance = random.Random(f"{target} {seed}")
+    for number in range(mutations):
+        for left in place.iterdir():
+            left.unlink()
+        content = (damaged_bytes if name.endswith((".db", ".safetensors")) and number % 3 else damaged)(good, chance)
+        path.write_bytes(content)
+        try:
+            with no_hang():
+                read(path)
+        except RankoptError as error:
+            assert str(error) and "\n" not in str(error) and len(str(error)) < 1500, str(error)[:3000]
+        except Exception as error:
+            kept = Path(os.environ.get("FUZZ_KEEP", folder)) / f"{target.replace(' ', '-')}-{number}-{name}"
+            kept.write_bytes(content)
+            raise AssertionError(f"mutation {number} of {target}: {type(error).__name__}, kept as {kept}") from error
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_damage_is_refused_in_one_line(target, tmp_path):
+    fuzz(target, tmp_path, 60, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_much_damage_is_refused_in_one_line(target, tmp_path):
+    fuzz(target, tmp_path, 10_000, seed=1)
+
+
+# --- what chance does not find --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "ALTER TABLE trials RENAME TO old; CREATE VIEW trials AS WITH RECURSIVE r(trial_id) AS (SELECT 1 UNION ALL "
+        "SELECT trial_id + 1 FROM r) SELECT trial_id, trial_id AS number, 1 AS study_id, 'COMPLETE' AS state, "
+        "NULL AS datetime_start, NULL AS datetime_complete FROM r",
+        "CREATE TRIGGER t AFTER INSERT ON trials BEGIN DELETE FROM trials; END",
+        "ALTER TABLE trials ADD COLUMN more TEXT GENERATED ALWAYS AS (hex(zeroblob(100000000)))",
+        "CREATE VIRTUAL TABLE f USING fts5(x)",
+        "CREATE TABLE more (x, CHECK (length(hex(zeroblob(x))) > 0))",
+    ],
+)
+def test_a_study_that_computes_is_refused(tmp_path, statement):
+    create_study(tmp_path / "study.db", "rankopt", {})
+    with closing(sqlite3.connect(tmp_path / "study.db")) as connection:
+        connection.executescript(statement)
+    for use in (read_trials, check_folder):
+        with no_hang(), pytest.raises(RankoptError, match="no plain table or index"):
+            use(tmp_path)
+
+
+def test_a_long_text_in_a_result_takes_no_time(tmp_path):
+    info = json.loads((RESULTS / "digits_hyperparameters/search-9/result.json").read_bytes())
+    info["warnings"] = ["word " * 40_000, "y" * 400_000]
+    info["layers"][0]["reason"] = info["layers"][0]["name"] = "x" * 400_000
+    (tmp_path / "result.json").write_text(json.dumps(info))
+    with no_hang():
+        assert len(summary(read_result(tmp_path))) < 50_000
+
+
+def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
+    for name, read in (
+        ("result.json", _result),
+        ("plan.json", _plan),
+        ("space.toml", load_space),
+        ("study.toml", _study),
+        ("benchmark.json", _benchmark),
+        ("cases.json", _cases),
+        ("table.json", _table),
+    ):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(RankoptError, match="no regular file"):
+            read(tmp_path / name)
