@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from rankopt.core.errors import TaskError
 from rankopt.core.progress import Progress
 from rankopt.core.records import Task, Trial, unwrapped
 from rankopt.model.checks import check_model
-from rankopt.model.inputs import check_batches, first_example, not_empty
+from rankopt.model.inputs import first_example, peek
 from rankopt.search.job import Job, run_job
 from rankopt.search.loop import Study
 from rankopt.search.runners import RunnerSettings
@@ -185,15 +184,6 @@ def as_task(
         raise TaskError(f"model is a {type(model).__name__}: give an nn.Module")
     check_model(unwrapped(model))
     if others.get("example_input") is None:
-        others["example_input"], calibration = _first_example(unwrapped(model), calibration)
+        batch, calibration = peek(calibration)
+        others["example_input"] = first_example(unwrapped(model), batch)
     return Task(model, calibration=calibration or (), score=score, **others)
-
-
-def _first_example(model: nn.Module, calibration: Any) -> tuple[Any, Iterable[Any]]:
-    """The first example, and the batches with the first one put back: they may come from a generator."""
-    check_batches(calibration)
-    iterator = not_empty(calibration)
-    first = list(islice(iterator, 1))
-    if not first:
-        raise TaskError("the calibration set is empty: give at least one batch of inputs")
-    return first_example(model, first[0]), chain(first, iterator)

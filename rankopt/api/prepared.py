@@ -130,8 +130,9 @@ class PreparedModel:
             raise RankoptError(f"there is no layer {layer!r}: choose from {names}")
         if found.reason is not None:
             raise RankoptError(f"layer {layer!r} has no frontier, it stays dense: {found.reason}")
-        problem = self._prepared.problem({metric: "100%"})
-        return dict(zip((x.name for x in problem.layers), problem.frontiers, strict=True))[layer]
+        frontier = self._prepared.problem({metric: "100%"}).frontier(layer)
+        assert frontier is not None
+        return frontier
 
     def _run(self, job: Job, progress: bool | Progress | None) -> Result:
         return Result.of(run_prepared(self._prepared, job, self._progress if progress is None else progress))

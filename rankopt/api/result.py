@@ -102,9 +102,8 @@ class Result(search_result.Result):
         """
         if self.problem is None:
             raise RankoptError("run folders do not hold frontiers: take rankopt.prepare(model, ...).frontier(layer)")
-        frontiers = dict(zip((x.name for x in self.problem.layers), self.problem.frontiers, strict=True))
-        if layer in frontiers:
-            return frontiers[layer]
+        if (frontier := self.problem.frontier(layer)) is not None:
+            return frontier
         kept = {c.name: c.reason for c in self.plan.choices}
         if layer in kept:
             raise RankoptError(f"layer {layer!r} has no frontier, it stays dense: {kept[layer]}")
@@ -199,21 +198,7 @@ class Result(search_result.Result):
 
     def _rows(self) -> list[TrialRow]:
         """The trials as reports read them."""
-        return [
-            {
-                "number": t.number,
-                "state": t.state,
-                "objective": t.objective,
-                "rungs": list(t.rungs),
-                "score": t.score,
-                "predicted": t.predicted,
-                "seconds": t.seconds,
-                "error": t.error,
-                "device": t.device,
-                "cost": [t.cost[m] for m in BUDGETS],
-            }
-            for t in self.trials
-        ]
+        return [t.row for t in self.trials]
 
 
 def _pandas() -> Any:

@@ -119,10 +119,7 @@ def moments(
             raise TaskError(f"the input of layer {name!r} is NaN or infinite on the calibration data")
         with torch.inference_mode(mode=False), torch.no_grad():  # sums of inference tensors could not be changed later
             gram, rows = _gram(by_name[name], model.get_submodule(name), x.detach())
-        if name in sums:
-            sums[name] += gram
-        else:
-            sums[name] = gram
+        _accumulate(sums, name, gram)
         counts[name] += rows
 
     try:
@@ -139,8 +136,16 @@ def moments(
     return {name: _finished(by_name[name], sums.pop(name), counts[name]) for name in reached}
 
 
+def _accumulate(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
+    """Add to a sum in place: a second copy of a wide layer's matrix would take as much memory again."""
+    if name in sums:
+        sums[name] += part
+    else:
+        sums[name] = part
+
+
 def _finished(layer: Layer, total: Tensor, rows: int) -> Tensor:
-    """The second moment of a sum over so many rows, which is overwritten."""
+    """The second moment: the mean of a sum over `rows` vectors. The sum is overwritten."""
     if layer.kind == "Embedding":
         return frequencies(total)
     if total.ndim == 2:  # as if one more row had been seen, with the mean of all
@@ -307,10 +312,7 @@ def output_metrics(
     def collect(layer: Layer, gradient: Tensor) -> None:
         axis = 1 - len(layer.own_shape)  # before those of the kernel
         channels = gradient.detach().movedim(axis, 0).reshape(layer.groups, layer.out_channels, -1)
-        if layer.name in sums:
-            sums[layer.name] += outer(channels, channels)
-        else:
-            sums[layer.name] = outer(channels, channels)
+        _accumulate(sums, layer.name, outer(channels, channels))
         rows[layer.name] += channels.shape[-1]
 
     def watch(name: str, _args: Any, _kwargs: Any, output: Tensor) -> Tensor:

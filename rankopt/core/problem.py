@@ -69,6 +69,14 @@ class Problem:
             rest = rest - layer.cost
         return rest
 
+    def frontier(self, name: str) -> tuple[Candidate, ...] | None:
+        """The Pareto frontier of a free layer; None if there is no such layer.
+
+        Args:
+            name: The layer's name.
+        """
+        return next((f for x, f in zip(self.layers, self.frontiers, strict=True) if x.name == name), None)
+
     def candidates(self, proposal: Proposal) -> tuple[Candidate, ...]:
         """The candidates that a proposal chooses.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rankopt.core.errors import TaskError
-from rankopt.core.result_record import Metric
+from rankopt.core.result_record import Metric, TrialRow
 
 if TYPE_CHECKING:
     from torch import nn
@@ -288,6 +288,22 @@ class Trial:
     note: tuple[float, ...] = ()
     rungs: tuple[float, ...] = ()
     device: str = ""
+
+    @property
+    def row(self) -> TrialRow:
+        """The trial as reports read it."""
+        return {
+            "number": self.number,
+            "state": self.state,
+            "objective": self.objective,
+            "rungs": list(self.rungs),
+            "score": self.score,
+            "predicted": self.predicted,
+            "seconds": self.seconds,
+            "error": self.error,
+            "device": self.device,
+            "cost": [self.cost[m] for m in BUDGETS],
+        }
 
 
 WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}

@@ -20,10 +20,10 @@ from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.types import Factors, Family, Stage
 from rankopt.model.layer_kinds import (
     CONVOLUTIONS,
-    GEOMETRY,
     TRANSPOSED,
     as_matrix,
     convolve,
+    copy_geometry,
     describe,
     extended,
     in_own_shape,
@@ -329,9 +329,7 @@ def copy_settings(replacement: nn.Module, module: nn.Module) -> nn.Module:
     Returns:
         The replacement.
     """
-    for name in GEOMETRY:
-        if hasattr(module, name):
-            setattr(replacement, name, getattr(module, name))
+    copy_geometry(replacement, module)
     bias: Tensor | None = getattr(module, "bias", None)
     with torch.no_grad():
         for parameter in replacement.parameters():

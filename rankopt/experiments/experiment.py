@@ -82,9 +82,7 @@ class Experiment:
         tables: dict[str, dict[str, Any]] = {
             "budget": {m: self.budget.get(m, 1.0) for m in METRICS},
             "options": {**strategy_options(self.search.strategy), **self.search.options},
-            "space": {
-                k: v for k, v in space.items() if k not in ("name", "description", "layers", "rounds", "round_steps")
-            },
+            "space": {k: v for k, v in space.items() if k not in NOT_TUNABLE},
             "training": {k: v for k, v in dataclasses.asdict(self.training).items() if k != "seed"},
         }
         return {f"{table}.{k}": v for table, values in tables.items() for k, v in values.items()}

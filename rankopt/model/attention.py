@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt.core.errors import not_scriptable
-from rankopt.model.layer_kinds import GEOMETRY, as_matrix, describe, in_own_shape
+from rankopt.model.layer_kinds import as_matrix, copy_geometry, describe, in_own_shape
 from rankopt.model.lazy_weight import lazy
 
 
@@ -58,9 +58,7 @@ class FusedLinear(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        for name in GEOMETRY:
-            if hasattr(module, name):
-                setattr(self, name, getattr(module, name))
+        copy_geometry(self, module)
         self.layer = describe(module)
         self.q, self.k, self.v = thirds(as_matrix(self.layer, module.weight)[0], module.bias)  # type: ignore[arg-type]
         self.train(module.training)

@@ -87,13 +87,25 @@ def read_calibration(model: nn.Module, calibration: Iterable[Any], limit: int) -
     Raises:
         TaskError: There is no example, `calibration` is not an iterable of batches, or the model does not run on it.
     """
+    first, batches = peek(calibration)
+    return Calibration(first_examples(map(reader(model, first), batches), limit), _unused(model, first))
+
+
+def peek(calibration: Any) -> tuple[Any, Iterator[Any]]:
+    """The first batch that holds an example, and an iterator over all that do, this one included.
+
+    Args:
+        calibration: Batches, as `Task.calibration`; they may come from a generator.
+
+    Raises:
+        TaskError: There is no example, or `calibration` is not an iterable of batches.
+    """
     check_batches(calibration)
-    batches = not_empty(calibration)
+    batches = filterfalse(_is_empty, calibration)
     first = next(batches, None)
     if first is None:
         raise TaskError("the calibration set is empty: give at least one batch of inputs")
-    inputs = map(reader(model, first), chain([first], batches))
-    return Calibration(first_examples(inputs, limit), _unused(model, first))
+    return first, chain([first], batches)
 
 
 def first_examples(inputs: Iterable[Any], limit: int) -> list[Any]:
@@ -121,15 +133,6 @@ def collect_batches(model: nn.Module, calibration: Iterable[Any], limit: int) ->
         limit: As there.
     """
     return read_calibration(model, calibration, limit).batches
-
-
-def not_empty(calibration: Iterable[Any]) -> Iterator[Any]:
-    """The batches that hold an example.
-
-    Args:
-        calibration: Batches, as `Task.calibration`.
-    """
-    return filterfalse(_is_empty, calibration)
 
 
 def _is_empty(batch: Any) -> bool:

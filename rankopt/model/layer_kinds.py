@@ -39,6 +39,18 @@ GEOMETRY = (
 """The attributes of a layer that its replacement has, too: models may read layer.out_channels and the like."""
 
 
+def copy_geometry(replacement: nn.Module, module: nn.Module) -> None:
+    """Give a replacement the attributes in GEOMETRY that a layer has.
+
+    Args:
+        replacement: The replacement.
+        module: The layer.
+    """
+    for name in GEOMETRY:
+        if hasattr(module, name):
+            setattr(replacement, name, getattr(module, name))
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' Conv1D, which is recognised by its name: transformers may not be installed.
 

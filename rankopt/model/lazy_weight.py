@@ -30,34 +30,20 @@ class LazyWeight(Tensor):
     """Stands for a tensor that `build()` makes; every operation on its values builds it first.
 
     Attributes such as dtype, device and shape, and methods such as size() and dim(), answer without building it.
+
+    Args:
+        shape: The tensor's shape.
+        like: A tensor of its dtype and on its device.
+        build: Makes the tensor.
     """
 
     build: Callable[[], Tensor]
 
     @staticmethod
-    def __new__(
-        cls,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-        build: Callable[[], Tensor],
-    ) -> LazyWeight:
-        return Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
-
-    def __init__(
-        self,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-        build: Callable[[], Tensor],
-    ) -> None:
-        """Args:
-        shape: The weight's shape.
-        dtype: Its dtype.
-        device: Its device.
-        build: Makes the weight, in this shape and dtype and on this device.
-        """
-        self.build = build
+    def __new__(cls, shape: Sequence[int], like: Tensor, build: Callable[[], Tensor]) -> LazyWeight:
+        made: LazyWeight = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=like.dtype, device=like.device)
+        made.build = build
+        return made
 
     @classmethod
     def __torch_function__(
@@ -99,4 +85,4 @@ def lazy(shape: Sequence[int], like: Tensor, build: Callable[[], Tensor]) -> Ten
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return build()
-    return LazyWeight(shape, like.dtype, like.device, build)
+    return LazyWeight(shape, like, build)

@@ -18,7 +18,7 @@ from rankopt.core.errors import TaskError
 from rankopt.core.records import Layer
 from rankopt.model.composites import take_ordinary_path
 from rankopt.model.forward import inference, map_tensors, outputs, random_numbers, run, to_device
-from rankopt.model.layer_kinds import GEOMETRY
+from rankopt.model.layer_kinds import copy_geometry
 from rankopt.model.lazy_weight import LazyWeight
 
 Item = TypeVar("Item")
@@ -40,9 +40,7 @@ class StandIn(nn.Module):
         super().__init__()
         self.inner = [layer]  # in a list: not a submodule, as a replacement's parts are others
         self.called = self.read = 0
-        for name in GEOMETRY:
-            if hasattr(layer, name):
-                setattr(self, name, getattr(layer, name))
+        copy_geometry(self, layer)
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ class StandIn(nn.Module):
             self.read += 1
             return whole
 
-        return LazyWeight(whole.shape, whole.dtype, whole.device, build)
+        return LazyWeight(whole.shape, whole, build)
 
     @property
     def bias(self) -> Tensor | None:
@@ -116,10 +114,15 @@ def irreplaceable(model: nn.Module, layers: Sequence[Layer], batch: Any) -> dict
         Layer name -> why it must stay dense.
     """
     trial = Trial(model, batch)
-    reasons = {x.name: _why(trial, x) for x in faulty(layers, lambda some: trial.works(*_with_stand_ins(model, some)))}
-    free = [x for x in layers if x.name not in reasons]
-    copied, stand_ins = _with_stand_ins(model, free)
-    trial.works(copied)
+    stand_ins: dict[str, StandIn] = {}
+
+    def works(some: Sequence[Layer]) -> bool:
+        nonlocal stand_ins
+        copied, stand_ins = _with_stand_ins(model, some)
+        return trial.works(copied)
+
+    at_fault = faulty(layers, works)  # `stand_ins` are now those of all others
+    reasons = {x.name: _why(trial, x) for x in at_fault}
     reasons |= {name: HELD for name, s in stand_ins.items() if not s.called}
     return reasons | {name: READ for name, s in stand_ins.items() if s.read}
 
@@ -155,7 +158,7 @@ class Trial:
         self.expected = all_outputs(model, batch)
         self.repeats = same(self.expected, all_outputs(model, batch))
 
-    def works(self, model: nn.Module, *_: Any) -> bool:
+    def works(self, model: nn.Module) -> bool:
         """Whether a model runs, and computes the same; the latter only of models that repeat themselves."""
         try:
             return same(self.expected, all_outputs(model, self.batch)) or not self.repeats

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from rankopt.search.multi_stage import run_multi_stage
 from rankopt.search.result import Result
 from rankopt.search.runners import RunnerSettings, make_runner, session
 from rankopt.search.settings import SearchSettings
+
+ShowTrials = Callable[[Runner, Path | None], Runner]
+"""Wraps the runner of a search in a run folder, so that its trials are shown."""
 
 
 @dataclass(frozen=True)
@@ -163,21 +166,16 @@ def run_job(task: Task, job: Job, progress: bool | Progress | None = None) -> Re
     Raises:
         RankoptError: If an argument is wrong or the search cannot be done; see `rankopt.compress`.
     """
-    from rankopt.search.progress import displays
-
     if job.max_drop is not None:
         check_max_drop(task, job.max_drop, job.minimize or "params")
-    runner = _runner(job)
-    if job.out is not None:
-        open_run_folder(job.out, job.settings)
-    show, shown = displays(progress)
+    runner, show, shown = _opened(job, progress)
     if job.space.rounds > 1:
         with session(runner):
             return run_multi_stage(
                 task, job.space, job.budget or {}, job.settings, job.out, job.cache, shown(runner, job.out), show
             )
     prepared = prepare(task, job.space, job.cache, show, budget=job.budget, latency_on=job.conditions)
-    return _search(prepared, job, runner, progress)
+    return _search(prepared, job, runner, show, shown)
 
 
 def run_prepared(prepared: Prepared, job: Job, progress: bool | Progress | None = None) -> Result:
@@ -191,21 +189,21 @@ def run_prepared(prepared: Prepared, job: Job, progress: bool | Progress | None 
     Raises:
         RankoptError: As `run_job`.
     """
-    runner = _runner(job)
-    if job.out is not None:
-        open_run_folder(job.out, job.settings)
-    return _search(prepared, job, runner, progress)
+    return _search(prepared, job, *_opened(job, progress))
 
 
-def _runner(job: Job) -> Runner:
-    return make_runner(job.runner, job.out / "logs" if job.out else None)
-
-
-def _search(prepared: Prepared, job: Job, runner: Runner, progress: bool | Progress | None) -> Result:
-    """Search within the budget, or within the smallest one that keeps the score."""
+def _opened(job: Job, progress: bool | Progress | None) -> tuple[Runner, Progress, ShowTrials]:
+    """The runner of a job, whose run folder is opened, and the displays of its stages and of its trials."""
     from rankopt.search.progress import displays
 
-    show, shown = displays(progress)
+    runner = make_runner(job.runner, job.out / "logs" if job.out else None)
+    if job.out is not None:
+        open_run_folder(job.out, job.settings)
+    return runner, *displays(progress)
+
+
+def _search(prepared: Prepared, job: Job, runner: Runner, show: Progress, shown: ShowTrials) -> Result:
+    """Search within the budget, or within the smallest one that keeps the score."""
     if job.max_drop is None:
         problem = prepared.problem(job.budget or {})
         return run_search(prepared, problem, job.settings, job.out, shown(runner, job.out), show)

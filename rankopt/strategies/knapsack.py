@@ -65,9 +65,11 @@ class Knapsack(Strategy):
             progress: Progress callback.
             values: Measured objective by plan; what is measured here is added.
         """
+        if min(values.values()) == math.inf:
+            return min(values, key=values.__getitem__)
         ratios = np.ones(len(self.problem.layers))
         dense = tuple(len(f) - 1 for f in self.problem.frontiers)
-        zero = 0.0 if prepared.task.objective is None else _measured(prepared, self.problem, dense)
+        zero = 0.0 if prepared.task.objective is None else prepared.dense_objective
         for _ in range(REPAIRS):
             best = min(values, key=values.__getitem__)
             if not is_far(values[best] - zero, self.problem.loss(best)):

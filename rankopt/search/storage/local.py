@@ -11,7 +11,7 @@ import re
 import sqlite3
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -414,8 +414,8 @@ def read_trials(folder: Path) -> list[TrialRow]:
     path = folder / FILE
     if not path.is_file():
         raise StudyError(f"there is no {path}: name the folder that a search wrote")
-    with storage_errors(path):
-        return trial_rows(valid_trials(load_study(path)))
+    rows: list[TrialRow] = in_one_line([trial.row for trial in read_run_trials(folder)])
+    return rows
 
 
 def read_run_trials(folder: Path) -> list[Trial]:
@@ -431,26 +431,3 @@ def read_run_trials(folder: Path) -> list[Trial]:
     with storage_errors(path):
         found = list(valid_trials(load_study(path)))
         return [_thawed(t, tuple(map(int, t.params.values())), number) for number, t in enumerate(found)]
-
-
-def trial_rows(trials: Iterable[FrozenTrial]) -> list[TrialRow]:
-    """Convert trials to the rows of a report.
-
-    Args:
-        trials: Trials in Optuna's form.
-    """
-    return [
-        {
-            "number": number,
-            "state": NAMES[t.state],
-            "objective": t.value if t.state == TrialState.COMPLETE else None,
-            "rungs": [value for _, value in sorted(t.intermediate_values.items())],
-            "score": t.user_attrs["score"],
-            "predicted": t.user_attrs["predicted"],
-            "seconds": t.user_attrs["seconds"],
-            "error": in_one_line(t.user_attrs["error"]),
-            "device": t.user_attrs.get("device", ""),
-            "cost": t.user_attrs["cost"],
-        }
-        for number, t in enumerate(trials)
-    ]
