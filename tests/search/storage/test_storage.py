@@ -205,9 +205,11 @@ def postgresql():
         data, common = f"{folder}/data", {"user": user, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         subprocess.run([place / "initdb", "-D", data, "-U", "rank", "-A", "trust", "-N"], check=True, cwd="/", **common)
         command = [place / "postgres", "-D", data, "-k", folder, "-h", "", "-F"]
+        ready = [place / "pg_isready", "-h", folder]  # its socket exists before the server answers
         with subprocess.Popen(command, cwd="/", **common) as server:
             try:
-                wait_for(lambda: Path(folder, ".s.PGSQL.5432").exists() and server.poll() is None)
+                wait_for(lambda: subprocess.run(ready, check=False, **common).returncode == 0)
+                assert server.poll() is None
                 yield f"postgresql+psycopg://rank@/postgres?host={folder}"
             finally:
                 server.send_signal(signal.SIGINT)  # SIGTERM would wait for connections that a failed test left
