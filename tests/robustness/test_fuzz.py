@@ -276,6 +276,16 @@ def test_a_long_text_in_a_result_takes_no_time(tmp_path):
         assert len(summary(read_result(tmp_path))) < 50_000
 
 
+def test_a_number_without_end_in_a_study_is_refused(tmp_path):
+    """Optuna computes with the ends of a range as decimals."""
+    good = (ROOT / "studies/digits_hyperparameters.toml").read_text()
+    bad = good.replace("high = 0.25", "high = 1e999")
+    assert bad != good
+    (tmp_path / "study.toml").write_text(bad)
+    with pytest.raises(RankoptError, match="no finite number"):
+        _study(tmp_path / "study.toml")
+
+
 def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
     for name, read in (
         ("result.json", _result),
