@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import socket
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -163,7 +166,7 @@ def process_alive(pid: int) -> bool:
     """Whether a process runs on this machine.
 
     Args:
-        pid: Its process id.
+        pid: Its process id, as this process's container counts.
     """
     try:
         os.kill(pid, 0)
@@ -174,6 +177,33 @@ def process_alive(pid: int) -> bool:
     with suppress(OSError, IndexError):  # a zombie has ended, too
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     return True
+
+
+@functools.cache
+def _process_space() -> str:
+    """What process ids mean here: a start of a machine, and a container (a namespace) on it. Empty if not known."""
+    if sys.platform != "linux":
+        return "machine"
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    return ""
+
+
+def process_name() -> str:
+    """A name of this process that no other process has, on any machine: host, start and container, and process id."""
+    return f"{socket.gethostname()} {_process_space()} {os.getpid()}"
+
+
+def has_ended(name: str) -> bool:
+    """Whether a process is known to have ended. Of a process elsewhere, also in another container, nothing is known.
+
+    Args:
+        name: The process's `process_name`.
+    """
+    place, _, pid = name.rpartition(" ")
+    here = process_name().rpartition(" ")[0]
+    return bool(_process_space()) and place == here and pid.isdecimal() and not process_alive(int(pid))
 
 
 def lock_folder(folder: Path, wait: bool = False) -> int:

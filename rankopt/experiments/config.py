@@ -36,6 +36,7 @@ from rankopt.core.schema import checked, read_toml
 from rankopt.experiments.experiment import NO_TRAINING, Experiment
 from rankopt.search.runners import RunnerSettings
 from rankopt.search.settings import SearchSettings
+from rankopt.search.storage.private import in_range
 from rankopt.training.recipe import Recipe
 
 OBJECTIVES = {"score": "maximize", "objective": "minimize"} | dict.fromkeys((*METRICS, "milliseconds"), "minimize")
@@ -128,7 +129,7 @@ class Hyperparameter:
         """
         if self.choices:
             return choice_text(value) if choice_text(value) in self.choices else None
-        inside = isinstance(value, (int, float)) and self.distribution._contains(value)
+        inside = isinstance(value, (int, float)) and in_range(self.distribution, value)
         return value if inside else None
 
 
