@@ -19,7 +19,7 @@ from rankopt.core.result_record import ResultInfo
 from rankopt.core.schema import read_json
 from rankopt.core.text import in_one_line
 
-PLAN, WEIGHTS, RESULT = "plan.json", "model.safetensors", "result.json"
+PLAN, WEIGHTS, RESULT, REPORT = "plan.json", "model.safetensors", "result.json", "report.html"
 
 
 WEIGHTS_BESIDE = "rankopt.safetensors"
@@ -137,22 +137,23 @@ def _same(kept: Any, asked: Any, tolerance: float) -> bool:
 # --- folders and locks ---------------------------------------------------------------------------
 
 
-def open_folder(out: Path, resume: bool, kept: str = "study.db") -> None:
+def open_folder(out: Path, resume: bool | None, kept: str = "study.db") -> None:
     """Make a run folder, or check one that is to be resumed.
 
     Args:
         out: The folder.
-        resume: Whether it may hold an earlier run.
+        resume: Whether it may hold an earlier run. None: of a command that begins again and keeps only its logs.
         kept: The file, anywhere below the folder, without which there is nothing to resume.
 
     Raises:
         StudyError: The folder is not empty and not resumed, holds nothing to resume or a link, or cannot be made.
     """
     try:
-        # A process that was killed while it wrote its first file leaves nothing but *.part.
-        full = out.exists() and (not out.is_dir() or any(".part" not in p.name for p in out.iterdir()))
+        # A process that was killed while it wrote its first file leaves nothing but *.part, and Ray's logs.
+        full = out.exists() and (not out.is_dir() or any(not _left_over(p, resume) for p in out.iterdir()))
         if full and not resume:
-            raise StudyError(f"{out} is not empty: pass --resume to go on with it, or choose another --out")
+            go_on = "" if resume is None else "pass --resume to go on with it, or "
+            raise StudyError(f"{out} is not empty: {go_on}choose another --out")
         if full and not any(out.rglob(kept)):
             raise StudyError(f"there is nothing to resume in {out}: it holds files, but no {kept}")
         for path in out.rglob("*") if full else ():
@@ -177,6 +178,11 @@ def process_alive(pid: int) -> bool:
     with suppress(OSError, IndexError):  # a zombie has ended, too
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     return True
+
+
+def _left_over(path: Path, resume: bool | None) -> bool:
+    """Whether a file is all that a command leaves that was killed before it wrote its first result."""
+    return ".part" in path.name or (resume is None and path.name in ("logs", "sweep.png"))
 
 
 @functools.cache
