@@ -17,7 +17,7 @@ from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.files import check_no_link, write_beside
 from rankopt.core.result_record import ResultInfo
 from rankopt.core.schema import read_json
-from rankopt.core.text import in_one_line
+from rankopt.core.text import in_one_line, reason
 
 PLAN, WEIGHTS, RESULT, REPORT = "plan.json", "model.safetensors", "result.json", "report.html"
 
@@ -64,7 +64,7 @@ def read_result(folder: str | Path) -> ResultInfo:
     except FileNotFoundError:
         raise StudyError(f"there is no {path}: name a finished run's folder, or finish it with --resume") from None
     except (OSError, ValueError) as error:
-        raise StudyError(f"{path} is damaged ({error}): run the search again with --resume") from error
+        raise StudyError(f"{path} is damaged ({reason(error)}): run the search again with --resume") from error
 
 
 @contextmanager
