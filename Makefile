@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STAMP_DEV := $(VENV)/.installed-dev
 
-.PHONY: help install demo test slow lint docs clean
+.PHONY: help install demo test slow lint audit docs clean
 
 help:
 	@echo "make install   the set-up alone: .venv with the rankopt command"
@@ -13,6 +13,7 @@ help:
 	@echo "make test      install what tests need and run them"
 	@echo "make slow      tests that take minutes or measure this machine (keep it calm), and random examples"
 	@echo "make lint      ruff, mypy and the rooms' import contract"
+	@echo "make audit     known weaknesses of the installed packages, where their index can be reached"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +49,9 @@ lint: $(STAMP_DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: $(STAMP_DEV)
+	$(BIN)/python tests/audit.py
 
 docs: $(STAMP_DEV)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q

@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import digest, write_beside
 from rankopt.core.schema import checked, parse_json, read_json
+from rankopt.core.text import reason
 from rankopt.decompositions.types import Factors
 
 VERSION = 4  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
@@ -265,7 +266,7 @@ class FactorStore:
                 found = {name: file.get_tensor(name) for name in (f"{index}.{i}" for i in range(count))}
                 damaged = [name for name, tensor in found.items() if not _sound(file, name, tensor)]
         except (OSError, SafetensorError) as error:
-            raise RankoptError(f"the candidate cache lost an entry ({error}): run the search again") from error
+            raise RankoptError(f"the candidate cache lost an entry ({reason(error)}): run the search again") from error
         if damaged:
             path = self.cache.path(file_key, "safetensors")
             path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from rankopt.candidates.search_space import search_spaces_folder
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import write_beside
 from rankopt.core.schema import read_json
-from rankopt.core.text import escaped, shortened
+from rankopt.core.text import escaped, reason, shortened
 from rankopt.core.timing import in_turn, threads
 from rankopt.export.onnx_session import onnxruntime_version, open_session, quiet_exporter
 from rankopt.model.forward import call_arguments, inference, input_tensors, map_tensors, run
@@ -362,7 +362,9 @@ def read_table(path: Path, conditions: Conditions) -> LatencyTable:
     try:
         table: LatencyTable = read_json(path, _TableFile, LARGEST)
     except (OSError, ValueError) as error:
-        raise RankoptError(f"{path} is no table of times ({error}): measure it again with rankopt hardware") from error
+        raise RankoptError(
+            f"{path} is no table of times ({reason(error)}): measure it again with rankopt hardware"
+        ) from error
     if table.conditions != conditions.measured:
         wrong = [f"{k}={v}" for k, v in sorted(table.conditions.items()) if v != conditions.measured.get(k)]
         differ = [shortened(escaped(text), 40) for text in wrong]

@@ -125,7 +125,7 @@ class MemoryCosts:
         Returns:
             The costs "memory" and "disk" in bytes.
         """
-        key = tuple((c.method, c.rank, c.form, c.precision) for c in candidates)
+        key = tuple(c.label for c in candidates)
         if key not in self.counted:
             model = assemble(self.model_layers.model, self.model_layers.layers, candidates, _zeros)
             self.counted[key] = measured(model, self.model_layers.example_input)

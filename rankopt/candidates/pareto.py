@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rankopt.core.problem import NOT_ADDITIVE, cheapest
 from rankopt.core.records import DENSE, SAME, Candidate, Layer
 
 OF_PRECISION = ("bytes", "latency", "memory", "disk")
@@ -23,7 +24,8 @@ def frontier(layer: Layer, candidates: Iterable[Candidate], metrics: Sequence[st
     """Find the Pareto frontier over a budget's metrics and the error, the dense layer included.
 
     Of the two forms of a fit, the one that costs less in these metrics is kept, the factorised one if they cost the
-    same. Quantized candidates are considered only if a metric depends on precision.
+    same. For metrics that do not add up over layers, the dense layer and the candidate that
+    seems cheapest are kept in any case: `Problem.cheapest` finds the least from them.
 
     Args:
         layer: The layer.
@@ -33,13 +35,30 @@ def frontier(layer: Layer, candidates: Iterable[Candidate], metrics: Sequence[st
     Returns:
         Candidates by falling error: cheapest first; dense last, unless one is exact.
     """
-    counts = not set(metrics).isdisjoint(OF_PRECISION)
-    ordered = sorted(
-        [dense_candidate(layer), *(c for c in candidates if counts or c.precision == SAME)],
-        key=lambda c: (c.error, *(c.cost[m] for m in metrics), c.method, c.rank, c.form, c.precision),
-    )
+    dense = dense_candidate(layer)
+    offered = [dense, *considered(layer, candidates, metrics)]
+    ordered = sorted(offered, key=lambda c: (c.error, *(c.cost[m] for m in metrics), *c.label))
+    needed = [x for m in metrics if m in NOT_ADDITIVE for x in (dense, cheapest(offered, m))]
     kept: list[Candidate] = []
     for candidate in ordered:  # nothing later has a smaller error, so only costs are left to compare
-        if not any(all(k.cost[m] <= candidate.cost[m] for m in metrics) for k in kept):
+        if candidate in needed or not any(all(k.cost[m] <= candidate.cost[m] for m in metrics) for k in kept):
             kept.append(candidate)
     return tuple(reversed(kept))
+
+
+def considered(layer: Layer, candidates: Iterable[Candidate], metrics: Sequence[str]) -> list[Candidate]:
+    """The candidates that a budget considers.
+
+    Quantized ones are left out unless a metric depends on precision, and those slower than dense if latency is limited.
+
+    Args:
+        layer: The layer.
+        candidates: Its candidates.
+        metrics: Metrics that the budget limits.
+    """
+    precise, timed = set(metrics).isdisjoint(OF_PRECISION), "latency" in metrics
+    return [
+        c
+        for c in candidates
+        if not (precise and c.precision != SAME) and not (timed and c.cost.latency > layer.cost.latency)
+    ]

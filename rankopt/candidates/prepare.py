@@ -30,14 +30,14 @@ from rankopt.candidates.latency import Latencies, measure_latencies
 from rankopt.candidates.latency_table import Conditions
 from rankopt.candidates.memory import MemoryCosts, measured
 from rankopt.candidates.model_layers import ModelLayers
-from rankopt.candidates.pareto import dense_candidate, frontier
+from rankopt.candidates.pareto import considered, dense_candidate, frontier
 from rankopt.candidates.quantize import add_precisions, in_each_precision
 from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.candidates.sensitivity import Curve, measure, with_losses
 from rankopt.core.budget import limited_metrics, parse_budget
 from rankopt.core.errors import TaskError
 from rankopt.core.files import digest, gigabytes
-from rankopt.core.problem import Problem, check_feasible
+from rankopt.core.problem import Problem, cheapest, check_feasible
 from rankopt.core.progress import Clock, Progress, silent
 from rankopt.core.records import METRICS, SAME, Candidate, Cost, Layer, Proposal, Task
 from rankopt.decompositions.conformance import check_modules
@@ -71,6 +71,10 @@ RANDOM = "the model's forward draws random numbers in eval mode: every evaluatio
 
 
 LARGE = f"more would take above {gigabytes(CALIBRATION_BYTES)} of memory"
+
+
+Menus = Mapping[str, list[Candidate]]
+"""Candidates by layer name, without dense."""
 
 
 Budget = Mapping[str, Any] | Sequence[str]
@@ -146,16 +150,7 @@ class Prepared:
         Raises:
             BudgetError: The budget cannot be parsed, or not even the cheapest plan meets it.
         """
-        limits = parse_budget(budget, self.dense)
-        metrics = [limit.metric for limit in limits]
-        offers = {x.name: self.candidates[x.name] for x in self.free}
-        if "latency" in metrics:
-            offers = {x.name: [c for c in offers[x.name] if c.cost.latency <= x.cost.latency] for x in self.free}
-        frontiers = tuple(frontier(layer, offers[layer.name], metrics) for layer in self.free)
-        counter = self.memory.count if self.memory else None
-        problem = Problem(self.free, frontiers, self.dense, limits, _kept(self.layers, self.model), counter)
-        check_feasible(problem)
-        return problem
+        return _stated(budget, self.layers, self.model, self.dense, self.candidates, self.memory)
 
     def apply(self, problem: Problem, proposal: Proposal) -> nn.Module:
         """Build a compressed model.
@@ -245,11 +240,9 @@ def _prepare(
     prices = [x for x in (latencies, memory) if x is not None]
     layers = tuple(x if x.reason else _price_layer(x, prices) for x in layers)
     free = _free(layers)
-    if budget is not None:
-        kept = _kept(layers, model_layers.unfolded)
-        counter = memory.count if memory else None
-        problem = Problem(free, (), dense, parse_budget(budget, dense), kept, counter)
-        _refuse_infeasible(problem, space, prices)
+    menus = _menus(free, space, prices)
+    if budget is not None:  # before fitting
+        _stated(budget, layers, model_layers.unfolded, dense, menus, memory)
 
     for layer in free:
         module = model_layers.unfolded.get_submodule(layer.name)
@@ -263,7 +256,8 @@ def _prepare(
     with clock.stage("fitting"):
         candidates, family_seconds = fit_candidates(statistics, space, workers)
     with clock.stage("rounding"):  # the stage's name in result.json
-        candidates = add_precisions(statistics, candidates, space.precisions, factors)
+        needed = _cheapest(free, menus, [*METRICS, *metrics - {*METRICS}])
+        candidates = add_precisions(statistics, candidates, space.precisions, factors, needed)
     with clock.stage("sensitivity"):
         objective = task.objective or Divergence(task.model, batches)
         curves = _measure_curves(task, objective, statistics, candidates, factors)
@@ -404,6 +398,29 @@ def time_task(
     return [latencies.with_layer(x) for x in layers], latencies
 
 
+def _stated(  # the parts of a `Prepared`, before there is one
+    budget: Budget,
+    layers: Sequence[Layer],
+    model: nn.Module,
+    dense: Cost,
+    menus: Menus,
+    memory: MemoryCosts | None,
+) -> Problem:
+    """The problem of a budget, which can be met."""
+    limits = parse_budget(budget, dense)
+    metrics, free = [limit.metric for limit in limits], _free(layers)
+    frontiers = tuple(frontier(layer, menus[layer.name], metrics) for layer in free)
+    problem = Problem(free, frontiers, dense, limits, _kept(layers, model), memory.count if memory else None)
+    check_feasible(problem)
+    return problem
+
+
+def _cheapest(layers: Sequence[Layer], menus: Menus, metrics: Sequence[str]) -> Menus:
+    """By layer name what is cheapest in each metric: with it, the least that was stated before fitting is possible."""
+    offered = {x.name: [dense_candidate(x), *considered(x, menus[x.name], metrics)] for x in layers}
+    return {name: [cheapest(menu, m) for m in metrics] for name, menu in offered.items()}
+
+
 # --- prices: costs that only some budgets limit ------------------------------------------------------
 
 
@@ -421,17 +438,14 @@ def _price_candidates(
     return candidates
 
 
-def _refuse_infeasible(problem: Problem, space: SearchSpace, prices: Sequence[Latencies | MemoryCosts]) -> None:
-    """Raise BudgetError if no plan can meet the limits: costs need no fit, so this is known before fitting.
-
-    problem: Without the candidates.
-    """
-    menus = []
-    for x in problem.layers:
+def _menus(layers: Sequence[Layer], space: SearchSpace, prices: Sequence[Latencies | MemoryCosts]) -> Menus:
+    """By layer name all candidates with their costs, without dense: costs need no fit."""
+    menus = {}
+    for x in layers:
         found = [c for f in space.families_of(x) for r in space.ranks(f, x) for c in in_each_form(x, f, r, 0.0)]
         found += [c for one in (dense_candidate(x), *found) for c in in_each_precision(x, one, space.precisions)]
-        menus.append((dense_candidate(x), *_price_candidates(x, found, prices)))
-    check_feasible(dataclasses.replace(problem, frontiers=tuple(menus)))
+        menus[x.name] = _price_candidates(x, found, prices)
+    return menus
 
 
 # --- the fingerprint: under what statistics and fits are cached --------------------------------------

@@ -16,14 +16,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from rankopt.candidates.cache import VERSION, FactorStore
 from rankopt.candidates.calibration import Statistics
-from rankopt.candidates.pareto import frontier
+from rankopt.candidates.pareto import dense_candidate, frontier
 from rankopt.core.files import digest
 from rankopt.core.records import DENSE, INT8, SAME, Candidate, Layer
 from rankopt.decompositions.core_networks import CoreNetwork
@@ -62,6 +63,7 @@ def add_precisions(
     candidates: dict[str, list[Candidate]],
     precisions: Sequence[str],
     factors: FactorStore,
+    needed: Mapping[str, Collection[Candidate]] = MappingProxyType({}),
 ) -> dict[str, list[Candidate]]:
     """Add quantized versions of the candidates that are Pareto-optimal in parameters, MACs and error, and of dense.
 
@@ -72,6 +74,7 @@ def add_precisions(
         candidates: Candidates by layer name.
         precisions: Precisions to add.
         factors: Factors of the candidates.
+        needed: More candidates to add if they are quantized, by layer name.
 
     Returns:
         All candidates by layer name.
@@ -83,7 +86,13 @@ def add_precisions(
     for layer in statistics.progress(layers, "quantizing weights", len(layers)):
         weight: Tensor = statistics.model.get_submodule(layer.name).weight.detach().cpu()  # type: ignore[operator]
         kept = frontier(layer, candidates[layer.name], ("params", "macs"))
-        todo = [c for one in kept for c in in_each_precision(layer, one, precisions)]
+        more = {c.label for c in needed.get(layer.name, ())}
+        todo = [
+            c
+            for one in (dense_candidate(layer), *candidates[layer.name])
+            for c in in_each_precision(layer, one, precisions)
+            if one in kept or c.label in more
+        ]
         names = [(c.method, c.rank, c.form, c.key, c.precision) for c in todo]
         file_key = "rounded-" + digest(VERSION, ROW, statistics.key, layer.name, weight, names)
         errors = cache.read_metadata(file_key, "errors", list[float | None])

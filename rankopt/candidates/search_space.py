@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import PRECISIONS, SAME, Layer, Rank
 from rankopt.core.schema import checked, read_toml
+from rankopt.core.text import reason
 from rankopt.decompositions.conformance import named
 from rankopt.decompositions.registry import DECOMPOSITIONS
 
@@ -304,7 +305,7 @@ def load_space(name: str | Path) -> SearchSpace:
     try:
         content = read_toml(path)
     except (OSError, ValueError) as error:
-        raise RankoptError(f"search space {path} cannot be read: {error}") from error
+        raise RankoptError(f"search space {path} cannot be read: {reason(error)}") from error
     known = {f.name: f.type for f in fields(SearchSpace)}
     unknown = sorted(set(content) - set(known) | ({"name"} & set(content)))
     if unknown:
@@ -317,4 +318,4 @@ def load_space(name: str | Path) -> SearchSpace:
     except RankoptError:
         raise
     except ValueError as error:
-        raise RankoptError(f"search space {path}: {error}") from error
+        raise RankoptError(f"search space {path}: {reason(error)}") from error

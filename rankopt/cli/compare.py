@@ -46,7 +46,7 @@ def sweep(  # noqa: PLR0913  # a parameter for every option
     with readable_errors("what was fitted is kept: the same command goes on"):
         import rankopt.search.sweep as sweeps
         from rankopt.candidates.prepare import prepare
-        from rankopt.core.run_folder import open_folder
+        from rankopt.core.run_folder import folder_lock, open_folder
         from rankopt.experiments.tasks import load_task
         from rankopt.report.sweep import table, write
 
@@ -57,10 +57,11 @@ def sweep(  # noqa: PLR0913  # a parameter for every option
         runner = make_runner(
             RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial), out / "logs"
         )
-        open_folder(out, resume=False)
-        prepared = prepare(found, space, cache, show_progress, budget=[loosest])
-        result = sweeps.sweep(prepared, budgets, evaluate, show_progress, runner)
-        write(out, result)
+        open_folder(out, resume=None)
+        with folder_lock(out):
+            prepared = prepare(found, space, cache, show_progress, budget=[loosest])
+            result = sweeps.sweep(prepared, budgets, evaluate, show_progress, runner)
+            write(out, result)
         echo(table(result))
         echo(f"written: {out / 'sweep.csv'}, {out / 'sweep.png'}")
         echo(f"a model of one of them, in seconds: rankopt search {task} --budget METRIC=VALUE")
@@ -100,7 +101,7 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
     with readable_errors("every finished run is kept: go on with --resume"):
         import rankopt.search.benchmark as benchmarks
         from rankopt.candidates.prepare import prepare
-        from rankopt.core.run_folder import open_folder
+        from rankopt.core.run_folder import folder_lock, open_folder
         from rankopt.experiments.tasks import load_task
         from rankopt.report.benchmark import cell_line, text, write
 
@@ -110,16 +111,16 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
             RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial), out / "logs"
         )
         open_folder(out, resume, benchmarks.FILE)
-        prepared = prepare(load_task(task), space, cache, show_progress, budget=budget[0].split(","))
 
         def print_cell(cell: benchmarks.Cell) -> None:
             console.print(cell_line(cell), markup=False, highlight=False, soft_wrap=True)
 
-        with session(runner):
+        with folder_lock(out), session(runner):
+            prepared = prepare(load_task(task), space, cache, show_progress, budget=budget[0].split(","))
             data = benchmarks.benchmark(
                 prepared, budget, names, trials, seeds, out, resume, print_cell, show_progress, runner
             )
-        write(out, data)
+            write(out, data)
         echo(text(data))
         echo(f"written: {', '.join(str(p) for p in sorted(out.glob('benchmark.*')))}")
 

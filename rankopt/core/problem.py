@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -140,34 +140,42 @@ class Problem:
         of_layers = [sum(c.cost[x.metric] for c in self.candidates(proposal)) for x in self.limits]
         return bool((np.array(of_layers) <= self.table.room).all())
 
-    @property
+    @cached_property
     def least(self) -> tuple[int, ...]:
-        """For each limit, the least that its metric can be, taken alone."""
-        return tuple(self._cost_in(x.metric, self.cheapest(x)) for x in self.limits)
+        """For each limit, the least that its metric can be, taken alone: the cost of `cheapest`."""
+        return tuple(self.cost_in(x.metric, self.cheapest(x.metric)) for x in self.limits)
 
-    def cheapest(self, limit: Limit) -> Proposal:
-        """The plan that costs least in a limit's metric.
+    def cheapest(self, metric: str, target: int = 0) -> Proposal:
+        """The plan that costs least in a metric.
 
-        Where costs only estimate, plans that keep the layers of one parent dense (a composite, which is then not
-        expanded) are counted, too, before the limit is given up.
+        Where costs only estimate, plans are counted: the cheapest by the estimates, the dense one, and those that keep
+        the layers of one parent dense (a composite, which is then not expanded). The answer depends neither on limits
+        nor on errors, which are not known before fitting: a budget of its cost can be met whenever it is asked for.
 
         Args:
-            limit: One of the limits.
+            metric: The metric.
+            target: A cost that is low enough: no more plans are counted.
         """
-        metric, dense = limit.metric, tuple(len(f) - 1 for f in self.frontiers)
-        plan = tuple(min(range(len(f)), key=lambda i: f[i].cost[metric]) for f in self.frontiers)
+        plan = tuple(f.index(cheapest(f, metric)) for f in self.frontiers)
         if self.counter is None or metric not in NOT_ADDITIVE:
             return plan
-        plan = min(plan, dense, key=lambda p: self._cost_in(metric, p))
+        dense = tuple(next((i for i, c in enumerate(f) if c.unchanged), len(f) - 1) for f in self.frontiers)
+        plan = min(plan, dense, key=lambda p: self.cost_in(metric, p))
         for parent in dict.fromkeys(x.name.rpartition(".")[0] for x in self.layers):
-            if self._cost_in(metric, plan) <= limit.target:
+            if self.cost_in(metric, plan) <= target:
                 break
             inside = [x.name.rpartition(".")[0] == parent for x in self.layers]
             kept = tuple(d if i else p for d, p, i in zip(dense, plan, inside, strict=True))
-            plan = min(plan, kept, key=lambda p: self._cost_in(metric, p))
+            plan = min(plan, kept, key=lambda p: self.cost_in(metric, p))
         return plan
 
-    def _cost_in(self, metric: str, proposal: Proposal) -> int:
+    def cost_in(self, metric: str, proposal: Proposal) -> int:
+        """The whole model's cost under a proposal in one metric; only memory and disk take time.
+
+        Args:
+            metric: The metric.
+            proposal: One frontier index per free layer.
+        """
         return (self.cost(proposal) if metric in NOT_ADDITIVE else self.sum(proposal))[metric]
 
     @cached_property
@@ -176,13 +184,23 @@ class Problem:
         fixed = [self.fixed[x.metric] for x in self.limits]
         for i, x in enumerate(self.limits):  # what the sum overestimates of the cheapest plan, which must not be lost
             if self.counter and x.metric in NOT_ADDITIVE:
-                plan = self.cheapest(x)
+                plan = self.cheapest(x.metric, x.target)
                 fixed[i] -= max(0, self.sum(plan)[x.metric] - self.cost(plan)[x.metric])
         return ProblemTable(
             padded([[c.loss for c in f] for f in self.frontiers], math.inf),
             np.array([padded([[c.cost[x.metric] for c in f] for f in self.frontiers]) for x in self.limits]),
             np.array([x.target - n for x, n in zip(self.limits, fixed, strict=True)], float),
         )
+
+
+def cheapest(candidates: Iterable[Candidate], metric: str) -> Candidate:
+    """The candidate that costs least in a metric; of several, the first by name, whatever their errors.
+
+    Args:
+        candidates: Candidates of a layer.
+        metric: The metric.
+    """
+    return min(candidates, key=lambda c: (c.cost[metric], *c.label))
 
 
 def padded(rows: Sequence[Sequence[float]], filler: float | None = None) -> NDArray[np.float64]:
@@ -209,7 +227,8 @@ def check_feasible(problem: Problem) -> None:
     """
     if not problem.limits:
         return
-    for limit, least in zip(problem.limits, problem.least, strict=True):
+    for limit in problem.limits:
+        least = problem.cost_in(limit.metric, problem.cheapest(limit.metric, limit.target))
         if least > limit.target:
             raise BudgetError(_shortfall(problem, limit, least))
 
@@ -270,9 +289,9 @@ def _parts(problem: Problem, limit: Limit, least: int) -> list[tuple[int, str]]:
         groups[layer.reason or "it has no candidate"].append(layer)
     replaced, smallest = 0, 0
     for layer, candidates in zip(problem.layers, problem.frontiers, strict=True):
-        cheapest = min(candidates, key=lambda c: c.cost[metric])
-        if cheapest.cost[metric] < layer.cost[metric]:
-            replaced, smallest = replaced + 1, smallest + cheapest.cost[metric]
+        cost = cheapest(candidates, metric).cost[metric]
+        if cost < layer.cost[metric]:
+            replaced, smallest = replaced + 1, smallest + cost
         else:
             groups["no candidate is cheaper than the layer itself"].append(layer)
     parts = []

@@ -196,6 +196,11 @@ class Candidate:
         """The layer as it is."""
         return (self.method, self.precision) == (DENSE, SAME)
 
+    @property
+    def label(self) -> tuple[str, Rank, str, str]:
+        """What tells the candidates of a layer apart, also before they are fitted."""
+        return self.method, self.rank, self.form, self.precision
+
 
 @dataclass(frozen=True)
 class Choice:

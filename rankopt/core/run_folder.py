@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import socket
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,9 +17,9 @@ from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.files import check_no_link, write_beside
 from rankopt.core.result_record import ResultInfo
 from rankopt.core.schema import read_json
-from rankopt.core.text import in_one_line
+from rankopt.core.text import in_one_line, reason
 
-PLAN, WEIGHTS, RESULT = "plan.json", "model.safetensors", "result.json"
+PLAN, WEIGHTS, RESULT, REPORT = "plan.json", "model.safetensors", "result.json", "report.html"
 
 
 WEIGHTS_BESIDE = "rankopt.safetensors"
@@ -61,7 +64,7 @@ def read_result(folder: str | Path) -> ResultInfo:
     except FileNotFoundError:
         raise StudyError(f"there is no {path}: name a finished run's folder, or finish it with --resume") from None
     except (OSError, ValueError) as error:
-        raise StudyError(f"{path} is damaged ({error}): run the search again with --resume") from error
+        raise StudyError(f"{path} is damaged ({reason(error)}): run the search again with --resume") from error
 
 
 @contextmanager
@@ -134,22 +137,23 @@ def _same(kept: Any, asked: Any, tolerance: float) -> bool:
 # --- folders and locks ---------------------------------------------------------------------------
 
 
-def open_folder(out: Path, resume: bool, kept: str = "study.db") -> None:
+def open_folder(out: Path, resume: bool | None, kept: str = "study.db") -> None:
     """Make a run folder, or check one that is to be resumed.
 
     Args:
         out: The folder.
-        resume: Whether it may hold an earlier run.
+        resume: Whether it may hold an earlier run. None: of a command that begins again and keeps only its logs.
         kept: The file, anywhere below the folder, without which there is nothing to resume.
 
     Raises:
         StudyError: The folder is not empty and not resumed, holds nothing to resume or a link, or cannot be made.
     """
     try:
-        # A process that was killed while it wrote its first file leaves nothing but *.part.
-        full = out.exists() and (not out.is_dir() or any(".part" not in p.name for p in out.iterdir()))
+        # A process that was killed while it wrote its first file leaves nothing but *.part, and Ray's logs.
+        full = out.exists() and (not out.is_dir() or any(not _left_over(p, resume) for p in out.iterdir()))
         if full and not resume:
-            raise StudyError(f"{out} is not empty: pass --resume to go on with it, or choose another --out")
+            go_on = "" if resume is None else "pass --resume to go on with it, or "
+            raise StudyError(f"{out} is not empty: {go_on}choose another --out")
         if full and not any(out.rglob(kept)):
             raise StudyError(f"there is nothing to resume in {out}: it holds files, but no {kept}")
         for path in out.rglob("*") if full else ():
@@ -163,7 +167,7 @@ def process_alive(pid: int) -> bool:
     """Whether a process runs on this machine.
 
     Args:
-        pid: Its process id.
+        pid: Its process id, as this process's container counts.
     """
     try:
         os.kill(pid, 0)
@@ -174,6 +178,38 @@ def process_alive(pid: int) -> bool:
     with suppress(OSError, IndexError):  # a zombie has ended, too
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     return True
+
+
+def _left_over(path: Path, resume: bool | None) -> bool:
+    """Whether a file is all that a command leaves that was killed before it wrote its first result."""
+    return ".part" in path.name or (resume is None and path.name in ("logs", "sweep.png"))
+
+
+@functools.cache
+def _process_space() -> str:
+    """What process ids mean here: a start of a machine, and a container (a namespace) on it. Empty if not known."""
+    if sys.platform != "linux":
+        return "machine"
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    return ""
+
+
+def process_name() -> str:
+    """A name of this process that no other process has, on any machine: host, start and container, and process id."""
+    return f"{socket.gethostname()} {_process_space()} {os.getpid()}"
+
+
+def has_ended(name: str) -> bool:
+    """Whether a process is known to have ended. Of a process elsewhere, also in another container, nothing is known.
+
+    Args:
+        name: The process's `process_name`.
+    """
+    place, _, pid = name.rpartition(" ")
+    here = process_name().rpartition(" ")[0]
+    return bool(_process_space()) and place == here and pid.isdecimal() and not process_alive(int(pid))
 
 
 def lock_folder(folder: Path, wait: bool = False) -> int:

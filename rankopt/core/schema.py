@@ -78,14 +78,22 @@ def read_toml(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: The file is missing or cannot be read.
-        ValueError: It is too large or not TOML, its tables nest too deeply, or a text is longer than LONGEST.
+        ValueError: It is too large or not TOML, its tables nest too deeply, a text is longer than LONGEST, or a number
+            is not finite.
     """
     try:
-        content = tomllib.loads(read_bytes(path, LARGEST).decode())
+        content = tomllib.loads(read_bytes(path, LARGEST).decode(), parse_float=_finite)
     except RecursionError:
         raise _too_deep() from None
     _check_limits(content, LONGEST)
     return content
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it holds {shortened(text, 40)!r}, which is no finite number")
+    return number
 
 
 def checked(content: Any, kind: Any) -> Any:

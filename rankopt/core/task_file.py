@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import pickle
 import re
 import sys
@@ -89,12 +90,22 @@ def load_file(path: Path) -> ModuleType:
     Raises:
         TaskError: If its code raises an error or ends the program.
     """
-    name = "rankopt_task_" + re.sub(r"\W", "_", path.stem)
     path, source = path.resolve(), path.read_bytes()
+    name = module_name(path)
     module = run_source(name, path, source)
     digests = {key: _digest(value) for m in (module, *_beside(path.parent)) for key, value in _variables(m)}
     LOADED[name] = TaskFile(name, path, source, digests)
     return module
+
+
+def module_name(path: Path) -> str:
+    """The name that a file's module gets: readable, and no other file's, since pickles refer to it in all processes.
+
+    Args:
+        path: The file.
+    """
+    where = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
+    return "_".join(("rankopt_task", re.sub(r"\W", "_", path.stem), where))
 
 
 def run_source(name: str, path: Path, source: bytes) -> ModuleType:

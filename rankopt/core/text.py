@@ -31,6 +31,15 @@ def one_line(text: str) -> str:
     return escaped(shortened(text, LONGEST))
 
 
+def reason(error: object) -> str:
+    """The text of an error for a message of one line: escaped, and cut off where it quotes a long value.
+
+    Args:
+        error: The error.
+    """
+    return shortened(escaped(str(error)), LONGEST // 4)
+
+
 def escaped(text: str) -> str:
     r"""Write control characters as escapes, line feeds as \n.
 

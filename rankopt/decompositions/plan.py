@@ -40,6 +40,7 @@ from rankopt.core.records import (
 )
 from rankopt.core.run_folder import PLAN, WEIGHTS, WEIGHTS_BESIDE
 from rankopt.core.schema import LARGEST, checked, read_json
+from rankopt.core.text import reason
 from rankopt.decompositions.modules import Factorised, Reconstructed, load_factors
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import FactorLookup
@@ -191,7 +192,7 @@ def read_plan(folder: str | Path) -> tuple[Plan, str]:
         raise PlanError(f"there is no {path}: name the folder that a search wrote") from None
     except (OSError, ValueError) as error:
         raise PlanError(
-            f"{path} is damaged, or no plan that this rankopt can read ({error}): get the folder again"
+            f"{path} is damaged, or no plan that this rankopt can read ({reason(error)}): get the folder again"
         ) from error
     return Plan(found.layers, found.cost, found.dense, found.latency_on, found.before), found.weights["sha256"]
 
@@ -434,7 +435,7 @@ def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path, strict:
         if missing or unexpected:
             raise PlanError(f"{path} does not fit this model: {_differences(missing, unexpected)}")
     except OSError as error:
-        raise PlanError(f"{path} cannot be read: {error}") from error
+        raise PlanError(f"{path} cannot be read: {reason(error)}") from error
     except (SafetensorError, RuntimeError) as error:
         raise PlanError(f"{path} does not fit this model: {error}") from error
     return small

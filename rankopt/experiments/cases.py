@@ -37,6 +37,7 @@ from rankopt.core.records import Task
 from rankopt.core.result_record import Bounds, Part
 from rankopt.core.run_folder import RESULT, folder_lock, read_result
 from rankopt.core.schema import read_json
+from rankopt.core.text import reason
 from rankopt.experiments.config import Case, StudyFile
 from rankopt.experiments.experiment import TRAINED, run_in_folder
 from rankopt.experiments.tasks import load_task
@@ -180,7 +181,9 @@ def _read_rows(out: Path) -> dict[str, CaseRow]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise StudyError(f"{path} is damaged: remove it, the folders beside it hold what it says ({error})") from error
+        raise StudyError(
+            f"{path} is damaged: remove it, the folders beside it hold what it says ({reason(error)})"
+        ) from error
 
 
 def _is_finished(case: Case, folder: Path) -> bool:

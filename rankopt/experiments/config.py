@@ -33,9 +33,11 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.options import parse_pairs
 from rankopt.core.records import METRICS
 from rankopt.core.schema import checked, read_toml
+from rankopt.core.text import reason
 from rankopt.experiments.experiment import NO_TRAINING, Experiment
 from rankopt.search.runners import RunnerSettings
 from rankopt.search.settings import SearchSettings
+from rankopt.search.storage.private import in_range
 from rankopt.training.recipe import Recipe
 
 OBJECTIVES = {"score": "maximize", "objective": "minimize"} | dict.fromkeys((*METRICS, "milliseconds"), "minimize")
@@ -128,7 +130,7 @@ class Hyperparameter:
         """
         if self.choices:
             return choice_text(value) if choice_text(value) in self.choices else None
-        inside = isinstance(value, (int, float)) and self.distribution._contains(value)
+        inside = isinstance(value, (int, float)) and in_range(self.distribution, value)
         return value if inside else None
 
 
@@ -212,11 +214,11 @@ def read_study(path: Path) -> StudyFile:
     try:
         content = read_toml(path)
     except (OSError, ValueError) as error:
-        raise RankoptError(f"study {path} cannot be read: {error}") from error
+        raise RankoptError(f"study {path} cannot be read: {reason(error)}") from error
     try:
         return _study(path, content)
     except RankoptError as error:
-        raise RankoptError(f"study {path}: {error}") from error
+        raise RankoptError(f"study {path}: {reason(error)}") from error
 
 
 def _study(path: Path, content: Mapping[str, Any]) -> StudyFile:

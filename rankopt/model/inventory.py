@@ -82,8 +82,8 @@ def inventory(model: nn.Module, example_input: Any) -> tuple[Layer, ...]:
     layers = []
     for module, aliases in names.items():
         weight = _main_weight(module)
-        if weight is None or isinstance(module, NORMS):
-            continue
+        if weight is None or isinstance(module, (*NORMS, parametrize.ParametrizationList)):
+            continue  # of a parametrised weight, the layer is listed that has it
         if not torch.isfinite(weight).all():
             raise TaskError(f"layer {aliases[0]!r} has NaN or infinite weights: load a sound checkpoint")
         layers.append(_layer(module, weight, aliases, calls[module], owners))
@@ -170,7 +170,8 @@ def _layer(
     if is_kind(type(module)):
         layer = describe(module, aliases[0])
     else:
-        layer = Layer(aliases[0], type(module).__name__, tuple(weight.shape))
+        kind = type(module).__mro__[parametrize.is_parametrized(module)]  # torch derives a class for each such module
+        layer = Layer(aliases[0], kind.__name__, tuple(weight.shape))
     layer = dataclasses.replace(
         layer,
         calls=tuple(calls),
@@ -179,6 +180,8 @@ def _layer(
         aliases=tuple(aliases[1:]),
     )
     own = list(module.parameters(recurse=False))
+    if parametrize.is_parametrized(module):
+        own += module.parametrizations.parameters()  # type: ignore[union-attr]
     params, stored = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
     return dataclasses.replace(layer, cost=Cost(params, layer.macs, stored))
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from rankopt.core.budget import amount
 from rankopt.core.files import write_beside
 from rankopt.core.result_record import BudgetEntry, Metric, Part, ResultInfo, TrialRow
-from rankopt.core.run_folder import read_result, report_damage
+from rankopt.core.run_folder import REPORT, read_result, report_damage
 from rankopt.report import pictures, training
 from rankopt.report.pictures import NAMES
 from rankopt.search.summary import (
@@ -30,7 +30,7 @@ from rankopt.search.summary import (
     speed_text,
 )
 
-FILE, TEMPLATE = "report.html", "report.html.j2"
+TEMPLATE = "report.html.j2"
 
 
 def write_report(run: Path) -> Path:
@@ -56,7 +56,7 @@ def write_report(run: Path) -> Path:
             page = render(info, trials, str(run))
         except UndefinedError as error:
             raise KeyError(str(error)) from error
-    path = run / FILE
+    path = run / REPORT
     # A name may hold lone surrogates, from a file name that is not UTF-8; these cannot be encoded.
     write_beside(path, lambda p: p.write_text(page, encoding="utf-8", errors="replace"))
     return path

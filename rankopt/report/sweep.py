@@ -24,15 +24,15 @@ COLUMNS = ("budget", "target", "kind", *METRICS, *MEASURED, "score_low", "score_
 
 
 def write(folder: Path, found: Sweep) -> None:
-    """Write sweep.csv (one row a budget, in the order asked) and sweep.png.
+    """Write sweep.png and, once that is there, sweep.csv (one row a budget, in the order asked).
 
     Args:
         folder: Where to write them.
         found: The sweep.
     """
     rows = [_row(p) for p in found.points]
-    write_csv(folder / CSV, [COLUMNS, *([row.get(name) for name in COLUMNS] for row in rows)])
     write_beside(folder / PNG, lambda p: pictures.png(p, _paint, found))
+    write_csv(folder / CSV, [COLUMNS, *([row.get(name) for name in COLUMNS] for row in rows)])
 
 
 def _row(point: Point) -> dict[str, Any]:

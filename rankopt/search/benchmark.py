@@ -24,7 +24,7 @@ from rankopt.core.result_record import Bounds, Part
 from rankopt.core.run_folder import check_same, open_folder
 from rankopt.core.schema import read_json
 from rankopt.core.statistics import wilson
-from rankopt.core.text import in_one_line
+from rankopt.core.text import in_one_line, reason
 from rankopt.model.objective import call
 from rankopt.search.compress import fingerprint
 from rankopt.search.evaluator import Evaluator
@@ -355,7 +355,7 @@ def read(path: Path) -> Benchmark:
     except FileNotFoundError:
         raise StudyError(f"there is no {path}: there is nothing to resume") from None
     except (OSError, ValueError) as error:
-        raise StudyError(f"{path} is damaged ({error}): choose another --out") from error
+        raise StudyError(f"{path} is damaged ({reason(error)}): choose another --out") from error
 
 
 def _joined(before: Benchmark, data: Benchmark) -> Benchmark:

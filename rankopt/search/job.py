@@ -148,10 +148,11 @@ class Job:
         settings = self.settings
         special = settings.refine or settings.fidelities != SearchSettings().fidelities or settings.storage
         ended = settings.timeout is not None or settings.callbacks
-        if self.space.rounds > 1 and (self.max_drop is not None or special or ended or self.latency_on):
+        timed = "latency" in limited_metrics(self.budget)
+        if self.space.rounds > 1 and (self.max_drop is not None or special or ended or timed):
             raise RankoptError(
                 f"search space {self.space.name!r} asks for {self.space.rounds} rounds: not with --max-drop, --refine, "
-                "--fidelities, --storage, --latency-on, timeout or callbacks"
+                "--fidelities, --storage, a budget of latency, timeout or callbacks"
             )
 
 

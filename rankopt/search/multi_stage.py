@@ -16,9 +16,10 @@ from typing import Any
 from torch import nn
 
 from rankopt.candidates.calibration import WithinMemory
+from rankopt.candidates.memory import measured
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace
-from rankopt.core.budget import Limit, parse_budget
+from rankopt.core.budget import Limit, limited_metrics, parse_budget
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Cost, Task
 from rankopt.core.result_record import RoundEntry, ScoreEntry, ScoresEntry
@@ -69,6 +70,8 @@ def run_multi_stage(  # noqa: PLR0913  # a search's arguments and its preparatio
         KeyboardInterrupt: If a search was stopped.
     """
     dense = count(task.model, task.example_input)
+    if {"memory", "disk"} & limited_metrics(budget):
+        dense = dataclasses.replace(dense, **measured(task.model, task.example_input))
     limits = parse_budget(budget, dense)
     batches = collect_batches(task.model, WithinMemory(task.calibration), CALIBRATION_EXAMPLES)
     objective = task.objective or Divergence(task.model, batches)

@@ -12,7 +12,7 @@ from rankopt.core.errors import StudyError, TaskError
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Plan, Task
 from rankopt.core.result_record import ScoreEntry, TrainingSource
-from rankopt.core.run_folder import RESULT, folder_lock, open_folder, read_result, report_damage
+from rankopt.core.run_folder import REPORT, RESULT, folder_lock, open_folder, read_result, report_damage
 from rankopt.decompositions.plan import load, read_plan
 from rankopt.model.objective import call
 from rankopt.search.result import Result, set_scores
@@ -48,7 +48,7 @@ def train_run(  # noqa: PLR0913  # all but four are optional and by keyword
         out: Folder for the trained model and for checkpoints.
         teacher: A task whose model is distilled from; None for the dense model.
         from_scratch: Whether to draw the plan's factors at random instead of taking the search's.
-        resume: Whether to continue from a checkpoint in `out`.
+        resume: Whether to continue from a checkpoint in `out`, or to read a finished training that has no report yet.
         stop: Asked after every step; training pauses, with a checkpoint, when it returns True.
         progress: Shows epochs.
         note: Called with a text to show beside the progress.
@@ -67,6 +67,9 @@ def train_run(  # noqa: PLR0913  # all but four are optional and by keyword
         _ = info["score"]["dense"], info["score"]["compressed"]["test"]  # read below, after the training
     model: nn.Module = untrained_network(task, plan, recipe.seed) if from_scratch else load(task.model, run)
     if (out / RESULT).is_file():
+        if resume and not (out / REPORT).is_file():  # stopped after all but the report was written
+            (out / checkpoint.FILE).unlink(missing_ok=True)
+            return Result(load(task.model, out), read_plan(out)[0], (), read_result(out))
         raise StudyError(f"{out} holds a training that is finished: choose another --out")
     open_folder(out, resume, checkpoint.FILE)
     learnt_from = None if teacher is None else teacher.model

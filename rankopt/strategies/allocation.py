@@ -162,7 +162,7 @@ def _fitting(problem: Problem, solve: Callable[[Array], Positions | None], room:
 def _fitting_extreme(problem: Problem, table: ProblemTable) -> Positions:
     """The better of the dense and the cheapest plans that fit; raises BudgetError if none does."""
     dense = tuple(len(f) - 1 for f in problem.frontiers)
-    plans = [p for p in (dense, *map(problem.cheapest, problem.limits)) if problem.fits(p)]
+    plans = [p for p in (dense, *(problem.cheapest(x.metric, x.target) for x in problem.limits)) if problem.fits(p)]
     if not plans:
         raise cannot_be_met_together(problem)
     return np.array(min(plans, key=lambda p: _loss(table, np.array(p))))

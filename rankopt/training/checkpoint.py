@@ -17,6 +17,7 @@ from rankopt.core.errors import StudyError
 from rankopt.core.files import write_beside
 from rankopt.core.result_record import EpochRow
 from rankopt.core.run_folder import check_same
+from rankopt.core.text import reason
 
 FILE = "checkpoint.safetensors"
 
@@ -123,7 +124,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = json.loads(file.metadata()["rankopt"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise StudyError(f"{path} is damaged ({error}): remove it, and train again from the start") from error
+        raise StudyError(f"{path} is damaged ({reason(error)}): remove it, and train again from the start") from error
     return metadata, tensors
 
 

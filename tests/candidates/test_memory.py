@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 import rankopt
+from rankopt.candidates.pareto import frontier
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace
+from rankopt.core.budget import Limit
 from rankopt.core.errors import BudgetError
-from rankopt.core.records import Task
+from rankopt.core.problem import Problem
+from rankopt.core.records import Candidate, Cost, Layer, Task
 from rankopt.decompositions.plan import assemble
 from rankopt.model.memory import file_size, peak_memory
 from rankopt.strategies.allocation import allocate
@@ -112,6 +117,46 @@ def test_a_budget_that_cannot_be_met_is_refused_with_the_least_possible(prepared
         rankopt.compress(task.model, task.calibration, {"memory": "1KB"}, example_input=task.example_input, space=SPACE)
     with pytest.raises(BudgetError, match="was not measured here"):
         prepare(task, SPACE, workers=1).problem({"disk": 0.5})
+
+
+def test_the_least_does_not_depend_on_errors_or_on_what_else_is_limited():
+    """What a refusal states before anything is fitted, when all errors are unknown, can be asked for alone."""
+    layer = Layer("a", "Linear", (8, 8), cost=Cost(64, 64, 256, memory=256, disk=400))
+
+    def offered(errors):
+        sizes = (("svd_in", 100, 300), ("svd_out", 100, 200), ("tt", 150, 100))
+        return [
+            Candidate(m, (1,), Cost(30, 30, 120, memory=memory, disk=disk), error)
+            for (m, memory, disk), error in zip(sizes, errors, strict=True)
+        ]
+
+    def least(errors, metrics):
+        found = frontier(layer, offered(errors), metrics)
+        limits = tuple(Limit(m, 1.0, 400) for m in metrics)
+        counted = {"svd_in": 90, "svd_out": 130, "tt": 150, "dense": 260}
+        problem = Problem(
+            (layer,), (found,), layer.cost, limits, (), lambda c: dict.fromkeys(metrics, counted[c[0].method])
+        )
+        return found, problem.least
+
+    for errors in ((0.0, 0.0, 0.0), (0.5, 0.1, 0.3), (0.1, 0.5, 0.2)):
+        for metrics in (("memory",), ("memory", "disk"), ("params", "memory")):
+            found, lowest = least(errors, metrics)
+            assert lowest[metrics.index("memory")] == 90
+            assert any(c.unchanged for c in found), "the dense layer, which keeps a composite whole"
+
+
+def test_what_is_cheapest_in_bytes_is_quantized_though_it_is_not_on_the_frontier_of_params(_cache):
+    """int8 has a scale for each row: of two candidates with equal parameters, one may take fewer bytes."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24))
+    x = torch.randn(64, 24)
+    space = SearchSpace(families=("svd_out", "svd_in", "tt_matrix"), points=3, steps=0, precisions=("same", "int8"))
+    with pytest.raises(BudgetError) as refused:
+        rankopt.compress(model, [x], {"bytes": "100B"}, space=space)
+    least = int(re.search(r"Give bytes=(\d+) or more", str(refused.value))[1])
+    result = rankopt.compress(model, [x], {"bytes": least}, space=space)
+    assert result.info["cost"]["compressed"]["bytes"] == least
 
 
 class Last(nn.Module):

@@ -171,3 +171,15 @@ def test_channels_last_linear_layers_have_the_metric_of_flat_ones():
     maps, rows = (output_metrics(Mean(f), inventory(Mean(f), x), [x]) for f in (False, True))
     for name in maps:
         torch.testing.assert_close(maps[name], rows[name])
+
+
+def test_a_layer_with_a_computed_weight_is_listed_by_its_own_kind():
+    """weight_norm keeps two parameters in a ParametrizationList inside of the layer."""
+    from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+    model = nn.Sequential(weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Flatten(), spectral_norm(nn.Linear(288, 4)))
+    conv, linear = inventory(model.eval(), torch.randn(1, 3, 8, 8))
+    assert (conv.name, conv.kind, conv.shape) == ("0", "Conv2d", (8, 3, 3, 3))
+    assert (linear.name, linear.kind, linear.shape) == ("3", "Linear", (4, 288))
+    assert "weight" in conv.reason and "weight" in linear.reason
+    assert conv.cost.params + linear.cost.params == sum(p.numel() for p in model.parameters())

@@ -276,6 +276,34 @@ def test_a_long_text_in_a_result_takes_no_time(tmp_path):
         assert len(summary(read_result(tmp_path))) < 50_000
 
 
+def test_what_an_error_quotes_is_cut_off_and_escaped(tmp_path):
+    """A number with many digits, a name with a line feed, an element type that safetensors does not know."""
+    plan = TARGETS["plan"][1](None).replace(b'"method"', b'"' + b"y" * 40_000 + b'"', 1)
+    times = json.loads(TARGETS["hardware table"][1](None))
+    times["models"] = {"a\nb": {"dense": None}}
+    header = json.dumps({"x": {"dtype": "a\nb", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    weights = len(header).to_bytes(8, "little") + header + bytes(4)
+    for name, content, read in (
+        ("plan.json", plan, _plan),
+        ("table.json", json.dumps(times).encode(), _table),
+        ("checkpoint.safetensors", weights, _checkpoint),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RankoptError) as refused:
+            read(tmp_path / name)
+        assert "\n" not in str(refused.value) and len(str(refused.value)) < 1500
+
+
+def test_a_number_without_end_in_a_study_is_refused(tmp_path):
+    """Optuna computes with the ends of a range as decimals."""
+    good = (ROOT / "studies/digits_hyperparameters.toml").read_text()
+    bad = good.replace("high = 0.25", "high = 1e999")
+    assert bad != good
+    (tmp_path / "study.toml").write_text(bad)
+    with pytest.raises(RankoptError, match="no finite number"):
+        _study(tmp_path / "study.toml")
+
+
 def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
     for name, read in (
         ("result.json", _result),

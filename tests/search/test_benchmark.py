@@ -11,6 +11,7 @@ import pytest
 
 import rankopt.search.benchmark as benchmarks
 from rankopt.core.errors import RankoptError, StudyError
+from rankopt.core.run_folder import folder_lock
 from rankopt.report.benchmark import overall, problem_rows, text, write
 from rankopt.search.benchmark import FILE, benchmark, curve, ranks, read_strategies
 from rankopt.search.loop import plan_key, search
@@ -253,3 +254,11 @@ def test_the_command(tmp_path, quick_space):
     assert "seed 1" in stderr and "seed 0" not in stderr
     assert "unknown strategy" in run(*command[:-3], "magic", code=2)[1]
     assert "give 1 or more" in run(*command, "--seeds", 0, "--resume", code=2)[1]
+
+
+def test_two_benchmarks_do_not_write_into_one_folder(tmp_path, quick_space):
+    command = ("benchmark", "digits", "--space", quick_space, "--budget", "params=0.5", "--strategies", "uniform")
+    (out := tmp_path / "out").mkdir()
+    with folder_lock(out):
+        said = run(*command, "--out", out, code=2)[1]
+    assert "another process is at work" in said and not list(out.iterdir())

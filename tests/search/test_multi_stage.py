@@ -10,9 +10,11 @@ import torch
 
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import BudgetError, RankoptError
+from rankopt.core.records import Task
 from rankopt.decompositions.plan import load, multiplied_out
 from rankopt.experiments.tasks import load_task
 from rankopt.model.counting import count
+from rankopt.model.memory import file_size, peak_memory
 from rankopt.search.multi_stage import run_multi_stage
 from rankopt.search.settings import SearchSettings
 from tests.helpers.spaces import QUICK
@@ -65,3 +67,26 @@ def test_bad_schedules_and_budgets_are_refused_at_once():
         SearchSpace(name="x", rounds=0)
     with pytest.raises(BudgetError, match="cannot be met"):
         run_multi_stage(load_task("digits"), ROUNDS, {"params": 0.001}, SearchSettings())
+
+
+@pytest.mark.parametrize("metric", ["memory", "disk"])
+def test_a_budget_of_memory_or_disk_goes_down_in_stages_too(metric, tmp_path):
+    from torch import nn
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 24)
+    task = Task(nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 8)).eval(), x[:1], [x])
+    space = SearchSpace(families=("svd_out",), points=6, steps=0, rounds=2, round_steps=2)
+    result = run_multi_stage(task, space, {metric: 0.6}, SearchSettings(), tmp_path, workers=1)
+    first, last = result.info["rounds"]
+    dense = {"memory": peak_memory, "disk": lambda model, _: file_size(model)}[metric](task.model, x[:1])
+    assert last["budget"][metric] == int(0.6 * dense + 1e-9) < first["budget"][metric] < dense
+    found = {"memory": peak_memory, "disk": lambda model, _: file_size(model)}[metric](result.model, x[:1])
+    assert found <= last["budget"][metric]
+
+
+def test_a_budget_of_latency_does_not_go_with_stages():
+    from rankopt.search.job import Job
+
+    with pytest.raises(RankoptError, match="a budget of latency"):
+        Job.parse({"latency": 0.5}, space=ROUNDS)

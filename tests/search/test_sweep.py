@@ -9,6 +9,7 @@ import pytest
 
 from rankopt.core.errors import BudgetError, RankoptError
 from rankopt.core.records import Cost
+from rankopt.core.run_folder import folder_lock
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.report.sweep import table, write
 from rankopt.search.evaluator import Evaluator
@@ -140,3 +141,18 @@ def test_the_command(tmp_path, quick_space):
     assert "is not empty" in run(*command, "params=0.6:0.04:5", code=2)[1]
     assert "least achievable" in run(*command[:-3], "--budgets", "params=0.01,0.02", code=2)[1]
     assert "not understood" in run(*command[:-3], "--budgets", "params=0.6:0.04", code=2)[1]
+
+
+def test_a_sweep_that_was_stopped_goes_on_with_the_same_command(tmp_path, quick_space):
+    """Of a killed one, Ray's logs, a half-written file and the picture may be there; the table comes last."""
+    out = tmp_path / "front"
+    (out / "logs").mkdir(parents=True)
+    (out / "logs" / "worker-1.err").write_text("killed")
+    (out / "sweep.png").write_bytes(b"")
+    (out / ".sweep.csv.abc.part").write_text("budg")
+    command = ("sweep", "digits", "--space", quick_space, "--out", out, "--budgets", "params=0.5", "--evaluate", "none")
+    with folder_lock(out):
+        assert "another process is at work" in run(*command, code=2)[1]
+    run(*command)
+    assert (out / "sweep.csv").read_text().count("params=0.5") == 1 and (out / "sweep.png").stat().st_size
+    assert "--resume" not in run(*command, code=2)[1]

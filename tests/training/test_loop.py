@@ -507,6 +507,21 @@ def test_a_kill_while_results_are_written_loses_nothing(folder, task, tmp_path, 
     assert not (out / checkpoint.FILE).exists() and same(again.model, rankopt.load(task.model, out))
 
 
+def test_a_kill_before_the_report_leaves_it_to_the_resumed_training(folder, task, tmp_path):
+    """All else is written then, also the checkpoint is still there; the weights stay as they are."""
+    out = tmp_path / "trained"
+    trained = train_run(folder, task, Recipe(epochs=0.1), out)
+    (out / checkpoint.FILE).write_bytes(b"left")
+    command = ("train", folder, "--task", "digits", "--out", out, "--epochs", 0.1)
+    assert "is finished" in run(*command, code=2)[1]
+    before = (out / "result.json").read_bytes(), (out / "model.safetensors").read_bytes()
+    stdout, _ = run(*command, "--resume")
+    assert "The training" in (out / "report.html").read_text() and str(out / "report.html") in stdout.replace("\n", "")
+    assert before == ((out / "result.json").read_bytes(), (out / "model.safetensors").read_bytes())
+    assert not (out / checkpoint.FILE).exists() and same(trained.model, rankopt.load(task.model, out))
+    assert "is finished" in run(*command, "--resume", code=2)[1]
+
+
 def test_a_training_that_does_harm_is_reported():
     scores = {"compressed": {"validation": 0.5, "test": 0.6}}
     about = {"recipe": {}, "teacher": None, "from_scratch": False, "run": "r", "seconds": 1.0}

@@ -6,25 +6,33 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 from rankopt.core.errors import RankoptError
-from rankopt.core.run_folder import process_alive
+from rankopt.core.run_folder import has_ended, process_name
+from rankopt.search.ray import guard
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: no tables
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # avoids a warning
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a task may read files by relative paths
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # a GCS that was killed does not come back
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV and JSON per trial
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's handler would end the run as if complete
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
 }
+
+
+OWNER = "owner"
+"""File with the name of the process whose temporary folder it is."""
 
 
 LONGEST = 16  # longest path of the temporary folder: Ray makes sockets below it, whose paths have at most 107 bytes
@@ -46,6 +54,7 @@ def surroundings() -> Iterator[str]:
         with tempfile.TemporaryDirectory(
             prefix=f"rankopt-{os.getpid()}-", dir=parent, ignore_cleanup_errors=True
         ) as folder:
+            (Path(folder) / OWNER).write_text(process_name())
             yield folder
     finally:
         for name in {*ENVIRONMENT, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} - set(before):
@@ -53,12 +62,32 @@ def surroundings() -> Iterator[str]:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove the temporary folders of searches that were killed."""
+    """Remove the temporary folders of searches that were killed, and end what still works in them."""
     for folder in parent.glob("rankopt-*-*"):
-        pid = folder.name.split("-")[1]
         with suppress(OSError):
-            if pid.isdigit() and folder.stat().st_uid == os.getuid() and not process_alive(int(pid)):
-                shutil.rmtree(folder, ignore_errors=True)
+            if folder.lstat().st_uid == os.getuid() and has_ended((folder / OWNER).read_text()):
+                guard.clean(folder)
+
+
+@contextmanager
+def guarded(folder: str) -> Iterator[Callable[[str], None]]:
+    """Context: a process of `guard` watches this one.
+
+    Args:
+        folder: Ray's temporary folder.
+
+    Yields:
+        Tells it "started" or "closing".
+    """
+    command = [sys.executable, "-I", "-S", guard.__file__, folder]
+    # In a session of its own: what is sent to a terminal's or a group's processes does not reach it.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+
+        def tell(text: str) -> None:
+            with suppress(OSError):
+                os.write(process.stdin.fileno(), f"{text}\n".encode())  # type: ignore[union-attr]
+
+        yield tell
 
 
 @contextmanager
@@ -112,7 +141,10 @@ def started(address: str | None, workers: int, folder: str) -> Iterator[None]:
     else:  # "local": RAY_ADDRESS is not followed
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray was imported without a token
         options = {"address": "local", "num_cpus": workers, "include_dashboard": False, "_temp_dir": folder}
-    try:
+    with ExitStack() as stack:
+        tell = (lambda _: None) if address else stack.enter_context(guarded(folder))
+        stack.callback(ray.shutdown)
+        stack.callback(tell, "closing")
         before = signal.getsignal(signal.SIGTERM)  # Ray's own handler exits at once, as if nothing was to be kept
         try:
             ray.init(**options, log_to_driver=False, logging_level="ERROR")
@@ -122,9 +154,8 @@ def started(address: str | None, workers: int, folder: str) -> Iterator[None]:
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, before)
+        tell("started")
         yield
-    finally:
-        ray.shutdown()
 
 
 def check_resources(gpus: float, cpus: float) -> None:

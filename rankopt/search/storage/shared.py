@@ -1,16 +1,14 @@
 """A study that several processes and machines share, in any storage that Optuna opens by an SQLAlchemy URL.
 
 A plan is claimed before it is evaluated: a running trial is added. The claim holds unless a trial of a lower number has
-the same plan; the storage assigns numbers one at a time. A claim is renewed by a heartbeat, and void when its process
-is gone.
+the same plan; the storage assigns numbers one at a time. A claim is renewed by a heartbeat, and void when that stops,
+or at once when its process is known to have ended.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import random
-import socket
 import threading
 import time
 import warnings
@@ -32,14 +30,15 @@ from rankopt.core.errors import StudyError
 from rankopt.core.files import digest, write_beside
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal, Trial
-from rankopt.core.run_folder import check_same, process_alive
+from rankopt.core.run_folder import check_same, has_ended, process_name
 from rankopt.search.identity import HASHES, TOLERANCES
 from rankopt.search.storage.local import FILE, STUDY, Store, create_study, sqlite_url, storage_errors, valid_trials
+from rankopt.search.storage.private import stale_trials, study_id, trial_id
 
 BEAT = 20  # seconds between heartbeats
 
 
-GRACE = 90  # seconds without a heartbeat after which a claim of another machine is void
+GRACE = 90  # seconds without a heartbeat after which a claim is void
 
 
 PATIENCE = 300  # seconds to wait for a storage that does not answer
@@ -76,7 +75,7 @@ class SharedStore(Store):
         """
         self.url = read_url(url)
         self.claims: dict[Proposal, int] = {}  # claims of this process -> trial id
-        self.owner = f"{socket.gethostname()}:{os.getpid()}"
+        self.owner = process_name()
         self.known: set[Proposal] = set()  # plans whose trials this process has added or read
         self.heart: threading.Thread | None = None
         self.folder = folder
@@ -117,9 +116,9 @@ class SharedStore(Store):
         claim = create_trial(
             state=TrialState.RUNNING, params=params, distributions=self.space, user_attrs={"owner": self.owner}
         )
-        mine = self._patiently(lambda: self.storage.create_new_trial(self.study._study_id, claim))
+        mine = self._patiently(lambda: self.storage.create_new_trial(study_id(self.study), claim))
         standing = self._standing()
-        number = next(t.number for t in standing if t._trial_id == mine)
+        number = next(t.number for t in standing if trial_id(t) == mine)
         before = [t.params for t in standing if t.number < number or t.state != TrialState.RUNNING]
         if params in before or len({tuple(p.values()) for p in before}) >= limit:
             self._void(mine)
@@ -134,7 +133,7 @@ class SharedStore(Store):
     def claimed(self) -> set[Proposal]:
         """The plans that other processes are evaluating."""
         running = (t for t in self._standing() if t.state == TrialState.RUNNING)
-        return {self._proposal(t) for t in running if t._trial_id not in self.claims.values()}
+        return {self._proposal(t) for t in running if trial_id(t) not in self.claims.values()}
 
     def add(self, trial: Trial, n_asked: int) -> None:
         """Write a trial, and remove the claim on its plan.
@@ -180,16 +179,15 @@ class SharedStore(Store):
         since = self._patiently(lambda: self.study.user_attrs.get("since", 0))
         standing = [t for t in trials if t.number >= since and "void" not in t.user_attrs]
         if any(t.state == TrialState.RUNNING for t in standing):
-            silent = self._patiently(lambda: self.storage._get_stale_trial_ids(self.study._study_id))
+            silent = self._patiently(lambda: stale_trials(self.storage, self.study))
             gone = [t for t in standing if t.state == TrialState.RUNNING and self._gone(t, silent)]
             for trial in gone:
-                self._void(trial._trial_id)
+                self._void(trial_id(trial))
             standing = [t for t in standing if t not in gone]
         return standing
 
     def _gone(self, trial: FrozenTrial, silent: list[int]) -> bool:
-        host, _, pid = trial.user_attrs["owner"].rpartition(":")
-        return trial._trial_id in silent or (host == socket.gethostname() and not process_alive(int(pid)))
+        return trial_id(trial) in silent or has_ended(trial.user_attrs["owner"])
 
     def _void(self, trial: int) -> None:
         def write() -> None:

@@ -12,7 +12,7 @@ import torch
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import TaskError
-from rankopt.core.task_file import LOADED, send_files
+from rankopt.core.task_file import LOADED, load_file, module_name, send_files
 from rankopt.experiments.tasks import load_task
 from rankopt.search.compress import run_search
 from rankopt.search.ray.runner import RaySearch
@@ -170,20 +170,20 @@ def test_another_process_runs_the_file_where_it_lies(task_file, tmp_path):
 
 def test_a_machine_without_the_file_gets_it_and_its_neighbours(task_file, tmp_path):
     ran = sent_and_run(task_file, tmp_path, other_machines=True)
-    assert ran == tmp_path / "scratch" / "rankopt_task_everything" / "everything.py"
+    assert ran == tmp_path / "scratch" / module_name(task_file) / "everything.py"
 
 
 def test_a_file_that_was_edited_meanwhile_runs_as_it_was(task_file, tmp_path):
     load_task(f"{task_file}:task")
-    files, _ = send_files(pickle.dumps, "rankopt_task_everything", other_machines=False)
+    files, _ = send_files(pickle.dumps, module_name(task_file), other_machines=False)
     task_file.write_text("raise RuntimeError('edited')")
     files[0].load(tmp_path)
-    assert sys.modules["rankopt_task_everything"].Wide.width == 1
+    assert sys.modules[module_name(task_file)].Wide.width == 1
 
 
 def test_only_what_changed_since_the_import_is_sent(task_file):
     load_task(f"{task_file}:task")
-    file = LOADED["rankopt_task_everything"]
+    file = LOADED[module_name(task_file)]
     changed = {(owner, name) for _, owner, name in file.changes()}
     assert changed == {("", "SCALE"), ("", "SEEN"), ("", "OPENED"), ("Wide", "width"), ("", "LEVEL")}
 
@@ -192,7 +192,7 @@ def test_a_tensor_that_a_task_writes_into_has_changed(tmp_path):
     (tmp_path / "writes.py").write_text("import torch\nA, B = torch.zeros(3), torch.zeros(3)\ndef task(): A[0] = 1\n")
     with pytest.raises(TaskError):
         load_task(f"{tmp_path / 'writes.py'}:task")
-    ((key, value),) = LOADED.pop("rankopt_task_writes").changes().items()
+    ((key, value),) = LOADED.pop(module_name(tmp_path / "writes.py")).changes().items()
     assert key[2] == "A" and torch.equal(value, torch.tensor([1.0, 0, 0]))
 
 
@@ -208,6 +208,23 @@ def test_a_task_that_is_not_used_is_not_run_again(task_file, tmp_path):
 def test_a_folder_full_of_code_is_not_sent_to_other_machines(task_file):
     load_task(f"{task_file}:task")
     (task_file.parent / "huge.py").write_bytes(b"#" * (21 << 20))
-    assert send_files(pickle.dumps, "rankopt_task_everything", other_machines=False)
+    assert send_files(pickle.dumps, module_name(task_file), other_machines=False)
     with pytest.raises(TaskError, match="folder of their own"):
-        send_files(pickle.dumps, "rankopt_task_everything", other_machines=True)
+        send_files(pickle.dumps, module_name(task_file), other_machines=True)
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path):
+    """A teacher's task.py beside a student's: each pickles, and is read elsewhere, as its own."""
+    functions = []
+    for width in (1, 2):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        (folder / "task.py").write_text(f"WIDTH = {width}\nclass Net:\n    width = WIDTH\n")
+        functions.append(load_file(folder / "task.py").Net)
+    assert [pickle.loads(pickle.dumps(f)).width for f in functions] == [1, 2]
+    files, payload = send_files(pickle.dumps, [f() for f in functions], other_machines=False)
+    assert len({f.name for f in files}) == 2 and all(f.name.startswith("rankopt_task_task_") for f in files)
+    for file in files:
+        del sys.modules[file.name], LOADED[file.name]
+        file.load(tmp_path)
+    assert [net.width for net in pickle.loads(payload)[1]] == [1, 2]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,9 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
+from rankopt.core import run_folder
 from rankopt.core.errors import StudyError
+from rankopt.core.run_folder import process_name
 from rankopt.search.compress import run_search
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.loop import Study, attempt, proposals, search
@@ -63,12 +64,33 @@ def test_claims_of_a_process_that_died_are_void(digits, url, tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     first = study(digits, dead).next()
-    dead.storage.set_trial_user_attr(dead.claims[first], "owner", f"{socket.gethostname()}:{gone.pid}")
+    dead.storage.set_trial_user_attr(dead.claims[first], "owner", f"{process_name().rpartition(' ')[0]} {gone.pid}")
     living = study(digits, shared(digits, url, tmp_path / "b"))
     assert living.others() == set() and living.next() == first
     states = [t.state for t in living.store.study.trials]
     assert states == [TrialState.FAIL, TrialState.RUNNING]
     assert living.store.trials()[0] == [], "a void claim is no failed trial"
+
+
+@pytest.mark.parametrize("elsewhere", ["another container", "another start of the machine", "an earlier version"])
+def test_the_claims_of_a_process_whose_ids_mean_nothing_here_hold(digits, url, tmp_path, elsewhere, monkeypatch):
+    """Two containers may share a host name; the process ids of one are not those of the other."""
+    far = shared(digits, url, tmp_path / "a")
+    first = study(digits, far).next()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host, space, _ = process_name().split()
+    owners = {
+        "another container": f"{host} {space.replace('pid:[', 'pid:[9')} {gone.pid}",
+        "another start of the machine": f"{host} 0{space} {gone.pid}",
+        "an earlier version": f"{host}:{gone.pid}",
+    }
+    far.storage.set_trial_user_attr(far.claims[first], "owner", owners[elsewhere])
+    here = study(digits, shared(digits, url, tmp_path / "b"))
+    assert here.others() == {first} and here.next() != first
+    monkeypatch.setattr(run_folder, "_process_space", lambda: "")  # nothing is known of ids: heartbeats decide
+    far.storage.set_trial_user_attr(far.claims[first], "owner", f"{host}  {gone.pid}")
+    assert here.others() == {first}
 
 
 def test_searches_that_differ_never_meet(digits, url, tmp_path):
