@@ -93,14 +93,11 @@ def _command(name: str, command: Any) -> str:
 
 
 def _flags(option: Any) -> str:
-    """`--workers INT`, or both names of a switch."""
-    names = [*option.opts, *option.secondary_opts]
-    kind = getattr(getattr(option, "type_descriptor", None), "annotation", None)
-    value = "" if kind is bool else re.sub(r"list\[(\w+)\]", r"\1 ...", getattr(kind, "__name__", "value"))
-    if str(kind).startswith("list["):
-        value = re.sub(r"list\[(\w+)\]", r"\1", str(kind))
-    value = {"str": "TEXT", "Path": "PATH"}.get(value, value.upper())
-    return " / ".join(f"`{name} {value}`".replace(" `", "`") for name in names)
+    """`--workers N`, or both names of a switch."""
+    from rankopt.cli.parameters import placeholder
+
+    value = placeholder(option).replace("|", "\\|")
+    return " / ".join(f"`{name} {value}`".replace(" `", "`") for name in [*option.opts, *option.secondary_opts])
 
 
 def _default(parameter: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version as installed_version
@@ -10,15 +12,16 @@ from typing import Annotated
 
 import typer
 
+from rankopt.cli.parameters import Application, Group, complete_space, complete_task
 from rankopt.core.errors import RankoptError
 from rankopt.core.signals import discard_output, exit_status
 from rankopt.core.text import printable
 from rankopt.search.progress import console
 
-app = typer.Typer(
+app = Application(
+    cls=Group,
     help="Choose a tensor decomposition and its rank for every layer of a PyTorch model, under one budget.",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
@@ -30,23 +33,50 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _be_verbose(wanted: bool) -> None:
+    if wanted:
+        log.setLevel(logging.DEBUG)
+
+
 @app.callback()
 def options(
     version: Annotated[
         bool, typer.Option("--version", help="show the version", callback=_print_version, is_eager=True)
     ] = False,
+    verbose: Annotated[  # Command gives it to every command
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            help="show what each stage took, and tracebacks of errors",
+            callback=_be_verbose,
+            expose_value=False,
+        ),
+    ] = False,
 ) -> None:
     """Choose a tensor decomposition and its rank for every layer of a PyTorch model, under one budget."""
+
+
+log = logging.getLogger("rankopt")
 
 
 # Panels of `rankopt --help`
 COMPRESS, FINISHED, COMPARE, EXPERIMENTS = "Compress a model", "Use a finished run", "Compare", "Experiments"
 
 
-TaskName = Annotated[str, typer.Argument(help="a built-in task (digits) or FILE.py:function; the file is run")]
+TaskName = Annotated[
+    str,
+    typer.Argument(
+        help="a built-in task (digits), FILE.py:function or package.module:function; the file is run",
+        autocompletion=complete_task,
+    ),
+]
 
 
-SpaceName = Annotated[str, typer.Option("--space", help="a search space by name, or a .toml file")]
+SpaceName = Annotated[
+    str,
+    typer.Option("--space", help="a search space by name, or a .toml file", autocompletion=complete_space),
+]
 
 
 CacheFolder = Annotated[
@@ -85,6 +115,7 @@ def readable_errors(kept: str = "every finished trial is kept: go on with --resu
     try:
         yield
     except RankoptError as error:
+        log.debug("the error's traceback:", exc_info=error)
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
@@ -111,13 +142,16 @@ def write_page(out: Path, html: bool) -> None:
 
 
 def default_folder(task: str, what: str) -> Path:
-    """Return the folder that results go to without --out, as runs/digits-knapsack.
+    """Return the folder that results go to without --out, as runs/digits-knapsack or runs/my_task-my_cnn-knapsack.
 
     Args:
-        task: Name of the task, of which the file's name is taken.
+        task: Name of the task, of whose file or module the last part of the name is taken.
         what: What the results are of: a strategy or a command.
     """
-    return Path("runs") / f"{Path(task.rpartition(':')[0] or task).stem}-{what}"
+    file, _, function = task.rpartition(":")
+    module = Path(file).stem if file.endswith(".py") else file.rpartition(".")[2]
+    parts = [part for part in (module, function, what) if part]
+    return Path("runs") / re.sub(r"[^\w.-]+", "-", "-".join(parts))
 
 
 def echo(text: str) -> None:

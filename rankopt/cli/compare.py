@@ -21,6 +21,7 @@ from rankopt.cli.app import (
     echo,
     readable_errors,
 )
+from rankopt.cli.parameters import complete_strategy
 from rankopt.search.progress import console, show_progress
 from rankopt.search.runners import RunnerSettings, make_runner, session
 
@@ -79,7 +80,12 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
         ),
     ],
     strategies: Annotated[
-        str, typer.Option(help="all, or names as in knapsack,random,optuna:sampler=gp", rich_help_panel=COMPARED)
+        str,
+        typer.Option(
+            help="all, or names as in knapsack,random,optuna:sampler=gp",
+            rich_help_panel=COMPARED,
+            autocompletion=complete_strategy,
+        ),
     ] = "all",
     trials: Annotated[
         int,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rankopt.cli.app import COMPRESS, CacheFolder, SpaceName, app, default_folder, echo, readable_errors
+from rankopt.cli.parameters import complete_task
 from rankopt.core.errors import RankoptError
 from rankopt.search.progress import show_progress
 
@@ -20,7 +21,12 @@ def inspect(
         bool, typer.Option("--bonds", help="show spectra, effective ranks and images of factorised layers")
     ] = False,
     run_task: Annotated[
-        str | None, typer.Option("--task", help="with a run folder: the task whose model it was; its file is run")
+        str | None,
+        typer.Option(
+            "--task",
+            help="with a run folder: the task whose model it was; its file is run",
+            autocompletion=complete_task,
+        ),
     ] = None,
     out: Annotated[
         Path | None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rankopt.cli.app import FINISHED, app, echo, readable_errors
+from rankopt.cli.parameters import complete_task
 from rankopt.core.budget import amount
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import available_cores
@@ -39,7 +40,10 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
 @app.command(rich_help_panel=FINISHED)
 def apply(
     run: Annotated[Path, typer.Argument(help="a run folder")],
-    task: Annotated[str, typer.Option(help="the task whose model is rebuilt; its file is run")],
+    task: Annotated[
+        str,
+        typer.Option(help="the task whose model is rebuilt; its file is run", autocompletion=complete_task),
+    ],
     check: Annotated[bool, typer.Option("--check", help="count the cost again and score the rebuilt model")] = False,
 ) -> None:
     """Rebuild a compressed model from plan.json and its weights."""
@@ -109,7 +113,10 @@ def _check_scores(task: Task, model: nn.Module, info: Mapping[str, Any]) -> None
 @app.command(rich_help_panel=FINISHED)
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder")],
-    task: Annotated[str, typer.Option(help="the task whose model is rebuilt; its file is run")],
+    task: Annotated[
+        str,
+        typer.Option(help="the task whose model is rebuilt; its file is run", autocompletion=complete_task),
+    ],
     to: Annotated[str, typer.Option(help="onnx, torch.export or state_dict (safetensors)")] = "onnx",
     out: Annotated[
         Path | None, typer.Option(help="the file", show_default="export.onnx, .pt2 or .safetensors in RUN")

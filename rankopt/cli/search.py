@@ -21,6 +21,8 @@ from rankopt.cli.app import (
     readable_errors,
     write_page,
 )
+from rankopt.cli.parameters import complete_family, complete_space, complete_strategy
+from rankopt.core.errors import RankoptError
 
 if TYPE_CHECKING:
     from rankopt.search.result import Result
@@ -28,6 +30,22 @@ if TYPE_CHECKING:
 # Panels of --help
 BUDGET, STRATEGY, EVALUATION, LATENCY = "Budget", "Strategy", "Evaluation", "Latency"
 OUTPUT = "Output"
+
+
+def _list_strategies(wanted: bool) -> None:
+    """Print every strategy with what it does and its options, and end the command."""
+    if not wanted:
+        return
+    from rankopt.strategies.registry import STRATEGIES, strategy_class, strategy_options
+
+    for name in STRATEGIES:
+        try:
+            text = (strategy_class(name).__doc__ or "").strip().partition("\n")[0]
+            options = [f"    --option {option}={default}" for option, default in strategy_options(name).items()]
+        except RankoptError as error:  # another package's
+            text, options = f"cannot be used: {error}", []
+        echo("\n".join([f"{name}: {text}", *options]))
+    raise typer.Exit
 
 
 @app.command(rich_help_panel=COMPRESS)
@@ -57,8 +75,18 @@ def search(  # noqa: PLR0913  # a parameter for every option
         typer.Option(
             help="knapsack, optuna, rl, lasso, lasso-train, evbmf, greedy, energy, uniform or random",
             rich_help_panel=STRATEGY,
+            autocompletion=complete_strategy,
         ),
     ] = "knapsack",
+    list_strategies: Annotated[  # noqa: ARG001  # its callback does the work
+        bool,
+        typer.Option(
+            "--list-strategies",
+            help="list the strategies with their options, and end",
+            callback=_list_strategies,
+            is_eager=True,
+        ),
+    ] = False,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", help="KEY=VALUE of the strategy's own, repeatable", rich_help_panel=STRATEGY),
@@ -69,11 +97,21 @@ def search(  # noqa: PLR0913  # a parameter for every option
     ] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same plans", rich_help_panel=STRATEGY)] = 0,
     space: Annotated[
-        str, typer.Option("--space", help="a search space by name, or a .toml file", rich_help_panel=STRATEGY)
+        str,
+        typer.Option(
+            "--space",
+            help="a search space by name, or a .toml file",
+            rich_help_panel=STRATEGY,
+            autocompletion=complete_space,
+        ),
     ] = "default",
     families: Annotated[
         str | None,
-        typer.Option(help="decompositions instead of the space's, as svd_out,cp_merged", rich_help_panel=STRATEGY),
+        typer.Option(
+            help="decompositions instead of the space's, as svd_out,cp_merged",
+            rich_help_panel=STRATEGY,
+            autocompletion=complete_family,
+        ),
     ] = None,
     keep_dense: Annotated[
         list[str] | None,

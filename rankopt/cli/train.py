@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from rankopt.cli.app import FINISHED, app, echo, readable_errors
+from rankopt.cli.parameters import complete_task
 from rankopt.core.progress import StopCondition, graceful_interrupt
 from rankopt.search.progress import ProgressBar
 
@@ -18,7 +19,10 @@ RECIPE, STOPPING = "How to train", "Stopping and resuming"  # panels of --help
 @app.command(rich_help_panel=FINISHED)
 def train(  # noqa: PLR0913  # a parameter for every option
     run: Annotated[Path, typer.Argument(help="a run folder")],
-    task: Annotated[str, typer.Option(help="the task whose model it was; its file is run")],
+    task: Annotated[
+        str,
+        typer.Option(help="the task whose model it was; its file is run", autocompletion=complete_task),
+    ],
     out: Annotated[
         Path | None, typer.Option(help="the folder for the trained model", show_default="RUN/trained")
     ] = None,

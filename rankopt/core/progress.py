@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +10,9 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rankopt.core.signals import on_stop_signals
+
+log = logging.getLogger(__name__)
+
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """A progress display: (items, what is done with them, how many) -> an iterable over the same items."""
@@ -52,7 +56,9 @@ class Clock(dict[str, float]):
         try:
             yield
         finally:
-            self[name] = self.get(name, 0.0) + time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self[name] = self.get(name, 0.0) + seconds
+            log.debug("%s took %.1f s", name, seconds)
 
 
 class Stoppable(Protocol):

@@ -1,13 +1,15 @@
 """Loading tasks by name: built-in ones, or a function of the user's own file.
 
 `digits` is built in; `mytasks.py:resnet` runs the file mytasks.py and calls its function `resnet`, which returns a
-`rankopt.Task`.
+`rankopt.Task`; `mypackage.tasks:resnet` imports a module, from an installed package or from the working folder.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -19,14 +21,15 @@ from rankopt.core.task_file import as_a_script, load_file
 BUILT_IN = ("digits",)
 
 
-HELP = f"name a built-in task ({', '.join(BUILT_IN)}) or FILE.py:function"
+HELP = f"name a built-in task ({', '.join(BUILT_IN)}), FILE.py:function or package.module:function"
 
 
 def load_task(name: str) -> Task:
     """Load a task.
 
     Args:
-        name: A built-in task, or FILE.py:function. The file is the user's own code and is run.
+        name: A built-in task, FILE.py:function or package.module:function. The file or module is the user's own code
+            and is run.
 
     Raises:
         TaskError: If there is no such task, its code fails, or it returns something else than a `Task` of a module.
@@ -34,12 +37,8 @@ def load_task(name: str) -> Task:
     if name in BUILT_IN:
         function = getattr(importlib.import_module(f"rankopt.experiments.{name}"), name)
     else:
-        file, colon, attribute = name.rpartition(":")
-        if not colon or not file.endswith(".py"):
-            raise TaskError(f"unknown task {name!r}: {HELP}")
-        if not Path(file).is_file():
-            raise TaskError(f"there is no file {file}: {HELP}")
-        module = load_file(Path(file))
+        file, _, attribute = name.rpartition(":")
+        module = _module(file, name)
         function = getattr(module, attribute, None)
         if not callable(function):
             raise TaskError(f"{file} has no function {attribute!r}: {HELP}")
@@ -51,3 +50,17 @@ def load_task(name: str) -> Task:
         raise TaskError(f"task {name!r} has a model of type {type(task.model).__name__}: give an nn.Module")
     task.name = name
     return task
+
+
+def _module(file: str, task: str) -> ModuleType:
+    """The module of a task's function: a file that is run, or a module that is imported."""
+    if file.endswith(".py"):
+        if not Path(file).is_file():
+            raise TaskError(f"there is no file {file}: {HELP}")
+        return load_file(Path(file))
+    if not all(part.isidentifier() for part in file.split(".")):
+        raise TaskError(f"unknown task {task!r}: {HELP}")
+    if not {"", str(Path.cwd())} & set(sys.path):  # as under `python -m`
+        sys.path.append(str(Path.cwd()))
+    with as_a_script(Path(*file.split(".")).with_suffix(".py"), f"module {file} cannot be imported"):
+        return importlib.import_module(file)
