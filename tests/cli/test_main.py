@@ -54,7 +54,7 @@ def test_inspect_shows_every_layer_within_100_columns():
     [
         (
             ["digitz", "--budget", "params=0.3"],
-            "unknown task 'digitz': name a built-in task (digits) or FILE.py:function",
+            "unknown task 'digitz': name a built-in task (digits), FILE.py:function or package.module:function",
         ),
         (["none.py:task", "--budget", "params=0.3"], "there is no file none.py"),
         (["digits", "--budget", "params=1"], "ambiguous"),

@@ -108,7 +108,8 @@ def test_command_lines_are_read(page):
 
 @pytest.mark.parametrize("page", sorted(PAGES))
 def test_commands_and_options_in_the_text_exist(page):
-    options = {name for c in COMMANDS.values() for p in c.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
+    commands = [get_command(app), *COMMANDS.values()]
+    options = {name for c in commands for p in c.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
     for name in re.findall(r"`rankopt ([a-z]+)", PAGES[page]):
         assert name in COMMANDS, name
     others = r"```text\n.*?```|`(?:python|pip|pytest) [^`]*`"  # options of other commands
