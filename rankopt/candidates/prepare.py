@@ -121,7 +121,9 @@ class Prepared:
 
     @cached_property
     def dense_objective(self) -> float:
-        """The objective of the dense model."""
+        """The objective of the dense model; the default one is its divergence from itself."""
+        if self.task.objective is None:
+            return 0.0
         value = call("the objective", self.objective, self.task.model)
         assert value is not None
         return value

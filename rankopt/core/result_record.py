@@ -192,11 +192,13 @@ class ObjectiveEntry(TypedDict):
 
     Attributes:
         best: Measured objective (less is better); after `train` in a study, that of the trained model.
+        dense: That of the dense model: 0 for the default objective. Absent in files of earlier versions.
         predicted: Predicted rise of the objective: the sum of the layers' losses. None if nothing was predicted.
         trial: Number of the chosen trial.
     """
 
     best: float
+    dense: NotRequired[float]
     predicted: float | None
     trial: NotRequired[int]
 
@@ -597,9 +599,11 @@ class TrainingEntry(FinetuneInfo, TrainingSource):
 
     Attributes:
         test_before: Test score before the training; None from scratch or without a test.
+        batch_norms: How many batch norms the model has; absent in files of earlier versions.
     """
 
     test_before: float | None
+    batch_norms: NotRequired[int]
 
 
 # --- the whole ---------------------------------------------------------------------------------------

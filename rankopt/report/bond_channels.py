@@ -33,7 +33,7 @@ class Channel:
 
     Attributes:
         number: Its index in the bond.
-        share: Energy of the output that comes through this channel alone, over that of the whole output.
+        share: Energy of the output that comes through this channel alone, over the sum of all channels' energies.
         images: (n, c, h, w) in [0, 1]: those with the highest responses, then those with the lowest, IMAGES of each.
         boxes: For each image (top, bottom, left, right), inclusive, where most of the response's gradient lies.
         responses: The response to each image.
@@ -73,9 +73,10 @@ def first_channels(layer: Layer, method: str, rank: Rank) -> bool:
 
 
 def channel_shares(layer: Layer, method: str, factors: Factors, moment: Any, metric: Any) -> Tensor:
-    """The energy of the output that comes through each channel of the first bond alone, over that of the whole.
+    """The energy of the output that comes through each channel of the first bond alone, over the sum of them.
 
-    Channels overlap and may cancel, so the shares do not add up to 1.
+    Channels overlap and may cancel: the sum is not the energy of the whole output, of which a single channel may carry
+    more than there is.
 
     Args:
         layer: The layer, with g groups.
@@ -101,7 +102,8 @@ def channel_shares(layer: Layer, method: str, factors: Factors, moment: Any, met
     s, h = (m.double().cpu().expand(g, -1, -1) for m in (s, h))
     seen = first @ s @ first.mT
     felt = torch.einsum("gtrk,gtu,guqk->grq", rest, h, rest)
-    return (seen.diagonal(dim1=-2, dim2=-1) * felt.diagonal(dim1=-2, dim2=-1)) / (seen * felt).sum().clamp_min(1e-300)
+    alone = seen.diagonal(dim1=-2, dim2=-1) * felt.diagonal(dim1=-2, dim2=-1)
+    return alone / alone.sum().clamp_min(1e-300)
 
 
 class Watch:

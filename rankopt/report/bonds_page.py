@@ -17,8 +17,8 @@ from rankopt.report.bond_analysis import LayerBonds
 from rankopt.report.bond_channels import ENERGY, IMAGES, Channel
 from rankopt.report.bond_spectra import BondSpectrum, effective_rank
 from rankopt.report.html import environment
-from rankopt.report.pictures import ACCENT, FAINT, INK, POINT, draw, short
-from rankopt.search.summary import percent, render
+from rankopt.report.pictures import ACCENT, FAINT, INK, POINT, draw, labels
+from rankopt.search.summary import counted, percent, render
 
 FILE, TEMPLATE = "bonds.html", "bonds.html.j2"
 
@@ -94,8 +94,8 @@ def verdict(rows: Sequence[LayerBonds]) -> str:
     kept = statistics.median(s.kept for s in bonds)
     layers = sum(bool(row.spectra) for row in rows)
     return (
-        f"{len(bonds)} bonds in {layers} layers: half of them have an effective rank below {percent(used, 0)} of the "
-        f"possible, and half keep more than {percent(kept, 1)} of the dense layer’s energy."
+        f"{counted(len(bonds), 'bond')} in {counted(layers, 'layer')}: half of them have an effective rank below "
+        f"{percent(used, 0)} of the possible, and half keep more than {percent(kept, 1)} of the dense layer’s energy."
     )
 
 
@@ -144,16 +144,16 @@ def overview(ax: Any, rows: Sequence[LayerBonds]) -> None:
         ax: Matplotlib axes.
         rows: The layers that have bonds.
     """
-    y, ticks = 0.0, []
+    y, ticks = 0.0, list[float]()
     for row in rows:
-        ticks.append((y + (len(row.spectra) - 1) / 2, short(row.name)))
+        ticks.append(y + (len(row.spectra) - 1) / 2)
         for s in row.spectra:
             ax.barh(y, s.size, 0.8, color=POINT, alpha=0.22, lw=0)
             ax.barh(y, s.effective, 0.8, color=POINT, lw=0)
             ax.plot([effective_rank(s.dense)] * 2, [y - 0.4, y + 0.4], color=ACCENT, lw=1.5)
             y += 1
         y += 0.6
-    ax.set_yticks(*zip(*ticks, strict=True), fontsize=9)
+    ax.set_yticks(ticks, labels([row.name for row in rows]), fontsize=9)
     ax.set(ylim=(y - 0.6, -1), xlabel="channels of the bond")
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")

@@ -113,7 +113,7 @@ def render(info: ResultInfo, trials: Sequence[TrialRow], run: str) -> str:
 
 
 def verdict(info: ResultInfo) -> str:
-    """The result in one sentence: share of the budgeted costs, score, whether the budget is met, and speed.
+    """The result in one sentence: share of the budgeted costs, score or objective, whether the budget is met, speed.
 
     Args:
         info: The content of result.json.
@@ -126,6 +126,9 @@ def verdict(info: ResultInfo) -> str:
     if small[part] is not None:
         before = "" if dense[part] is None else f" (dense {percent(dense[part])})"
         parts.append(f"{part} score {percent(small[part])}{before}")
+    else:
+        found = info["objective"]
+        parts.append(f"objective {found['best']:.3g}" + (f" (dense {found['dense']:.3g})" if "dense" in found else ""))
     met = all(b["achieved"] <= b["target"] for b in info["budget"].values())
     parts.append("budget met" if met else "budget NOT met")
     sentence = f"{', '.join(parts)}; one forward pass is {_speed(info).lower()} here."

@@ -9,6 +9,7 @@ import io
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -305,7 +306,7 @@ def layers(ax: Any, rows: Sequence[LayerRow]) -> None:
         label = DENSE if dense else rank_text(row["rank"]).replace(" ", "") + share
         end = max(row["dense_params"], row["params"])
         ax.annotate(label, (end, y), (4, 0), textcoords="offset points", va="center", color=FAINT if dense else INK)
-    ax.set_yticks(range(len(rows)), [short(x["name"]) for x in rows])
+    ax.set_yticks(range(len(rows)), labels([x["name"] for x in rows]))
     ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="parameters" + ("" if scale == "linear" else f", {scale} scale"))
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
@@ -375,12 +376,23 @@ def _length_axis(ax: Any, scale: str, least: int, most: int) -> None:
         ax.set_xlim(least / 3, most)
         ax.xaxis.set_major_locator(LogLocator(numticks=4))
         ax.xaxis.set_minor_locator(NullLocator())
+    elif scale == "square-root":
+        ax.set_xscale("function", functions=(lambda v: np.sqrt(np.abs(v)), np.square))
+        ax.set(xlim=(0, most), xticks=_square_root_ticks(most))
     else:
-        power = 1 if scale == "linear" else 2
-        ax.set_xscale("function", functions=(lambda v: np.abs(v) ** (1 / power), lambda v: np.abs(v) ** power))
-        ticks = [float(f"{most * (i / 4) ** power:.1g}") for i in range(5)]
-        ax.set(xlim=(0, max(most, *ticks)), xticks=ticks)
+        ax.set_xlim(0, most)
+        ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=True))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _square_root_ticks(most: int) -> list[float]:
+    """Round numbers that lie apart on an axis of square roots; no even steps are round there."""
+    ticks = [math.inf]
+    for tick in (m * 10.0**k for k in range(math.ceil(math.log10(most)), -1, -1) for m in (5, 2, 1)):
+        apart = 0.2 * math.sqrt(most)
+        if apart**2 <= tick <= most and math.sqrt(ticks[-1]) - math.sqrt(tick) >= apart:
+            ticks.append(tick)
+    return [0.0, *reversed(ticks[1:])]
 
 
 def _score_axis(ax: Any, points: list[tuple[float, float]], shown: Sequence[float]) -> list[tuple[float, float]]:
@@ -441,10 +453,39 @@ def _legend(ax: Any, columns: int) -> None:
 
 
 def short(name: str) -> str:
-    """Shorten a layer's name to its end, in which the layers of a block differ.
+    """Shorten a name to its end.
 
     Args:
         name: The full name.
     """
     name = (name or "(the model)").encode(errors="replace").decode()  # lone surrogates have no glyph
     return name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :]
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """Shorten layers' names such that they stay different.
+
+    The modules that hold all of them are left out. In names that are still long, modules are cut to their first letter
+    and number, from the left: `e.l.11.a.self.query`.
+
+    Args:
+        names: The full names, all different.
+    """
+    paths = [name.split(".") for name in names]
+    least = min(map(len, paths)) - 1 if len(paths) > 1 else 0
+    shared = next((i for i in range(least) if len({path[i] for path in paths}) > 1), least)
+    found = [short(_initials(path[shared:])) for path in paths]
+    seen: Counter[str] = Counter()
+    for i, label in enumerate(found):
+        seen[label] += 1
+        found[i] += f" ({seen[label]})" * (seen[label] > 1)
+    return found
+
+
+def _initials(path: list[str]) -> str:
+    """A dotted name with as few modules cut to their first letter and number as make it short enough."""
+    for i in range(len(path) - 1):
+        if len(".".join(path)) <= LONGEST_NAME:
+            break
+        path = [*path[:i], re.sub(r"^(\D).*?(\d*)$", r"\1\2", path[i]), *path[i + 1 :]]
+    return ".".join(path)

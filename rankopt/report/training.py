@@ -39,17 +39,18 @@ def lines(info: ResultInfo) -> list[str]:
         if (now := after[part]) is not None:
             found.append(f"{part} score {'' if before is None else percent(before) + ' -> '}{percent(now)}")
             if part == "validation" and before is not None and now < before:
-                found[-1] += f": less than before; try {_gentler(recipe)}"
+                found[-1] += f": less than before; try {_gentler(recipe, t.get('batch_norms', 0))}"
     if changed := {k: v for k, v in recipe.changed().items() if k not in ("epochs", "rate", "layerwise")}:
         found.append(f"other settings: {', '.join(f'{k}={v}' for k, v in changed.items())}")
     return found
 
 
-def _gentler(recipe: Recipe) -> str:
+def _gentler(recipe: Recipe, batch_norms: int) -> str:
     """Settings to try where a training lowered the score."""
     if not recipe.epochs:
         return "a lower layerwise_rate, or fewer steps"
-    return "a lower rate" + ("" if recipe.eval_mode else ", or eval_mode=true, which keeps batch norms as they are")
+    keep = ", or eval_mode=true, which keeps batch norms as they are" if batch_norms and not recipe.eval_mode else ""
+    return f"a lower rate{keep}"
 
 
 def losses(ax: Any, training: TrainingEntry) -> None:

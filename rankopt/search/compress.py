@@ -112,7 +112,7 @@ def _failed_prediction(prepared: Prepared, chosen: Trial) -> list[str]:
     """A warning, if the chosen plan lost far more than its layers were predicted to."""
     if chosen.objective is None or chosen.predicted is None:
         return []
-    zero = 0.0 if prepared.task.objective is None else prepared.dense_objective
+    zero = prepared.dense_objective
     if not is_far(chosen.objective - zero, chosen.predicted):
         return []
     return [

@@ -389,7 +389,12 @@ def _assemble(
         "budget": {cast(Metric, x.metric): _budget_entry(x, plan.cost, dense) for x in problem.limits},
         "cost": {"dense": _cost_entry(dense), "compressed": _cost_entry(plan.cost)},
         "optimality_gap": relative_gap(problem.loss(chosen.proposal), allocate(problem).bound),
-        "objective": {"best": _measured(chosen.objective), "predicted": chosen.predicted, "trial": chosen.number},
+        "objective": {
+            "best": _measured(chosen.objective),
+            "dense": prepared.dense_objective,
+            "predicted": chosen.predicted,
+            "trial": chosen.number,
+        },
         "fidelities": fidelity_rows(settings.fidelities, trials),
         "refinement": rebuilt.changes["refinement"],
         "batch_norm": rebuilt.changes["batch_norm"],

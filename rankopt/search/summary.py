@@ -52,6 +52,16 @@ def render(*parts: RenderableType) -> str:
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
+def counted(n: int, thing: str) -> str:
+    """A number of things: "1 plan", "2 plans".
+
+    Args:
+        n: How many.
+        thing: One of them.
+    """
+    return f"{n} {thing}{'s' * (n != 1)}"
+
+
 def percent(value: float | None, digits: int = 2) -> str:
     """A fraction in per cent.
 
@@ -109,7 +119,7 @@ def correlation_text(found: CorrelationEntry) -> str:
     Args:
         found: The correlation, as `rankopt.core.statistics.correlation` returns it.
     """
-    n = f"{found['n']} plan{'s' * (found['n'] != 1)}"
+    n = counted(found["n"], "plan")
     if found["verdict"] == "too few":
         return f"too few trials to tell ({n})"
     if found["verdict"] == "constant":
@@ -222,8 +232,8 @@ def budget_text(info: ResultInfo) -> str:
     stopped += ", interrupted" if trials.get("interrupted") else ""
     return (
         f"budget  {'; '.join(parts)}\n"
-        f"search  {n_evaluated(info)} plans, {trials['failed']} failed{stopped}; optimality gap of the predicted loss "
-        f"{info['optimality_gap']:.2%}\n"
+        f"search  {counted(n_evaluated(info), 'plan')}, {trials['failed']} failed{stopped}; "
+        f"optimality gap of the predicted loss {info['optimality_gap']:.2%}\n"
         f"seconds {', '.join(f'{k} {v:.1f}' for k, v in info['seconds'].items())}"
     )
 
@@ -255,7 +265,7 @@ def latency_lines(info: ResultInfo) -> list[str]:
         lines = [f"latency from a table measured {_conditions(found)}: it was not measured here"]
     if n := len(found["none_faster"]):
         lines.append(
-            f"{n} layer{'s' * (n != 1)} stayed dense: factorised they would be slower ({_few(found['none_faster'])})"
+            f"{counted(n, 'layer')} stayed dense: factorised they would be slower ({_few(found['none_faster'])})"
         )
     fit = f"a candidate costs {found['slope']:.2f} times its own time, fitted to {found['plans']} whole models"
     gap = found["interpolation"]
@@ -378,7 +388,7 @@ def fidelity_lines(info: ResultInfo) -> list[str]:
     """
     lines = []
     for row in info.get("fidelities") or []:
-        text = f"fidelity {row['name']!r}: {row['measured']} trials measured, {len(row['stopped'])} stopped"
+        text = f"fidelity {row['name']!r}: {counted(row['measured'], 'trial')} measured, {len(row['stopped'])} stopped"
         if row["stopped"]:
             text += f" ({', '.join(map(str, row['stopped'][:30]))}{', ...' * (len(row['stopped']) > 30)})"
         if row["agreement"] is not None and row["correlation"] is not None:

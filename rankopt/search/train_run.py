@@ -17,6 +17,7 @@ from rankopt.decompositions.plan import load, read_plan
 from rankopt.model.objective import call
 from rankopt.search.result import Result, set_scores
 from rankopt.training import checkpoint
+from rankopt.training.batch_norm import batch_norms
 from rankopt.training.finetune import Trained, finetune
 from rankopt.training.initialization import from_scratch as untrained
 from rankopt.training.losses import has_labels
@@ -121,6 +122,11 @@ def with_training(before: Result, trained: Trained, task: Task, source: Training
     }
     set_scores(info, task, {"dense": info["score"]["dense"], "compressed": score})
     # The search compared the chosen plan with others as untrained models.
-    info["training"] = {**trained.info, **source, "test_before": test_before}
+    info["training"] = {
+        **trained.info,
+        **source,
+        "test_before": test_before,
+        "batch_norms": len(batch_norms(model)),
+    }
     info["tie"] = None
     return dataclasses.replace(before, model=model, info=info)

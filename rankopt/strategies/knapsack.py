@@ -69,7 +69,7 @@ class Knapsack(Strategy):
             return min(values, key=values.__getitem__)
         ratios = np.ones(len(self.problem.layers))
         dense = tuple(len(f) - 1 for f in self.problem.frontiers)
-        zero = 0.0 if prepared.task.objective is None else prepared.dense_objective
+        zero = prepared.dense_objective
         for _ in range(REPAIRS):
             best = min(values, key=values.__getitem__)
             if not is_far(values[best] - zero, self.problem.loss(best)):

@@ -132,11 +132,21 @@ def test_a_channels_share_is_the_energy_of_the_layer_without_the_others(family, 
         w = module.weight.detach().reshape(g, case.layer.out_channels, -1)
         return ((case.metric @ w) * w).sum()
 
-    whole, before = energy(), first.detach().clone()
-    for k in (0, shares.numel() - 1):
+    before, alone = first.detach().clone(), []
+    for k in range(shares.numel()):
         first.data = torch.zeros_like(before)
         first.data[k] = before[k]
-        torch.testing.assert_close(shares.flatten()[k], energy() / whole)
+        alone.append(energy().detach())
+    torch.testing.assert_close(shares.flatten(), torch.stack(alone) / sum(alone))
+
+
+def test_channels_that_cancel_have_no_share_above_the_whole():
+    """Two channels of the same direction and opposite sign make almost nothing; each alone makes a lot."""
+    layer = Layer("", "Conv2d", (1, 1, 1, 1))
+    factors = (torch.ones(2, 1, 1, 1), torch.tensor([1.0, -0.99]).reshape(1, 2, 1, 1))
+    shares = channel_shares(layer, "svd_out", factors, None, None)
+    assert shares.sum().item() == pytest.approx(1)
+    assert shares.flatten().tolist() == pytest.approx([1 / (1 + 0.99**2), 0.99**2 / (1 + 0.99**2)])
 
 
 def test_the_image_and_the_place_that_a_channel_answers_to_are_found():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import html
 import json
 import re
@@ -15,11 +16,13 @@ from rankopt.candidates.prepare import Prepared
 from rankopt.core.errors import StudyError
 from rankopt.core.records import METRICS
 from rankopt.core.run_folder import read_result
-from rankopt.report.html import render, write_report
+from rankopt.report import training
+from rankopt.report.html import render, verdict, write_report
 from rankopt.search.compress import run_search
 from rankopt.search.settings import SearchSettings
 from rankopt.search.storage.local import read_trials
 from rankopt.search.summary import summary
+from rankopt.training.recipe import Recipe
 from tests.helpers.browser import PHONE, Page, measure
 
 EVIL = "<script>alert('x')</script><img src=http://example.com/x.png>$\\frac{"
@@ -214,3 +217,50 @@ def test_a_browser_shows_headings_rows_and_pictures(
     chromium(report, f"--screenshot={picture}", f"--window-size={PHONE},2000")
     content = picture.read_bytes()
     assert content.startswith(b"\x89PNG") and len(content) > 20_000
+
+
+# --- sentences ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        (["svd_out", "dense", "dense"], "1 of 3 layers is factorised"),
+        (["svd_out", "svd_out", "dense"], "2 of 3 layers are factorised"),
+        (["dense"] * 3, "0 of 3 layers are factorised"),
+        (["svd_out"], "1 of 1 layer is factorised"),
+    ],
+)
+def test_one_layer_is_and_two_are(info, methods, said):
+    info["layers"] = [{**info["layers"][0], "method": m, "name": f"a{i}"} for i, m in enumerate(methods)]
+    assert said in render(info, [], "runs/x")
+
+
+def test_one_plan_is_no_plans(info):
+    info["trials"] |= {"distinct": 1, "outside": 0}
+    assert "search  1 plan, " in summary(info)
+
+
+def test_without_a_score_the_headline_says_what_happened_to_the_objective(info):
+    assert "validation score" in verdict(info) or "test score" in verdict(info)
+    info["score"] = {part: {"validation": None, "test": None} for part in ("dense", "compressed")}
+    info["objective"] |= {"best": 0.01234, "dense": 0.0}
+    assert "the parameters, objective 0.0123 (dense 0), budget met" in verdict(info)
+    del info["objective"]["dense"]  # of an earlier version
+    assert "the parameters, objective 0.0123, budget met" in verdict(info)
+
+
+def test_the_run_notes_the_dense_models_objective(info):
+    assert info["objective"]["dense"] == 0  # the default: the divergence from itself
+
+
+@pytest.mark.parametrize(("batch_norms", "advised"), [(3, True), (0, False), (None, False)])
+def test_advice_on_batch_norms_only_where_there_are_some(info, batch_norms, advised):
+    recipe = dataclasses.asdict(Recipe())
+    source = {"teacher": None, "from_scratch": False, "run": "runs/x", "test_before": None}
+    info["training"] = {"recipe": recipe, "before": 0.99, "seconds": 1.0, **source}
+    info["training"] |= {} if batch_norms is None else {"batch_norms": batch_norms}
+    info["score"]["compressed"]["validation"] = 0.9
+    said = " ".join(training.lines(info))
+    assert "less than before; try a lower rate" in said
+    assert ("batch norms" in said) is advised
