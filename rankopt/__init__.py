@@ -1,5 +1,6 @@
 """rankopt: which tensor decomposition, at which rank, for every layer, under one budget."""
 
+from rankopt import tensorly
 from rankopt.api.compress import compress
 from rankopt.api.inspection import Inspection, inspect
 from rankopt.api.prepared import PreparedModel, prepare, sweep
@@ -56,5 +57,6 @@ __all__ = [
     "read_plan",
     "save",
     "sweep",
+    "tensorly",
     "unfolded",
 ]
