@@ -34,25 +34,24 @@ def merge(study: StudyFile, source: Path, out: Path) -> list[str]:
     Raises:
         StudyError: If the folder holds no case of the study, a case with other settings, a link, or damaged files.
     """
-    found = {case: _folder_of(case, source) for case in study.cases}
-    theirs = {case: folder for case, folder in found.items() if folder is not None}
+    theirs = [(case, folder) for case in study.cases if (folder := _folder_of(case, source)) is not None]
     if not theirs:
         names = ", ".join(case.name for case in study.cases)
         raise StudyError(f"{source} holds no case of {study.path.name}: give a folder that holds some of {names}")
     rows = read_rows(source)
-    for case, folder in theirs.items():
+    for case, folder in theirs:
         _check(case, folder)
         if (row := rows.get(case.name)) and not same_settings(row["settings"], case.settings):
             raise StudyError(f"{folder} holds case {case.name} with other settings: it belongs to another study")
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out, wait=True):
-        taken = [case for case, folder in theirs.items() if _progress(case, folder) > _progress(case, out / case.name)]
-        for case in taken:
-            _replace(theirs[case], out / case.name)
-        known = {case.name: rows[case.name] for case in taken if case.name in rows}
+        taken = [(case, x) for case, x in theirs if _progress(case, x) > _progress(case, out / case.name)]
+        for case, folder in taken:
+            _replace(folder, out / case.name)
+        known = {case.name: rows[case.name] for case, _ in taken if case.name in rows}
         if known:
             write_rows(study, out, read_rows(out) | known)
-    return [case.name for case in taken]
+    return [case.name for case, _ in taken]
 
 
 def _folder_of(case: Case, source: Path) -> Path | None:

@@ -63,24 +63,41 @@ def cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
     Raises:
         RuntimeError: It cannot be recorded, for instance because it waits for the GPU.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     stream = torch.cuda.current_stream()
     numbers = torch.cuda.get_rng_state(stream.device)
     try:
         # Other threads, such as a loader's that pins memory, may go on meanwhile.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             work()
     except Exception:
         _FAILED.append(graph)
-        with suppress(AttributeError, RuntimeError, TypeError):  # else random operations would fail from now on
-            fresh = torch.Generator(stream.device)
-            torch.cuda.default_generators[stream.device.index].graphsafe_set_state(fresh)
+        _clean_up(stream.device, pool)
         torch.cuda.set_rng_state(numbers, stream.device)
         raise
     return graph.replay
 
 
-_FAILED: list[Any] = []  # torch's allocator keeps pointers to graphs whose recording failed
+_FAILED: list[Any] = []  # torch keeps pointers to graphs whose recording failed
+
+
+def _clean_up(device: torch.device, pool: Any) -> None:
+    """Undo what torch leaves behind where a recording fails.
+
+    Its allocator counts the recording as under way, so that the next `torch.cuda.empty_cache()` would be an internal
+    error; and its generator does so, too, so that random operations would be. A recording that succeeds ends the
+    latter.
+    """
+    with suppress(RuntimeError):  # the error of the recording, once more
+        torch.cuda.synchronize(device)
+    with suppress(RuntimeError):  # unless the end of the recording got this far
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+    with suppress(RuntimeError):
+        clean = torch.cuda.CUDAGraph()
+        clean.capture_begin(capture_error_mode="thread_local")
+        torch.zeros(1, device=device)
+        clean.capture_end()
 
 
 def recorder(device: torch.device) -> Record | None:
