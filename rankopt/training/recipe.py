@@ -63,7 +63,7 @@ class Recipe:
         clip: Largest norm of the gradient; 0: no clipping. CP needs it.
         precision: "float32"; "tf32", which on a GPU also lets matrix products round to TensorFloat-32; "bfloat16" for
             torch.autocast; or "auto": on a GPU, the fastest of tf32 and bfloat16, with and without `channels_last`, by
-            a few timed steps of each; elsewhere float32.
+            a few timed steps of each; elsewhere float32, with `channels_last` for depthwise convolutions.
         channels_last: Whether 4-dimensional tensors are stored in the channels-last memory format.
         eval_mode: Train in eval mode: batch norms keep their statistics and dropout is off, which suits a model
             that is already good.

@@ -221,8 +221,16 @@ def test_auto_is_float32_on_a_cpu_and_what_is_fastest_elsewhere(monkeypatch):
     recipe = Recipe(epochs=2, precision="auto", distill=0.5)
     plain = rankopt.finetune(net(), task(net(), data), dataclasses.replace(recipe, precision="float32"))
     auto = rankopt.finetune(net(), task(net(), data), recipe)
-    assert auto.info["execution"]["precision"] == "float32"
+    assert auto.info["execution"]["precision"] == "float32" and not auto.info["execution"]["channels_last"]
     close(plain.model, auto.model)
+    depthwise = net()
+    depthwise.conv = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 8, 1))
+    faster = rankopt.finetune(depthwise, task(net(), data), recipe)
+    assert faster.info["execution"]["channels_last"]
+    close(
+        faster.model,
+        rankopt.finetune(depthwise, task(net(), data), dataclasses.replace(recipe, precision="float32")).model,
+    )
 
     seconds = {("tf32", False): 4.0, ("tf32", True): 3.0, ("bfloat16", False): 2.0, ("bfloat16", True): 1.0}
     monkeypatch.setattr(precision, "fastest", precision.time_choices)
