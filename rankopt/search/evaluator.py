@@ -20,7 +20,8 @@ from rankopt.decompositions.plan import apply
 from rankopt.model.forward import device_name, device_of
 from rankopt.model.objective import call
 from rankopt.search.fidelity import FULL_FIDELITY, FidelitySchedule
-from rankopt.training.loop import Loss, search_batches, train_briefly
+from rankopt.training.loop import search_batches, train_briefly
+from rankopt.training.step import Loss
 
 
 @dataclass

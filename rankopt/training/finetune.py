@@ -28,11 +28,11 @@ from rankopt.model.objective import call
 from rankopt.model.quantization import dequantize_all, requantize_all
 from rankopt.training import checkpoint
 from rankopt.training.checkpoint import State
-from rankopt.training.loop import BATCH, Loss, Losses, epoch_length, new_capture, split, train
+from rankopt.training.loop import BATCH, Losses, epoch_length, new_capture, split, train
 from rankopt.training.losses import UNITS, TrainingLoss, has_labels, layer_by_layer
 from rankopt.training.precision import as_asked, fastest, lay_out
 from rankopt.training.recipe import Recipe, make_optimizer, make_schedule
-from rankopt.training.step import Capture
+from rankopt.training.step import Capture, Loss
 
 SECONDS = 30.0  # between checkpoints
 POINTS = 200  # largest number of losses per stage in result.json
@@ -339,7 +339,7 @@ class _Training:
             "graphs": sum(c.shapes for c in self.captures if c is not None),
             "not_recorded": "" if last is None else last.reason,
             "milliseconds": self.state.chosen.get("milliseconds", {}),
-            "steps_per_second": round(self.steps_done / self.steps_seconds, 2) if self.steps_done else 0.0,
+            "steps_per_second": float(f"{self.steps_done / self.steps_seconds:.4g}") if self.steps_done else 0.0,
         }
 
     # --- on disk ---

@@ -27,8 +27,9 @@ from rankopt.model.forward import (
     to_device,
 )
 from rankopt.model.inputs import keywords
-from rankopt.training.loop import Loss, divergence, labelled
+from rankopt.training.loop import divergence, labelled
 from rankopt.training.recipe import Recipe
+from rankopt.training.step import Loss
 
 Maps = Mapping[str, Sequence[Tensor]]
 """Outputs by module name, one for each call of the module."""

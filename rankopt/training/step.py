@@ -256,15 +256,16 @@ def _shapes(batch: Any) -> str:
 
 
 def _cpu_random_states() -> tuple[Any, ...]:
-    kind, keys, *rest = np.random.get_state()  # the one that a model may draw from
-    return random.getstate(), kind, keys.tobytes(), rest, torch.get_rng_state().numpy().tobytes()  # type: ignore[union-attr]
+    state: Any = np.random.get_state()  # the one that a model may draw from
+    kind, keys, *rest = state
+    return random.getstate(), kind, keys.tobytes(), rest, torch.get_rng_state().numpy().tobytes()
 
 
 @contextmanager
 def _rates_from(optimizer: torch.optim.Optimizer, rates: Sequence[Tensor]) -> Iterator[None]:
     """Context: the optimizer reads its learning rates from tensors, without waiting for the device."""
     groups = optimizer.param_groups if rates else []
-    kept = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in groups]
+    kept: list[dict[str, Any]] = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in groups]
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
         if "capturable" in group:  # Adam's; a fused optimizer keeps all of its state on the device anyway
