@@ -558,6 +558,28 @@ class EpochRow(TypedDict):
     score: float | None
 
 
+class ExecutionEntry(TypedDict):
+    """How the steps of a training were computed.
+
+    Attributes:
+        device: The device, as "cuda:0 (NVIDIA H200)".
+        precision: "float32", "tf32" or "bfloat16".
+        channels_last: Whether 4-dimensional tensors were in the channels-last memory format.
+        graphs: How many CUDA graphs were recorded, one for each shape of batches.
+        not_recorded: Why steps were launched kernel by kernel on a GPU; empty if they were recorded.
+        milliseconds: If precision was "auto": choice -> milliseconds of a step, of those that were tried.
+        steps_per_second: Steps a second, validation included.
+    """
+
+    device: str
+    precision: str
+    channels_last: bool
+    graphs: int
+    not_recorded: str
+    milliseconds: dict[str, float]
+    steps_per_second: float
+
+
 class FinetuneInfo(TypedDict):
     """How a training went: `info` of what `rankopt.finetune` returns.
 
@@ -568,6 +590,7 @@ class FinetuneInfo(TypedDict):
         epochs: One row for each epoch.
         losses: Points (step, loss) by stage, "layerwise" and "whole"; each is the mean since the point before.
         seconds: Duration of the training.
+        execution: How the steps were computed; absent in results of earlier versions.
     """
 
     recipe: dict[str, Any]
@@ -576,6 +599,7 @@ class FinetuneInfo(TypedDict):
     epochs: list[EpochRow]
     losses: dict[str, list[list[float]]]
     seconds: float
+    execution: NotRequired[ExecutionEntry]
 
 
 class TrainingSource(TypedDict):
