@@ -71,7 +71,7 @@ def strategy_name(strategy: str | type[Strategy]) -> str:
     """
     if isinstance(strategy, str):
         return strategy
-    registered = getattr(strategy, "name", None)
+    registered: str = getattr(strategy, "name", "")
     if registered in STRATEGIES and strategy_class(registered) is strategy:
         return registered
     name = f"{strategy.__module__}:{strategy.__qualname__}"
