@@ -55,7 +55,8 @@ def search(  # noqa: PLR0913  # a parameter for every option
     strategy: Annotated[
         str,
         typer.Option(
-            help="knapsack, optuna, rl, lasso, lasso-train, evbmf, greedy, energy, uniform or random",
+            help="knapsack, optuna, rl, thompson, lasso, lasso-train, evbmf, greedy, energy, uniform, random or "
+            "MODULE:CLASS",
             rich_help_panel=STRATEGY,
         ),
     ] = "knapsack",
