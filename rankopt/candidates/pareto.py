@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rankopt.core.records import DENSE, SAME, Candidate, Layer
+from rankopt.core.records import DENSE, MEASURED, SAME, Candidate, Layer
 
-OF_PRECISION = ("bytes", "latency", "memory", "disk")
+OF_PRECISION = ("bytes", *MEASURED, "memory", "disk")
 """The metrics that depend on the precision that weights are stored in."""
 
 
