@@ -54,9 +54,7 @@ def sweep(  # noqa: PLR0913  # a parameter for every option
         sweeps.check_evaluate(evaluate)
         loosest = sweeps.loosest(found, budgets)
         out = out or default_folder(task, "sweep")
-        runner = make_runner(
-            RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial), out / "logs"
-        )
+        runner = make_runner(RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial), out)
         open_folder(out, resume=False)
         prepared = prepare(found, space, cache, show_progress, budget=[loosest])
         result = sweeps.sweep(prepared, budgets, evaluate, show_progress, runner)
@@ -106,9 +104,7 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
 
         names = benchmarks.read_strategies(strategies)
         out = out or default_folder(task, "benchmark")
-        runner = make_runner(
-            RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial), out / "logs"
-        )
+        runner = make_runner(RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial), out)
         open_folder(out, resume, benchmarks.FILE)
         prepared = prepare(load_task(task), space, cache, show_progress, budget=budget[0].split(","))
 

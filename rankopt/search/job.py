@@ -196,7 +196,7 @@ def _opened(job: Job, progress: bool | Progress | None) -> tuple[Runner, Progres
     """The runner of a job, whose run folder is opened, and the displays of its stages and of its trials."""
     from rankopt.search.progress import displays
 
-    runner = make_runner(job.runner, job.out / "logs" if job.out else None)
+    runner = make_runner(job.runner, job.out)
     if job.out is not None:
         open_run_folder(job.out, job.settings)
     return runner, *displays(progress)
