@@ -70,7 +70,7 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
             them), or mappings of the forward's keyword arguments. The first 2,048 examples are used; labels are not.
         budget: Limits by metric, such as `{"params": 0.5}` or `{"macs": "30%", "bytes": "500KB"}`, or as text,
             `["params=0.5"]`. Fractions and per cents are of the dense model. Metrics are params, macs, bytes, latency,
-            memory and disk.
+            memory, disk and energy.
         score: Model -> score on validation data, a fraction, higher is better. It is reported, and not optimised.
             `max_drop` needs it.
         example_input: One input to count costs with; a tensor, or a tuple or dict of the forward's arguments.
@@ -106,7 +106,7 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
             `progress(items, what, total)` and yields the items.
         examples: Number of examples that `score` averages over, for confidence intervals.
         test_examples: Number of examples that `test` averages over.
-        latency_on: Conditions of a latency budget (`{"latency": 0.6}` or `"5ms"`), such as
+        latency_on: Conditions of a latency or energy budget (`{"latency": 0.6}` or `"5ms"`), such as
             "cpu,batch=1,threads=1,runtime=eager".
         workers: Ray Tune workers that evaluate trials at once; 0: this process does.
         gpus_per_trial: GPUs of one worker, may be a fraction.

@@ -67,8 +67,8 @@ class PreparedModel:
             The result.
 
         Raises:
-            RankoptError: As `rankopt.compress`; also if a budget limits latency, memory or disk, and the model was
-                prepared without.
+            RankoptError: As `rankopt.compress`; also if a budget limits latency, energy, memory or disk, and the model
+                was prepared without.
         """
         search = {k: given.pop(k) for k in SEARCH if k in given}
         if budget is not None and given:
@@ -177,7 +177,7 @@ def prepare(  # noqa: PLR0913  (the model's arguments and the search space's)
         examples: As of `rankopt.compress`.
         test_examples: As of `rankopt.compress`.
         budget: A loose budget with every metric that will be limited, such as `{"latency": 0.9}`. Needed for latency,
-            memory and disk only: these are measured if a budget limits them.
+            energy, memory and disk only: these are measured if a budget limits them.
         latency_on: As of `rankopt.compress`.
         space: As of `rankopt.compress`.
         families: As of `rankopt.compress`.

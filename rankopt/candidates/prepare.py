@@ -26,7 +26,8 @@ from rankopt.candidates.calibration import (
     without_metric,
 )
 from rankopt.candidates.fit import fit_candidates, in_each_form
-from rankopt.candidates.latency import Latencies, measure_latencies
+from rankopt.candidates.instruments import INSTRUMENTS
+from rankopt.candidates.latency import MeasuredCosts, measure_costs
 from rankopt.candidates.latency_table import Conditions
 from rankopt.candidates.memory import MemoryCosts, measured
 from rankopt.candidates.model_layers import ModelLayers
@@ -39,7 +40,8 @@ from rankopt.core.errors import TaskError
 from rankopt.core.files import digest, gigabytes
 from rankopt.core.problem import Problem, cheapest, check_feasible
 from rankopt.core.progress import Clock, Progress, silent
-from rankopt.core.records import METRICS, SAME, Candidate, Cost, Layer, Proposal, Task
+from rankopt.core.records import MEASURED, METRICS, SAME, Candidate, Cost, Layer, Proposal, Task
+from rankopt.core.result_record import Metric
 from rankopt.decompositions.conformance import check_modules
 from rankopt.decompositions.plan import apply
 from rankopt.model.checks import check_model, with_trainable_weights
@@ -97,7 +99,7 @@ class Prepared:
         objective: Maps a model to a number to minimise.
         clock: Seconds spent in each stage of the preparation.
         family_seconds: Seconds of fitting by family, without fits that were read from the cache.
-        latencies: Measured latencies, if the budget limits latency.
+        measured: Latencies and energies by metric, those that the budget limits.
         memory: Memory and disk of candidates and plans, if the budget limits one of them.
         curves: Layer name -> measured (relative error, rise of the objective).
         warnings: What to know of the model and the data before trusting a result.
@@ -114,7 +116,7 @@ class Prepared:
     objective: Callable[[nn.Module], float]
     clock: Clock
     family_seconds: dict[str, float] = field(default_factory=dict)
-    latencies: Latencies | None = None
+    measured: Mapping[Metric, MeasuredCosts] = field(default_factory=dict)
     memory: MemoryCosts | None = None
     warnings: Sequence[str] = ()
     curves: Mapping[str, Curve] = field(default_factory=dict)
@@ -132,6 +134,11 @@ class Prepared:
         return call("the score", self.task.score, self.task.model)
 
     @property
+    def latencies(self) -> MeasuredCosts | None:
+        """Measured latencies, if the budget limits latency."""
+        return self.measured.get("latency")
+
+    @property
     def free(self) -> tuple[Layer, ...]:
         """The layers that may be factorised."""
         return _free(self.layers)
@@ -139,7 +146,7 @@ class Prepared:
     def problem(self, budget: Budget) -> Problem:
         """State the optimisation problem that strategies solve.
 
-        Under a limit on latency, candidates that are slower than their dense layer are left out.
+        Under a limit on latency or energy, candidates that take more of it than their dense layer are left out.
 
         Args:
             budget: Limits, as `parse_budget` reads them.
@@ -186,8 +193,8 @@ def prepare(
         progress: Progress callback.
         workers: Processes that fit. Default: one per available core.
         budget: Checked before anything is calibrated or fitted, as costs are known in advance. It decides which
-            costs are measured: latency, or memory and disk, only if it limits them.
-        latency_on: Conditions under which latency is measured.
+            costs are measured: latency, energy, or memory and disk, only if it limits them.
+        latency_on: Conditions under which latency and energy are measured.
 
     Returns:
         Everything that a search under this budget needs.
@@ -229,15 +236,20 @@ def _prepare(
     key = _fingerprint(model_layers, batches)
 
     metrics = limited_metrics(budget)
-    latencies = memory = None
-    if "latency" in metrics:
+    costs: dict[Metric, MeasuredCosts] = {}
+    for metric in (m for m in MEASURED if m in metrics):
         with clock.stage("timing"):
-            latencies = measure_latencies(model_layers, space, latency_on or Conditions(), store, progress)
-        dense = dataclasses.replace(dense, latency=latencies.dense)
+            costs[metric] = measure_costs(
+                model_layers, space, latency_on or Conditions(), store, progress, instrument=INSTRUMENTS[metric]
+            )
+        dense = dense.with_metric(metric, costs[metric].dense)
+    memory = None
     if metrics & {"memory", "disk"}:
         dense = dataclasses.replace(dense, **measured(task.model, task.example_input))
         memory = MemoryCosts.of(model_layers, dense)
-    prices = [x for x in (latencies, memory) if x is not None]
+    prices: list[MeasuredCosts | MemoryCosts] = [*costs.values()]
+    if memory is not None:
+        prices.append(memory)
     layers = tuple(x if x.reason else _price_layer(x, prices) for x in layers)
     free = _free(layers)
     menus = _menus(free, space, prices)
@@ -275,7 +287,7 @@ def _prepare(
         objective,
         clock,
         family_seconds,
-        latencies,
+        costs,
         memory,
         [*warnings, *few_examples(statistics), *wide_layers(free), *without_metric(statistics)],
         curves,
@@ -370,8 +382,9 @@ def time_task(
     cache: str | Path | None,
     progress: Any,
     out: Path | None = None,
-) -> tuple[list[Layer], Latencies]:
-    """Measure a latency table for a task, without calibrating or fitting anything.
+    metrics: Sequence[Metric] = MEASURED[:1],
+) -> tuple[list[Layer], list[MeasuredCosts]]:
+    """Measure a table of latencies for a task, and of energies, without calibrating or fitting anything.
 
     Args:
         task: The task whose layers are timed.
@@ -380,9 +393,10 @@ def time_task(
         cache: Folder of the cache.
         progress: Progress callback.
         out: File of the table. Default: one in the cache.
+        metrics: What is measured.
 
     Returns:
-        The factorisable layers with their latencies, and all measured latencies.
+        The factorisable layers with their costs, and all measured costs, by metric.
 
     Raises:
         TaskError: The model has no layer that can be factorised.
@@ -394,8 +408,9 @@ def time_task(
     if not layers:
         raise TaskError("the model has no layer that can be factorised: rankopt inspect says why")
     model_layers = ModelLayers(task.model, model, layers, task.example_input)
-    latencies = measure_latencies(model_layers, space, conditions, Cache(cache), progress, out)
-    return [latencies.with_layer(x) for x in layers], latencies
+    store = Cache(cache)
+    found = [measure_costs(model_layers, space, conditions, store, progress, out, INSTRUMENTS[m]) for m in metrics]
+    return [_price_layer(x, found) for x in layers], found
 
 
 def _stated(  # the parts of a `Prepared`, before there is one
@@ -424,21 +439,21 @@ def _cheapest(layers: Sequence[Layer], menus: Menus, metrics: Sequence[str]) -> 
 # --- prices: costs that only some budgets limit ------------------------------------------------------
 
 
-def _price_layer(layer: Layer, prices: Sequence[Latencies | MemoryCosts]) -> Layer:
+def _price_layer(layer: Layer, prices: Sequence[MeasuredCosts | MemoryCosts]) -> Layer:
     for price in prices:
         layer = price.with_layer(layer)
     return layer
 
 
 def _price_candidates(
-    layer: Layer, candidates: list[Candidate], prices: Sequence[Latencies | MemoryCosts]
+    layer: Layer, candidates: list[Candidate], prices: Sequence[MeasuredCosts | MemoryCosts]
 ) -> list[Candidate]:
     for price in prices:
         candidates = price.with_candidates(layer, candidates)
     return candidates
 
 
-def _menus(layers: Sequence[Layer], space: SearchSpace, prices: Sequence[Latencies | MemoryCosts]) -> Menus:
+def _menus(layers: Sequence[Layer], space: SearchSpace, prices: Sequence[MeasuredCosts | MemoryCosts]) -> Menus:
     """By layer name all candidates with their costs, without dense: costs need no fit."""
     menus = {}
     for x in layers:

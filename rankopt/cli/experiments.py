@@ -82,7 +82,7 @@ def run(  # noqa: PLR0913  # a parameter for every option
             "cpus_per_trial": cpus_per_trial,
         }
         given = {name: value for name, value in options.items() if value is not None}
-        runner = make_runner(dataclasses.replace(found.runner, **given), folder / "logs")
+        runner = make_runner(dataclasses.replace(found.runner, **given), folder)
         stop = StopCondition(budget_minutes)
         with session(runner):
             if found.hyperparameters:

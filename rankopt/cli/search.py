@@ -37,7 +37,7 @@ def search(  # noqa: PLR0913  # a parameter for every option
         list[str] | None,
         typer.Option(
             "--budget",
-            help="METRIC=VALUE, repeatable: params=0.5, macs=30%, bytes=500KB, latency=5ms",
+            help="METRIC=VALUE, repeatable: params=0.5, macs=30%, bytes=500KB, latency=5ms, energy=0.7",
             rich_help_panel=BUDGET,
         ),
     ] = None,
@@ -98,7 +98,7 @@ def search(  # noqa: PLR0913  # a parameter for every option
     latency_on: Annotated[
         str | None,
         typer.Option(
-            help="with --budget latency=0.6 or 5ms: where it counts",
+            help="with --budget latency=0.6 or 5ms, or energy=0.7 or 20mJ: where it counts",
             show_default="cpu,batch=1,threads=1,runtime=eager",
             rich_help_panel=LATENCY,
         ),

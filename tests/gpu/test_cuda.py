@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import time
+from statistics import median
 
 import pytest
 import torch
 from torch import nn
 
 import rankopt
+from rankopt.candidates import instruments
 from rankopt.candidates.calibration import moments, output_metrics
+from rankopt.candidates.latency_table import Conditions, interleaved, passes
 from rankopt.candidates.prepare import prepare
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.core.errors import BudgetError, RankoptError
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.experiments.tasks import load_task
+from rankopt.model.energy import NotHereError, open_meter
 from rankopt.model.inventory import inventory
+from rankopt.model.memory import peak_memory
 from rankopt.search.compress import run_search
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.settings import SearchSettings
+from tests.helpers.latency import SPACE, Net, make_task
 from tests.helpers.layers import ONE_EACH
 from tests.helpers.spaces import QUICK
 
 pytestmark = pytest.mark.gpu
+
+SERVED = "cuda,batch=256,dtype=bfloat16,runtime=graph"
+"""Work enough that ranks count, and no launches."""
+
+
+FEW = SearchSpace(name="few", families=("svd_out",), points=2, steps=0, keep_dense=("first", "head"))
 
 
 def on_gpu():
@@ -86,6 +100,79 @@ def test_a_ray_workers_move_to_the_gpu(tmp_path):
     before = evaluate(proposal)
     evaluate.model.to("cuda")
     assert evaluate(proposal) == pytest.approx(before, rel=1e-2)
+
+
+# --- budgets that are measured -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", ["eager", "graph", "compile"])
+def test_a_pass_on_the_gpu_computes_what_the_module_does(runtime):
+    net, x = Net().eval(), torch.randn(4, 3, 24, 24)
+    try:
+        (one,) = passes([net], x, Conditions("cuda", runtime=runtime))
+    except RankoptError as error:  # torch.compile needs a C compiler, which a machine may lack
+        assert runtime == "compile" and "runtime=compile does not take this model" in str(error), error
+        return
+    with torch.inference_mode():
+        torch.testing.assert_close(one().cpu(), net(x), atol=1e-2, rtol=1e-2)
+
+
+def test_a_graph_hides_launches_and_events_tell():
+    """Forty small layers: their launches take longer than their work."""
+    net, x = nn.Sequential(*(nn.Linear(64, 64) for _ in range(40))), torch.randn(1, 64)
+    times = {}
+    for runtime in ("eager", "graph"):
+        conditions = Conditions("cuda", runtime=runtime)
+        (samples,) = interleaved(passes([net], x, conditions), conditions, 50)
+        times[runtime] = median(samples)
+    print({k: f"{ns / 1e3:.1f} us" for k, ns in times.items()})
+    assert 10_000 < times["graph"] < 0.7 * times["eager"]
+
+
+def test_latency_budgets_are_kept_or_refused():
+    prepared = prepare(make_task(), SPACE, budget={"latency": 0.95}, latency_on=Conditions.parse(SERVED))
+    assert torch.cuda.get_device_name() in prepared.latencies.machine
+    for fraction in (0.9, 0.7):
+        try:
+            found = run_search(prepared, prepared.problem({"latency": fraction}), SearchSettings()).info["latency"]
+        except BudgetError as error:
+            print(f"{fraction}: refused, {str(error).splitlines()[0]}")
+            continue
+        print({k: found[k] for k in ("dense", "latency", "low", "high", "target", "slope", "residual", "attempts")})
+        assert found["met"] and found["high"] <= found["target"]
+
+
+def test_energy_budgets_are_kept_or_refused(monkeypatch):
+    try:
+        open_meter(0)
+    except NotHereError:
+        with pytest.raises(RankoptError, match="energy cannot be measured here"):
+            prepare(make_task(), FEW, budget={"energy": 0.9}, latency_on=Conditions.parse(SERVED))
+        return
+    monkeypatch.setitem(instruments.WINDOWS, "cuda", (0.05, 0.1))
+    prepared = prepare(make_task(), FEW, budget={"energy": 0.95}, latency_on=Conditions.parse(SERVED))
+    energies = prepared.measured["energy"]
+    print(f"{energies.dense / 1e6:.3g} mJ an example, {energies.about()}")
+    assert 1e3 < energies.dense < 1e9, "between a microjoule and a joule"
+    try:
+        found = run_search(prepared, prepared.problem({"energy": 0.9}), SearchSettings()).info["energy_budget"]
+    except BudgetError as error:
+        print(f"refused, {str(error).splitlines()[0]}")
+        return
+    print({k: found[k] for k in ("dense", "energy", "low", "high", "target", "rounds", "attempts")})
+    assert found["met"] and found["high"] <= found["target"]
+
+
+def test_memory_is_measured_and_the_budget_kept(tmp_path):
+    task = on_gpu()
+    counted = peak_memory(load_task("digits").model, task.example_input)
+    there = peak_memory(task.model, task.example_input)
+    print(f"counted {counted:,} bytes, measured {there:,}")
+    assert there == peak_memory(task.model, task.example_input) >= counted
+    prepared = prepare(task, QUICK, tmp_path, budget={"memory": 0.8})
+    assert prepared.dense.memory == there
+    result = run_search(prepared, prepared.problem({"memory": 0.8}), SearchSettings())
+    assert result.plan.cost.memory == peak_memory(result.model, task.example_input) <= 0.8 * there
 
 
 @pytest.mark.parametrize("channels", [64, 128, 256, 512])
