@@ -6,7 +6,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -215,18 +215,20 @@ class Cache:
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
-    def read_tensors(self, key: str) -> dict[str, Tensor] | None:
+    def read_tensors(self, key: str, names: Collection[str] | None = None) -> dict[str, Tensor] | None:
         """Read an entry of tensors.
 
         Args:
             key: The entry's key.
+            names: Read only these, as far as they are there.
 
         Returns:
             Tensors by name, or None if the entry is missing or damaged.
         """
         try:
             with safe_open(self.used(key, "safetensors"), "pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                wanted = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118
+                found = {name: file.get_tensor(name) for name in wanted}
                 return found if all(_sound(file, name, t) for name, t in found.items()) else None
         except (OSError, SafetensorError):
             return None

@@ -19,6 +19,7 @@ from rankopt.candidates.calibration import Statistics, statistics_bytes
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import available_cores, available_memory, digest
+from rankopt.core.progress import Work
 from rankopt.core.records import Candidate, Layer, Rank
 from rankopt.core.timing import threads
 from rankopt.decompositions.conformance import checked_fits, code_of, named
@@ -101,7 +102,8 @@ def fit_candidates(
     seconds: dict[str, float] = {}
     by_key = {job.key: job for job in jobs}
     ended = _run(statistics, jobs, space.steps, workers)
-    for key, spent in statistics.progress(ended, "fitting layers", len(jobs)):
+    work = Work(ended, lambda end: by_key[end[0]].seconds(space.steps), sum(job.seconds(space.steps) for job in jobs))
+    for key, spent in statistics.progress(work, "fitting layers", len(jobs)):
         job = by_key[key]
         fits = _read(cache, key, job.layer, job.family)
         if fits is None:
@@ -138,7 +140,7 @@ def _run(statistics: Statistics, jobs: Sequence[_Job], steps: int, workers: int 
 def _affordable(layers: Sequence[Layer]) -> int:
     """How many workers the free memory is enough for, at least one: each holds a layer's statistics several times."""
     free = available_memory()
-    each = WORKER_BYTES + 6 * max(map(statistics_bytes, layers), default=0)
+    each = WORKER_BYTES + 12 * max(map(statistics_bytes, layers), default=0)
     return max(1, free // each) if free is not None else available_cores()
 
 

@@ -32,9 +32,10 @@ from rankopt.candidates.latency_table import Conditions
 from rankopt.candidates.memory import MemoryCosts, measured
 from rankopt.candidates.model_layers import ModelLayers
 from rankopt.candidates.pareto import considered, dense_candidate, frontier
+from rankopt.candidates.probing import Prober
 from rankopt.candidates.quantize import add_precisions, in_each_precision
 from rankopt.candidates.search_space import SearchSpace, load_space
-from rankopt.candidates.sensitivity import Curve, measure, with_losses
+from rankopt.candidates.sensitivity import PASSES, Curve, measure, with_losses
 from rankopt.core.budget import limited_metrics, parse_budget
 from rankopt.core.errors import TaskError
 from rankopt.core.files import digest, gigabytes
@@ -43,7 +44,7 @@ from rankopt.core.progress import Clock, Progress, silent
 from rankopt.core.records import MEASURED, METRICS, SAME, Candidate, Cost, Layer, Proposal, Task
 from rankopt.core.result_record import Metric
 from rankopt.decompositions.conformance import check_modules
-from rankopt.decompositions.plan import apply
+from rankopt.decompositions.plan import apply, replacement
 from rankopt.model.checks import check_model, with_trainable_weights
 from rankopt.model.counting import count
 from rankopt.model.forward import (
@@ -102,6 +103,7 @@ class Prepared:
         measured: Latencies and energies by metric, those that the budget limits.
         memory: Memory and disk of candidates and plans, if the budget limits one of them.
         curves: Layer name -> measured (relative error, rise of the objective).
+        passes: Forward passes of all calibration examples that measuring the curves took; 0 if they were in the cache.
         warnings: What to know of the model and the data before trusting a result.
     """
 
@@ -120,6 +122,7 @@ class Prepared:
     memory: MemoryCosts | None = None
     warnings: Sequence[str] = ()
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    passes: float = 0.0
 
     @cached_property
     def dense_objective(self) -> float:
@@ -272,7 +275,7 @@ def _prepare(
         candidates = add_precisions(statistics, candidates, space.precisions, factors, needed)
     with clock.stage("sensitivity"):
         objective = task.objective or Divergence(task.model, batches)
-        curves = _measure_curves(task, objective, statistics, candidates, factors)
+        curves, passes = _measure_curves(task, objective, statistics, candidates, factors)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
         candidates = {x.name: _price_candidates(x, candidates[x.name], prices) for x in free}
     return Prepared(
@@ -289,8 +292,9 @@ def _prepare(
         family_seconds,
         costs,
         memory,
-        [*warnings, *few_examples(statistics), *wide_layers(free), *without_metric(statistics)],
+        [*warnings, *few_examples(statistics), *wide_layers(statistics), *without_metric(statistics)],
         curves,
+        passes,
     )
 
 
@@ -507,8 +511,8 @@ def _measure_curves(
     statistics: Statistics,
     candidates: dict[str, list[Candidate]],
     factors: FactorStore,
-) -> dict[str, Curve]:
-    """Sensitivity curves by layer name.
+) -> tuple[dict[str, Curve], float]:
+    """Sensitivity curves by layer name, and how many forward passes of all calibration examples they took.
 
     Cached for the default objective only: a task's own is code that may change without our noticing.
     """
@@ -516,17 +520,41 @@ def _measure_curves(
     # Quantized candidates need no measurements of their own: they have a larger error and no fewer parameters, so
     # their errors lie within the range that the others cover.
     candidates = {n: [c for c in candidates[n] if c.precision == SAME] or candidates[n] for n in names}
+    if task.objective is not None:
+        return _measure_calls(task, objective, statistics, candidates, factors)
     # The forms of a fit share its key and error, and count once.
+    assert isinstance(objective, Divergence)
     fits = {n: [*dict.fromkeys((c.key, c.error) for c in candidates[n])] for n in names}
-    key = "sensitivity-" + digest(statistics.key, fits)
-    kept = statistics.cache.read_json(key, dict[str, Curve]) if task.objective is None else None
+    key = "sensitivity-" + digest(statistics.key, PASSES, fits)
+    kept = statistics.cache.read_json(key, dict[str, Curve])
     if kept is not None and kept.keys() == set(names):
-        return kept
+        return kept, 0.0
+
+    def build(module: nn.Module, layer: Layer, candidate: Candidate) -> nn.Module:
+        return replacement(module, layer, candidate, factors)
+
+    prober = Prober(objective, statistics.model, statistics.layers, build, statistics.progress)
+    curves = prober.curves(candidates)
+    statistics.cache.write_json(key, curves)
+    return curves, prober.passes
+
+
+def _measure_calls(
+    task: Task,
+    objective: Callable[[nn.Module], float],
+    statistics: Statistics,
+    candidates: dict[str, list[Candidate]],
+    factors: FactorStore,
+) -> tuple[dict[str, Curve], float]:
+    """Curves of a task's own objective, and how often it was called."""
     by_name = {layer.name: layer for layer in statistics.layers}
     zero = call("the objective", objective, task.model)
     assert zero is not None
+    calls = 1
 
     def rise(name: str, candidate: Candidate) -> float | None:
+        nonlocal calls
+        calls += 1
         model = apply(task.model, [by_name[name]], [candidate], factors)
         try:
             value = call("the objective", objective, model)
@@ -535,7 +563,4 @@ def _measure_curves(
             return None
         return None if value is None else value - zero
 
-    curves = measure(names, candidates, rise, statistics.progress)
-    if task.objective is None:
-        statistics.cache.write_json(key, curves)
-    return curves
+    return measure(list(by_name), candidates, rise, statistics.progress), calls

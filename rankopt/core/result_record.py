@@ -670,6 +670,8 @@ class ResultInfo(SearchMetadata):
     Attributes:
         seconds: Seconds by stage of the run.
         family_seconds: Seconds of fitting by family, all workers together; empty if all fits came from the cache.
+        forward_passes: Forward passes of all calibration examples that the sensitivities took; 0 if they came from the
+            cache. Absent in results of earlier versions.
         trials: How many plans were proposed and evaluated.
         budget: The limits, by metric.
         cost: Cost of both models.
@@ -696,6 +698,7 @@ class ResultInfo(SearchMetadata):
 
     seconds: dict[str, float]
     family_seconds: dict[str, float]
+    forward_passes: NotRequired[float]
     trials: TrialsEntry
     budget: dict[Metric, BudgetEntry]
     cost: CostsEntry

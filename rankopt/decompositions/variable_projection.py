@@ -138,7 +138,7 @@ class OutputSolved(Decomposition):
             return value, gradient
 
         rows = self.rows(layer, theta)
-        width = target.weight.shape[-2] if target.diagonal else target.moment.shape[-1]
+        width = target.weight.shape[-2] if target.diagonal else target.moment.shape[-2]
         steps = affordable_steps(steps, rows.numel() * width)
         start, output, _ = solver(rows)
         if steps > 0 and solver.scale > 0 and start > NEGLIGIBLE:

@@ -264,14 +264,20 @@ def map_batched(x: Any, function: Callable[[Any], Any]) -> Any:
     return map_tensors(x, each, (Tensor, Examples))
 
 
-def take(x: Any, part: slice) -> Any:
+def take(x: Any, part: slice | Tensor) -> Any:
     """A batch with some of its examples only.
 
     Args:
         x: A nested input. Tensors whose first dimension is not its batch size stay whole.
-        part: Which examples.
+        part: Which examples: a slice, or their indices.
     """
-    return map_batched(x, lambda rows: type(rows)(rows[part]) if isinstance(rows, list) else rows[part])
+
+    def some(rows: Any) -> Any:
+        if isinstance(rows, Tensor):
+            return rows[part]
+        return type(rows)(rows[part] if isinstance(part, slice) else [rows[i] for i in part.tolist()])
+
+    return map_batched(x, some)
 
 
 # --- running a model -----------------------------------------------------------------------------

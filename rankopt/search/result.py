@@ -388,6 +388,7 @@ def _assemble(
         "notes": metadata["notes"],
         "warnings": [*metadata["warnings"], *_score_warnings(task, rebuilt.score)],
         "seconds": {k: round(v, 3) for k, v in prepared.clock.items()},
+        "forward_passes": round(prepared.passes, 2),
         "family_seconds": {k: round(v, 3) for k, v in prepared.family_seconds.items()},
         "trials": _trials_entry(outcome),
         "budget": {cast(Metric, x.metric): _budget_entry(x, plan.cost, dense) for x in problem.limits},

@@ -35,6 +35,7 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.records import Cost, Layer, Proposal, Rank
 from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.types import is_sketch, mean_squares
 from rankopt.decompositions.variable_projection import full_target, roots
 from rankopt.strategies.allocation import fill, project
 from rankopt.strategies.base import Strategy
@@ -197,7 +198,8 @@ def unfolded(layer: Layer, weight: Tensor, moment: Tensor | None = None, metric:
     """
     target = full_target(layer, weight, moment, metric)
     felt = roots(target.metric)[0] @ target.weight  # (groups, T, C * height * width)
-    felt = felt * target.moment.sqrt().unsqueeze(1) if target.diagonal else felt @ roots(target.moment)[0]
+    known = mean_squares(target.moment) if is_sketch(target.moment) else target.moment
+    felt = felt * known.sqrt().unsqueeze(1) if known.ndim == 2 else felt @ roots(known)[0]
     tensor = felt.unflatten(2, (layer.in_channels, *layer.kernel)).permute(2, 3, 4, 1, 0)  # C, height, width, T, groups
     matrices = {"output": tensor.movedim(3, 0).flatten(1)}
     if layer.kind != "Embedding":
