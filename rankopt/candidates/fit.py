@@ -169,13 +169,13 @@ def _entries(statistics: Statistics, request: Request) -> tuple[tuple[str, tuple
 
 
 def fit_candidates(
-    statistics: Statistics, space: SearchSpace, workers: int | None = None
+    statistics: Statistics, grid: Sequence[Request], workers: int | None = None
 ) -> tuple[dict[str, list[Candidate]], dict[str, float]]:
-    """Fit all candidates of a search space.
+    """Fit all candidates.
 
     Args:
         statistics: Calibration statistics of the layers to fit.
-        space: Families, ranks and number of optimisation steps.
+        grid: All fits, as `whole_grid` lists them.
         workers: Number of processes. Default: one per available core.
 
     Returns:
@@ -184,10 +184,9 @@ def fit_candidates(
     Raises:
         RankoptError: As of `fit`.
     """
-    requests = whole_grid(statistics.layers, space)
-    fits, seconds = fit(statistics, requests, workers)
+    fits, seconds = fit(statistics, grid, workers)
     found: dict[str, list[Candidate]] = {layer.name: [] for layer in statistics.layers}
-    for request, fitted in zip(requests, fits, strict=True):
+    for request, fitted in zip(grid, fits, strict=True):
         found[request.layer.name] += as_candidates(request.layer, request.family, fitted)
     return {name: in_order(candidates) for name, candidates in found.items()}, seconds
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,21 +27,23 @@ from rankopt.candidates.calibration import (
     wide_layers,
     without_metric,
 )
-from rankopt.candidates.fit import fit_candidates, in_each_form
+from rankopt.candidates.fit import Request, fit_candidates, in_each_form, whole_grid
 from rankopt.candidates.latency import Latencies, measure_latencies
 from rankopt.candidates.latency_table import Conditions
+from rankopt.candidates.lazy import Fits, LazyFits, Menus, lazy_effort, with_gain
 from rankopt.candidates.memory import MemoryCosts, measured
 from rankopt.candidates.model_layers import ModelLayers
 from rankopt.candidates.pareto import dense_candidate, frontier
 from rankopt.candidates.quantize import add_precisions, in_each_precision
 from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.candidates.sensitivity import Curve, measure, with_losses
-from rankopt.core.budget import limited_metrics, parse_budget
-from rankopt.core.errors import TaskError
+from rankopt.core.budget import Limit, limited_metrics, parse_budget
+from rankopt.core.errors import BudgetError, TaskError
 from rankopt.core.files import digest, gigabytes
 from rankopt.core.problem import Problem, check_feasible
 from rankopt.core.progress import Clock, Progress, silent
 from rankopt.core.records import METRICS, SAME, Candidate, Cost, Layer, Proposal, Task
+from rankopt.core.result_record import FittingEntry
 from rankopt.decompositions.conformance import check_modules
 from rankopt.decompositions.plan import apply
 from rankopt.model.checks import check_model, with_trainable_weights
@@ -87,12 +91,15 @@ class Prepared:
         space: The search space that the candidates come from.
         layers: All layers of the inventory; `reason` is set on those that stay dense.
         dense: Costs of the whole dense model.
-        candidates: Candidates by layer name, with error, predicted loss and costs. Dense is not among them.
+        candidates: Candidates by layer name, with error, predicted loss and costs. Dense is not among them. Where fits
+            are made as they are asked for, those of the first, short ones: `fitted_for` adds those of budgets.
         factors: Factors of the candidates.
         statistics: Calibration statistics of the factorisable layers.
         objective: Maps a model to a number to minimise.
         clock: Seconds spent in each stage of the preparation.
         family_seconds: Seconds of fitting by family, without fits that were read from the cache.
+        lazy: Makes the fits that a budget asks for; None if all are made, and among the candidates.
+        offers: All candidates that a budget may ask for, by layer name, with their costs; empty if all are made.
         latencies: Measured latencies, if the budget limits latency.
         memory: Memory and disk of candidates and plans, if the budget limits one of them.
         curves: Layer name -> measured (relative error, rise of the objective).
@@ -114,6 +121,8 @@ class Prepared:
     memory: MemoryCosts | None = None
     warnings: Sequence[str] = ()
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    lazy: LazyFits | None = None
+    offers: Menus = field(default_factory=dict)
 
     @cached_property
     def dense_objective(self) -> float:
@@ -135,7 +144,8 @@ class Prepared:
     def problem(self, budget: Budget) -> Problem:
         """State the optimisation problem that strategies solve.
 
-        Under a limit on latency, candidates that are slower than their dense layer are left out.
+        Candidates that the budget asks for are fitted, unless that was done before. Under a limit on latency,
+        candidates that are slower than their dense layer are left out.
 
         Args:
             budget: Limits, as `parse_budget` reads them.
@@ -147,15 +157,82 @@ class Prepared:
             BudgetError: The budget cannot be parsed, or not even the cheapest plan meets it.
         """
         limits = parse_budget(budget, self.dense)
+        if self.lazy is None:
+            problem = self._state(limits, self.candidates)
+        else:
+            check_feasible(self._state(limits, self.offers))
+            fits, entry = self._fits_for(limits)
+            problem = self._state(limits, self._menus(fits))
+            problem = dataclasses.replace(problem, fitting=with_gain(entry, problem))
+        check_feasible(problem)
+        return problem
+
+    def fitted_for(self, budgets: Sequence[Budget]) -> Prepared:
+        """Fit the candidates that some budgets ask for; budgets that cannot be met are passed over.
+
+        Args:
+            budgets: The budgets.
+
+        Returns:
+            The same with these candidates added, with which the problems of all budgets have the same candidates.
+        """
+        if self.lazy is None:
+            return self
+        together: Fits = defaultdict(dict)
+        for budget in budgets:
+            limits = parse_budget(budget, self.dense)
+            with suppress(BudgetError):
+                check_feasible(self._state(limits, self.offers))
+                for pair, fits in self._fits_for(limits)[0].items():
+                    together[pair].update(fits)
+        return dataclasses.replace(self, candidates=self._menus(together), lazy=None, offers={})
+
+    def all_of(self, name: str) -> Prepared:
+        """Fit all candidates of one layer.
+
+        Args:
+            name: The layer's name.
+
+        Returns:
+            The same with these candidates added.
+        """
+        if self.lazy is None:
+            return self
+        with ONE_THREAD, self.clock.stage("fitting"):
+            fits = self.lazy.all_of(name)
+        return dataclasses.replace(self, candidates=self._menus(fits), lazy=None, offers={})
+
+    def _state(self, limits: tuple[Limit, ...], candidates: Mapping[str, Sequence[Candidate]]) -> Problem:
+        """The problem of some candidates."""
         metrics = [limit.metric for limit in limits]
-        offers = {x.name: self.candidates[x.name] for x in self.free}
+        offers = {x.name: candidates[x.name] for x in self.free}
         if "latency" in metrics:
             offers = {x.name: [c for c in offers[x.name] if c.cost.latency <= x.cost.latency] for x in self.free}
         frontiers = tuple(frontier(layer, offers[layer.name], metrics) for layer in self.free)
         counter = self.memory.count if self.memory else None
-        problem = Problem(self.free, frontiers, self.dense, limits, _kept(self.layers, self.model), counter)
-        check_feasible(problem)
-        return problem
+        return Problem(self.free, frontiers, self.dense, limits, _kept(self.layers, self.model), counter)
+
+    def _fits_for(self, limits: tuple[Limit, ...]) -> tuple[Fits, FittingEntry]:
+        """The fits that a budget asks for, and what was decided on which evidence."""
+        assert self.lazy is not None
+
+        def state(candidates: Menus) -> Problem:
+            losses = {n: with_losses(found, self.curves[n]) for n, found in candidates.items()}
+            return self._state(limits, losses)
+
+        with ONE_THREAD, self.clock.stage("fitting"):
+            return self.lazy.for_limits(self.offers, state)
+
+    def _menus(self, fits: Fits) -> Menus:
+        """All candidates of the first fits and of these, in each precision, with losses and costs."""
+        assert self.lazy is not None
+        menus = self.lazy.menus(fits)
+        with ONE_THREAD, self.clock.stage("rounding"):
+            menus = add_precisions(self.statistics, menus, self.space.precisions, self.factors)
+        prices = [x for x in (self.latencies, self.memory) if x is not None]
+        return {
+            x.name: _price_candidates(x, with_losses(menus[x.name], self.curves[x.name]), prices) for x in self.free
+        }
 
     def apply(self, problem: Problem, proposal: Proposal) -> nn.Module:
         """Build a compressed model.
@@ -216,7 +293,7 @@ def _prepare(
     budget: Budget | None,
     latency_on: Conditions | None,
 ) -> Prepared:
-    clock, store = Clock(), Cache(cache)
+    clock, store, start = Clock(), Cache(cache), time.monotonic()
     space = load_space(space) if isinstance(space, str) else space
     check_model(task.model)
     task = dataclasses.replace(task, model=with_trainable_weights(task.model))
@@ -227,9 +304,7 @@ def _prepare(
         few = [take(x, slice(TRIED)) for x in batches[:2]]
         task = _with_one_example(dataclasses.replace(task, model=check_copy(task.model, few)))
         model_layers, layers = _take_inventory(task, space, few[0])
-        warnings = [*space.warnings(layers), *_input_warnings(task, calibration, few[0])]
-        if within.cut:
-            warnings.append(f"only the first {sum(map(batch_size, batches)):,} calibration examples are used: {LARGE}")
+        warnings = [*space.warnings(layers), *_input_warnings(task, calibration, few[0], within.cut)]
         dense = count(task.model, task.example_input)
     key = _fingerprint(model_layers, batches)
 
@@ -244,24 +319,23 @@ def _prepare(
         memory = MemoryCosts.of(model_layers, dense)
     prices = [x for x in (latencies, memory) if x is not None]
     layers = tuple(x if x.reason else _price_layer(x, prices) for x in layers)
-    free = _free(layers)
-    if budget is not None:
+    grid = whole_grid(free := _free(layers), space)
+    effort = lazy_effort(space.effort, grid)
+    offers = _offers(free, grid, space.precisions, prices) if effort or budget is not None else {}
+    if budget is not None:  # costs need no fit, so whether it can be met is known before fitting
         kept = _kept(layers, model_layers.unfolded)
         counter = memory.count if memory else None
-        problem = Problem(free, (), dense, parse_budget(budget, dense), kept, counter)
-        _refuse_infeasible(problem, space, prices)
-
-    for layer in free:
-        module = model_layers.unfolded.get_submodule(layer.name)
-        for family in space.families_of(layer):
-            check_modules(family, module, layer, space.ranks(family, layer))
+        menus = tuple((dense_candidate(x), *offers[x.name]) for x in free)
+        check_feasible(Problem(free, menus, dense, parse_budget(budget, dense), kept, counter))
+    _check_families(model_layers.unfolded, grid)
 
     statistics = Statistics(model_layers.unfolded, free, batches, key, store, progress)
     factors = FactorStore(store)
     with clock.stage("calibration"):
         statistics.ensure_cached()
+    lazy = LazyFits(statistics, grid, effort, workers) if effort else None
     with clock.stage("fitting"):
-        candidates, family_seconds = fit_candidates(statistics, space, workers)
+        candidates, family_seconds = lazy.start() if lazy else fit_candidates(statistics, grid, workers)
     with clock.stage("rounding"):  # the stage's name in result.json
         candidates = add_precisions(statistics, candidates, space.precisions, factors)
     with clock.stage("sensitivity"):
@@ -269,6 +343,8 @@ def _prepare(
         curves = _measure_curves(task, objective, statistics, candidates, factors)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
         candidates = {x.name: _price_candidates(x, candidates[x.name], prices) for x in free}
+    if lazy:
+        lazy.after_first(candidates, time.monotonic() - start, space.minutes)
     return Prepared(
         task,
         model_layers.unfolded,
@@ -285,20 +361,29 @@ def _prepare(
         memory,
         [*warnings, *few_examples(statistics), *wide_layers(free), *without_metric(statistics)],
         curves,
+        lazy,
+        offers,
     )
+
+
+def _check_families(model: nn.Module, grid: Sequence[Request]) -> None:
+    """Check the modules that the families of other packages make."""
+    for x in grid:
+        check_modules(x.family, model.get_submodule(x.layer.name), x.layer, x.ranks)
 
 
 def _with_one_example(task: Task) -> Task:
     return dataclasses.replace(task, example_input=one_example(task.model, task.example_input))
 
 
-def _input_warnings(task: Task, calibration: Calibration, batch: Any) -> list[str]:
+def _input_warnings(task: Task, calibration: Calibration, batch: Any, cut: bool) -> list[str]:
     """What to know of the inputs, and of what the model does with them."""
     unused = ", ".join(map(repr, calibration.unused))
     said = {
         RANDOM: draws_random_numbers(task.model, batch),
         UNDIVIDED: isinstance(task.example_input, Undivided),
         f"the model's forward does not take the batches' {unused}, which are dropped": bool(unused),
+        f"only the first {sum(map(batch_size, calibration.batches)):,} calibration examples are used: {LARGE}": cut,
     }
     return [text for text, holds in said.items() if holds]
 
@@ -421,17 +506,23 @@ def _price_candidates(
     return candidates
 
 
-def _refuse_infeasible(problem: Problem, space: SearchSpace, prices: Sequence[Latencies | MemoryCosts]) -> None:
-    """Raise BudgetError if no plan can meet the limits: costs need no fit, so this is known before fitting.
-
-    problem: Without the candidates.
-    """
-    menus = []
-    for x in problem.layers:
-        found = [c for f in space.families_of(x) for r in space.ranks(f, x) for c in in_each_form(x, f, r, 0.0)]
-        found += [c for one in (dense_candidate(x), *found) for c in in_each_precision(x, one, space.precisions)]
-        menus.append((dense_candidate(x), *_price_candidates(x, found, prices)))
-    check_feasible(dataclasses.replace(problem, frontiers=tuple(menus)))
+def _offers(
+    layers: Sequence[Layer],
+    grid: Sequence[Request],
+    precisions: Sequence[str],
+    prices: Sequence[Latencies | MemoryCosts],
+) -> Menus:
+    """All that could be offered, with its costs, which need no fit; errors are unknown."""
+    found: Menus = {x.name: [] for x in layers}
+    for request in grid:
+        found[request.layer.name] += [
+            c for r in request.ranks for c in in_each_form(request.layer, request.family, r, 0.0)
+        ]
+    for x in layers:
+        own = found[x.name]
+        own += [c for one in (dense_candidate(x), *own) for c in in_each_precision(x, one, precisions)]
+        found[x.name] = _price_candidates(x, own, prices)
+    return found
 
 
 # --- the fingerprint: under what statistics and fits are cached --------------------------------------

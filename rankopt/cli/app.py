@@ -49,6 +49,15 @@ TaskName = Annotated[str, typer.Argument(help="a built-in task (digits) or FILE.
 SpaceName = Annotated[str, typer.Option("--space", help="a search space by name, or a .toml file")]
 
 
+Effort = Annotated[
+    str | None,
+    typer.Option(
+        help="how much of the space to fit: quick, normal or thorough (all of it)",
+        show_default="normal",
+    ),
+]
+
+
 CacheFolder = Annotated[
     Path | None,
     typer.Option("--cache", help="where candidates are kept", show_default="RANKOPT_CACHE, or ~/.cache/rankopt"),

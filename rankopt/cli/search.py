@@ -11,6 +11,7 @@ from rankopt.cli.app import (
     COMPRESS,
     RAY,
     CpusPerTrial,
+    Effort,
     GpusPerTrial,
     RayAddress,
     TaskName,
@@ -78,6 +79,11 @@ def search(  # noqa: PLR0913  # a parameter for every option
     keep_dense: Annotated[
         list[str] | None,
         typer.Option(help="a layer to leave dense, may have * and ?; repeatable", rich_help_panel=STRATEGY),
+    ] = None,
+    effort: Effort = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="instead of an effort: how long preparing may take", rich_help_panel=STRATEGY),
     ] = None,
     fidelities: Annotated[
         str | None,
@@ -157,6 +163,8 @@ def search(  # noqa: PLR0913  # a parameter for every option
             space=space,
             families=[name.strip() for name in families.split(",")] if families else None,
             keep_dense=keep_dense,
+            effort=effort,
+            minutes=minutes,
             fidelities=fidelities,
             refine=refine,
             out=folder,

@@ -1,0 +1,40 @@
+"""How much of a search space is fitted: all of it, or only what can become part of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NORMAL, THOROUGH = "normal", "thorough"
+"""The default, and the effort with which every candidate is fitted."""
+
+
+SMALL = 10.0
+"""Rough seconds of fitting, below which everything is fitted at any effort."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """An effort that fits candidates as a budget asks for them.
+
+    Attributes:
+        points: Ranks of a family that are fitted first, with few steps; more for families of several bonds.
+        share: Share of the search space's steps that these fits take.
+        steps: Share of the search space's steps that the final fits take.
+        width: Candidates are fitted that are best for losses of one layer up to e^width times larger or smaller.
+        slack: And those that are worse than the best by this share of an average layer's loss.
+        rounds: How often to allocate and fit, at most.
+    """
+
+    points: int
+    share: float
+    steps: float
+    width: float
+    slack: float
+    rounds: int
+
+
+EFFORTS = {
+    "quick": Effort(points=4, share=0.04, steps=0.2, width=0.3, slack=0.02, rounds=2),
+    NORMAL: Effort(points=5, share=0.05, steps=1.0, width=0.6, slack=0.1, rounds=6),
+}
+"""The efforts below THOROUGH."""
