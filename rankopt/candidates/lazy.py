@@ -25,12 +25,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from typing_extensions import TypedDict
 
+from rankopt.candidates.cache import VERSION
 from rankopt.candidates.calibration import Statistics
 from rankopt.candidates.effort import EFFORTS, SMALL, Effort
 from rankopt.candidates.estimate import estimated_errors, spread
 from rankopt.candidates.fit import Fitted, Request, as_candidates, fit, in_order, rough_seconds
 from rankopt.core.dual import drop_impossible, maximise_dual, pick
+from rankopt.core.files import digest
 from rankopt.core.problem import Problem
 from rankopt.core.records import DENSE, SAME, Candidate, Rank
 from rankopt.core.result_record import FittingEntry
@@ -48,6 +51,14 @@ Pair = tuple[str, str]
 
 Fits = dict[Pair, dict[Rank, Fitted]]
 """Fits by layer, family and rank."""
+
+
+class _Record(TypedDict):
+    """What was fitted for a budget within some minutes."""
+
+    fits: list[tuple[str, str, list[Rank]]]
+    rounds: int
+    settled: bool
 
 
 def lazy_effort(name: str, grid: Sequence[Request]) -> Effort | None:
@@ -74,6 +85,8 @@ class LazyFits:
         effort: How many of them to make.
         workers: Processes that fit; None for the default.
         limit: Seconds from a budget on, after which no further fits start.
+        limited: The minutes that were asked for, of which `limit` is what was left; None for no limit. What was
+            fitted in that time is kept in the cache, so that a search that goes on has the same candidates.
         seconds: Seconds of fitting by family so far.
         first: The fits with few steps.
         made: The fits with all steps that were made so far, for whatever budget.
@@ -86,6 +99,7 @@ class LazyFits:
     effort: Effort
     workers: int | None = None
     limit: float = math.inf
+    limited: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     first: Fits = field(default_factory=dict)
     made: Fits = field(default_factory=dict)
@@ -102,9 +116,9 @@ class LazyFits:
         Returns:
             Their candidates, and seconds of fitting by family, to which those of later fits are added.
         """
-        share = {pair: self.effort.share if _gains(r) else self.effort.steps for pair, r in self.grid.items()}
-        self.first = self._fit({pair: spread(r.ranks, self.effort.points) for pair, r in self.grid.items()}, share)
-        self.made = {pair: dict(found) for pair, found in self.first.items() if not _gains(self.grid[pair])}
+        wanted = {pair: spread(r.ranks, self.effort.points) for pair, r in self.grid.items()}
+        self.first = self._fit(wanted, self._first_steps)
+        self.made = {pair: dict(found) for pair, found in self.first.items() if not self._gains(pair)}
         return self.menus({}), self.seconds
 
     def menus(self, final: Mapping[Pair, Mapping[Rank, Fitted]]) -> Menus:
@@ -127,6 +141,7 @@ class LazyFits:
             spent: Seconds that the preparation took so far.
             minutes: How long it may take for a budget; None for as long as it takes.
         """
+        self.limited = minutes
         self.limit = math.inf if minutes is None else max(0.0, 60 * minutes - spent)
         for name, candidates in menus.items():
             own = {(c.method, c.rank): c.error for c in candidates if c.precision == SAME}
@@ -157,30 +172,54 @@ class LazyFits:
         """
         final: Fits = {}
         rounds, until = 0, time.monotonic() + self.limit
+        band = _Band(state(self._estimated(offers, final)), self.effort)
+        record = "lazy-" + digest(VERSION, self._first_keys, self.effort, self.limited, band.problem.limits)
+        if self.limited and (kept := self.statistics.cache.read_json(record, _Record)):
+            final = self._final({(layer, family): ranks for layer, family, ranks in kept["fits"]})
+            band = _Band(state(self._estimated(offers, final)), self.effort)
+            return final, self._entry(final, band, kept["rounds"], settled=kept["settled"])
         while True:
-            problem = state(self._estimated(offers, final))
-            band = _Band(problem, self.effort)
-            wanted = self._not_in(final, band.best_of_families() if rounds == 0 else band.near())
+            wanted = self._not_in(final, band.near() if rounds else band.best_of_families())
             if not wanted or rounds == self.effort.rounds or time.monotonic() >= until:
-                return final, self._entry(final, band, rounds, settled=not wanted)
+                break
             for pair, found in self._final(wanted, until).items():
                 final.setdefault(pair, {}).update(found)
             rounds += 1
+            band = _Band(state(self._estimated(offers, final)), self.effort)
+        if self.limited:
+            fits = [(layer, family, list(found)) for (layer, family), found in final.items()]
+            self.statistics.cache.write_json(record, {"fits": fits, "rounds": rounds, "settled": not wanted})
+        return final, self._entry(final, band, rounds, settled=not wanted)
+
+    @property
+    def _first_keys(self) -> list[str]:
+        return [one.key for found in self.first.values() for one in found.values()]
 
     def _final(self, wanted: Mapping[Pair, Sequence[Rank]], until: float = math.inf) -> Fits:
         """Fits with all steps, of which each is made once."""
         known = {pair: self.made.setdefault(pair, {}) for pair in wanted}
         missing = {pair: [r for r in ranks if r not in known[pair]] for pair, ranks in wanted.items()}
         missing = {pair: ranks for pair, ranks in missing.items() if ranks}
-        for pair, found in self._fit(missing, dict.fromkeys(missing, self.effort.steps), until).items():
+        for pair, found in self._fit(missing, self._all_steps, until).items():
             known[pair].update(found)
         return {pair: {r: known[pair][r] for r in ranks if r in known[pair]} for pair, ranks in wanted.items()}
 
-    def _fit(self, wanted: Mapping[Pair, Sequence[Rank]], share: Mapping[Pair, float], until: float = math.inf) -> Fits:
+    def _all_steps(self, pair: Pair) -> int:
+        return math.ceil(self.effort.steps * self.grid[pair].steps)
+
+    def _first_steps(self, pair: Pair) -> int:
+        every = self._all_steps(pair)
+        return every if DECOMPOSITIONS[pair[1]].closed_form else min(self.effort.first, every)
+
+    def _gains(self, pair: Pair) -> bool:
+        """Whether fits gain from more steps than the first ones take."""
+        return self._first_steps(pair) < self._all_steps(pair)
+
+    def _fit(
+        self, wanted: Mapping[Pair, Sequence[Rank]], steps: Callable[[Pair], int], until: float = math.inf
+    ) -> Fits:
         requests = {
-            pair: self.grid[pair]._replace(
-                ranks=tuple(ranks), steps=math.ceil(share[pair] * self.grid[pair].steps), apart=True
-            )
+            pair: self.grid[pair]._replace(ranks=tuple(ranks), steps=steps(pair), apart=True)
             for pair, ranks in wanted.items()
         }
         fits, seconds = fit(self.statistics, [*requests.values()], self.workers, until)
@@ -193,7 +232,7 @@ class LazyFits:
         errors: dict[Pair, dict[Rank, float]] = {}
         for pair, request in self.grid.items():
             first, known = ({r: f.error for r, f in x.items()} for x in (self.first[pair], final.get(pair, {})))
-            values = estimated_errors(request.ranks, first, known, _gains(request))
+            values = estimated_errors(request.ranks, first, known, self._gains(pair))
             errors[pair] = dict(zip(request.ranks, map(float, values), strict=True))
 
         def of(name: str, c: Candidate) -> float:
@@ -242,11 +281,6 @@ def with_gain(entry: FittingEntry, problem: Problem) -> FittingEntry:
     """
     least = maximise_dual(drop_impossible(problem.table))[2]
     return {**entry, "gain": max(0.0, 1 - entry["bound"] / least) if least > 0 else 0.0}
-
-
-def _gains(request: Request) -> bool:
-    """Whether a request's fits gain from more steps."""
-    return not DECOMPOSITIONS[request.family].closed_form
 
 
 class _Band:

@@ -153,7 +153,7 @@ class SearchSpace:
             known = ", ".join((*EFFORTS, THOROUGH))
             raise RankoptError(f"search space {self.name!r}: unknown effort {self.effort!r}; choose from {known}")
         if self.minutes is not None and not self.minutes > 0:
-            raise RankoptError(f"search space {self.name!r}: minutes is {self.minutes}, give more than 0")
+            raise RankoptError(f"search space {self.name!r}: minutes is {self.minutes}: give a number above 0")
         if self.steps < 0 or self.round_steps < 0 or self.rounds < 1:
             raise RankoptError(f"search space {self.name!r}: steps and round_steps are 0 or more, rounds is 1 or more")
 
