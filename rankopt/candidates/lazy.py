@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -32,9 +33,9 @@ from rankopt.candidates.calibration import Statistics
 from rankopt.candidates.effort import EFFORTS, SMALL, Effort
 from rankopt.candidates.estimate import estimated_errors, spread
 from rankopt.candidates.fit import Fitted, Request, as_candidates, fit, in_order, rough_seconds
-from rankopt.core.dual import drop_impossible, maximise_dual, pick
+from rankopt.core.dual import Array, Positions, drop_impossible, maximise_dual, pick
 from rankopt.core.files import digest
-from rankopt.core.problem import Problem
+from rankopt.core.problem import Problem, ProblemTable
 from rankopt.core.records import DENSE, SAME, Candidate, Rank
 from rankopt.core.result_record import FittingEntry
 from rankopt.decompositions.registry import DECOMPOSITIONS
@@ -279,8 +280,16 @@ def with_gain(entry: FittingEntry, problem: Problem) -> FittingEntry:
         entry: What was decided.
         problem: The problem of the candidates that are offered.
     """
-    least = maximise_dual(drop_impossible(problem.table))[2]
+    *_, least = _priced(problem)
     return {**entry, "gain": max(0.0, 1 - entry["bound"] / least) if least > 0 else 0.0}
+
+
+def _priced(problem: Problem) -> tuple[ProblemTable, Positions, Array, float]:
+    """A problem as a table, and its `maximise_dual`."""
+    table = drop_impossible(problem.table)
+    if np.isinf(table.losses).all(axis=1).any():  # where costs only estimate, a plan may still fit when it is counted
+        table = problem.table
+    return table, *maximise_dual(table)
 
 
 class _Band:
@@ -293,8 +302,7 @@ class _Band:
 
     def __init__(self, problem: Problem, effort: Effort) -> None:
         self.problem = problem
-        table = drop_impossible(problem.table)
-        plan, prices, self.bound = maximise_dual(table)
+        table, plan, prices, self.bound = _priced(problem)
         paid = np.tensordot(prices, table.costs, 1)
         unit = effort.slack * float(pick(table.losses, plan).mean())
         self.least = table.losses + paid - (table.losses + paid).min(axis=1, keepdims=True)
@@ -305,15 +313,14 @@ class _Band:
         for limit in range(len(problem.limits)):
             costs = np.where(np.isfinite(table.losses), table.costs[limit], math.inf)
             self.within[np.arange(len(costs)), costs.argmin(axis=1)] = True
-        self.behind: dict[Pair, float] = {}
-        for pair, (value, _) in self._best().items():
-            self.behind[pair] = value
+        self.behind = {pair: value for pair, (value, _) in self._best().items()}
 
     def near(self) -> dict[Pair, list[Rank]]:
         """The ranks of the candidates in the band."""
         found: dict[Pair, list[Rank]] = defaultdict(list)
-        for i, j in np.argwhere(self.within):
-            self._add(found, int(i), int(j))
+        for layer, frontier, within in zip(self.problem.layers, self.problem.frontiers, self.within, strict=True):
+            for candidate in compress(frontier, within):
+                found[layer.name, candidate.method].append(candidate.rank)
         return found
 
     def best_of_families(self) -> dict[Pair, list[Rank]]:
@@ -329,8 +336,3 @@ class _Band:
                 if candidate.method != DENSE and value < found.get(pair, (math.inf,))[0]:
                     found[pair] = value, candidate.rank
         return found
-
-    def _add(self, found: dict[Pair, list[Rank]], i: int, j: int) -> None:
-        frontier = self.problem.frontiers[i]
-        if j < len(frontier) and frontier[j].method != DENSE:
-            found[self.problem.layers[i].name, frontier[j].method].append(frontier[j].rank)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import rankopt
 from rankopt.candidates import fit as fits
 from rankopt.candidates import lazy
 from rankopt.candidates.estimate import estimated_errors, spread
@@ -15,6 +16,7 @@ from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.errors import BudgetError, RankoptError
 from rankopt.core.records import DENSE, Task
+from rankopt.core.run_folder import read_result
 from rankopt.decompositions.plan import apply
 from rankopt.decompositions.variable_projection import full_target
 from rankopt.experiments.tasks import load_task
@@ -170,6 +172,30 @@ def test_when_the_time_is_out_what_is_there_is_offered_and_again(tmp_path, monke
     assert first.fits(allocate(first).proposal)
     monkeypatch.setattr("rankopt.candidates.lazy.time.monotonic", lambda: 0.0)  # a faster machine
     assert offered(prepared(tmp_path, space=space).problem({"params": 0.3})) == offered(first)
+
+
+def test_the_result_says_what_was_fitted_and_why_not_more(cache, tmp_path):
+    task = make_task()
+    result = rankopt.compress(
+        task, budget={"params": 0.4}, space=SPACE, effort="quick", cache=cache, out=tmp_path / "run"
+    )
+    entry = result.info["fitting"]
+    assert result.info["effort"] == "quick" and 0 < entry["final"] < entry["candidates"]
+    assert {(x["layer"], x["family"]) for x in entry["dropped"]} < {
+        (x.name, f) for x in result.plan.choices for f in SPACE.families
+    }
+    assert f"{entry['final']} of {entry['candidates']} candidates" in result.summary().replace("\n", " ")
+    page = result.report(tmp_path / "page.html").read_text()
+    assert "Families that were dropped" in page and f"<td>{entry['dropped'][0]['family']}</td>" in page
+    assert read_result(tmp_path / "run")["fitting"] == entry
+
+
+def test_limits_that_exclude_each_other_are_refused_as_ever(cache):
+    budgets = {e: prepared(cache, e) for e in ("normal", "thorough")}
+    least = budgets["thorough"].problem({"params": 1.0, "macs": 1.0}).least
+    for found in budgets.values():
+        with pytest.raises(BudgetError, match="cannot be met together"):
+            allocate(found.problem({"params": least[0], "macs": least[1]}))
 
 
 @pytest.mark.parametrize(
