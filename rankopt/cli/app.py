@@ -49,13 +49,10 @@ TaskName = Annotated[str, typer.Argument(help="a built-in task (digits) or FILE.
 SpaceName = Annotated[str, typer.Option("--space", help="a search space by name, or a .toml file")]
 
 
-Effort = Annotated[
-    str | None,
-    typer.Option(
-        help="how much of the space to fit: quick, normal or thorough (all of it)",
-        show_default="normal",
-    ),
-]
+EFFORT = "how much of the space to fit: quick, normal or thorough (all of it)"
+
+
+Effort = Annotated[str | None, typer.Option(help=EFFORT, show_default="the space's, normal")]
 
 
 CacheFolder = Annotated[
