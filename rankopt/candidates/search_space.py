@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import TypedDict
 
-from rankopt.candidates.effort import EFFORTS, NORMAL, THOROUGH
+from rankopt.candidates.effort import EFFORTS, NORMAL, THOROUGH, USUAL
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import PRECISIONS, SAME, Layer, Rank
 from rankopt.core.schema import checked, read_toml
@@ -104,8 +104,7 @@ class SearchSpace:
         steps: Steps of L-BFGS per fit; some families take a share of it.
         effort: How much is fitted: "thorough" for everything, "normal" for what can be part of a good plan within the
             budget, "quick" for less of that, with fewer steps. Models that are fitted in seconds are fitted as a whole.
-        minutes: Minutes of preparation after which no further fits start; None for no limit. With "thorough" it has
-            no effect.
+        minutes: Minutes of preparation after which no further fits start; None for no limit. Not with "thorough".
         keep_dense: Layers to leave dense: names with wildcards * and ?, "@first-convolution" or "@classifier" (a
             last Linear).
         layers: What layers of some names may become instead; of several rules for a layer, the first one counts.
@@ -125,7 +124,7 @@ class SearchSpace:
     multiple: int = 1
     precisions: tuple[str, ...] = (SAME,)
     steps: int = 500
-    effort: str = "normal"
+    effort: str = USUAL
     minutes: float | None = None
     keep_dense: tuple[str, ...] = ()
     layers: tuple[LayerRule, ...] = ()
@@ -154,6 +153,8 @@ class SearchSpace:
             raise RankoptError(f"search space {self.name!r}: unknown effort {self.effort!r}; choose from {known}")
         if self.minutes is not None and not self.minutes > 0:
             raise RankoptError(f"search space {self.name!r}: minutes is {self.minutes}: give a number above 0")
+        if self.minutes is not None and self.effort == THOROUGH:
+            raise RankoptError(f"search space {self.name!r}: minutes go with effort {' or '.join(map(repr, EFFORTS))}")
         if self.steps < 0 or self.round_steps < 0 or self.rounds < 1:
             raise RankoptError(f"search space {self.name!r}: steps and round_steps are 0 or more, rounds is 1 or more")
 

@@ -52,7 +52,7 @@ SpaceName = Annotated[str, typer.Option("--space", help="a search space by name,
 EFFORT = "how much of the space to fit: quick, normal or thorough (all of it)"
 
 
-Effort = Annotated[str | None, typer.Option(help=EFFORT, show_default="the space's, normal")]
+Effort = Annotated[str | None, typer.Option(help=EFFORT, show_default="the space's, thorough")]
 
 
 CacheFolder = Annotated[

@@ -166,7 +166,7 @@ def test_small_models_and_fits_without_steps_are_fitted_as_a_whole(cache, monkey
 
 
 def test_when_the_time_is_out_what_is_there_is_offered_and_again(tmp_path, monkeypatch):
-    space = dataclasses.replace(SPACE, minutes=1e-6)
+    space = dataclasses.replace(SPACE, effort="normal", minutes=1e-6)
     first = prepared(tmp_path, space=space).problem({"params": 0.3})
     assert not first.fitting["settled"] and first.fitting["final"] == 0 and first.fitting["gain"] > 0
     assert first.fits(allocate(first).proposal)
@@ -202,7 +202,8 @@ def test_limits_that_exclude_each_other_are_refused_as_ever(cache):
     ("given", "said"),
     [
         ({"effort": "huge"}, "unknown effort 'huge'; choose from quick, normal, thorough"),
-        ({"minutes": 0}, "above 0"),
+        ({"effort": "quick", "minutes": 0}, "above 0"),
+        ({"effort": "thorough", "minutes": 5}, "minutes go with effort 'quick' or 'normal'"),
     ],
 )
 def test_what_no_effort_is(given, said):
