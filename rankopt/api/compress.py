@@ -43,6 +43,8 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
     families: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     ranks: Mapping[str, Sequence[Any]] | None = None,
     keep_dense: Sequence[str] | None = None,
+    effort: str | None = None,
+    minutes: float | None = None,
     refine: bool = False,
     fidelities: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -93,6 +95,9 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
         ranks: Ranks to try for some layers: `{"layer3.*": [8, (8, 16)]}`. A number stands for every bond. The first
             pattern that fits a layer counts.
         keep_dense: Names or patterns of layers to leave dense, in addition to the space's.
+        effort: How much to fit: "thorough" for all candidates of the search space, "normal" for those that can be part
+            of a good plan within the budget, "quick" for less. Default: the space's, which is "thorough".
+        minutes: Instead: how long preparing may take; fits that were not started by then are left out.
         refine: Whether to refit the chosen plan's layers one after the other, against the dense model's outputs;
             takes minutes.
         fidelities: Stop bad trials early: shares of the examples and a short training, such as "0.1,0.5".
@@ -147,6 +152,8 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
         families=families,
         ranks=ranks,
         keep_dense=keep_dense,
+        effort=effort,
+        minutes=minutes,
         fidelities=fidelities,
         refine=refine,
         timeout=timeout,

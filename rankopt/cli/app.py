@@ -49,6 +49,12 @@ TaskName = Annotated[str, typer.Argument(help="a built-in task (digits) or FILE.
 SpaceName = Annotated[str, typer.Option("--space", help="a search space by name, or a .toml file")]
 
 
+EFFORT = "how much of the space to fit: quick, normal or thorough (all of it)"
+
+
+Effort = Annotated[str | None, typer.Option(help=EFFORT, show_default="the space's, thorough")]
+
+
 CacheFolder = Annotated[
     Path | None,
     typer.Option("--cache", help="where candidates are kept", show_default="RANKOPT_CACHE, or ~/.cache/rankopt"),

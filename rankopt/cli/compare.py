@@ -11,6 +11,7 @@ from rankopt.cli.app import (
     COMPARE,
     CacheFolder,
     CpusPerTrial,
+    Effort,
     GpusPerTrial,
     RayAddress,
     SpaceName,
@@ -36,6 +37,7 @@ def sweep(  # noqa: PLR0913  # a parameter for every option
         Path | None, typer.Option(help="the folder for sweep.csv and sweep.png", show_default="runs/TASK-sweep")
     ] = None,
     space: SpaceName = "default",
+    effort: Effort = None,
     cache: CacheFolder = None,
     workers: Workers = 0,
     ray_address: RayAddress = None,
@@ -46,6 +48,7 @@ def sweep(  # noqa: PLR0913  # a parameter for every option
     with readable_errors("what was fitted is kept: the same command goes on"):
         import rankopt.search.sweep as sweeps
         from rankopt.candidates.prepare import prepare
+        from rankopt.candidates.search_space import load_space
         from rankopt.core.run_folder import folder_lock, open_folder
         from rankopt.experiments.tasks import load_task
         from rankopt.report.sweep import table, write
@@ -57,7 +60,8 @@ def sweep(  # noqa: PLR0913  # a parameter for every option
         runner = make_runner(RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial), out)
         open_folder(out, resume=None)
         with folder_lock(out):
-            prepared = prepare(found, space, cache, show_progress, budget=[loosest])
+            adjusted = load_space(space).adjusted(effort=effort)
+            prepared = prepare(found, adjusted, cache, show_progress, budget=[loosest])
             result = sweeps.sweep(prepared, budgets, evaluate, show_progress, runner)
             write(out, result)
         echo(table(result))
@@ -89,6 +93,7 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on; budgets, strategies and seeds may be added")] = False,
     space: SpaceName = "default",
+    effort: Effort = None,
     cache: CacheFolder = None,
     workers: Workers = 0,
     ray_address: RayAddress = None,
@@ -99,6 +104,7 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
     with readable_errors("every finished run is kept: go on with --resume"):
         import rankopt.search.benchmark as benchmarks
         from rankopt.candidates.prepare import prepare
+        from rankopt.candidates.search_space import load_space
         from rankopt.core.run_folder import folder_lock, open_folder
         from rankopt.experiments.tasks import load_task
         from rankopt.report.benchmark import cell_line, text, write
@@ -112,7 +118,8 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
             console.print(cell_line(cell), markup=False, highlight=False, soft_wrap=True)
 
         with folder_lock(out), session(runner):
-            prepared = prepare(load_task(task), space, cache, show_progress, budget=budget[0].split(","))
+            adjusted = load_space(space).adjusted(effort=effort)
+            prepared = prepare(load_task(task), adjusted, cache, show_progress, budget=budget[0].split(","))
             data = benchmarks.benchmark(
                 prepared, budget, names, trials, seeds, out, resume, print_cell, show_progress, runner
             )

@@ -9,6 +9,7 @@ import typer
 
 from rankopt.cli.app import (
     COMPRESS,
+    EFFORT,
     RAY,
     CpusPerTrial,
     GpusPerTrial,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from rankopt.search.result import Result
 
 # Panels of --help
-BUDGET, STRATEGY, EVALUATION, LATENCY = "Budget", "Strategy", "Evaluation", "Latency"
+BUDGET, STRATEGY, CANDIDATES, EVALUATION, LATENCY = "Budget", "Strategy", "Candidates", "Evaluation", "Latency"
 OUTPUT = "Output"
 
 
@@ -70,15 +71,23 @@ def search(  # noqa: PLR0913  # a parameter for every option
     ] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same plans", rich_help_panel=STRATEGY)] = 0,
     space: Annotated[
-        str, typer.Option("--space", help="a search space by name, or a .toml file", rich_help_panel=STRATEGY)
+        str, typer.Option("--space", help="a search space by name, or a .toml file", rich_help_panel=CANDIDATES)
     ] = "default",
     families: Annotated[
         str | None,
-        typer.Option(help="decompositions instead of the space's, as svd_out,cp_merged", rich_help_panel=STRATEGY),
+        typer.Option(help="decompositions instead of the space's, as svd_out,cp_merged", rich_help_panel=CANDIDATES),
     ] = None,
     keep_dense: Annotated[
         list[str] | None,
-        typer.Option(help="a layer to leave dense, may have * and ?; repeatable", rich_help_panel=STRATEGY),
+        typer.Option(help="a layer to leave dense, may have * and ?; repeatable", rich_help_panel=CANDIDATES),
+    ] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(help=EFFORT, show_default="the space's, thorough", rich_help_panel=CANDIDATES),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="instead of an effort: how long preparing may take", rich_help_panel=CANDIDATES),
     ] = None,
     fidelities: Annotated[
         str | None,
@@ -158,6 +167,8 @@ def search(  # noqa: PLR0913  # a parameter for every option
             space=space,
             families=[name.strip() for name in families.split(",")] if families else None,
             keep_dense=keep_dense,
+            effort=effort,
+            minutes=minutes,
             fidelities=fidelities,
             refine=refine,
             out=folder,

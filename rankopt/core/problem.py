@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rankopt.core.budget import BYTES, Limit, amount, at_least
 from rankopt.core.errors import BudgetError
 from rankopt.core.records import MEASURED, Candidate, Cost, Layer, Proposal
+from rankopt.core.result_record import FittingEntry
 
 Counter = Callable[[Sequence[Candidate]], Mapping[str, int]]
 """Counts memory and disk of the model that a plan's candidates make."""
@@ -52,6 +53,7 @@ class Problem:
         kept: The layers that stay dense, with their reasons: they explain why a budget cannot be met.
         counter: Counts memory and disk of a whole plan, of which the candidates' costs are estimates. None: they are
             taken to add up.
+        fitting: Which candidates were fitted for this budget, and why not the others; None if all were.
     """
 
     layers: tuple[Layer, ...]
@@ -60,6 +62,7 @@ class Problem:
     limits: tuple[Limit, ...]
     kept: tuple[Layer, ...] = ()
     counter: Counter | None = None
+    fitting: FittingEntry | None = field(default=None, compare=False, repr=False)
 
     @property
     def fixed(self) -> Cost:

@@ -639,6 +639,49 @@ class TrainingEntry(FinetuneInfo, TrainingSource):
     test_before: float | None
 
 
+# --- what was fitted -----------------------------------------------------------------------------------
+
+
+class DroppedRow(TypedDict):
+    """A family of which no candidate was fitted with all its steps on a layer.
+
+    Attributes:
+        layer: Name of the layer.
+        family: Name of the decomposition.
+        behind: By how much more than `bound` a plan loses, as predicted, if it uses the family's best candidate on
+            this layer, by a low estimate of that candidate's error; None where another family's candidates are
+            better at any cost.
+    """
+
+    layer: str
+    family: str
+    behind: float | None
+
+
+class FittingEntry(TypedDict):
+    """Which candidates were fitted for a budget, and on which evidence others were not.
+
+    Attributes:
+        candidates: Fits that the search space allows.
+        first: Fits with few steps.
+        final: Fits with all steps for this budget.
+        rounds: How often candidates were chosen and fitted.
+        settled: Whether a further round would have fitted nothing.
+        bound: A lower bound of the predicted losses of all plans, with low estimates of the errors that are not known.
+        gain: By what share of it fitting everything could lower the least predicted loss at most, by these estimates.
+        dropped: Families of which nothing was fitted with all steps, by layer.
+    """
+
+    candidates: int
+    first: int
+    final: int
+    rounds: int
+    settled: bool
+    bound: float
+    gain: float
+    dropped: list[DroppedRow]
+
+
 # --- the whole ---------------------------------------------------------------------------------------
 
 
@@ -672,11 +715,13 @@ class ResultInfo(SearchMetadata):
         family_seconds: Seconds of fitting by family, all workers together; empty if all fits came from the cache.
         forward_passes: Forward passes of all calibration examples that the sensitivities took; 0 if they came from the
             cache. Absent in results of earlier versions.
+        effort: The search space's effort: "quick", "normal" or "thorough"; absent in files of earlier versions.
+        fitting: What was fitted for the budget, and why not more; absent if everything was.
         trials: How many plans were proposed and evaluated.
         budget: The limits, by metric.
         cost: Cost of both models.
-        optimality_gap: Relative gap of the chosen plan's predicted loss to the least that any plan of the search
-            space can have within the budget.
+        optimality_gap: Relative gap of the chosen plan's predicted loss to the least that any plan of the fitted
+            candidates can have within the budget.
         objective: Objective of the chosen plan.
         fidelities: One row for each fidelity below the full one.
         refinement: Refitting of the layers one after the other; None if not asked for.
@@ -699,6 +744,8 @@ class ResultInfo(SearchMetadata):
     seconds: dict[str, float]
     family_seconds: dict[str, float]
     forward_passes: NotRequired[float]
+    effort: NotRequired[str]
+    fitting: NotRequired[FittingEntry]
     trials: TrialsEntry
     budget: dict[Metric, BudgetEntry]
     cost: CostsEntry

@@ -41,6 +41,7 @@ class SvdOut(Decomposition):
     """
 
     name = "svd_out"
+    closed_form = True
     density = 4.0  # further ranks are almost free to fit
 
     def full_rank(self, layer: Layer) -> Rank | None:

@@ -39,7 +39,9 @@ NO_TRAINING = Recipe(epochs=0)
 TUNABLE_TABLES = ("budget", "options", "space", "training")  # tables whose settings may be hyperparameters
 
 
-NOT_TUNABLE = ("name", "description", "layers", "rounds", "round_steps")  # settings of a search space
+NOT_TUNABLE = (  # settings of a search space
+    *("name", "description", "layers", "rounds", "round_steps", "effort", "minutes"),
+)
 
 
 TRAINED = "trained"  # the folder of the trained model, in a run folder

@@ -390,6 +390,7 @@ def _assemble(
         "seconds": {k: round(v, 3) for k, v in prepared.clock.items()},
         "forward_passes": round(prepared.passes, 2),
         "family_seconds": {k: round(v, 3) for k, v in prepared.family_seconds.items()},
+        "effort": prepared.space.effort,
         "trials": _trials_entry(outcome),
         "budget": {cast(Metric, x.metric): _budget_entry(x, plan.cost, dense) for x in problem.limits},
         "cost": {"dense": _cost_entry(dense), "compressed": _cost_entry(plan.cost)},
@@ -408,6 +409,8 @@ def _assemble(
         "energy": of_models([task.model, rebuilt.model], task.example_input),
         "layers": [_layer_row(c, layer) for c, layer in zip(plan.choices, prepared.layers, strict=True)],
     }
+    if problem.fitting:
+        info["fitting"] = problem.fitting
     if "question" in metadata:
         info["question"] = metadata["question"]
     return cast(ResultInfo, {**info, **measured_entries(prepared, problem, outcome.checks)})

@@ -144,6 +144,7 @@ def summary(info: ResultInfo) -> str:
         head,
         *([answer] if answer else []),
         budget_text(info),
+        *fitting_lines(info),
         *measured_lines(info),
         *energy_lines(info),
         *change_lines(info),
@@ -227,6 +228,25 @@ def budget_text(info: ResultInfo) -> str:
         f"{info['optimality_gap']:.2%}\n"
         f"seconds {', '.join(f'{k} {v:.1f}' for k, v in info['seconds'].items())}"
     )
+
+
+def fitting_lines(info: ResultInfo) -> list[str]:
+    """What was fitted, and what more effort would be worth.
+
+    Args:
+        info: The content of result.json.
+
+    Returns:
+        A sentence without a full stop; none where everything was fitted.
+    """
+    found = info.get("fitting")
+    if not found:
+        return []
+    cut = "" if found["settled"] else ", cut short"
+    return [
+        f"fitted  {found['final']:,} of {found['candidates']:,} candidates with all steps, {found['first']:,} briefly "
+        f"(effort {info['effort']}{cut}); all of them could lower the predicted loss by {found['gain']:.1%} at most"
+    ]
 
 
 def n_evaluated(info: ResultInfo) -> int:
