@@ -1,8 +1,7 @@
 """L-BFGS (Liu and Nocedal 1989) on a batch of problems: a tensor program on one device.
 
 Every problem has its own step size and its own end. Each round evaluates all of them once: a problem whose trial point
-is not good enough tries a shorter step in the next round, while the others go on, so that no evaluation is repeated for
-the sake of another problem. Directions come from the compact representation of the inverse Hessian (Byrd, Nocedal and
+is not good enough tries a shorter step in the next round, while the others go on. Directions come from the compact representation of the inverse Hessian (Byrd, Nocedal and
 Schnabel 1994, equation 3.1), which takes two products with the history instead of a loop over it.
 """
 
@@ -22,6 +21,9 @@ WINDOW = 10
 
 SUFFICIENT = 1e-4
 """Share of the decrease that the slope promises which a step has to reach (Armijo)."""
+
+LEAST_CURVATURE = 1e-6
+"""Pairs whose slope changed by less than this share are not used."""
 
 SHORTEST = 1e-6
 """A line search ends here: what is left is rounding."""
@@ -64,8 +66,9 @@ def minimize(evaluate: Evaluate, start: Tensor, steps: Tensor, tolerance: float,
     state = _State(start, *evaluate(start, columns), min(HISTORY, int(steps.max())))
     losses, before = state.loss.clone(), state.loss
     done = state.loss <= floor
+    stops = {*range(0, int(steps.max()) + 1, WINDOW), *steps.tolist()}
     for taken in range(int(steps.max()) + 1):
-        if taken % WINDOW == 0 or bool((steps[columns] == taken).any()):
+        if taken in stops:
             if taken % WINDOW == 0 and taken:
                 done |= (before - state.loss <= tolerance * state.loss) | (state.loss <= floor) | state.stuck
                 before = state.loss
@@ -82,26 +85,26 @@ def minimize(evaluate: Evaluate, start: Tensor, steps: Tensor, tolerance: float,
 
 
 class _State:
-    """Points, their histories and the trial points of all problems that are left."""
+    """Points, their histories and the trial points of all problems that are left.
+
+    Pairs are kept from the oldest to the newest in a window that moves along a longer buffer.
+    """
 
     def __init__(self, point: Tensor, loss: Tensor, gradient: Tensor, history: int) -> None:
         self.point, self.loss, self.gradient = point, loss, gradient
-        shape = point.shape[:2]
-        self.history, self.newest = history, -1
-        self.pairs = point.new_zeros(*shape, 2 * history, point.shape[-1])  # steps, then differences of gradients
-        self.steps_differences = torch.eye(history, dtype=torch.float64, device=point.device).repeat(*shape, 1, 1)
-        self.differences = torch.zeros_like(self.steps_differences)
-        self.curvature = torch.zeros(*shape, history, dtype=torch.float64, device=point.device)
+        self.history, self.first = history, 0
+        shape, size = point.shape[:2], history + WINDOW
+        self.steps, self.differences = (point.new_zeros(*shape, size, point.shape[-1]) for _ in range(2))
+        # Sᵀ Y, of which the upper triangle is used, and Yᵀ Y; a pair of zeros has no effect with a diagonal of one
+        self.across = torch.eye(size, dtype=torch.float64, device=point.device).repeat(*shape, 1, 1)
+        self.within = torch.zeros_like(self.across)
+        self.curvature = torch.zeros(*shape, size, 1, dtype=torch.float64, device=point.device)
         self.scale = point.new_ones(shape)
-        self.direction = -gradient
         self.size = 1 / gradient.norm(dim=-1).clamp_min(1e-30)
+        self.direction = -gradient
         self.slope = -gradient.square().sum(-1)
         self.stuck = self.slope == 0
-
-    @property
-    def trial(self) -> Tensor:
-        """Where to evaluate next."""
-        return self.point + self.size.unsqueeze(-1) * self.direction
+        self.trial = point + self.size.unsqueeze(-1) * self.direction
 
     def keep(self, index: Tensor) -> None:
         """Leave only some columns."""
@@ -114,50 +117,55 @@ class _State:
         promised = self.size * self.slope
         better = (loss <= self.loss + SUFFICIENT * promised) & gradient.isfinite().all(-1)
         taken = better.unsqueeze(-1)
-        step = torch.where(taken, self.size.unsqueeze(-1) * self.direction, 0)
-        difference = torch.where(taken, gradient - self.gradient, 0)
         # The minimum of the parabola through what is known, safeguarded
-        shorter = (-promised / (2 * (loss - self.loss - promised))).nan_to_num(0.1).clamp(0.1, 0.5).to(step.dtype)
-        self.point, self.loss = self.point + step, torch.where(better, loss, self.loss)
+        shorter = (-promised / (2 * (loss - self.loss - promised))).nan_to_num(0.1).clamp(0.1, 0.5).to(promised.dtype)
+        self._remember(better, promised, gradient)
+        self.point, self.loss = torch.where(taken, self.trial, self.point), torch.where(better, loss, self.loss)
         self.gradient = torch.where(taken, gradient, self.gradient)
-        self._remember(step, difference)
-        direction = self._direction()
-        slope = (direction * self.gradient).sum(-1)
-        uphill = (slope >= 0).unsqueeze(-1)  # only by rounding
-        direction = torch.where(uphill, -self.scale.unsqueeze(-1) * self.gradient, direction)
-        slope = torch.where(uphill[..., 0], -self.scale * self.gradient.square().sum(-1), slope)
-        self.direction = torch.where(taken, direction, self.direction)
-        self.slope = torch.where(better, slope, self.slope)
+        self.direction = torch.where(taken, self._direction(), self.direction)
+        self.slope = (self.direction * self.gradient).sum(-1)
         self.size = torch.where(better, 1.0, self.size * shorter)
-        self.stuck = (self.size < SHORTEST) | (self.slope == 0)
+        self.stuck = (self.size < SHORTEST) | (self.slope >= 0)  # by rounding
+        self.trial = self.point + self.size.unsqueeze(-1) * self.direction
 
-    def _remember(self, step: Tensor, difference: Tensor) -> None:
-        """Replace the oldest pair; one without positive curvature is stored as zeros, which have no effect."""
+    def _remember(self, better: Tensor, promised: Tensor, gradient: Tensor) -> None:
+        """Append a pair to the window; one without positive curvature as zeros, which have no effect."""
+        h = self.history
+        if self.first == WINDOW:
+            self._rewind()
+        new, window = self.first + h, slice(self.first + 1, self.first + 1 + h)
+        step, difference = self.trial - self.point, gradient - self.gradient
         curvature, square = (step * difference).sum(-1), difference.square().sum(-1)
-        useful = curvature > 1e-7 * square.sqrt() * step.norm(dim=-1)
-        self.scale = torch.where(useful, curvature / square, self.scale)
+        useful = better & (curvature > -LEAST_CURVATURE * promised)
         step, difference = (torch.where(useful.unsqueeze(-1), v, 0) for v in (step, difference))
-        h, slot = self.history, (self.newest + 1) % self.history
-        self.pairs[:, :, slot], self.pairs[:, :, h + slot], self.newest = step, difference, slot
-        products = (self.pairs @ difference.unsqueeze(-1)).squeeze(-1).double()
-        self.steps_differences[:, :, slot] = 0
-        self.steps_differences[:, :, :, slot] = products[..., :h]
-        self.differences[:, :, slot] = self.differences[:, :, :, slot] = products[..., h:]
-        self.curvature[:, :, slot] = products[..., slot]
-        self.steps_differences[:, :, slot, slot] = torch.where(useful, products[..., slot], 1.0)
+        self.scale = torch.where(useful, curvature / square, self.scale)
+        self.steps[:, :, new], self.differences[:, :, new] = step, difference
+        column = difference.unsqueeze(-1)
+        self.across[:, :, window, new] = (self.steps[:, :, window] @ column)[..., 0].double()
+        inner = (self.differences[:, :, window] @ column)[..., 0].double()
+        self.within[:, :, window, new] = self.within[:, :, new, window] = inner
+        self.curvature[:, :, new, 0] = self.across[:, :, new, new]
+        self.across[:, :, new, new] += (~useful).double()
+        self.first += 1
+
+    def _rewind(self) -> None:
+        """Move the window to the beginning of the buffers."""
+        h = self.history
+        for buffer in (self.steps, self.differences, self.curvature):
+            buffer[:, :, :h] = buffer[:, :, WINDOW:].clone()
+        for buffer in (self.across, self.within):
+            buffer[:, :, :h, :h] = buffer[:, :, WINDOW:, WINDOW:].clone()
+        self.first = 0
 
     def _direction(self) -> Tensor:
         """−H g, where H is the compact representation of the inverse Hessian."""
-        h = self.history
-        order = (torch.arange(h, device=self.point.device) + self.newest + 1) % h  # oldest first
-        back = order.argsort()
-        triangle = self.steps_differences[:, :, order][..., order]
-        scale = self.scale.double().unsqueeze(-1)
-        products = (self.pairs @ self.gradient.unsqueeze(-1)).squeeze(-1).double()
-        along, turned = products[..., :h], products[..., h:]
-        solved = torch.linalg.solve_triangular(triangle, along[..., order].unsqueeze(-1), upper=True)
-        inner = solved.squeeze(-1)[..., back]
-        rest = self.curvature * inner + scale * ((self.differences @ inner.unsqueeze(-1)).squeeze(-1) - turned)
-        outer = torch.linalg.solve_triangular(triangle.mT, rest[..., order].unsqueeze(-1), upper=False)
-        weights = torch.cat([outer.squeeze(-1)[..., back], -scale * inner], -1).to(self.point.dtype)
-        return -(self.scale.unsqueeze(-1) * self.gradient + (weights.unsqueeze(-2) @ self.pairs).squeeze(-2))
+        window = slice(self.first, self.first + self.history)
+        steps, differences = self.steps[:, :, window], self.differences[:, :, window]
+        triangle, within = (m[:, :, window, window] for m in (self.across, self.within))
+        scale = self.scale[..., None, None]
+        gradient = self.gradient.unsqueeze(-1)
+        inner = torch.linalg.solve_triangular(triangle, (steps @ gradient).double(), upper=True)
+        rest = self.curvature[:, :, window] * inner + scale * (within @ inner - differences @ gradient)
+        outer = torch.linalg.solve_triangular(triangle.mT, rest, upper=False)
+        inner, outer = inner.to(gradient.dtype), outer.to(gradient.dtype)
+        return -(scale * (gradient - differences.mT @ inner) + steps.mT @ outer)[..., 0]

@@ -52,8 +52,11 @@ FLOAT32_LOSS = 1e-5
 CPU_BATCH, GPU_BATCH = 2**18, 2**26
 """Elements of K in a batch: on a CPU larger ones leave its cache, on a GPU they leave its memory."""
 
+CPU_FREE = 2**17
+"""Elements of K up to which padding costs less than another batch on a CPU."""
+
 CPU_RATIO = 1.5
-"""How many times as large as the smallest the largest problem of a batch is on a CPU, where padding costs time."""
+"""In larger batches: how many times as large as the smallest problem the largest one is."""
 
 Parameters = tuple[Tensor, ...]
 """The searched parameters θ, float64 tensors (g, ...)."""
@@ -333,13 +336,14 @@ class _Search:
 
     def _batches(self, problems: Sequence[_Problem]) -> Iterator[list[_Problem]]:
         """Problems that are fitted at once: as many as pay, of sizes as different as pays."""
-        key = lambda p: (repr(self.family.padding(self.layer, p.rank)), p.rows)  # noqa: E731
         g, _, n = self.target.weight.shape
-        elements, ratio = (GPU_BATCH, math.inf) if self.target.weight.is_cuda else (CPU_BATCH, CPU_RATIO)
+        most, free = (GPU_BATCH, GPU_BATCH) if self.target.weight.is_cuda else (CPU_BATCH, CPU_FREE)
+        keys = {p.index: repr(self.family.padding(self.layer, p.rank)) for p in problems}
         batch: list[_Problem] = []
-        for problem in sorted(problems, key=key):
-            fits = (len(batch) + 1) * g * problem.rows * n <= elements
-            if batch and not (fits and key(batch[0])[0] == key(problem)[0] and problem.rows <= ratio * batch[0].rows):
+        for problem in sorted(problems, key=lambda p: (keys[p.index], p.rows)):
+            elements = (len(batch) + 1) * g * problem.rows * n
+            pays = elements <= free or problem.rows <= CPU_RATIO * batch[0].rows if batch else True
+            if batch and (keys[batch[0].index] != keys[problem.index] or elements > most or not pays):
                 yield batch
                 batch = []
             batch.append(problem)
