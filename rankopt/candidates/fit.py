@@ -25,12 +25,12 @@ from rankopt.decompositions.conformance import checked_fits, code_of, named
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import Fit
 
-# Layers with at least this many inputs per output are fitted on the model's GPU; tests/gpu/test_cuda.py measures it.
-GPU_PATCH = 1024
-
-
 START_UP = 2.0
 """Seconds of short fits before worker processes are started, which takes about as long: small models need none."""
+
+
+STACK_BYTES = 2**31
+"""Bytes of statistics of layers that are fitted at once on a GPU."""
 
 
 WORKER_BYTES = 300_000_000
@@ -64,8 +64,8 @@ def fit_candidates(
 ) -> tuple[dict[str, list[Candidate]], dict[str, float]]:
     """Fit the candidates that the cache does not hold.
 
-    A job is one layer and one family. Jobs run in worker processes of one thread each; layers of a model on a GPU
-    with at least GPU_PATCH inputs per output are fitted on that GPU.
+    A job is one layer and one family. Jobs run in worker processes of one thread each; those of a model on a GPU run on
+    that GPU, layers of equal shape and ranks at once.
 
     Args:
         statistics: Calibration statistics of the layers to fit.
@@ -116,14 +116,15 @@ def _run(statistics: Statistics, jobs: Sequence[_Job], steps: int, workers: int 
     """Run jobs in any order; yield each one's key and seconds as it ends."""
 
     def arguments(job: _Job) -> tuple[Any, ...]:
-        weight = _weight(statistics, job.layer).detach()
-        weight = weight if _on_gpu(statistics, job.layer) else weight.cpu()
-        return (statistics.cache, job, weight, *statistics[job.layer.name], steps)
+        return (statistics.cache, job, _weight(statistics, job.layer).detach(), *statistics[job.layer.name], steps)
 
-    workers = min(workers or available_cores(), max(len(jobs), 1), _affordable(statistics.layers))
-    here = [job for job in jobs if workers == 1 or _on_gpu(statistics, job.layer)]
-    yield from (_fit_one(*arguments(job)) for job in here)
-    left = [job for job in jobs if job not in here]
+    for stack in _stacks(statistics, [job for job in jobs if _weight(statistics, job.layer).is_cuda]):
+        yield from _fit_stack(*zip(*map(arguments, stack), strict=True))
+    left = [job for job in jobs if not _weight(statistics, job.layer).is_cuda]
+    workers = min(workers or available_cores(), max(len(left), 1), _affordable(statistics.layers))
+    if workers == 1:
+        yield from (_fit_one(*arguments(job)) for job in left)
+        return
     until = time.perf_counter() + START_UP
     while left and time.perf_counter() + left[-1].seconds(steps) < until:  # the shortest first
         with threads(1):
@@ -168,9 +169,17 @@ def _weight(statistics: Statistics, layer: Layer) -> Tensor:
     return weight
 
 
-def _on_gpu(statistics: Statistics, layer: Layer) -> bool:
-    """Whether a layer is fitted on its GPU; small layers are fitted faster on the CPU."""
-    return _weight(statistics, layer).is_cuda and layer.patch >= GPU_PATCH
+def _stacks(statistics: Statistics, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+    """Jobs that can be fitted at once: of one family, equal shapes and equal ranks; a few gigabytes at most."""
+    found: dict[Any, list[_Job]] = {}
+    for job in jobs:
+        layer, weight = job.layer, _weight(statistics, job.layer)
+        given = [None if x is None else x.shape for x in statistics[layer.name]]
+        kind = (layer.kind, layer.shape, layer.kernel, layer.groups, weight.shape, weight.dtype, weight.device)
+        found.setdefault(repr((job.family, kind, given, job.ranks)), []).append(job)
+    for same in found.values():
+        most = max(1, STACK_BYTES // statistics_bytes(same[0].layer))
+        yield from (same[i : i + most] for i in range(0, len(same), most))
 
 
 def _fit_alone(*arguments: Any) -> tuple[str, float]:
@@ -182,18 +191,36 @@ def _fit_one(
     cache: Cache, job: _Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None, steps: int
 ) -> tuple[str, float]:
     """Fit, and write factors and errors to the cache; the job's key and seconds."""
+    (ended,) = _fit_stack([cache], [job], [weight], [moment], [output_metric], [steps])
+    return ended
+
+
+def _fit_stack(
+    caches: Sequence[Cache],
+    jobs: Sequence[_Job],
+    weights: Sequence[Tensor],
+    moments: Sequence[Tensor | None],
+    metrics: Sequence[Tensor | None],
+    steps: Sequence[int],
+) -> list[tuple[str, float]]:
+    """The same for several jobs of one family whose layers have equal shapes and ranks."""
     start = time.perf_counter()
-    family = DECOMPOSITIONS[job.family]
+    ranks, layers, family = jobs[0].ranks, [job.layer for job in jobs], jobs[0].family
+    names = ", ".join(repr(layer.name) for layer in layers)
     try:
-        fits: list[Fit] = list(family.fit(job.layer, weight, job.ranks, moment, output_metric, steps))
+        if len(jobs) == 1:
+            stack = [list(DECOMPOSITIONS[family].fit(layers[0], weights[0], ranks, moments[0], metrics[0], steps[0]))]
+        else:
+            stack = DECOMPOSITIONS[family].fit_stack(layers, weights, ranks, moments, metrics, steps[0])
     except RankoptError:
         raise
     except Exception as error:  # torch's, also those of linear algebra and out of memory, and other packages'
-        raise RankoptError(f"fitting {job.family} to layer {job.layer.name!r} failed: {error}") from error
-    fits = checked_fits(job.family, job.layer, weight, job.ranks, moment, output_metric, fits)
-    tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(fits) for j, t in enumerate(fit.factors)}
-    cache.write_tensors(job.key, tensors, {"fits": json.dumps([(fit.rank, fit.error) for fit in fits])})
-    return job.key, time.perf_counter() - start
+        raise RankoptError(f"fitting {family} to layer {names} failed: {error}") from error
+    for cache, job, weight, moment, metric, found in zip(caches, jobs, weights, moments, metrics, stack, strict=True):
+        fits: list[Fit] = checked_fits(family, job.layer, weight, ranks, moment, metric, found)
+        tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(fits) for j, t in enumerate(fit.factors)}
+        cache.write_tensors(job.key, tensors, {"fits": json.dumps([(fit.rank, fit.error) for fit in fits])})
+    return [(job.key, (time.perf_counter() - start) / len(jobs)) for job in jobs]
 
 
 def _read(cache: Cache, key: str, layer: Layer, family: str) -> list[Candidate] | None:
