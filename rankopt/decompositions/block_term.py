@@ -50,7 +50,7 @@ class BlockTerm(OutputSolved):
         )
 
     def padding(self, layer: Layer, rank: Rank) -> Hashable:
-        return ()
+        return rank[0]  # blocks times ranks would grow with the largest of both
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         blocks, r_in, r_out = rank

@@ -16,6 +16,9 @@ from torch import Tensor
 HISTORY = 30
 """Pairs of steps and gradient differences that approximate the inverse Hessian."""
 
+HISTORY_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
+"""Bound on the elements of each of the two buffers of pairs, by device: of very large problems fewer are kept."""
+
 WINDOW = 10
 """Rounds between two looks at which problems are done; each waits for the device."""
 
@@ -63,7 +66,7 @@ def minimize(evaluate: Evaluate, start: Tensor, steps: Tensor, tolerance: float,
     """
     columns = torch.arange(start.shape[1])
     points, rounds = start.clone(), torch.zeros_like(columns)
-    state = _State(start, *evaluate(start, columns), min(HISTORY, int(steps.max())))
+    state = _State(start, *evaluate(start, columns), int(steps.max()))
     losses, before = state.loss.clone(), state.loss
     done = state.loss <= floor
     stops = {*range(0, int(steps.max()) + 1, WINDOW), *steps.tolist()}
@@ -90,10 +93,12 @@ class _State:
     Pairs are kept from the oldest to the newest in a window that moves along a longer buffer.
     """
 
-    def __init__(self, point: Tensor, loss: Tensor, gradient: Tensor, history: int) -> None:
+    def __init__(self, point: Tensor, loss: Tensor, gradient: Tensor, rounds: int) -> None:
         self.point, self.loss, self.gradient = point, loss, gradient
-        self.history, self.first = history, 0
-        shape, size = point.shape[:2], history + WINDOW
+        affordable = HISTORY_ELEMENTS.get(point.device.type, 2**25) // max(1, point.numel()) - WINDOW
+        self.history = min(HISTORY, rounds, max(affordable, 5))
+        self.slack, self.first = max(1, min(WINDOW, rounds - self.history)), 0
+        shape, size = point.shape[:2], self.history + self.slack
         self.steps, self.differences = (point.new_zeros(*shape, size, point.shape[-1]) for _ in range(2))
         # Sᵀ Y, of which the upper triangle is used, and Yᵀ Y; a pair of zeros has no effect with a diagonal of one
         self.across = torch.eye(size, dtype=torch.float64, device=point.device).repeat(*shape, 1, 1)
@@ -131,7 +136,7 @@ class _State:
     def _remember(self, better: Tensor, promised: Tensor, gradient: Tensor) -> None:
         """Append a pair to the window; one without positive curvature as zeros, which have no effect."""
         h = self.history
-        if self.first == WINDOW:
+        if self.first == self.slack:
             self._rewind()
         new, window = self.first + h, slice(self.first + 1, self.first + 1 + h)
         step, difference = self.trial - self.point, gradient - self.gradient
@@ -150,11 +155,11 @@ class _State:
 
     def _rewind(self) -> None:
         """Move the window to the beginning of the buffers."""
-        h = self.history
+        h, moved = self.history, slice(self.slack, None)
         for buffer in (self.steps, self.differences, self.curvature):
-            buffer[:, :, :h] = buffer[:, :, WINDOW:].clone()
+            buffer[:, :, :h] = buffer[:, :, moved].clone()
         for buffer in (self.across, self.within):
-            buffer[:, :, :h, :h] = buffer[:, :, WINDOW:, WINDOW:].clone()
+            buffer[:, :, :h, :h] = buffer[:, :, moved, moved].clone()
         self.first = 0
 
     def _direction(self) -> Tensor:

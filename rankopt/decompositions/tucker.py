@@ -124,7 +124,7 @@ class Tucker(OutputSolved):
         )
 
     def padding(self, layer: Layer, rank: Rank) -> Hashable:
-        return ()
+        return rank[1:3]  # the product of ranks would grow with the largest of each
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         weight = target.weight.unflatten(-1, (layer.in_channels, *layer.kernel))
