@@ -1,8 +1,9 @@
 """L-BFGS (Liu and Nocedal 1989) on a batch of problems: a tensor program on one device.
 
 Every problem has its own step size and its own end. Each round evaluates all of them once: a problem whose trial point
-is not good enough tries a shorter step in the next round, while the others go on. Directions come from the compact representation of the inverse Hessian (Byrd, Nocedal and
-Schnabel 1994, equation 3.1), which takes two products with the history instead of a loop over it.
+is not good enough tries a shorter step in the next round, while the others go on. Directions come from the compact
+representation of the inverse Hessian (Byrd, Nocedal and Schnabel 1994, equation 3.1), which takes a few products with
+the history instead of a loop over it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -232,7 +232,7 @@ class OutputSolver:
         Returns:
             The losses (g, p) in float64, B (g, p, T, m), and the gradients of the losses with respect to K.
         """
-        g, p, m, n = rows.shape
+        g, p, m, _ = rows.shape
         rows_moment = self.target.times_moment(rows.flatten(1, 2)).view(rows.shape)
         gram = (rows_moment @ rows.mT).double()
         cross = (rows_moment.flatten(1, 2) @ self.weight.mT).view(g, p, m, -1)
@@ -282,7 +282,7 @@ def _solve(gram: Tensor, cross: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
 class _Problem(NamedTuple):
     """A rank of all layers of a stack: where its search starts."""
 
-    index: int
+    place: int
     rank: Rank
     theta: Parameters
     rows: int
@@ -320,10 +320,10 @@ class _Search:
         for batch in self._batches(problems):
             for problem, theta in zip(batch, self._improved(batch), strict=True):
                 loss, output = self._exact(problem.rank, self.family.rows(self.layer, theta))
-                better = loss < losses[problem.index]
-                pairs = zip((*theta, output), (*problem.theta, found[problem.index][1]), strict=True)
+                better = loss < losses[problem.place]
+                pairs = zip((*theta, output), (*problem.theta, found[problem.place][1]), strict=True)
                 *best, output = (torch.where(better.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs)
-                found[problem.index] = (tuple(best), output)
+                found[problem.place] = (tuple(best), output)
         return found
 
     def _exact(self, rank: Rank, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -338,12 +338,12 @@ class _Search:
         """Problems that are fitted at once: as many as pay, of sizes as different as pays."""
         g, _, n = self.target.weight.shape
         most, free = (GPU_BATCH, GPU_BATCH) if self.target.weight.is_cuda else (CPU_BATCH, CPU_FREE)
-        keys = {p.index: repr(self.family.padding(self.layer, p.rank)) for p in problems}
+        keys = {p.place: repr(self.family.padding(self.layer, p.rank)) for p in problems}
         batch: list[_Problem] = []
-        for problem in sorted(problems, key=lambda p: (keys[p.index], p.rows)):
+        for problem in sorted(problems, key=lambda p: (keys[p.place], p.rows)):
             elements = (len(batch) + 1) * g * problem.rows * n
             pays = elements <= free or problem.rows <= CPU_RATIO * batch[0].rows if batch else True
-            if batch and (keys[batch[0].index] != keys[problem.index] or elements > most or not pays):
+            if batch and (keys[batch[0].place] != keys[problem.place] or elements > most or not pays):
                 yield batch
                 batch = []
             batch.append(problem)
@@ -357,7 +357,8 @@ class _Search:
         flat = [torch.cat([_padded(t, s).flatten(1) for t, s in zip(p.theta, largest, strict=True)], -1) for p in batch]
         point, steps = torch.stack(flat, 1), torch.tensor([p.steps for p in batch])
         for dtype, floor in ((torch.float32, FLOAT32_LOSS), (torch.float64, NEGLIGIBLE)):
-            solver = OutputSolver(self.searched[dtype], self.family.output_rank(self.layer, batch[0].rank), SEARCH_RIDGE)
+            output_rank = self.family.output_rank(self.layer, batch[0].rank)
+            solver = OutputSolver(self.searched[dtype], output_rank, SEARCH_RIDGE)
             evaluate = self._objective(solver, largest, [p.rank for p in batch])
             found = minimize(evaluate, point.to(dtype), steps, TOLERANCE, floor)
             point = found.points.double()

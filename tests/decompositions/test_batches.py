@@ -35,8 +35,8 @@ def test_ranks_in_one_batch_are_fitted_as_each_alone(family, name):
         return
     ranks = DECOMPOSITIONS[family].ranks(case.layer, [0.2, 0.4, 0.8])
     ranks = [*ranks[::2], *ranks[1::2]]  # in any order
-    for steps, close in ((4, 1e-3), (60, 0.01)):
-        steps = round(steps / DECOMPOSITIONS[family].effort)
+    for taken, close in ((4, 1e-3), (60, 0.01)):
+        steps = round(taken / DECOMPOSITIONS[family].effort)
         alone = [errors(family, case, [rank], steps)[0] for rank in ranks]
         assert errors(family, case, ranks, steps) == pytest.approx(alone, rel=close, abs=1e-7)
 
