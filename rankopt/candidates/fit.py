@@ -27,12 +27,12 @@ from rankopt.decompositions.conformance import checked_fits, code_of, named
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import Fit
 
-# Layers with at least this many inputs per output are fitted on the model's GPU; tests/gpu/test_cuda.py measures it.
-GPU_PATCH = 1024
-
-
 START_UP = 2.0
 """Seconds of short fits before worker processes are started, which takes about as long: small models need none."""
+
+
+STACK_BYTES = 2**31
+"""Bytes of statistics of layers that are fitted at once on a GPU."""
 
 
 WORKER_BYTES = 300_000_000
@@ -124,8 +124,8 @@ def fit(
 ) -> tuple[list[list[Fitted]], dict[str, float]]:
     """Make the fits that the cache does not hold.
 
-    A job is one layer and one family. Jobs run in worker processes of one thread each; layers of a model on a GPU
-    with at least GPU_PATCH inputs per output are fitted on that GPU.
+    A job is one layer and one family. Jobs run in worker processes of one thread each; those of a model on a GPU run on
+    that GPU, layers of equal shape and ranks at once.
 
     Args:
         statistics: Calibration statistics of the layers to fit.
@@ -221,17 +221,19 @@ def _run(
 
     def arguments(number: int) -> tuple[Any, ...]:
         job = jobs[number]
-        weight = _weight(statistics, job.layer).detach()
-        weight = weight if _on_gpu(statistics, job.layer) else weight.cpu()
-        return (number, statistics.cache, job, weight, *statistics[job.layer.name])
+        return (number, statistics.cache, job, _weight(statistics, job.layer).detach(), *statistics[job.layer.name])
 
-    def in_time(numbers: Iterable[int]) -> Iterator[int]:
-        return itertools.takewhile(lambda _: time.monotonic() < until, numbers)
+    def in_time(items: Iterable[Any]) -> Iterator[Any]:
+        return itertools.takewhile(lambda _: time.monotonic() < until, items)
 
-    workers = min(workers or available_cores(), max(len(jobs), 1), _affordable(statistics.layers))
-    here = [i for i, job in enumerate(jobs) if workers == 1 or _on_gpu(statistics, job.layer)]
-    yield from (_fit_one(*arguments(number)) for number in in_time(here))
-    left = sorted(set(range(len(jobs))) - set(here))
+    on_gpu = [i for i, job in enumerate(jobs) if _weight(statistics, job.layer).is_cuda]
+    for stack in in_time(_stacks(statistics, jobs, on_gpu)):
+        yield from _fit_stack(*zip(*map(arguments, stack), strict=True))
+    left = sorted(set(range(len(jobs))) - set(on_gpu))
+    workers = min(workers or available_cores(), max(len(left), 1), _affordable(statistics.layers))
+    if workers == 1:
+        yield from (_fit_one(*arguments(number)) for number in in_time(left))
+        return
     start_up = time.perf_counter() + START_UP
     while left and time.perf_counter() + jobs[left[-1]].seconds() < start_up:  # the shortest first
         with threads(1):
@@ -276,9 +278,18 @@ def _weight(statistics: Statistics, layer: Layer) -> Tensor:
     return weight
 
 
-def _on_gpu(statistics: Statistics, layer: Layer) -> bool:
-    """Whether a layer is fitted on its GPU; small layers are fitted faster on the CPU."""
-    return _weight(statistics, layer).is_cuda and layer.patch >= GPU_PATCH
+def _stacks(statistics: Statistics, jobs: Sequence[_Job], numbers: Sequence[int]) -> Iterator[list[int]]:
+    """Jobs that can be fitted at once: of one family, equal shapes, ranks and steps; a few gigabytes at most."""
+    found: dict[Any, list[int]] = {}
+    for number in numbers:
+        job = jobs[number]
+        layer, weight = job.layer, _weight(statistics, job.layer)
+        given = [None if x is None else x.shape for x in statistics[layer.name]]
+        kind = (layer.kind, layer.shape, layer.kernel, layer.groups, weight.shape, weight.dtype, weight.device)
+        found.setdefault(repr((job.family, kind, given, job.ranks, job.steps)), []).append(number)
+    for same in found.values():
+        most = max(1, STACK_BYTES // statistics_bytes(jobs[same[0]].layer))
+        yield from (same[i : i + most] for i in range(0, len(same), most))
 
 
 def _fit_alone(*arguments: Any) -> tuple[int, float]:
@@ -290,20 +301,43 @@ def _fit_one(
     number: int, cache: Cache, job: _Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None
 ) -> tuple[int, float]:
     """Fit, and write factors and errors to the cache; the number and the seconds."""
+    (ended,) = _fit_stack([number], [cache], [job], [weight], [moment], [output_metric])
+    return ended
+
+
+def _fit_stack(
+    numbers: Sequence[int],
+    caches: Sequence[Cache],
+    jobs: Sequence[_Job],
+    weights: Sequence[Tensor],
+    moments: Sequence[Tensor | None],
+    metrics: Sequence[Tensor | None],
+) -> list[tuple[int, float]]:
+    """The same for several jobs of one family whose layers have equal shapes and ranks."""
     start = time.perf_counter()
-    family, ranks = DECOMPOSITIONS[job.family], job.ranks
+    ranks, layers, family, steps = jobs[0].ranks, [job.layer for job in jobs], jobs[0].family, jobs[0].steps
+    names = ", ".join(repr(layer.name) for layer in layers)
     try:
-        fits: list[Fit] = list(family.fit(job.layer, weight, ranks, moment, output_metric, job.steps))
+        if len(jobs) == 1:
+            stack = [list(DECOMPOSITIONS[family].fit(layers[0], weights[0], ranks, moments[0], metrics[0], steps))]
+        else:
+            stack = DECOMPOSITIONS[family].fit_stack(layers, weights, ranks, moments, metrics, steps)
     except RankoptError:
         raise
     except Exception as error:  # torch's, also those of linear algebra and out of memory, and other packages'
-        raise RankoptError(f"fitting {job.family} to layer {job.layer.name!r} failed: {error}") from error
-    found = iter(checked_fits(job.family, job.layer, weight, ranks, moment, output_metric, fits))
+        raise RankoptError(f"fitting {family} to layer {names} failed: {error}") from error
+    for cache, job, weight, moment, metric, found in zip(caches, jobs, weights, moments, metrics, stack, strict=True):
+        _keep(cache, job, checked_fits(family, job.layer, weight, ranks, moment, metric, found))
+    return [(number, (time.perf_counter() - start) / len(jobs)) for number in numbers]
+
+
+def _keep(cache: Cache, job: _Job, fits: Sequence[Fit]) -> None:
+    """Write a job's fits to the entries of the cache."""
+    left = iter(fits)
     for key, of_entry in job.entries:
-        fits = [next(found) for _ in of_entry]
-        tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(fits) for j, t in enumerate(fit.factors)}
-        cache.write_tensors(key, tensors, {"fits": json.dumps([(fit.rank, fit.error) for fit in fits])})
-    return number, time.perf_counter() - start
+        own = [next(left) for _ in of_entry]
+        tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(own) for j, t in enumerate(fit.factors)}
+        cache.write_tensors(key, tensors, {"fits": json.dumps([(fit.rank, fit.error) for fit in own])})
 
 
 def _read(cache: Cache, key: str) -> list[Fitted] | None:

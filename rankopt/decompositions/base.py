@@ -109,6 +109,31 @@ class Decomposition(ABC):
             One fit per rank, in order.
         """
 
+    def fit_stack(
+        self,
+        layers: Sequence[Layer],
+        weights: Sequence[Tensor],
+        ranks: Sequence[Rank],
+        moments: Sequence[Tensor | None],
+        metrics: Sequence[Tensor | None],
+        steps: int = 100,
+    ) -> list[list[Fit]]:
+        """Fit layers of the same shape; families that can fit them at once override this.
+
+        Args:
+            layers: Layers to decompose, with equal shapes and groups.
+            weights: As in `fit`, one for each layer.
+            ranks: Valid ranks, the same for all.
+            moments: As in `fit`, one for each layer; all of the same shape, or all None.
+            metrics: As in `fit`, one for each layer; all of the same shape, or all None.
+            steps: As in `fit`.
+
+        Returns:
+            For each layer one fit per rank, in order.
+        """
+        given = zip(layers, weights, moments, metrics, strict=True)
+        return [list(self.fit(layer, w, ranks, s, h, steps)) for layer, w, s, h in given]
+
     # --- ranks ---
 
     def valid(self, layer: Layer, rank: Rank) -> Rank:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
@@ -137,6 +138,15 @@ class Target(NamedTuple):
     def diagonal(self) -> bool:
         """Whether only the diagonal of S is known, or is not zero."""
         return self.moment.ndim == 2
+
+    def to(self, dtype: torch.dtype) -> Target:
+        """The same in another precision.
+
+        Args:
+            dtype: The precision.
+        """
+        outer = None if self.outer is None else self.outer.to(dtype)
+        return Target(self.weight.to(dtype), self.moment.to(dtype), self.metric.to(dtype), outer, self.plain)
 
     def inputs(self, part: slice) -> Target:
         """The same for some of the inputs alone.
