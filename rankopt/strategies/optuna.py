@@ -46,7 +46,8 @@ NOT_ASKABLE = {"BaseSampler", "BaseGASampler", "BruteForceSampler", "GridSampler
 
 
 SETTINGS: dict[str, dict[str, Any]] = {  # deviations from Optuna's defaults, for searches of tens of trials
-    "TPESampler": {"multivariate": True, "constant_liar": True},
+    "TPESampler": {"multivariate": True, "constant_liar": True, "n_startup_trials": CONTENDERS},
+    "GPSampler": {"n_startup_trials": CONTENDERS},
     "NSGAIISampler": {"population_size": 10},
     "NSGAIIISampler": {"population_size": 10},
 }
@@ -79,7 +80,7 @@ class Optuna(Strategy):
         parametrisation: str = "corrections",
         infeasible: str = "project",
         warm: int = CONTENDERS,
-        n_startup_trials: int = CONTENDERS,
+        n_startup_trials: int = 0,
         blocks: int = BLOCKS,
         width: float = WIDTH,
         also: str = "",
@@ -96,7 +97,7 @@ class Optuna(Strategy):
                 nearest plan within it; "penalise" tells the sampler a bad value instead, and draws again.
             warm: How many plans of `knapsack` the search starts with.
             n_startup_trials: Trials that the sampler draws at random before it learns, those it starts with included;
-                of samplers that take this number.
+                of samplers that take this number. 0: 8 for tpe and gp, the others' own default.
             blocks: Largest number of corrections; with more layers, neighbours share one.
             width: Log-multipliers lie within ± width.
             also: A second metric to minimise: params, macs or bytes. Needs a sampler for several objectives.
@@ -114,7 +115,8 @@ class Optuna(Strategy):
         if min(warm, n_startup_trials) < 0:
             raise RankoptError(f"warm is {warm}, n_startup_trials is {n_startup_trials}: give 0 or more of each")
         self.sampler = sampler_class(sampler or ("tpe" if parametrisation == "joint" else "gp"))
-        self.also, self.warm, self.startup = also, warm, n_startup_trials
+        self.also, self.warm = also, warm
+        self.startup = {"n_startup_trials": n_startup_trials} if n_startup_trials else {}
         self.penalise = infeasible == "penalise"
         if parametrisation == "joint" and self.sampler.__name__ in FIXED:
             raise RankoptError(f"sampler {sampler!r} takes no parameters that depend on others: for joint choose tpe")
@@ -197,7 +199,7 @@ class Optuna(Strategy):
         study = optuna.create_study(directions=["minimize"] * (1 + bool(self.also)))
         # QMC draws one sequence: the seed stays the same, and the number of the ask is the position in it.
         seed = self.seed if self.sampler is samplers.QMCSampler else derived(self.seed, number)
-        study.sampler = make_sampler(self.sampler, seed, n_startup_trials=self.startup, group=self._conditional)
+        study.sampler = make_sampler(self.sampler, seed, group=self._conditional, **self.startup)
         for point in self.beyond:
             self._replay(study, point, self._penalty(self.points.excess(point)))
         for plan in (*self.results, *self.pending):
@@ -238,7 +240,8 @@ class Optuna(Strategy):
             return
         study.enqueue_trial(params)
         asked = _quietly(study.ask)
-        self.points.suggest(asked)  # which is when such a sampler takes its notes on the trial
+        self.points.suggest(asked)
+        _ = asked.relative_params  # samples (lazily), which is when such a sampler takes its notes on the trial
         if not pending:
             _tell(study, asked, values)
 
