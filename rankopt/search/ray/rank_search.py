@@ -170,7 +170,7 @@ class RankSearch(Searcher):  # type: ignore[misc]
         """
         if (proposal := self.running.pop(trial_id, None)) is None:
             return
-        value = None if error or not result else result.get(self._metric)
+        value = None if error or not result else result.get(str(self._metric))
         if value is None or not math.isfinite(value):
             failed = "the trial failed" if value is None else f"{self._metric} is {value}"
             self.study.finish(proposal, Outcome(error=f"{failed}: Tune has the reason"))
