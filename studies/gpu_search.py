@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, help="of each runner; 32, or 16 with --quick")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu_search.json")
     given = parser.parse_args()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     trials = given.trials or (16 if given.quick else 32)
     task = load_task(f"{HERE}/tasks/{RANDOM if given.random else CIFAR}")
     space = QUICK if given.quick else dataclasses.replace(load_space("default"), steps=20)

@@ -324,6 +324,7 @@ def main() -> None:
     given = parser.parse_args()
     end = time.monotonic() + 60 * (given.minutes or (MINUTES_ON if given.on else math.inf))
     out = given.out or (RESULTS.with_stem(f"latency_{given.on}") if given.on else RESULTS)
+    out.parent.mkdir(parents=True, exist_ok=True)
     points = 2 if given.tiny else 4
     rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.is_file() else []
     done = {Cell(**{k: r[k] for k in Cell._fields if k in r}) for r in rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from statistics import median
 
 import pytest
@@ -23,7 +24,7 @@ from rankopt.model.memory import peak_memory
 from rankopt.search.compress import run_search
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.settings import SearchSettings
-from tests.helpers.latency import SPACE, Net, make_task
+from tests.helpers.latency import SPACE, make_task
 from tests.helpers.layers import ONE_EACH
 from tests.helpers.spaces import QUICK
 
@@ -106,7 +107,7 @@ def test_a_ray_workers_move_to_the_gpu(tmp_path):
 
 @pytest.mark.parametrize("runtime", ["eager", "graph", "compile"])
 def test_a_pass_on_the_gpu_computes_what_the_module_does(runtime):
-    net, x = Net().eval(), torch.randn(4, 3, 24, 24)
+    net, x = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 10)).eval(), torch.randn(4, 64)
     try:
         (one,) = passes([net], x, Conditions("cuda", runtime=runtime))
     except RankoptError as error:  # torch.compile needs a C compiler, which a machine may lack
@@ -128,8 +129,8 @@ def test_a_graph_hides_launches_and_events_tell():
     assert 10_000 < times["graph"] < 0.7 * times["eager"]
 
 
-def test_latency_budgets_are_kept_or_refused():
-    prepared = prepare(make_task(), SPACE, budget={"latency": 0.95}, latency_on=Conditions.parse(SERVED))
+def test_latency_budgets_are_kept_or_refused(tmp_path):
+    prepared = prepare(make_task(), SPACE, tmp_path, budget={"latency": 0.95}, latency_on=Conditions.parse(SERVED))
     assert torch.cuda.get_device_name() in prepared.latencies.machine
     for fraction in (0.9, 0.7):
         try:
@@ -141,15 +142,17 @@ def test_latency_budgets_are_kept_or_refused():
         assert found["met"] and found["high"] <= found["target"]
 
 
-def test_energy_budgets_are_kept_or_refused(monkeypatch):
+def test_energy_budgets_are_kept_or_refused(tmp_path, monkeypatch):
     try:
         open_meter(0)
     except NotHereError:
         with pytest.raises(RankoptError, match="energy cannot be measured here"):
-            prepare(make_task(), FEW, budget={"energy": 0.9}, latency_on=Conditions.parse(SERVED))
+            prepare(make_task(), FEW, tmp_path, budget={"energy": 0.9}, latency_on=Conditions.parse(SERVED))
         return
     monkeypatch.setitem(instruments.WINDOWS, "cuda", (0.05, 0.1))
-    prepared = prepare(make_task(), FEW, budget={"energy": 0.95}, latency_on=Conditions.parse(SERVED))
+    short = dataclasses.replace(instruments.ENERGY, seconds=10.0)
+    monkeypatch.setitem(instruments.INSTRUMENTS, "energy", short)
+    prepared = prepare(make_task(), FEW, tmp_path, budget={"energy": 0.95}, latency_on=Conditions.parse(SERVED))
     energies = prepared.measured["energy"]
     print(f"{energies.dense / 1e6:.3g} mJ an example, {energies.about()}")
     assert 1e3 < energies.dense < 1e9, "between a microjoule and a joule"
@@ -167,11 +170,14 @@ def test_memory_is_measured_and_the_budget_kept(tmp_path):
     counted = peak_memory(load_task("digits").model, task.example_input)
     there = peak_memory(task.model, task.example_input)
     print(f"counted {counted:,} bytes, measured {there:,}")
-    assert there == peak_memory(task.model, task.example_input) >= counted
+    assert there == pytest.approx(peak_memory(task.model, task.example_input), rel=0.01) and there >= counted
     prepared = prepare(task, QUICK, tmp_path, budget={"memory": 0.8})
-    assert prepared.dense.memory == there
+    assert prepared.dense.memory == pytest.approx(there, rel=0.01)
     result = run_search(prepared, prepared.problem({"memory": 0.8}), SearchSettings())
-    assert result.plan.cost.memory == peak_memory(result.model, task.example_input) <= 0.8 * there
+    again = peak_memory(result.model, task.example_input)
+    print(f"budget 0.8: {result.plan.cost.memory:,} bytes, measured again {again:,}")
+    assert result.plan.cost.memory <= 0.8 * prepared.dense.memory
+    assert again == pytest.approx(result.plan.cost.memory, rel=0.01)
 
 
 @pytest.mark.parametrize("family", ["svd_in", "svd_grouped", "tucker2", "cp_merged", "tt"])
