@@ -24,7 +24,7 @@ def test_all_examples_are_run():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(SAYS)
 
 
-@pytest.mark.parametrize("name", [*SAYS.keys() - SLOW, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("name", [*sorted(SAYS.keys() - SLOW), *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_examples_run(name, tmp_path):
     command = [sys.executable, str(ROOT / "examples" / name)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
