@@ -1,6 +1,6 @@
 """rankopt: which tensor decomposition, at which rank, for every layer, under one budget."""
 
-from rankopt import tensorly
+from rankopt import data, tensorly
 from rankopt.api.compress import compress
 from rankopt.api.inspection import Inspection, inspect
 from rankopt.api.prepared import PreparedModel, prepare, sweep
@@ -44,6 +44,7 @@ __all__ = [
     "Trial",
     "compress",
     "count",
+    "data",
     "export",
     "finetune",
     "fuse",

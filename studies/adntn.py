@@ -138,7 +138,7 @@ def fitted(model: nn.Module, batches: Batches, epochs: int) -> float:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=5e-4)
     steps, start = epochs * len(batches), time.perf_counter()
 
-    def anneal(step: int, _: float) -> None:
+    def anneal(step: int, _: object) -> None:
         for group in optimizer.param_groups:
             group["lr"] = RATE * (1 + math.cos(math.pi * (step + 1) / steps)) / 2
 

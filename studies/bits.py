@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track as bar
 
 from rankopt.candidates.prepare import Prepared, prepare
+from rankopt.candidates.search_space import load_space
 from rankopt.core.errors import BudgetError
 from rankopt.core.files import write_beside
 from rankopt.core.records import DENSE, SAME, Candidate
@@ -135,7 +136,12 @@ def main() -> None:
     torch.set_num_threads(1)
     task = load_task(f"{HERE}/tasks/cifar10.py:resnet20")
     silent = dataclasses.replace(task, score=None, test=None)  # here test data are read once a cell, and no other
-    prepared = prepare(silent, "bits", progress=lambda x, what, n: bar(x, what, n, console=console), workers=1)
+    prepared = prepare(
+        silent,
+        load_space("bits").adjusted(effort="thorough"),
+        progress=lambda x, what, n: bar(x, what, n, console=console),
+        workers=1,
+    )
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"cells": []}
     found |= {"command": "python studies/bits.py", "dense_bytes": prepared.dense.bytes}
     if "dense_top1" not in found:

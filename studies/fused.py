@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt import DECOMPOSITIONS, count, fuse, inventory
-from rankopt.core.timing import in_turn
+from rankopt.core.timing import by_clock, in_turn
 from rankopt.export.fuse import dense_twin, merge_depthwise
 
 RESULTS = Path(__file__).parent / "results"
@@ -93,7 +94,7 @@ def row(name: str, variants: dict[str, tuple[nn.Module, Tensor]], seconds: float
     """Milliseconds of each variant, and its time over the first one's with quartiles."""
     calls: list[Callable[[], Any]] = [lambda m=m, x=x: m(x) for m, x in variants.values()]
     with torch.no_grad():
-        spent = in_turn(calls, 11, seconds, clock=time.thread_time_ns)
+        spent = in_turn(calls, 11, seconds, sample=partial(by_clock, clock=time.thread_time_ns))
     found: dict[str, Any] = {"name": name, "rounds": len(spent[0]), "variants": {}}
     for (label, (model, x)), times in zip(variants.items(), spent, strict=True):
         ratios = [a / b for a, b in zip(times, spent[0], strict=True)]

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from rankopt.candidates.pareto import dense_candidate
 from rankopt.candidates.prepare import Prepared, prepare
+from rankopt.candidates.search_space import load_space
 from rankopt.core.files import write_beside
 from rankopt.core.problem import Problem
 from rankopt.core.progress import silent
@@ -180,7 +181,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(STRATEGIES), help="strategies; all by default")
     given = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    prepared = prepare(load_task(f"{HERE}/tasks/cifar10.py:resnet20"), "default")
+    prepared = prepare(
+        load_task(f"{HERE}/tasks/cifar10.py:resnet20"), load_space("default").adjusted(effort="thorough")
+    )
     problem, result = prepared.problem(BUDGET), read()
     run_script(prepared, problem, given.raw, result)
     for name in given.only:

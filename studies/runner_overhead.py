@@ -171,7 +171,7 @@ def main() -> None:
             row = {"runner": name, "seconds": seconds, "trials": trials}
             data["runners"].append(row | measure(prepared, runner, workers, seconds, trials))
             print(data["runners"][-1], flush=True)
-    strategies = {"random": {}, "optuna (gp)": {}, "optuna (tpe)": {"sampler": "tpe"}, "rl": {}}
+    strategies = {"random": {}, "optuna (gp)": {}, "optuna (tpe)": {"sampler": "tpe"}, "thompson": {}}
     for layers in (20,) if arguments.quick else (20, 60, 200):
         for label, options in strategies.items():
             name = label.split()[0]

@@ -19,6 +19,7 @@ from rankopt.model.inputs import first_example, peek
 from rankopt.search.job import Job, run_job
 from rankopt.search.loop import Study
 from rankopt.search.runners import RunnerSettings
+from rankopt.strategies.base import Strategy
 
 
 @in_python_words
@@ -33,7 +34,7 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
     test: Callable[[nn.Module], float] | None = None,
     max_drop: float | None = None,
     minimize: str | None = None,
-    strategy: str = "knapsack",
+    strategy: str | type[Strategy] = "knapsack",
     trials: int | None = None,
     timeout: float | None = None,
     callbacks: Sequence[Callable[[Study, Trial], None]] = (),
@@ -42,6 +43,8 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
     families: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     ranks: Mapping[str, Sequence[Any]] | None = None,
     keep_dense: Sequence[str] | None = None,
+    effort: str | None = None,
+    minutes: float | None = None,
     refine: bool = False,
     fidelities: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -69,7 +72,7 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
             them), or mappings of the forward's keyword arguments. The first 2,048 examples are used; labels are not.
         budget: Limits by metric, such as `{"params": 0.5}` or `{"macs": "30%", "bytes": "500KB"}`, or as text,
             `["params=0.5"]`. Fractions and per cents are of the dense model. Metrics are params, macs, bytes, latency,
-            memory and disk.
+            memory, disk and energy.
         score: Model -> score on validation data, a fraction, higher is better. It is reported, and not optimised.
             `max_drop` needs it.
         example_input: One input to count costs with; a tensor, or a tuple or dict of the forward's arguments.
@@ -80,7 +83,7 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
         max_drop: Instead of a budget: the smallest model is searched that loses at most this much score; 0.01 is one
             percentage point.
         minimize: With `max_drop`: what is to be small: "params", "macs" or "bytes". Default: "params".
-        strategy: Name of the search strategy, one of `rankopt.STRATEGIES`.
+        strategy: Name of the search strategy, one of `rankopt.STRATEGIES`, "module:Class", or a subclass of `Strategy`.
         trials: Distinct plans to evaluate. Default: 30, or 1 for strategies that propose a single plan.
         timeout: Seconds after the start of the first trial from which no further one starts.
         callbacks: Called as callback(study, trial) after every trial, as Optuna's are. `study.stop()` ends the search,
@@ -92,6 +95,9 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
         ranks: Ranks to try for some layers: `{"layer3.*": [8, (8, 16)]}`. A number stands for every bond. The first
             pattern that fits a layer counts.
         keep_dense: Names or patterns of layers to leave dense, in addition to the space's.
+        effort: How much to fit: "thorough" for all candidates of the search space, "normal" for those that can be part
+            of a good plan within the budget, "quick" for less. Default: the space's, which is "thorough".
+        minutes: Instead: how long preparing may take; fits that were not started by then are left out.
         refine: Whether to refit the chosen plan's layers one after the other, against the dense model's outputs;
             takes minutes.
         fidelities: Stop bad trials early: shares of the examples and a short training, such as "0.1,0.5".
@@ -105,7 +111,7 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
             `progress(items, what, total)` and yields the items.
         examples: Number of examples that `score` averages over, for confidence intervals.
         test_examples: Number of examples that `test` averages over.
-        latency_on: Conditions of a latency budget (`{"latency": 0.6}` or `"5ms"`), such as
+        latency_on: Conditions of a latency or energy budget (`{"latency": 0.6}` or `"5ms"`), such as
             "cpu,batch=1,threads=1,runtime=eager".
         workers: Ray Tune workers that evaluate trials at once; 0: this process does.
         gpus_per_trial: GPUs of one worker, may be a fraction.
@@ -146,6 +152,8 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
         families=families,
         ranks=ranks,
         keep_dense=keep_dense,
+        effort=effort,
+        minutes=minutes,
         fidelities=fidelities,
         refine=refine,
         timeout=timeout,

@@ -23,7 +23,7 @@ from rankopt.search.sweep import sweep as run_sweep
 
 
 class PreparedModel:
-    """A model whose layers have been calibrated and fitted: it answers many budgets, each in seconds.
+    """A model whose layers have been calibrated and fitted: it answers many budgets, each in a short time.
 
     `rankopt.prepare` makes it.
 
@@ -67,8 +67,8 @@ class PreparedModel:
             The result.
 
         Raises:
-            RankoptError: As `rankopt.compress`; also if a budget limits latency, memory or disk, and the model was
-                prepared without.
+            RankoptError: As `rankopt.compress`; also if a budget limits latency, energy, memory or disk, and the model
+                was prepared without.
         """
         search = {k: given.pop(k) for k in SEARCH if k in given}
         if budget is not None and given:
@@ -117,6 +117,8 @@ class PreparedModel:
     def frontier(self, layer: str, metric: str = "params") -> tuple[Candidate, ...]:
         """The candidates of a layer that no other beats in both loss and cost, cheapest first.
 
+        Candidates of the layer that no budget has asked for so far are fitted first.
+
         Args:
             layer: The layer's name.
             metric: The metric of the cost.
@@ -130,7 +132,7 @@ class PreparedModel:
             raise RankoptError(f"there is no layer {layer!r}: choose from {names}")
         if found.reason is not None:
             raise RankoptError(f"layer {layer!r} has no frontier, it stays dense: {found.reason}")
-        frontier = self._prepared.problem({metric: "100%"}).frontier(layer)
+        frontier = self._prepared.all_of(layer).problem({metric: "100%"}).frontier(layer)
         assert frontier is not None
         return frontier
 
@@ -162,6 +164,8 @@ def prepare(  # noqa: PLR0913  (the model's arguments and the search space's)
     families: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     ranks: Mapping[str, Sequence[Any]] | None = None,
     keep_dense: Sequence[str] | None = None,
+    effort: str | None = None,
+    minutes: float | None = None,
     cache: str | Path | None = None,
     progress: bool | Progress | None = None,
 ) -> PreparedModel:
@@ -177,12 +181,14 @@ def prepare(  # noqa: PLR0913  (the model's arguments and the search space's)
         examples: As of `rankopt.compress`.
         test_examples: As of `rankopt.compress`.
         budget: A loose budget with every metric that will be limited, such as `{"latency": 0.9}`. Needed for latency,
-            memory and disk only: these are measured if a budget limits them.
+            energy, memory and disk only: these are measured if a budget limits them.
         latency_on: As of `rankopt.compress`.
         space: As of `rankopt.compress`.
         families: As of `rankopt.compress`.
         ranks: As of `rankopt.compress`.
         keep_dense: As of `rankopt.compress`.
+        effort: As of `rankopt.compress`. Further budgets fit what they need beyond the first.
+        minutes: As of `rankopt.compress`, for each budget.
         cache: As of `rankopt.compress`.
         progress: As of `rankopt.compress`; also of all that is done with the prepared model.
 
@@ -200,7 +206,7 @@ def prepare(  # noqa: PLR0913  (the model's arguments and the search space's)
     conditions = Conditions.parse(latency_on) if latency_on else None
     prepared = preparation.prepare(
         task,
-        found.adjusted(families, ranks, keep_dense),
+        found.adjusted(families, ranks, keep_dense, effort, minutes),
         cache,
         _shown(progress),
         budget=budget if budget is not None else dict.fromkeys(METRICS[:1], "100%"),

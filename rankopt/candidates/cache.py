@@ -6,7 +6,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -24,7 +24,7 @@ from rankopt.core.schema import checked, parse_json, read_json
 from rankopt.core.text import reason
 from rankopt.decompositions.types import Factors
 
-VERSION = 4  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
+VERSION = 5  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
 
 
 MOST = 20 * 10**9
@@ -215,18 +215,20 @@ class Cache:
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
-    def read_tensors(self, key: str) -> dict[str, Tensor] | None:
+    def read_tensors(self, key: str, names: Collection[str] | None = None) -> dict[str, Tensor] | None:
         """Read an entry of tensors.
 
         Args:
             key: The entry's key.
+            names: Read only these, as far as they are there.
 
         Returns:
             Tensors by name, or None if the entry is missing or damaged.
         """
         try:
             with safe_open(self.used(key, "safetensors"), "pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                wanted = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118
+                found = {name: file.get_tensor(name) for name in wanted}
                 return found if all(_sound(file, name, t) for name, t in found.items()) else None
         except (OSError, SafetensorError):
             return None

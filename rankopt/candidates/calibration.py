@@ -48,13 +48,18 @@ LEAST_SHRINKAGE = 1e-4
 WIDEST = 8192
 """The most inputs (or outputs, of one group) for which S (or H) is a full matrix: 512 MiB in float64.
 
-Of a wider layer's inputs only the mean squares are kept, the diagonal of S; fits then take the inputs as uncorrelated.
-A layer with more outputs stays dense: fits take H apart into eigenvectors, whose time grows with the cube.
+Of a wider layer's S a `Sketch` is kept, of as many numbers as the widest full matrix has. A layer with more outputs
+stays dense: fits take H apart into eigenvectors, whose time grows with the cube.
 """
 
 
 CALIBRATION_BYTES = 2**31
 """The most bytes of inputs that are held in memory: of large images fewer than `CALIBRATION_EXAMPLES` are taken."""
+
+
+BLOCK_BYTES = 2**30
+"""The most bytes of statistics that are summed at once, unless a single layer has more: the layers are taken in blocks,
+each with its own runs over the calibration data."""
 
 
 class WithinMemory:
@@ -103,14 +108,15 @@ def moments(
     Returns:
         By layer name, S as `shrunk` leaves it, float64 (groups, patch, patch) on the model's device, with patch =
         in_channels // groups * height * width in the order that decompositions see. For an Embedding, whose input is
-        one-hot, the diagonal (1, vocabulary) as in `frequencies`; for a layer of more than `WIDEST` inputs the diagonal
-        (groups, patch). Layers that no input reached are missing.
+        one-hot, the diagonal (1, vocabulary) as in `frequencies`; for a layer of more than `WIDEST` inputs a sketch
+        (groups, 1 + l, patch), as `decompositions.types.Target` has it. Layers that no input reached are missing.
 
     Raises:
         TaskError: The model does not run on a batch, or the input of a layer is not finite.
     """
     by_name = {layer.name: layer for layer in layers}
     sums: dict[str, Tensor] = {}
+    sketches = {layer.name: Sketch(layer) for layer in layers if is_wide(layer)}
     counts: dict[str, int] = dict.fromkeys(by_name, 0)
 
     def collect(name: str, args: tuple[Any, ...]) -> None:
@@ -118,6 +124,11 @@ def moments(
         if not torch.isfinite(x).all():
             raise TaskError(f"the input of layer {name!r} is NaN or infinite on the calibration data")
         with torch.inference_mode(mode=False), torch.no_grad():  # sums of inference tensors could not be changed later
+            if name in sketches:
+                for part in columns(by_name[name], model.get_submodule(name), x.detach()):
+                    sketches[name].add(part)
+                counts[name] = sketches[name].rows
+                return
             gram, rows = _gram(by_name[name], model.get_submodule(name), x.detach())
         _accumulate(sums, name, gram)
         counts[name] += rows
@@ -130,10 +141,15 @@ def moments(
                     on_batch()
     except (RuntimeError, TypeError) as error:
         raise TaskError(f"the model does not run on a calibration batch: {type(error).__name__}: {error}") from error
-    reached = [name for name in sums if counts[name]]  # an idle expert is not
+    reached = [name for name in by_name if counts[name]]  # an idle expert is not
     if rows is not None:
         rows.update({name: counts[name] for name in reached})
-    return {name: _finished(by_name[name], sums.pop(name), counts[name]) for name in reached}
+    return {
+        name: sketches.pop(name).moment()
+        if name in sketches
+        else _finished(by_name[name], sums.pop(name), counts[name])
+        for name in reached
+    }
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
@@ -146,11 +162,7 @@ def _accumulate(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
 
 def _finished(layer: Layer, total: Tensor, rows: int) -> Tensor:
     """The second moment: the mean of a sum over `rows` vectors. The sum is overwritten."""
-    if layer.kind == "Embedding":
-        return frequencies(total)
-    if total.ndim == 2:  # as if one more row had been seen, with the mean of all
-        return (total + total.mean(-1, keepdim=True) / rows) / (rows + 1)
-    return shrunk(total.div_(rows), rows)
+    return frequencies(total) if layer.kind == "Embedding" else shrunk(total.div_(rows), rows)
 
 
 def shrunk(moment: Tensor, rows: int) -> Tensor:
@@ -166,15 +178,104 @@ def shrunk(moment: Tensor, rows: int) -> Tensor:
         moment: S, float64 (groups, n, n).
         rows: How many vectors it is the mean of.
     """
-    n = moment.shape[-1]
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
-    trace, square = diagonal.sum(-1), moment.square().sum((-2, -1))
+    rho, added = _shrinkage(diagonal, moment.square().sum((-2, -1)), rows)
+    mixed = (1 - rho[..., None]) * moment
+    mixed.diagonal(dim1=-2, dim2=-1).add_(added)
+    return mixed
+
+
+def _shrinkage(diagonal: Tensor, square: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """ρ (groups, 1) of `shrunk`, and what is added to the diagonal then, (groups, n).
+
+    diagonal: Of S, (groups, n).
+    square: Its squared Frobenius norm (groups,).
+    """
+    n, trace = diagonal.shape[-1], diagonal.sum(-1)
     above = (1 - 2 / n) * square + trace**2
     below = (rows + 1 - 2 / n) * (square - trace**2 / n)
-    rho = (above / below.clamp_min(1e-300)).clamp(LEAST_SHRINKAGE, 1)[..., None, None]
-    mixed = (1 - rho) * moment
-    mixed.diagonal(dim1=-2, dim2=-1).add_(rho[..., 0] * (diagonal + trace[..., None] / n) / 2)
-    return mixed
+    rho = (above / below.clamp_min(1e-300)).clamp(LEAST_SHRINKAGE, 1)[..., None]
+    return rho, rho * (diagonal + trace[..., None] / n) / 2
+
+
+class Sketch:
+    """The second moment of inputs too many for a matrix, S ≈ diag(d) + Bᵀ B, from one run over the data.
+
+    B comes from Frequent Directions (Liberty 2013; Ghashami et al. 2016): inputs are collected as rows; whenever there
+    are twice as many as are kept, all squared singular values are lowered by that of the first row to go. The trace and
+    the diagonal of S stay exact, as d makes up for what was taken. With no more inputs than `kept`, S is exact.
+
+    Args:
+        layer: The layer.
+
+    Attributes:
+        kept: Rows of B.
+        rows: Inputs that were seen.
+        error: The most by which Bᵀ B differs from the sum over all inputs, in any direction.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.kept = sketch_rows(layer)
+        self.rows, self.error = 0, 0.0
+        self._factor = torch.zeros(layer.groups, 0, layer.patch)
+        self._squares = torch.zeros(layer.groups, layer.patch, dtype=torch.float64)
+
+    def add(self, columns: Tensor) -> None:
+        """See more inputs.
+
+        Args:
+            columns: (groups, patch, rows).
+        """
+        self.rows += columns.shape[-1]
+        self._squares = self._squares.to(columns.device) + columns.double().square().sum(-1)
+        for part in columns.mT.float().split(self.kept, 1):
+            self._factor = torch.cat([self._factor.to(part.device), part], 1)
+            if self._factor.shape[1] > 2 * self.kept:
+                self._shrink()
+
+    def _shrink(self) -> None:
+        """Keep the leading directions."""
+        gram = (self._factor @ self._factor.mT).double()
+        values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+        lost = values[:, -self.kept - 1, None].clamp_min(0)
+        self.error += float(lost.max())
+        values, vectors = values[:, -self.kept :], vectors[..., -self.kept :]
+        scale = ((values - lost).clamp_min(0) / values.clamp_min(1e-300)).sqrt()
+        self._factor = (vectors * scale.unsqueeze(1)).mT.float() @ self._factor
+
+    def moment(self) -> Tensor:
+        """d and B as `Target` takes them, float64 (groups, 1 + l, patch), shrunk as `shrunk` says."""
+        if self._factor.shape[1] > self.kept:
+            self._shrink()
+        if self.error:
+            share = self.error / float(self._squares.sum(-1).min().clamp_min(1e-300))
+            log.info("a sketch of %d of %d inputs: off by up to %.2g of the trace", self.kept, self.rows, share)
+        factor = self._factor.double() / math.sqrt(self.rows)
+        diagonal = self._squares / self.rows
+        rest = (diagonal - factor.square().sum(1)).clamp_min(0)
+        inner = (factor @ factor.mT).square().sum((-2, -1))
+        square = rest.square().sum(-1) + 2 * (rest * (diagonal - rest)).sum(-1) + inner
+        rho, added = _shrinkage(diagonal, square, self.rows)
+        rest = (1 - rho) * rest + added
+        return torch.cat([rest.unsqueeze(1), (1 - rho).sqrt().unsqueeze(-1) * factor], 1)
+
+
+def is_wide(layer: Layer) -> bool:
+    """Whether a layer has too many inputs for a whole input moment.
+
+    Args:
+        layer: The layer.
+    """
+    return layer.patch > WIDEST and layer.kind != "Embedding"
+
+
+def sketch_rows(layer: Layer) -> int:
+    """Rows of a wide layer's `Sketch`: together as many numbers as the widest full matrix.
+
+    Args:
+        layer: The layer.
+    """
+    return max(1, min(WIDEST, WIDEST**2 // layer.patch) - 1)
 
 
 def frequencies(counts: Tensor) -> Tensor:
@@ -197,15 +298,13 @@ def frequencies(counts: Tensor) -> Tensor:
 
 
 def _gram(layer: Layer, module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """Sum of x xᵀ over patches, float64 (groups, patch, patch), or its diagonal, and their number."""
+    """Sum of x xᵀ over patches, float64 (groups, patch, patch), and their number; counts of an Embedding's tokens."""
     if layer.kind == "Embedding":
         return torch.bincount(x.flatten(), minlength=layer.patch).double()[None], x.numel()
-    wide = layer.patch > WIDEST
-    size = (layer.patch,) if wide else (layer.patch, layer.patch)
-    total = torch.zeros(layer.groups, *size, dtype=torch.float64, device=x.device)
+    total = torch.zeros(layer.groups, layer.patch, layer.patch, dtype=torch.float64, device=x.device)
     rows = 0
     for part in columns(layer, module, x):
-        total += part.double().square().sum(-1) if wide else outer(part, part)
+        total += outer(part, part)
         rows += part.shape[-1]
     return total, rows
 
@@ -393,35 +492,106 @@ def calibrate(
         rows: As of `moments`.
 
     Returns:
-        Input moments S by layer name, and output metrics H by layer name. See `moments` and `output_metrics`.
+        Input moments S by layer name, and output metrics H by layer name, float64 on the CPU. See `moments` and
+        `output_metrics`.
 
     Raises:
         RankoptError: There is less memory than the statistics take.
     """
-    _check_memory(model, layers)
-    total = 2 * len(batches)
-    steps = iter(progress(range(total), "calibrating", total))
-    s = moments(model, layers, batches, lambda: next(steps), rows)
-    h = output_metrics(model, layers, batches, lambda: next(steps))
-    next(steps, None)
+    s: dict[str, Tensor] = {}
+    h: dict[str, Tensor] = {}
+    for _, moment, metric in calibrate_blocks(model, blocks(layers), batches, progress, {} if rows is None else rows):
+        s.update((name, t.double()) for name, t in moment.items())
+        h.update((name, t.double()) for name, t in metric.items())
     return s, h
 
 
+def calibrate_blocks(
+    model: nn.Module,
+    parts: Sequence[Sequence[Layer]],
+    batches: Sequence[Any],
+    progress: Progress,
+    rows: dict[str, int],
+) -> Iterator[tuple[Sequence[Layer], dict[str, Tensor], dict[str, Tensor]]]:
+    """As `calibrate`, one block of layers after the other, so that only the statistics of one are held at a time.
+
+    Args:
+        model: The model.
+        parts: Blocks of its layers.
+        batches: Inputs of the model.
+        progress: Progress callback.
+        rows: As of `moments`.
+
+    Yields:
+        A block with its S and H.
+
+    Raises:
+        RankoptError: There is less memory than the statistics of a block take.
+    """
+    if not parts:
+        return
+    most = max(map(block_bytes, parts))
+    _check_memory(model, max(parts, key=block_bytes), most)
+    log.info(
+        "calibration takes up to %s of memory beside the model, %d runs over the data", gigabytes(most), len(parts)
+    )
+    total = 2 * len(batches) * len(parts)
+    steps = iter(progress(range(total), "calibrating", total))
+    for part in parts:
+        s = _as_stored(moments(model, part, batches, lambda: next(steps), rows))
+        h = _as_stored(output_metrics(model, part, batches, lambda: next(steps)))
+        yield part, s, h
+    next(steps, None)
+
+
+def _as_stored(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Statistics in float32 on the CPU; they are taken out of the dictionary one by one."""
+    return {name: found.pop(name).float().cpu() for name in list(found)}
+
+
+def blocks(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Divide layers into blocks whose statistics take up to `BLOCK_BYTES` while they are summed.
+
+    Args:
+        layers: The layers, in the model's order.
+    """
+    found: list[list[Layer]] = []
+    room = 0
+    for layer in layers:
+        size = 2 * statistics_bytes(layer)
+        if not found or size > room:
+            found.append([])
+            room = BLOCK_BYTES
+        found[-1].append(layer)
+        room -= size
+    return found
+
+
+def block_bytes(layers: Sequence[Layer]) -> int:
+    """The most bytes that measuring the statistics of some layers takes: float64 sums, a batch's, and their products.
+
+    Args:
+        layers: The layers.
+    """
+    sizes = [2 * statistics_bytes(x) for x in layers]
+    return sum(sizes) + 2 * max(sizes, default=0)
+
+
 def statistics_bytes(layer: Layer) -> int:
-    """Bytes of a layer's input moment and output metric.
+    """The most bytes of a layer's input moment and output metric, as they are stored: in float32.
 
     Args:
         layer: The layer.
     """
-    moment = layer.patch if layer.kind == "Embedding" or layer.patch > WIDEST else layer.patch**2
-    return 8 * layer.groups * (moment + layer.out_channels**2)
+    rows = 1 if layer.kind == "Embedding" else 1 + sketch_rows(layer) if is_wide(layer) else layer.patch
+    moment = rows * layer.patch
+    return 4 * layer.groups * (moment + layer.out_channels**2)
 
 
-def _check_memory(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """Raise RankoptError if the statistics of all layers do not fit into the memory that is free."""
-    sizes = {x.name: statistics_bytes(x) for x in layers}
+def _check_memory(model: nn.Module, layers: Sequence[Layer], needed: int) -> None:
+    """Raise RankoptError if the statistics of a block do not fit into the memory that is free."""
+    sizes = {x.name: 2 * statistics_bytes(x) for x in layers}
     largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-    needed = sum(sizes.values()) + 2 * max(sizes.values(), default=0)  # sums of one batch, and their products
     weight = next(model.parameters(), torch.empty(0))
     free = available_memory()
     where = "memory"
@@ -438,18 +608,19 @@ def _check_memory(model: nn.Module, layers: Sequence[Layer]) -> None:
         )
 
 
-def wide_layers(layers: Sequence[Layer]) -> list[str]:
-    """Warn of layers of whose inputs only the mean squares are known.
+def wide_layers(statistics: Statistics) -> list[str]:
+    """Warn of layers whose inputs' moment is a sketch that is not exact.
 
     Args:
-        layers: The layers that may be factorised.
+        statistics: The statistics of the layers that may be factorised.
     """
-    names = [x.name for x in layers if x.patch > WIDEST and x.kind != "Embedding"]
+    names = [x.name for x in statistics.layers if is_wide(x) and statistics.rows(x.name) > sketch_rows(x)]
     if not names:
         return []
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return [
-        f"{', '.join(map(repr, names[:3]))}{more}: more than {WIDEST:,} inputs, taken as uncorrelated to save memory"
+        f"{', '.join(map(repr, names[:3]))}{more}: more than {WIDEST:,} inputs, of whose correlations only the "
+        "strongest directions are kept to save memory"
     ]
 
 
@@ -459,7 +630,7 @@ def without_metric(statistics: Statistics) -> list[str]:
     Args:
         statistics: The statistics of all layers.
     """
-    blind = [x.name for x in statistics.layers if statistics.rows(x.name) and statistics[x.name][1] is None]
+    blind = [x.name for x in statistics.layers if statistics.rows(x.name) and not statistics.has_metric(x.name)]
     if not blind:
         return []
     return [
@@ -488,7 +659,8 @@ def few_examples(statistics: Statistics) -> list[str]:
 class Statistics(Mapping[str, tuple[Any, Any]]):
     """Calibration statistics by layer name: (input moment S, output metric H), each None where there is none.
 
-    They are read from the cache, or measured and written there, when first needed.
+    They are kept in the cache, a file for each of `blocks`, and measured when first needed. Each access reads one
+    layer's, so that memory holds no more than these.
 
     Args:
         model: The model.
@@ -510,30 +682,47 @@ class Statistics(Mapping[str, tuple[Any, Any]]):
     ) -> None:
         self.model, self.layers, self.batches = model, layers, batches
         self.key, self.cache, self.progress = key, cache, progress
-        self.tensors: dict[str, Any] = {}
-        self._file_key = f"statistics-{key}"
+        self._blocks = blocks(layers)
+        self._block_of = {layer.name: i for i, block in enumerate(self._blocks) for layer in block}
 
     def ensure_cached(self) -> None:
-        """Measure the statistics if they are not in the cache; otherwise leave reading them until they are needed."""
-        if not self.cache.path(self._file_key, "safetensors").is_file():
-            self.load()
+        """Measure the statistics that are not in the cache; leave reading the others until they are needed."""
+        self._measure(
+            [i for i in range(len(self._blocks)) if not self.cache.path(self._file(i), "safetensors").is_file()]
+        )
 
-    def load(self) -> None:
-        """Read the statistics into memory, or measure them."""
-        self.tensors = self.tensors or self.cache.read_tensors(self._file_key) or self._measure()
+    def _file(self, block: int) -> str:
+        return f"statistics-{self.key}-{block}"
 
-    def _measure(self) -> dict[str, Any]:
+    def _measure(self, wanted: Sequence[int]) -> None:
+        """Measure blocks and write them to the cache."""
+        if not wanted:
+            return
         self.cache.check_writable()
         rows: dict[str, int] = {}
-        s, h = calibrate(self.model, self.layers, self.batches, self.progress, rows)
-        found = {f"moment.{n}": t.cpu() for n, t in s.items()} | {f"metric.{n}": t.cpu() for n, t in h.items()}
-        found |= {f"rows.{n}": torch.tensor([k]) for n, k in rows.items()}
-        self.cache.write_tensors(self._file_key, found)
-        return found
+        parts = [self._blocks[i] for i in wanted]
+        measured = calibrate_blocks(self.model, parts, self.batches, self.progress, rows)
+        for i, (part, s, h) in zip(wanted, measured, strict=True):
+            found = {f"moment.{n}": t for n, t in s.items()} | {f"metric.{n}": t for n, t in h.items()}
+            found |= {f"rows.{x.name}": torch.tensor([rows[x.name]]) for x in part if x.name in rows}
+            self.cache.write_tensors(self._file(i), found)
+
+    def _read(self, name: str, *kinds: str) -> dict[str, Tensor]:
+        """Some of a layer's entries, by kind; those that there are."""
+        block = self._block_of[name]
+        wanted = {f"{kind}.{name}": kind for kind in kinds}
+        found = self.cache.read_tensors(self._file(block), wanted)
+        if found is None:  # not there yet, or damaged
+            self._measure([block])
+            found = self.cache.read_tensors(self._file(block), wanted)
+        if found is None:
+            raise RankoptError(f"the cache {self.cache.folder} lost what was just written: is its disk sound?")
+        return {wanted[key]: t for key, t in found.items()}
 
     def __getitem__(self, name: str) -> tuple[Any, Any]:
-        self.load()
-        return self.tensors.get(f"moment.{name}"), self.tensors.get(f"metric.{name}")
+        found = self._read(name, "moment", "metric")
+        s, h = (found[kind].double() if kind in found else None for kind in ("moment", "metric"))
+        return s, h
 
     def rows(self, name: str) -> int:
         """How many vectors a layer's input moment is the mean of; 0 if no input reached it.
@@ -541,8 +730,15 @@ class Statistics(Mapping[str, tuple[Any, Any]]):
         Args:
             name: The layer's name.
         """
-        self.load()
-        return int(self.tensors.get(f"rows.{name}", 0))
+        return int(self._read(name, "rows").get("rows", 0))
+
+    def has_metric(self, name: str) -> bool:
+        """Whether there is an output metric of a layer.
+
+        Args:
+            name: The layer's name.
+        """
+        return "metric" in self._read(name, "metric")
 
     def __iter__(self) -> Iterator[str]:
         return iter(layer.name for layer in self.layers)

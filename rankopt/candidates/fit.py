@@ -1,13 +1,14 @@
-"""Fitting every (decomposition, rank) that a search space allows, once; results are kept in the cache."""
+"""Fitting decompositions to layers, each once; results are kept in the cache."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,126 +20,235 @@ from rankopt.candidates.calibration import Statistics, statistics_bytes
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import available_cores, available_memory, digest
+from rankopt.core.progress import Work
 from rankopt.core.records import Candidate, Layer, Rank
 from rankopt.core.timing import threads
 from rankopt.decompositions.conformance import checked_fits, code_of, named
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import Fit
 
-# Layers with at least this many inputs per output are fitted on the model's GPU; tests/gpu/test_cuda.py measures it.
-GPU_PATCH = 1024
-
-
 START_UP = 2.0
 """Seconds of short fits before worker processes are started, which takes about as long: small models need none."""
+
+
+STACK_BYTES = 2**31
+"""Bytes of statistics of layers that are fitted at once on a GPU."""
 
 
 WORKER_BYTES = 300_000_000
 """Memory of a worker process beside the layer that it fits."""
 
 
-class _Job(NamedTuple):
-    """The fits of one family to one layer, which share work and a file of the cache."""
+class Request(NamedTuple):
+    """Fits of one family to one layer, which share work.
 
-    key: str  # of the file
+    Attributes:
+        layer: The layer.
+        family: Name of the decomposition.
+        ranks: The ranks to fit.
+        steps: Optimisation steps of each, before the family's own factor.
+        apart: Whether each rank has an entry of its own in the cache, where another request finds it again.
+    """
+
     layer: Layer
     family: str
-    ranks: list[Rank]
+    ranks: tuple[Rank, ...]
+    steps: int
+    apart: bool = False
+
+
+class Fitted(NamedTuple):
+    """A fit in the cache.
+
+    Attributes:
+        rank: Its rank.
+        error: Its relative error.
+        key: Where its factors are.
+    """
+
+    rank: Rank
+    error: float
+    key: str
+
+
+class _Job(NamedTuple):
+    """The part of a request that the cache does not hold."""
+
+    layer: Layer
+    family: str
+    entries: tuple[tuple[str, tuple[Rank, ...]], ...]  # key of a file of the cache, and the ranks in it
+    steps: int
+
+    @property
+    def ranks(self) -> list[Rank]:
+        return [rank for _, ranks in self.entries for rank in ranks]
 
     @property
     def work(self) -> int:
         """A rough measure of how long the fits take, to order jobs by."""
-        return sum(DECOMPOSITIONS[self.family].weights(self.layer, r) for r in self.ranks) * self.layer.patch
+        return _work(self.layer, self.family, self.ranks)
 
-    def seconds(self, steps: int) -> float:
-        """A rough estimate of how long the fits take on one core of a server of 2024; closed forms take less.
-
-        Args:
-            steps: Optimisation steps of each.
-        """
-        return (steps + 1) * (0.5e-3 * len(self.ranks) + 4e-9 * self.work)
+    def seconds(self) -> float:
+        """A rough estimate of how long the fits take."""
+        return rough_seconds(Request(self.layer, self.family, tuple(self.ranks), self.steps))
 
 
-def fit_candidates(
-    statistics: Statistics, space: SearchSpace, workers: int | None = None
-) -> tuple[dict[str, list[Candidate]], dict[str, float]]:
-    """Fit the candidates that the cache does not hold.
+def rough_seconds(request: Request) -> float:
+    """Estimate how long fits take on one core of a server of 2024; closed forms take less.
 
-    A job is one layer and one family. Jobs run in worker processes of one thread each; layers of a model on a GPU
-    with at least GPU_PATCH inputs per output are fitted on that GPU.
+    Args:
+        request: The fits.
+    """
+    work = _work(request.layer, request.family, request.ranks)
+    return (request.steps + 1) * (0.5e-3 * len(request.ranks) + 4e-9 * work)
+
+
+def _work(layer: Layer, family: str, ranks: Sequence[Rank]) -> int:
+    return sum(DECOMPOSITIONS[family].weights(layer, r) for r in ranks) * layer.patch
+
+
+def whole_grid(layers: Sequence[Layer], space: SearchSpace) -> list[Request]:
+    """List the fits of all that a search space allows.
+
+    Args:
+        layers: The layers to fit.
+        space: Families, ranks and number of optimisation steps.
+    """
+    pairs = [(layer, family) for layer in layers for family in space.families_of(layer)]
+    found = [Request(x, family, tuple(space.ranks(family, x)), space.steps) for x, family in pairs]
+    return [request for request in found if request.ranks]
+
+
+def fit(
+    statistics: Statistics, requests: Sequence[Request], workers: int | None = None, until: float = math.inf
+) -> tuple[list[list[Fitted]], dict[str, float]]:
+    """Make the fits that the cache does not hold.
+
+    A job is one layer and one family. Jobs run in worker processes of one thread each; those of a model on a GPU run on
+    that GPU, layers of equal shape and ranks at once.
 
     Args:
         statistics: Calibration statistics of the layers to fit.
-        space: Families, ranks and number of optimisation steps.
+        requests: The fits.
+        workers: Number of processes. Default: one per available core.
+        until: Value of `time.monotonic()` from which no further job starts.
+
+    Returns:
+        For each request its fits, in the order of its ranks, without those that no time was left for; and seconds of
+        fitting by family.
+
+    Raises:
+        RankoptError: A fit failed, or its result could not be read back from the cache.
+    """
+    cache, entries = statistics.cache, [_entries(statistics, request) for request in requests]
+    known = {key: _read(cache, key) for of_request in entries for key, _ in of_request}
+    jobs = []
+    for request, of_request in zip(requests, entries, strict=True):
+        if missing := tuple(entry for entry in of_request if known[entry[0]] is None):
+            jobs.append(_Job(request.layer, request.family, missing, request.steps))
+    if jobs:
+        cache.check_writable()
+    jobs.sort(key=lambda job: -job.work)  # longest first, so that workers finish together
+    seconds: dict[str, float] = {}
+    ended = _run(statistics, jobs, workers, until)
+    work = Work(ended, lambda end: jobs[end[0]].seconds(), sum(job.seconds() for job in jobs))
+    for number, spent in statistics.progress(work, "fitting layers", len(jobs)):
+        job = jobs[number]
+        for key, _ in job.entries:
+            known[key] = _read(cache, key)
+            if known[key] is None:
+                raise RankoptError(f"the cache {cache.folder} lost what was just written: is its disk sound?")
+        seconds[job.family] = seconds.get(job.family, 0.0) + spent
+    return [[one for key, _ in of_request for one in known[key] or ()] for of_request in entries], seconds
+
+
+def _entries(statistics: Statistics, request: Request) -> tuple[tuple[str, tuple[Rank, ...]], ...]:
+    """The entries of the cache that hold a request's fits, with the ranks of each."""
+    layer, family = request.layer, request.family
+    steps = math.ceil(request.steps * DECOMPOSITIONS[family].effort)
+    parts = [(rank,) for rank in request.ranks] if request.apart else [request.ranks]
+    about = VERSION, statistics.key, layer.name, family, steps, *code_of(family)
+    return tuple((digest(*about, ranks), ranks) for ranks in parts)
+
+
+def fit_candidates(
+    statistics: Statistics, grid: Sequence[Request], workers: int | None = None
+) -> tuple[dict[str, list[Candidate]], dict[str, float]]:
+    """Fit all candidates.
+
+    Args:
+        statistics: Calibration statistics of the layers to fit.
+        grid: All fits, as `whole_grid` lists them.
         workers: Number of processes. Default: one per available core.
 
     Returns:
         Candidates by layer name, sorted by family and rank, and seconds of fitting by family.
 
     Raises:
-        RankoptError: A fit failed, or its result could not be read back from the cache.
+        RankoptError: As of `fit`.
     """
-    model, cache = statistics.model, statistics.cache
+    fits, seconds = fit(statistics, grid, workers)
     found: dict[str, list[Candidate]] = {layer.name: [] for layer in statistics.layers}
-    jobs: list[_Job] = []
-    for layer in statistics.layers:
-        weight = model.get_submodule(layer.name).weight
-        for family in space.families_of(layer):
-            ranks = space.ranks(family, layer)
-            if not ranks:
-                continue
-            steps = math.ceil(space.steps * DECOMPOSITIONS[family].effort)
-            code = code_of(family)
-            key = digest(VERSION, statistics.key, layer.name, weight, layer.groups, family, ranks, steps, *code)
-            fits = _read(cache, key, layer, family)
-            if fits is None:
-                jobs.append(_Job(key, layer, family, ranks))
-            else:
-                found[layer.name] += fits
-    if jobs:
-        cache.check_writable()
-    jobs.sort(key=lambda job: -job.work)  # longest first, so that workers finish together
-    seconds: dict[str, float] = {}
-    by_key = {job.key: job for job in jobs}
-    ended = _run(statistics, jobs, space.steps, workers)
-    for key, spent in statistics.progress(ended, "fitting layers", len(jobs)):
-        job = by_key[key]
-        fits = _read(cache, key, job.layer, job.family)
-        if fits is None:
-            raise RankoptError(f"the cache {cache.folder} lost what was just written: is its disk sound?")
-        found[job.layer.name] += fits
-        seconds[job.family] = seconds.get(job.family, 0.0) + spent
-    # Jobs end in any order; results must not depend on it.
-    return {name: sorted(c, key=lambda x: (x.method, x.rank)) for name, c in found.items()}, seconds
+    for request, fitted in zip(grid, fits, strict=True):
+        found[request.layer.name] += as_candidates(request.layer, request.family, fitted)
+    return {name: in_order(candidates) for name, candidates in found.items()}, seconds
 
 
-def _run(statistics: Statistics, jobs: Sequence[_Job], steps: int, workers: int | None) -> Iterator[tuple[str, float]]:
-    """Run jobs in any order; yield each one's key and seconds as it ends."""
+def in_order(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Sort candidates, so that results do not depend on the order in which they were fitted.
 
-    def arguments(job: _Job) -> tuple[Any, ...]:
-        weight = _weight(statistics, job.layer).detach()
-        weight = weight if _on_gpu(statistics, job.layer) else weight.cpu()
-        return (statistics.cache, job, weight, *statistics[job.layer.name], steps)
+    Args:
+        candidates: Candidates of one layer.
+    """
+    return sorted(candidates, key=lambda x: (x.method, x.rank))
 
-    workers = min(workers or available_cores(), max(len(jobs), 1), _affordable(statistics.layers))
-    here = [job for job in jobs if workers == 1 or _on_gpu(statistics, job.layer)]
-    yield from (_fit_one(*arguments(job)) for job in here)
-    left = [job for job in jobs if job not in here]
-    until = time.perf_counter() + START_UP
-    while left and time.perf_counter() + left[-1].seconds(steps) < until:  # the shortest first
+
+def as_candidates(layer: Layer, family: str, fitted: Sequence[Fitted]) -> list[Candidate]:
+    """Make the candidates of some fits, in each form worth offering.
+
+    Args:
+        layer: The layer.
+        family: Name of the decomposition.
+        fitted: The fits.
+    """
+    return [c for one in fitted for c in in_each_form(layer, family, *one)]
+
+
+def _run(
+    statistics: Statistics, jobs: Sequence[_Job], workers: int | None, until: float
+) -> Iterator[tuple[int, float]]:
+    """Run jobs in any order; yield each one's index and seconds as it ends. None starts after `until`."""
+
+    def arguments(number: int) -> tuple[Any, ...]:
+        job = jobs[number]
+        return (number, statistics.cache, job, _weight(statistics, job.layer).detach(), *statistics[job.layer.name])
+
+    def in_time(items: Iterable[Any]) -> Iterator[Any]:
+        return itertools.takewhile(lambda _: time.monotonic() < until, items)
+
+    on_gpu = [i for i, job in enumerate(jobs) if _weight(statistics, job.layer).is_cuda]
+    for stack in in_time(_stacks(statistics, jobs, on_gpu)):
+        yield from _fit_stack(*zip(*map(arguments, stack), strict=True))
+    left = sorted(set(range(len(jobs))) - set(on_gpu))
+    workers = min(workers or available_cores(), max(len(left), 1), _affordable(statistics.layers))
+    if workers == 1:
+        yield from (_fit_one(*arguments(number)) for number in in_time(left))
+        return
+    start_up = time.perf_counter() + START_UP
+    while left and time.perf_counter() + jobs[left[-1]].seconds() < start_up:  # the shortest first
         with threads(1):
             ended = _fit_one(*arguments(left.pop()))
         yield ended
     if left:
         with parallel_config("loky", initializer=_end_with, initargs=(os.getpid(),)):
             pool = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")
-        yield from pool(delayed(_fit_alone)(*arguments(job)) for job in left)
+        yield from pool(delayed(_fit_alone)(*arguments(number)) for number in in_time(left))
 
 
 def _affordable(layers: Sequence[Layer]) -> int:
     """How many workers the free memory is enough for, at least one: each holds a layer's statistics several times."""
     free = available_memory()
-    each = WORKER_BYTES + 6 * max(map(statistics_bytes, layers), default=0)
+    each = WORKER_BYTES + 12 * max(map(statistics_bytes, layers), default=0)
     return max(1, free // each) if free is not None else available_cores()
 
 
@@ -168,40 +278,72 @@ def _weight(statistics: Statistics, layer: Layer) -> Tensor:
     return weight
 
 
-def _on_gpu(statistics: Statistics, layer: Layer) -> bool:
-    """Whether a layer is fitted on its GPU; small layers are fitted faster on the CPU."""
-    return _weight(statistics, layer).is_cuda and layer.patch >= GPU_PATCH
+def _stacks(statistics: Statistics, jobs: Sequence[_Job], numbers: Sequence[int]) -> Iterator[list[int]]:
+    """Jobs that can be fitted at once: of one family, equal shapes, ranks and steps; a few gigabytes at most."""
+    found: dict[Any, list[int]] = {}
+    for number in numbers:
+        job = jobs[number]
+        layer, weight = job.layer, _weight(statistics, job.layer)
+        given = [None if x is None else x.shape for x in statistics[layer.name]]
+        kind = (layer.kind, layer.shape, layer.kernel, layer.groups, weight.shape, weight.dtype, weight.device)
+        found.setdefault(repr((job.family, kind, given, job.ranks, job.steps)), []).append(number)
+    for same in found.values():
+        most = max(1, STACK_BYTES // statistics_bytes(jobs[same[0]].layer))
+        yield from (same[i : i + most] for i in range(0, len(same), most))
 
 
-def _fit_alone(*arguments: Any) -> tuple[str, float]:
+def _fit_alone(*arguments: Any) -> tuple[int, float]:
     torch.set_num_threads(1)
     return _fit_one(*arguments)
 
 
 def _fit_one(
-    cache: Cache, job: _Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None, steps: int
-) -> tuple[str, float]:
-    """Fit, and write factors and errors to the cache; the job's key and seconds."""
+    number: int, cache: Cache, job: _Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None
+) -> tuple[int, float]:
+    """Fit, and write factors and errors to the cache; the number and the seconds."""
+    (ended,) = _fit_stack([number], [cache], [job], [weight], [moment], [output_metric])
+    return ended
+
+
+def _fit_stack(
+    numbers: Sequence[int],
+    caches: Sequence[Cache],
+    jobs: Sequence[_Job],
+    weights: Sequence[Tensor],
+    moments: Sequence[Tensor | None],
+    metrics: Sequence[Tensor | None],
+) -> list[tuple[int, float]]:
+    """The same for several jobs of one family whose layers have equal shapes and ranks."""
     start = time.perf_counter()
-    family = DECOMPOSITIONS[job.family]
+    ranks, layers, family, steps = jobs[0].ranks, [job.layer for job in jobs], jobs[0].family, jobs[0].steps
+    names = ", ".join(repr(layer.name) for layer in layers)
     try:
-        fits: list[Fit] = list(family.fit(job.layer, weight, job.ranks, moment, output_metric, steps))
+        if len(jobs) == 1:
+            stack = [list(DECOMPOSITIONS[family].fit(layers[0], weights[0], ranks, moments[0], metrics[0], steps))]
+        else:
+            stack = DECOMPOSITIONS[family].fit_stack(layers, weights, ranks, moments, metrics, steps)
     except RankoptError:
         raise
     except Exception as error:  # torch's, also those of linear algebra and out of memory, and other packages'
-        raise RankoptError(f"fitting {job.family} to layer {job.layer.name!r} failed: {error}") from error
-    fits = checked_fits(job.family, job.layer, weight, job.ranks, moment, output_metric, fits)
-    tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(fits) for j, t in enumerate(fit.factors)}
-    cache.write_tensors(job.key, tensors, {"fits": json.dumps([(fit.rank, fit.error) for fit in fits])})
-    return job.key, time.perf_counter() - start
+        raise RankoptError(f"fitting {family} to layer {names} failed: {error}") from error
+    for cache, job, weight, moment, metric, found in zip(caches, jobs, weights, moments, metrics, stack, strict=True):
+        _keep(cache, job, checked_fits(family, job.layer, weight, ranks, moment, metric, found))
+    return [(number, (time.perf_counter() - start) / len(jobs)) for number in numbers]
 
 
-def _read(cache: Cache, key: str, layer: Layer, family: str) -> list[Candidate] | None:
-    """The candidates of one layer and family from the cache; None if they are not there or damaged."""
+def _keep(cache: Cache, job: _Job, fits: Sequence[Fit]) -> None:
+    """Write a job's fits to the entries of the cache."""
+    left = iter(fits)
+    for key, of_entry in job.entries:
+        own = [next(left) for _ in of_entry]
+        tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(own) for j, t in enumerate(fit.factors)}
+        cache.write_tensors(key, tensors, {"fits": json.dumps([(fit.rank, fit.error) for fit in own])})
+
+
+def _read(cache: Cache, key: str) -> list[Fitted] | None:
+    """The fits of an entry of the cache; None if it is not there or damaged."""
     fits = cache.read_metadata(key, "fits", list[tuple[Rank, float]])
-    if fits is None:
-        return None
-    return [c for i, (rank, e) in enumerate(fits) for c in in_each_form(layer, family, rank, e, f"{key}/{i}")]
+    return None if fits is None else [Fitted(rank, error, f"{key}/{i}") for i, (rank, error) in enumerate(fits)]
 
 
 def in_each_form(layer: Layer, family: str, rank: Rank, error: float, key: str | None = None) -> list[Candidate]:

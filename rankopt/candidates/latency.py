@@ -1,4 +1,4 @@
-"""Latency as a cost: layers and candidates are timed on a device, then calibrated against whole models.
+"""Latency and energy as costs: layers and candidates are measured on a device, then calibrated against whole models.
 
 The times of single layers do not add up to that of the model. With t the sum of the free layers' times and T the
 whole model's time, both measured on the dense model and on a few plans with random factors (times do not depend on
@@ -7,7 +7,8 @@ the values of weights), a line is fitted:
     T = T_dense − β (t_dense − t),    β by least squares over the plans,
 
 and a candidate's latency is β times its own time. The residual of the line is reported with the result. The chosen
-plan is measured again as a whole: see search/latency_check.py.
+plan is measured again as a whole: see search/latency_check.py. Energies are measured and used in the same way; where
+names and comments here say time, it may be energy.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.candidates.cache import Cache
+from rankopt.candidates.instruments import LATENCY, Instrument
 from rankopt.candidates.latency_table import (
     Conditions,
     LatencyTable,
+    Measurements,
     ModelTimes,
     Timing,
     find_table,
@@ -42,45 +45,44 @@ from rankopt.candidates.quantize import in_each_precision
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError, TaskError
 from rankopt.core.files import available_memory, digest, gigabytes
-from rankopt.core.records import DENSE, RECONSTRUCTED, SAME, Candidate, Layer
+from rankopt.core.records import DENSE, MEASURED, RECONSTRUCTED, SAME, Candidate, Layer
+from rankopt.core.result_record import Metric
 from rankopt.decompositions.plan import assemble
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.model.forward import Undivided, hooked, inference, map_batched, map_tensors, run, to_device
 from rankopt.model.inputs import UNDIVIDED
 from rankopt.model.quantization import quantize_
 
-POINTS = {"eager": 400, "onnxruntime": 8, "compile": 3}
-"""By runtime, how many ranks of a layer and family are timed: building a session or compiling takes seconds each."""
-
 CHUNK, CHUNK_WEIGHTS = 8, 2**26  # candidates, and dense weights, timed side by side
 SHARES = (0.2, 0.4, 0.6, 0.8)  # one plan for the line per share: each layer near this share of its dense time
-REPEATS = 15  # measurements of a whole model
 NEAREST = 5  # candidates near a share that the layers of a plan take in turn
 LEAST = 0.5  # smallest β, and the inverse of the largest: a β outside is noise of a busy machine
 
 
 Curves = dict[tuple[str, str, str], tuple[list[int], list[float]]]
-"""(layer, family, precision) -> MACs and nanoseconds of the candidates that were timed, by rising MACs."""
+"""(layer, family, precision) -> MACs and costs of the candidates that were measured, by rising MACs."""
 
 
 @dataclass
-class Latencies:
-    """Times of every layer and candidate under some conditions, and the line by which they add up.
+class MeasuredCosts:
+    """What every layer and candidate takes under some conditions, and the line by which that adds up.
 
     Attributes:
+        instrument: What was measured.
         conditions: Device, runtime and batch size.
         machine: Description of the machine that the times are from.
         foreign: Whether that is another machine, so that nothing can be measured here.
-        dense: Nanoseconds of the whole dense model.
+        dense: Nanoseconds, or nanojoules for one example, of the whole dense model.
         slope: β, the factor from a layer's own time to its share of the model's.
         residual: Largest residual of the line, relative to the dense model's time.
         plans: Number of plans that the line was fitted to.
         gap: Median relative error of interpolating a measured time from its neighbours; None if every rank was
             timed.
-        entries: Nanoseconds by layer name and candidate (see `key`).
+        entries: Nanoseconds or nanojoules by layer name and candidate (see `key`).
         curves: Times over MACs, to interpolate between the ranks that were timed.
     """
 
+    instrument: Instrument
     conditions: Conditions
     machine: str
     foreign: bool
@@ -92,8 +94,13 @@ class Latencies:
     entries: dict[str, dict[str, int]] = field(repr=False)
     curves: Curves = field(repr=False)
 
+    @property
+    def metric(self) -> Metric:
+        """The metric of `MEASURED`."""
+        return self.instrument.metric
+
     def of_layer(self, layer: Layer) -> int:
-        """Return a dense layer's latency in nanoseconds.
+        """Return a dense layer's cost.
 
         Args:
             layer: One of the layers that were timed.
@@ -101,7 +108,7 @@ class Latencies:
         return round(self.slope * self.entries[layer.name][DENSE])
 
     def of(self, layer: Layer, candidate: Candidate) -> int:
-        """Return a candidate's latency in nanoseconds, interpolated over MACs if its rank was not timed.
+        """Return a candidate's cost, interpolated over MACs if its rank was not measured.
 
         Args:
             layer: One of the layers that were timed.
@@ -116,44 +123,45 @@ class Latencies:
         return round(self.slope * float(np.interp(candidate.cost.macs, macs, times)))
 
     def with_layer(self, layer: Layer) -> Layer:
-        """Add latency to a layer's costs.
+        """Add the metric to a layer's costs.
 
         Args:
             layer: One of the layers that were timed.
         """
-        return dataclasses.replace(layer, cost=dataclasses.replace(layer.cost, latency=self.of_layer(layer)))
+        return dataclasses.replace(layer, cost=layer.cost.with_metric(self.metric, self.of_layer(layer)))
 
     def with_candidates(self, layer: Layer, candidates: Iterable[Candidate]) -> list[Candidate]:
-        """Add latency to candidates' costs.
+        """Add the metric to candidates' costs.
 
         Args:
-            layer: One of the layers that were timed.
+            layer: One of the layers that were timed, with their costs.
             candidates: Candidates for it.
 
         Returns:
-            The candidates. One that is slower than the dense layer is also offered in its reconstructed form.
-            Quantized candidates in reconstructed form are left out, as they are not timed.
+            The candidates. One that takes more than the dense layer is also offered in its reconstructed form, which
+            runs as the dense layer does. Quantized candidates in reconstructed form are left out: they are not timed.
         """
         found = []
         for one in candidates:
             if one.form == RECONSTRUCTED and one.precision != SAME:
                 continue
-            found.append(dataclasses.replace(one, cost=dataclasses.replace(one.cost, latency=self.of(layer, one))))
-            slower = found[-1].cost.latency > self.of_layer(layer)
-            if slower and one.precision == SAME and RECONSTRUCTED in DECOMPOSITIONS[one.method].forms:
+            found.append(dataclasses.replace(one, cost=one.cost.with_metric(self.metric, self.of(layer, one))))
+            dearer = found[-1].cost[self.metric] > self.of_layer(layer)
+            if dearer and one.precision == SAME and RECONSTRUCTED in DECOMPOSITIONS[one.method].forms:
                 cost = DECOMPOSITIONS[one.method].cost(layer, one.rank, RECONSTRUCTED)
-                cost = dataclasses.replace(cost, latency=self.of_layer(layer))
+                cost = dataclasses.replace(cost, **{m: layer.cost[m] for m in MEASURED})
+                cost = cost.with_metric(self.metric, self.of_layer(layer))
                 found.append(dataclasses.replace(one, form=RECONSTRUCTED, cost=cost))
         return found
 
     def about(self) -> dict[str, Any]:
-        """Return the entries "latency" of result.json."""
+        """Return how these costs were found, for result.json."""
         numbers = {"slope": self.slope, "residual": self.residual, "plans": self.plans, "interpolation": self.gap}
         return {"conditions": str(self.conditions), "machine": self.machine, "foreign": self.foreign, **numbers}
 
 
 def key(candidate: Candidate) -> str:
-    """Name a candidate in a latency table: "dense", "svd_out 8", "tucker2 4x6 int8".
+    """Name a candidate in a table: "dense", "svd_out 8", "tucker2 4x6 int8".
 
     Args:
         candidate: The candidate; its form is not part of the name.
@@ -167,15 +175,16 @@ def key(candidate: Candidate) -> str:
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def measure_latencies(
+def measure_costs(
     model_layers: ModelLayers,
     space: SearchSpace,
     conditions: Conditions,
     cache: Cache,
     progress: Any,
     out: Path | None = None,
-) -> Latencies:
-    """Time the layers and candidates that a latency table lacks, and add them to it.
+    instrument: Instrument = LATENCY,
+) -> MeasuredCosts:
+    """Measure the layers and candidates that a table lacks, and add them to it.
 
     Args:
         model_layers: The model and its factorisable layers.
@@ -185,47 +194,67 @@ def measure_latencies(
         progress: Progress callback.
         out: The table to write. Default: the one that `conditions` names, else one in the cache for this machine
             and these conditions.
+        instrument: What is measured.
 
     Returns:
-        Times of all candidates of the space.
+        Costs of all candidates of the space.
 
     Raises:
-        RankoptError: The table cannot be read, or is of another machine and lacks a time.
+        RankoptError: The table cannot be read, or is of another machine and lacks a time; or nothing can be measured
+            here.
     """
     model, layers, example_input = model_layers.unfolded, model_layers.layers, model_layers.example_input
     here = machine(conditions)
     path = out or (find_table(conditions.table) if conditions.table else _default_path(cache, conditions, here))
-    table = read_table(path, conditions) if path.is_file() else LatencyTable(conditions.measured, here)
-    foreign = table.machine != here
+    table = (
+        read_table(path, conditions) if path.is_file() else LatencyTable(conditions=conditions.measured, machine=here)
+    )
+    foreign, known = table.machine != here, table.of(instrument.metric)
+    if not foreign:
+        instrument.open(conditions.on)  # known before anything is measured, fitted and searched
     inputs = layer_inputs(model, layers, expanded(example_input, conditions.batch))
     signatures = {x.name: signature(model.get_submodule(x.name), inputs[x.name]) for x in layers}
-    offers = {x.name: timed_candidates(x, space, POINTS[conditions.runtime]) for x in layers}
+    offers = {x.name: timed_candidates(x, space, instrument.points[conditions.runtime]) for x in layers}
 
-    todo = {signatures[x.name]: x for x in layers if _missing(table, signatures[x.name], offers[x.name])}
+    todo = {signatures[x.name]: x for x in layers if _missing(known, signatures[x.name], offers[x.name])}
     name = digest(repr(model_layers.model), sorted(signatures.values()), space.families, *map(repr, space.layers))
-    if foreign and (todo or name not in table.models):
+    if foreign and (todo or name not in known.models):
+        what, flag = ("times", "") if instrument.metric == "latency" else ("energies", " --energy")
         raise RankoptError(
-            f"{path} holds no times of this model's layers on {table.machine}: there, run "
-            f"rankopt hardware TASK --latency-on {_without_table(conditions)} --out {path.name}"
+            f"{path} holds no {what} of this model's layers on {table.machine}: there, run "
+            f"rankopt hardware TASK --on {_without_table(conditions)}{flag} --out {path.name}"
         )
-    for text, layer in progress(todo.items(), "timing layers", len(todo)):
-        missing = _missing(table, text, offers[layer.name])
-        found = time_layer(model.get_submodule(layer.name), layer, inputs[layer.name], missing, conditions)
-        known = table.layers.setdefault(text, {DENSE: found[DENSE]})
+    verb = "timing" if instrument.metric == "latency" else "measuring the energy of"
+    for text, layer in progress(todo.items(), f"{verb} layers", len(todo)):
+        missing = _missing(known, text, offers[layer.name])
+        found = time_layer(model.get_submodule(layer.name), layer, inputs[layer.name], missing, conditions, instrument)
+        times = known.layers.setdefault(text, {DENSE: found[DENSE]})
         # Times of earlier runs and of this one are made comparable by the dense layer, which both hold.
-        ratio = known[DENSE][0] / found[DENSE][0]
-        known |= {k: Timing(max(1, round(ns * ratio)), spread) for k, (ns, spread) in found.items() if k != DENSE}
+        ratio = times[DENSE][0] / found[DENSE][0]
+        times |= {k: Timing(max(1, round(ns * ratio)), spread) for k, (ns, spread) in found.items() if k != DENSE}
         table.save(path)
 
-    entries = {x.name: {k: int(ns) for k, (ns, _) in table.layers[signatures[x.name]].items()} for x in layers}
-    if name not in table.models:
-        table.models[name] = _time_plans(model_layers, offers, entries, conditions, progress)
+    entries = {x.name: {k: int(ns) for k, (ns, _) in known.layers[signatures[x.name]].items()} for x in layers}
+    if name not in known.models:
+        plans = [_plan_near(share, layers, offers, entries) for share in SHARES]
+        plans = progress(plans, f"{verb} whole models", len(plans))
+        known.models[name] = _time_plans(model_layers, plans, entries, conditions, instrument)
         table.save(path)
-    slope, residual = fit_line(table.models[name], sum(e[DENSE] for e in entries.values()))
+    slope, residual = fit_line(known.models[name], sum(e[DENSE] for e in entries.values()))
     curves, gap = _curves(layers, offers, entries, space)
-    dense = table.models[name]["dense"]
-    plans = len(table.models[name]["plans"])
-    return Latencies(conditions, table.machine, foreign, dense, slope, residual, plans, gap, entries, curves)
+    return MeasuredCosts(
+        instrument=instrument,
+        conditions=conditions,
+        machine=table.machine,
+        foreign=foreign,
+        dense=known.models[name]["dense"],
+        slope=slope,
+        residual=residual,
+        plans=len(known.models[name]["plans"]),
+        gap=gap,
+        entries=entries,
+        curves=curves,
+    )
 
 
 def _default_path(cache: Cache, conditions: Conditions, here: str) -> Path:
@@ -323,9 +352,9 @@ def timed_candidates(layer: Layer, space: SearchSpace, points: int) -> list[Cand
     return found
 
 
-def _missing(table: LatencyTable, text: str, candidates: Sequence[Candidate]) -> list[Candidate]:
-    known = table.layers.get(text, {})
-    return [c for c in candidates if key(c) not in known]
+def _missing(known: Measurements, text: str, candidates: Sequence[Candidate]) -> list[Candidate]:
+    times = known.layers.get(text, {})
+    return [c for c in candidates if key(c) not in times]
 
 
 class EachCall(nn.Module):
@@ -344,9 +373,14 @@ class EachCall(nn.Module):
 
 
 def time_layer(
-    module: nn.Module, layer: Layer, inputs: Sequence[Tensor], candidates: Sequence[Candidate], conditions: Conditions
+    module: nn.Module,
+    layer: Layer,
+    inputs: Sequence[Tensor],
+    candidates: Sequence[Candidate],
+    conditions: Conditions,
+    instrument: Instrument = LATENCY,
 ) -> dict[str, Timing]:
-    """Time a dense layer, and candidates with random factors.
+    """Measure a dense layer, and candidates with random factors.
 
     A few candidates at a time run in turns with the dense layer. What counts is the ratio to the dense layer in the
     same turn, which cancels drifts of the machine's speed.
@@ -357,6 +391,7 @@ def time_layer(
         inputs: Its inputs, one per call.
         candidates: Candidates to time.
         conditions: Device, runtime and batch size.
+        instrument: What is measured.
 
     Returns:
         Times by candidate (see `key`), the dense layer's under "dense".
@@ -365,7 +400,7 @@ def time_layer(
     shares: dict[str, tuple[float, float]] = {}
     for some in _chunks(layer, candidates):
         modules = [module, *(random_replacement(module, layer, c) for c in some)]
-        dense, *others = sample_modules(modules, inputs, conditions)
+        dense, *others = sample_modules(modules, inputs, conditions, instrument)
         of_dense += dense
         for c, samples in zip(some, others, strict=True):
             shares[key(c)] = ratio(samples, dense), Timing.of(samples).spread
@@ -375,20 +410,25 @@ def time_layer(
     }
 
 
-def sample_modules(modules: Sequence[nn.Module], inputs: Sequence[Tensor], conditions: Conditions) -> list[list[int]]:
-    """Time modules in turns on the same inputs.
+def sample_modules(
+    modules: Sequence[nn.Module], inputs: Sequence[Tensor], conditions: Conditions, instrument: Instrument = LATENCY
+) -> list[list[int]]:
+    """Measure modules in turns on the same inputs.
 
     Args:
         modules: The modules.
         inputs: Inputs of a layer, one per call; a pass runs a module on all of them.
         conditions: Device, runtime and batch size.
+        instrument: What is measured.
 
     Returns:
-        Nanoseconds of each pass, by module.
+        What each pass takes, by module.
     """
     if len(inputs) > 1:
         modules = [EachCall(m) for m in modules]
-    return interleaved(passes(modules, tuple(inputs), conditions), conditions)
+    count = conditions.layer_calls
+    calls = passes(modules, tuple(inputs), conditions, count)
+    return interleaved(calls, conditions, instrument=instrument, count=count)
 
 
 def ratio(samples: Sequence[int], others: Sequence[int]) -> float:
@@ -444,18 +484,18 @@ def random_factors(module: nn.Module) -> nn.Module:
 
 def _time_plans(
     model_layers: ModelLayers,
-    offers: dict[str, list[Candidate]],
+    plans: Iterable[Sequence[Candidate]],
     entries: dict[str, dict[str, int]],
     conditions: Conditions,
-    progress: Any,
+    instrument: Instrument,
 ) -> ModelTimes:
     whole, layers = model_layers.model, model_layers.layers
     x = expanded(model_layers.example_input, conditions.batch)
     sums, ratios, times = [], [], []
-    plans = [_plan_near(share, layers, offers, entries) for share in SHARES]
-    for plan in progress(plans, "timing whole models", len(plans)):
+    for plan in plans:
         small = assemble(whole, layers, plan, lambda new, _: random_factors(new))
-        dense, one = interleaved(passes([whole, small], x, conditions), conditions, REPEATS)
+        both = passes([whole, small], x, conditions)
+        dense, one = interleaved(both, conditions, instrument.repeats, instrument)
         sums.append(sum(_time(entries[layer.name], c) for layer, c in zip(layers, plan, strict=True)))
         ratios.append(ratio(one, dense))
         times.append(median(dense))

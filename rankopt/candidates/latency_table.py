@@ -1,4 +1,4 @@
-"""Latency measurement: conditions, runtimes, and portable tables of measured times."""
+"""Measuring forward passes: conditions, runtimes, and portable tables of what was measured."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ import torch
 from torch import nn
 from typing_extensions import TypedDict
 
+from rankopt.candidates.instruments import LATENCY, Instrument
 from rankopt.candidates.search_space import search_spaces_folder
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import write_beside
 from rankopt.core.schema import read_json
 from rankopt.core.text import escaped, reason, shortened
 from rankopt.core.timing import in_turn, threads
+from rankopt.export.export import first_line
 from rankopt.export.onnx_session import onnxruntime_version, open_session, quiet_exporter
 from rankopt.model.forward import call_arguments, inference, input_tensors, map_tensors, run
 
 FORMAT, VERSION = "rankopt-hardware", 1
 
 
-RUNTIMES = ("eager", "compile", "onnxruntime")
+RUNTIMES = ("eager", "compile", "graph", "onnxruntime")
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,7 +41,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-WARM_UP, ROUNDS = 2, 11  # rounds of a measurement: first those that do not count
+WARM_UP = 2  # calls before one is captured
+
+
+LAYER_CALLS = 10
+"""Forward passes of a layer in a row in one sample on a GPU: alone, its launch would count, which others hide."""
+
+
+COMPILED = 1000  # functions that torch.compile keeps apart: beyond its limit of 8 it would run eagerly, without a word
 
 
 LARGEST = 2**26  # bytes of the largest table that is read
@@ -49,18 +58,19 @@ MOST_BATCH, MOST_THREADS = 2**16, 2**10
 
 
 Timed = Callable[[], Any]
-"""One forward pass."""
+"""One forward pass, or several in a row."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions under which latency is measured.
+    """The conditions under which latency and energy are measured.
 
     Attributes:
         device: "cpu" or "cuda".
         batch: Examples per forward pass.
         threads: CPU threads.
-        runtime: "eager", "compile" (torch.compile) or "onnxruntime" (needs the extra `export`).
+        runtime: "eager", "compile" (torch.compile), "graph" (a captured CUDA graph, which hides what launching
+            kernels takes) or "onnxruntime" (needs the extra `export`).
         dtype: "float32", "bfloat16" or "float16".
         layout: Memory format of images and kernels, "contiguous" or "channels_last".
         table: A file of times, or its name in search_spaces/hardware. If it was measured on another machine, its
@@ -93,6 +103,8 @@ class Conditions:
             raise RankoptError(f"latency conditions: device {self.device!r} is not here, and no table=FILE is given")
         if self.runtime == "onnxruntime" and (self.dtype, self.device) != ("float32", "cpu"):
             raise RankoptError("latency conditions: onnxruntime is timed in float32 on cpu")
+        if self.runtime == "graph" and self.device == "cpu":
+            raise RankoptError("latency conditions: runtime=graph captures a CUDA graph, give it device cuda")
 
     @classmethod
     def parse(cls, text: str) -> Conditions:
@@ -130,6 +142,16 @@ class Conditions:
         """The conditions that times depend on: all but the table."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "table"}
 
+    @property
+    def on(self) -> torch.device:
+        """The device."""
+        return torch.device(self.device)
+
+    @property
+    def layer_calls(self) -> int:
+        """Forward passes of a layer in one sample."""
+        return LAYER_CALLS if self.on.type == "cuda" else 1
+
     def of_module(self, module: nn.Module) -> nn.Module:
         """Copy a module to the device, in the dtype and layout, in eval mode.
 
@@ -163,8 +185,10 @@ def machine(conditions: Conditions) -> str:
     Args:
         conditions: Device and runtime.
     """
-    if torch.device(conditions.device).type == "cuda":
-        name = torch.cuda.get_device_name()
+    if conditions.on.type == "cuda":
+        if not _has_gpu(conditions.device):
+            return f"a machine without {conditions.device}"
+        name = torch.cuda.get_device_name(conditions.on)
     else:
         try:
             lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -180,10 +204,10 @@ def machine(conditions: Conditions) -> str:
 
 
 class Timing(NamedTuple):
-    """The time of a forward pass.
+    """What a forward pass takes.
 
     Attributes:
-        ns: Median in nanoseconds.
+        ns: Median in nanoseconds, of energy in nanojoules.
         spread: Half the interquartile range, relative to the median.
     """
 
@@ -195,7 +219,7 @@ class Timing(NamedTuple):
         """Summarise samples.
 
         Args:
-            samples: Nanoseconds, at least two.
+            samples: Nanoseconds or nanojoules, at least two.
         """
         low, middle, high = statistics.quantiles(samples, n=4)
         return cls(round(middle), round((high - low) / 2 / middle, 4))
@@ -218,7 +242,7 @@ def timed(module: nn.Module, x: Any, conditions: Conditions) -> Timed:
     if conditions.runtime == "onnxruntime":
         return _in_onnxruntime(module, x, conditions)
     if conditions.runtime == "compile":
-        module = torch.compile(module)  # type: ignore[assignment]
+        module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
     return lambda: run(module, x)
 
 
@@ -239,43 +263,110 @@ def _in_onnxruntime(module: nn.Module, x: Any, conditions: Conditions) -> Timed:
     return lambda: session.run(None, feed)
 
 
-def interleaved(passes: Sequence[Timed], conditions: Conditions, rounds: int = ROUNDS) -> list[list[int]]:
+def captured(call: Timed, device: torch.device) -> Timed:
+    """Capture a call's work on a GPU, to be replayed without launching its kernels one by one.
+
+    Args:
+        call: What to capture. The tensors that it works on must stay, so the result holds it.
+        device: The GPU.
+
+    Returns:
+        A function that replays it, and returns the same output each time, with new values.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # libraries set themselves up in the first calls, which no graph can hold
+        for _ in range(WARM_UP):
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
+        output = call()
+
+    def replay(_keep: Timed = call) -> Any:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def _repeated(call: Timed, count: int) -> Timed:
+    def several() -> None:
+        for _ in range(count):
+            call()
+
+    return several
+
+
+def interleaved(
+    passes: Sequence[Timed],
+    conditions: Conditions,
+    rounds: int | None = None,
+    instrument: Instrument = LATENCY,
+    count: int = 1,
+) -> list[list[int]]:
     """Measure forward passes in turns, after a warm-up.
 
     Args:
         passes: The forward passes.
-        conditions: Number of threads.
-        rounds: How often each pass is measured.
+        conditions: Device, batch and number of threads.
+        rounds: How often each pass is measured. Default: as often as a layer.
+        instrument: What is measured.
+        count: Forward passes in a row that each of `passes` stands for.
 
     Returns:
-        Nanoseconds of each round, by pass.
+        Of each round what one forward pass takes, by pass.
+
+    Raises:
+        RankoptError: It cannot be measured here.
     """
+    per = count * (conditions.batch if instrument.of_example else 1)
+    sample = instrument.open(conditions.on)
     with threads(conditions.threads), torch.inference_mode():
-        return in_turn(passes, rounds, warm_up=WARM_UP)
+        found = in_turn(passes, rounds or instrument.rounds, warm_up=instrument.warm_up, sample=sample)
+    return [[max(1, round(one / per)) for one in samples] for samples in found]
 
 
-def passes(modules: Sequence[nn.Module], x: Any, conditions: Conditions) -> list[Timed]:
+def passes(modules: Sequence[nn.Module], x: Any, conditions: Conditions, count: int = 1) -> list[Timed]:
     """Make forward passes of modules under some conditions.
 
     Args:
         modules: The modules; copies of them run.
         x: Input of all of them.
         conditions: Device, dtype, layout and runtime.
+        count: How many forward passes a call makes in a row.
+
+    Raises:
+        RankoptError: The runtime does not take a module.
     """
+    if conditions.runtime == "compile":
+        torch._dynamo.reset()
     x = conditions.of_input(x)
-    found = []
-    for module in modules:
-        prepared = conditions.of_module(module)
-        with threads(conditions.threads), inference(prepared, fused=True):
-            found.append(timed(prepared, x, conditions))
-    return found
+    return [_one_pass(conditions.of_module(module), x, conditions, count) for module in modules]
+
+
+def _one_pass(module: nn.Module, x: Any, conditions: Conditions, count: int) -> Timed:
+    with threads(conditions.threads), inference(module, fused=True), torch.inference_mode():
+        call = timed(module, x, conditions)
+        call = _repeated(call, count) if count > 1 else call
+        try:
+            if conditions.runtime == "graph":
+                return captured(call, conditions.on)
+            if conditions.runtime == "compile":
+                with torch._dynamo.config.patch(recompile_limit=COMPILED, accumulated_recompile_limit=COMPILED):
+                    call()
+        except Exception as error:
+            raise RankoptError(
+                f"runtime={conditions.runtime} does not take this model on {conditions.device} "
+                f"({type(error).__name__}: {first_line(error)}): choose runtime=eager"
+            ) from error
+        return call
 
 
 # --- the table -----------------------------------------------------------------------------------
 
 
 class ModelTimes(TypedDict):
-    """The times of a model, in nanoseconds.
+    """The times of a model in nanoseconds, or its energies in nanojoules.
 
     Attributes:
         dense: Time of the dense model.
@@ -286,23 +377,19 @@ class ModelTimes(TypedDict):
     plans: list[tuple[int, int]]
 
 
-@dataclass
-class LatencyTable:
-    """Times of layers and models under some conditions; a JSON file.
+@dataclass(kw_only=True)
+class Measurements:
+    """One metric of layers and models.
 
     Attributes:
-        conditions: See `Conditions.measured`.
-        machine: See `machine`.
-        layers: By layer (its module's text and the sizes of its inputs) and candidate, [nanoseconds, spread];
-            "dense" is the layer itself.
+        layers: By layer (its module's text and the sizes of its inputs) and candidate, [nanoseconds, spread], of energy
+            [nanojoules, spread]; "dense" is the layer itself.
         models: By hash of a model, its times.
 
     Raises:
         RankoptError: A time is not above 0, or that of a dense layer is missing.
     """
 
-    conditions: dict[str, str | int]
-    machine: str
     layers: dict[str, dict[str, Timing]] = dataclasses.field(default_factory=dict)
     models: dict[str, ModelTimes] = dataclasses.field(default_factory=dict)
 
@@ -313,6 +400,29 @@ class LatencyTable:
             raise RankoptError("times are whole numbers of nanoseconds, from 1 on")
         if not all("dense" in found for found in self.layers.values()):
             raise RankoptError("the time of a dense layer is missing")
+
+
+@dataclass(kw_only=True)
+class LatencyTable(Measurements):
+    """What was measured of layers and models under some conditions: times, and perhaps energies. A JSON file.
+
+    Attributes:
+        conditions: See `Conditions.measured`.
+        machine: See `machine`.
+        energy: Energies of layers and models.
+    """
+
+    conditions: dict[str, str | int]
+    machine: str
+    energy: Measurements = dataclasses.field(default_factory=Measurements)
+
+    def of(self, metric: str) -> Measurements:
+        """The measurements of one metric.
+
+        Args:
+            metric: One of `MEASURED`.
+        """
+        return self.energy if metric == "energy" else self
 
     def save(self, path: Path) -> None:
         """Write the table.

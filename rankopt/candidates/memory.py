@@ -1,5 +1,7 @@
 """Peak memory and file size as costs of layers and candidates; counted, so the same on every machine.
 
+Of a model on a GPU, memory is measured there: see `model.memory.peak_memory`.
+
 Neither quite adds up over layers. Of activations only those of one place in the model are alive at a time, and a module
 that holds several maps (attention, an LSTM) takes another course once it is expanded into its parts. In a file, the
 header has a line for each tensor, whose length depends on all tensors before it, and is padded. What is added up is

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rankopt.core.problem import NOT_ADDITIVE, cheapest
-from rankopt.core.records import DENSE, SAME, Candidate, Layer
+from rankopt.core.records import DENSE, MEASURED, SAME, Candidate, Layer
 
-OF_PRECISION = ("bytes", "latency", "memory", "disk")
+OF_PRECISION = ("bytes", *MEASURED, "memory", "disk")
 """The metrics that depend on the precision that weights are stored in."""
 
 
@@ -49,16 +49,17 @@ def frontier(layer: Layer, candidates: Iterable[Candidate], metrics: Sequence[st
 def considered(layer: Layer, candidates: Iterable[Candidate], metrics: Sequence[str]) -> list[Candidate]:
     """The candidates that a budget considers.
 
-    Quantized ones are left out unless a metric depends on precision, and those slower than dense if latency is limited.
+    Quantized ones are left out unless a metric depends on precision, and those that take more of a measured metric that
+    is limited (latency, energy) than the dense layer.
 
     Args:
         layer: The layer.
         candidates: Its candidates.
         metrics: Metrics that the budget limits.
     """
-    precise, timed = set(metrics).isdisjoint(OF_PRECISION), "latency" in metrics
+    precise, measured = set(metrics).isdisjoint(OF_PRECISION), [m for m in MEASURED if m in metrics]
     return [
         c
         for c in candidates
-        if not (precise and c.precision != SAME) and not (timed and c.cost.latency > layer.cost.latency)
+        if not (precise and c.precision != SAME) and not any(c.cost[m] > layer.cost[m] for m in measured)
     ]

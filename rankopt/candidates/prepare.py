@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,23 +27,27 @@ from rankopt.candidates.calibration import (
     wide_layers,
     without_metric,
 )
-from rankopt.candidates.fit import fit_candidates, in_each_form
-from rankopt.candidates.latency import Latencies, measure_latencies
+from rankopt.candidates.fit import Request, fit_candidates, in_each_form, whole_grid
+from rankopt.candidates.instruments import INSTRUMENTS
+from rankopt.candidates.latency import MeasuredCosts, measure_costs
 from rankopt.candidates.latency_table import Conditions
+from rankopt.candidates.lazy import Fits, LazyFits, Menus, lazy_effort, with_gain
 from rankopt.candidates.memory import MemoryCosts, measured
 from rankopt.candidates.model_layers import ModelLayers
 from rankopt.candidates.pareto import considered, dense_candidate, frontier
+from rankopt.candidates.probing import Prober
 from rankopt.candidates.quantize import add_precisions, in_each_precision
 from rankopt.candidates.search_space import SearchSpace, load_space
-from rankopt.candidates.sensitivity import Curve, measure, with_losses
-from rankopt.core.budget import limited_metrics, parse_budget
-from rankopt.core.errors import TaskError
+from rankopt.candidates.sensitivity import PASSES, Curve, measure, with_losses
+from rankopt.core.budget import Limit, limited_metrics, parse_budget
+from rankopt.core.errors import BudgetError, TaskError
 from rankopt.core.files import digest, gigabytes
 from rankopt.core.problem import Problem, cheapest, check_feasible
 from rankopt.core.progress import Clock, Progress, silent
-from rankopt.core.records import METRICS, SAME, Candidate, Cost, Layer, Proposal, Task
+from rankopt.core.records import MEASURED, METRICS, SAME, Candidate, Cost, Layer, Proposal, Task
+from rankopt.core.result_record import FittingEntry, Metric
 from rankopt.decompositions.conformance import check_modules
-from rankopt.decompositions.plan import apply
+from rankopt.decompositions.plan import apply, replacement
 from rankopt.model.checks import check_model, with_trainable_weights
 from rankopt.model.counting import count
 from rankopt.model.forward import (
@@ -73,10 +79,6 @@ RANDOM = "the model's forward draws random numbers in eval mode: every evaluatio
 LARGE = f"more would take above {gigabytes(CALIBRATION_BYTES)} of memory"
 
 
-Menus = Mapping[str, list[Candidate]]
-"""Candidates by layer name, without dense."""
-
-
 Budget = Mapping[str, Any] | Sequence[str]
 """A budget as `parse_budget` reads it: {"params": 0.5} or ["params=0.5"]."""
 
@@ -91,15 +93,19 @@ class Prepared:
         space: The search space that the candidates come from.
         layers: All layers of the inventory; `reason` is set on those that stay dense.
         dense: Costs of the whole dense model.
-        candidates: Candidates by layer name, with error, predicted loss and costs. Dense is not among them.
+        candidates: Candidates by layer name, with error, predicted loss and costs. Dense is not among them. Where fits
+            are made as they are asked for, those of the first, short ones: `fitted_for` adds those of budgets.
         factors: Factors of the candidates.
         statistics: Calibration statistics of the factorisable layers.
         objective: Maps a model to a number to minimise.
         clock: Seconds spent in each stage of the preparation.
         family_seconds: Seconds of fitting by family, without fits that were read from the cache.
-        latencies: Measured latencies, if the budget limits latency.
+        measured: Latencies and energies by metric, those that the budget limits.
+        lazy: Makes the fits that a budget asks for; None if all are made, and among the candidates.
+        offers: All candidates that a budget may ask for, by layer name, with their costs; empty if all are made.
         memory: Memory and disk of candidates and plans, if the budget limits one of them.
         curves: Layer name -> measured (relative error, rise of the objective).
+        passes: Forward passes of all calibration examples that measuring the curves took; 0 if they were in the cache.
         warnings: What to know of the model and the data before trusting a result.
     """
 
@@ -114,10 +120,13 @@ class Prepared:
     objective: Callable[[nn.Module], float]
     clock: Clock
     family_seconds: dict[str, float] = field(default_factory=dict)
-    latencies: Latencies | None = None
+    measured: Mapping[Metric, MeasuredCosts] = field(default_factory=dict)
     memory: MemoryCosts | None = None
     warnings: Sequence[str] = ()
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    passes: float = 0.0
+    lazy: LazyFits | None = None
+    offers: Menus = field(default_factory=dict)
 
     @cached_property
     def dense_objective(self) -> float:
@@ -134,6 +143,11 @@ class Prepared:
         return call("the score", self.task.score, self.task.model)
 
     @property
+    def latencies(self) -> MeasuredCosts | None:
+        """Measured latencies, if the budget limits latency."""
+        return self.measured.get("latency")
+
+    @property
     def free(self) -> tuple[Layer, ...]:
         """The layers that may be factorised."""
         return _free(self.layers)
@@ -141,7 +155,8 @@ class Prepared:
     def problem(self, budget: Budget) -> Problem:
         """State the optimisation problem that strategies solve.
 
-        Under a limit on latency, candidates that are slower than their dense layer are left out.
+        Candidates that the budget asks for are fitted, unless that was done before. Under a limit on latency or energy,
+        candidates that take more of it than their dense layer are left out.
 
         Args:
             budget: Limits, as `parse_budget` reads them.
@@ -152,7 +167,78 @@ class Prepared:
         Raises:
             BudgetError: The budget cannot be parsed, or not even the cheapest plan meets it.
         """
-        return _stated(budget, self.layers, self.model, self.dense, self.candidates, self.memory)
+        limits = parse_budget(budget, self.dense)
+        if self.lazy is None:
+            problem = self._state(limits, self.candidates)
+        else:
+            check_feasible(self._state(limits, self.offers))
+            fits, entry = self._fits_for(limits)
+            problem = self._state(limits, self._menus(fits))
+            problem = dataclasses.replace(problem, fitting=with_gain(entry, problem))
+        check_feasible(problem)
+        return problem
+
+    def fitted_for(self, budgets: Sequence[Budget]) -> Prepared:
+        """Fit the candidates that some budgets ask for; budgets that cannot be met are passed over.
+
+        Args:
+            budgets: The budgets.
+
+        Returns:
+            The same with these candidates added, with which the problems of all budgets have the same candidates.
+        """
+        if self.lazy is None:
+            return self
+        together: Fits = defaultdict(dict)
+        for budget in budgets:
+            limits = parse_budget(budget, self.dense)
+            with suppress(BudgetError):
+                check_feasible(self._state(limits, self.offers))
+                for pair, fits in self._fits_for(limits)[0].items():
+                    together[pair].update(fits)
+        return dataclasses.replace(self, candidates=self._menus(together), lazy=None, offers={})
+
+    def all_of(self, name: str) -> Prepared:
+        """Fit all candidates of one layer.
+
+        Args:
+            name: The layer's name.
+
+        Returns:
+            The same with these candidates added.
+        """
+        if self.lazy is None:
+            return self
+        with ONE_THREAD, self.clock.stage("fitting"):
+            fits = self.lazy.all_of(name)
+        return dataclasses.replace(self, candidates=self._menus(fits), lazy=None, offers={})
+
+    def _state(self, limits: tuple[Limit, ...], candidates: Mapping[str, Sequence[Candidate]]) -> Problem:
+        """The problem of some candidates."""
+        return _stated(limits, self.layers, self.model, self.dense, candidates, self.memory)
+
+    def _fits_for(self, limits: tuple[Limit, ...]) -> tuple[Fits, FittingEntry]:
+        """The fits that a budget asks for, and what was decided on which evidence."""
+        assert self.lazy is not None
+
+        def state(candidates: Menus) -> Problem:
+            losses = {n: with_losses(found, self.curves[n]) for n, found in candidates.items()}
+            return self._state(limits, losses)
+
+        with ONE_THREAD, self.clock.stage("fitting"):
+            return self.lazy.for_limits(self.offers, state)
+
+    def _menus(self, fits: Fits) -> Menus:
+        """All candidates of the first fits and of these, in each precision, with losses and costs."""
+        assert self.lazy is not None
+        menus = self.lazy.menus(fits)
+        with ONE_THREAD, self.clock.stage("rounding"):
+            needed = _cheapest(self.free, self.offers, [*METRICS, *self.measured])
+            menus = add_precisions(self.statistics, menus, self.space.precisions, self.factors, needed)
+        prices = _prices(self.measured, self.memory)
+        return {
+            x.name: _price_candidates(x, with_losses(menus[x.name], self.curves[x.name]), prices) for x in self.free
+        }
 
     def apply(self, problem: Problem, proposal: Proposal) -> nn.Module:
         """Build a compressed model.
@@ -188,8 +274,8 @@ def prepare(
         progress: Progress callback.
         workers: Processes that fit. Default: one per available core.
         budget: Checked before anything is calibrated or fitted, as costs are known in advance. It decides which
-            costs are measured: latency, or memory and disk, only if it limits them.
-        latency_on: Conditions under which latency is measured.
+            costs are measured: latency, energy, or memory and disk, only if it limits them.
+        latency_on: Conditions under which latency and energy are measured.
 
     Returns:
         Everything that a search under this budget needs.
@@ -213,7 +299,7 @@ def _prepare(
     budget: Budget | None,
     latency_on: Conditions | None,
 ) -> Prepared:
-    clock, store = Clock(), Cache(cache)
+    clock, store, start = Clock(), Cache(cache), time.monotonic()
     space = load_space(space) if isinstance(space, str) else space
     check_model(task.model)
     task = dataclasses.replace(task, model=with_trainable_weights(task.model))
@@ -224,47 +310,46 @@ def _prepare(
         few = [take(x, slice(TRIED)) for x in batches[:2]]
         task = _with_one_example(dataclasses.replace(task, model=check_copy(task.model, few)))
         model_layers, layers = _take_inventory(task, space, few[0])
-        warnings = [*space.warnings(layers), *_input_warnings(task, calibration, few[0])]
-        if within.cut:
-            warnings.append(f"only the first {sum(map(batch_size, batches)):,} calibration examples are used: {LARGE}")
+        warnings = [*space.warnings(layers), *_input_warnings(task, calibration, few[0], within.cut)]
         dense = count(task.model, task.example_input)
     key = _fingerprint(model_layers, batches)
 
     metrics = limited_metrics(budget)
-    latencies = memory = None
-    if "latency" in metrics:
-        with clock.stage("timing"):
-            latencies = measure_latencies(model_layers, space, latency_on or Conditions(), store, progress)
-        dense = dataclasses.replace(dense, latency=latencies.dense)
+    limited: list[Metric] = [m for m in MEASURED if m in metrics]
+    costs = _measure_costs(model_layers, space, limited, latency_on or Conditions(), store, progress, clock)
+    for metric, found in costs.items():
+        dense = dense.with_metric(metric, found.dense)
+    memory = None
     if metrics & {"memory", "disk"}:
         dense = dataclasses.replace(dense, **measured(task.model, task.example_input))
         memory = MemoryCosts.of(model_layers, dense)
-    prices = [x for x in (latencies, memory) if x is not None]
+    prices = _prices(costs, memory)
     layers = tuple(x if x.reason else _price_layer(x, prices) for x in layers)
-    free = _free(layers)
-    menus = _menus(free, space, prices)
-    if budget is not None:  # before fitting
-        _stated(budget, layers, model_layers.unfolded, dense, menus, memory)
-
-    for layer in free:
-        module = model_layers.unfolded.get_submodule(layer.name)
-        for family in space.families_of(layer):
-            check_modules(family, module, layer, space.ranks(family, layer))
+    grid = whole_grid(free := _free(layers), space)
+    offers = _offers(free, grid, space.precisions, prices)
+    if budget is not None:  # costs need no fit, so whether it can be met is known before fitting
+        limits = parse_budget(budget, dense)
+        check_feasible(_stated(limits, layers, model_layers.unfolded, dense, offers, memory))
+    _check_families(model_layers.unfolded, grid)
+    effort = lazy_effort(space.effort, grid)
 
     statistics = Statistics(model_layers.unfolded, free, batches, key, store, progress)
     factors = FactorStore(store)
     with clock.stage("calibration"):
         statistics.ensure_cached()
+    lazy = LazyFits(statistics, grid, effort, workers) if effort else None
     with clock.stage("fitting"):
-        candidates, family_seconds = fit_candidates(statistics, space, workers)
+        candidates, family_seconds = lazy.start() if lazy else fit_candidates(statistics, grid, workers)
     with clock.stage("rounding"):  # the stage's name in result.json
-        needed = _cheapest(free, menus, [*METRICS, *metrics - {*METRICS}])
+        needed = _cheapest(free, offers, [*METRICS, *metrics - {*METRICS}])
         candidates = add_precisions(statistics, candidates, space.precisions, factors, needed)
     with clock.stage("sensitivity"):
         objective = task.objective or Divergence(task.model, batches)
-        curves = _measure_curves(task, objective, statistics, candidates, factors)
+        curves, passes = _measure_curves(task, objective, statistics, candidates, factors)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
         candidates = {x.name: _price_candidates(x, candidates[x.name], prices) for x in free}
+    if lazy:
+        lazy.after_first(candidates, time.monotonic() - start, space.minutes)
     return Prepared(
         task,
         model_layers.unfolded,
@@ -277,24 +362,34 @@ def _prepare(
         objective,
         clock,
         family_seconds,
-        latencies,
+        costs,
         memory,
-        [*warnings, *few_examples(statistics), *wide_layers(free), *without_metric(statistics)],
+        [*warnings, *few_examples(statistics), *wide_layers(statistics), *without_metric(statistics)],
         curves,
+        passes,
+        lazy,
+        offers if lazy else {},
     )
+
+
+def _check_families(model: nn.Module, grid: Sequence[Request]) -> None:
+    """Check the modules that the families of other packages make."""
+    for x in grid:
+        check_modules(x.family, model.get_submodule(x.layer.name), x.layer, x.ranks)
 
 
 def _with_one_example(task: Task) -> Task:
     return dataclasses.replace(task, example_input=one_example(task.model, task.example_input))
 
 
-def _input_warnings(task: Task, calibration: Calibration, batch: Any) -> list[str]:
+def _input_warnings(task: Task, calibration: Calibration, batch: Any, cut: bool) -> list[str]:
     """What to know of the inputs, and of what the model does with them."""
     unused = ", ".join(map(repr, calibration.unused))
     said = {
         RANDOM: draws_random_numbers(task.model, batch),
         UNDIVIDED: isinstance(task.example_input, Undivided),
         f"the model's forward does not take the batches' {unused}, which are dropped": bool(unused),
+        f"only the first {sum(map(batch_size, calibration.batches)):,} calibration examples are used: {LARGE}": cut,
     }
     return [text for text, holds in said.items() if holds]
 
@@ -372,8 +467,9 @@ def time_task(
     cache: str | Path | None,
     progress: Any,
     out: Path | None = None,
-) -> tuple[list[Layer], Latencies]:
-    """Measure a latency table for a task, without calibrating or fitting anything.
+    metrics: Sequence[Metric] = MEASURED[:1],
+) -> tuple[list[Layer], list[MeasuredCosts]]:
+    """Measure a table of latencies for a task, and of energies, without calibrating or fitting anything.
 
     Args:
         task: The task whose layers are timed.
@@ -382,9 +478,10 @@ def time_task(
         cache: Folder of the cache.
         progress: Progress callback.
         out: File of the table. Default: one in the cache.
+        metrics: What is measured.
 
     Returns:
-        The factorisable layers with their latencies, and all measured latencies.
+        The factorisable layers with their costs, and all measured costs, by metric.
 
     Raises:
         TaskError: The model has no layer that can be factorised.
@@ -396,25 +493,23 @@ def time_task(
     if not layers:
         raise TaskError("the model has no layer that can be factorised: rankopt inspect says why")
     model_layers = ModelLayers(task.model, model, layers, task.example_input)
-    latencies = measure_latencies(model_layers, space, conditions, Cache(cache), progress, out)
-    return [latencies.with_layer(x) for x in layers], latencies
+    store = Cache(cache)
+    found = [measure_costs(model_layers, space, conditions, store, progress, out, INSTRUMENTS[m]) for m in metrics]
+    return [_price_layer(x, found) for x in layers], found
 
 
 def _stated(  # the parts of a `Prepared`, before there is one
-    budget: Budget,
+    limits: tuple[Limit, ...],
     layers: Sequence[Layer],
     model: nn.Module,
     dense: Cost,
-    menus: Menus,
+    menus: Mapping[str, Sequence[Candidate]],
     memory: MemoryCosts | None,
 ) -> Problem:
-    """The problem of a budget, which can be met."""
-    limits = parse_budget(budget, dense)
+    """The problem of some limits, given each layer's candidates without dense."""
     metrics, free = [limit.metric for limit in limits], _free(layers)
     frontiers = tuple(frontier(layer, menus[layer.name], metrics) for layer in free)
-    problem = Problem(free, frontiers, dense, limits, _kept(layers, model), memory.count if memory else None)
-    check_feasible(problem)
-    return problem
+    return Problem(free, frontiers, dense, limits, _kept(layers, model), memory.count if memory else None)
 
 
 def _cheapest(layers: Sequence[Layer], menus: Menus, metrics: Sequence[str]) -> Menus:
@@ -426,28 +521,59 @@ def _cheapest(layers: Sequence[Layer], menus: Menus, metrics: Sequence[str]) -> 
 # --- prices: costs that only some budgets limit ------------------------------------------------------
 
 
-def _price_layer(layer: Layer, prices: Sequence[Latencies | MemoryCosts]) -> Layer:
+def _measure_costs(
+    model_layers: ModelLayers,
+    space: SearchSpace,
+    metrics: Sequence[Metric],
+    conditions: Conditions,
+    store: Cache,
+    progress: Progress,
+    clock: Clock,
+) -> dict[Metric, MeasuredCosts]:
+    costs = {}
+    for metric in metrics:
+        with clock.stage("timing"):
+            costs[metric] = measure_costs(
+                model_layers, space, conditions, store, progress, instrument=INSTRUMENTS[metric]
+            )
+    return costs
+
+
+def _prices(costs: Mapping[Metric, MeasuredCosts], memory: MemoryCosts | None) -> list[MeasuredCosts | MemoryCosts]:
+    return [*costs.values(), *([memory] if memory else [])]
+
+
+def _price_layer(layer: Layer, prices: Sequence[MeasuredCosts | MemoryCosts]) -> Layer:
     for price in prices:
         layer = price.with_layer(layer)
     return layer
 
 
 def _price_candidates(
-    layer: Layer, candidates: list[Candidate], prices: Sequence[Latencies | MemoryCosts]
+    layer: Layer, candidates: list[Candidate], prices: Sequence[MeasuredCosts | MemoryCosts]
 ) -> list[Candidate]:
     for price in prices:
         candidates = price.with_candidates(layer, candidates)
     return candidates
 
 
-def _menus(layers: Sequence[Layer], space: SearchSpace, prices: Sequence[Latencies | MemoryCosts]) -> Menus:
-    """By layer name all candidates with their costs, without dense: costs need no fit."""
-    menus = {}
+def _offers(
+    layers: Sequence[Layer],
+    grid: Sequence[Request],
+    precisions: Sequence[str],
+    prices: Sequence[MeasuredCosts | MemoryCosts],
+) -> Menus:
+    """All that could be offered, with its costs, which need no fit; errors are unknown."""
+    found: Menus = {x.name: [] for x in layers}
+    for request in grid:
+        found[request.layer.name] += [
+            c for r in request.ranks for c in in_each_form(request.layer, request.family, r, 0.0)
+        ]
     for x in layers:
-        found = [c for f in space.families_of(x) for r in space.ranks(f, x) for c in in_each_form(x, f, r, 0.0)]
-        found += [c for one in (dense_candidate(x), *found) for c in in_each_precision(x, one, space.precisions)]
-        menus[x.name] = _price_candidates(x, found, prices)
-    return menus
+        own = found[x.name]
+        own += [c for one in (dense_candidate(x), *own) for c in in_each_precision(x, one, precisions)]
+        found[x.name] = _price_candidates(x, own, prices)
+    return found
 
 
 # --- the fingerprint: under what statistics and fits are cached --------------------------------------
@@ -494,8 +620,8 @@ def _measure_curves(
     statistics: Statistics,
     candidates: dict[str, list[Candidate]],
     factors: FactorStore,
-) -> dict[str, Curve]:
-    """Sensitivity curves by layer name.
+) -> tuple[dict[str, Curve], float]:
+    """Sensitivity curves by layer name, and how many forward passes of all calibration examples they took.
 
     Cached for the default objective only: a task's own is code that may change without our noticing.
     """
@@ -503,17 +629,41 @@ def _measure_curves(
     # Quantized candidates need no measurements of their own: they have a larger error and no fewer parameters, so
     # their errors lie within the range that the others cover.
     candidates = {n: [c for c in candidates[n] if c.precision == SAME] or candidates[n] for n in names}
+    if task.objective is not None:
+        return _measure_calls(task, objective, statistics, candidates, factors)
     # The forms of a fit share its key and error, and count once.
+    assert isinstance(objective, Divergence)
     fits = {n: [*dict.fromkeys((c.key, c.error) for c in candidates[n])] for n in names}
-    key = "sensitivity-" + digest(statistics.key, fits)
-    kept = statistics.cache.read_json(key, dict[str, Curve]) if task.objective is None else None
+    key = "sensitivity-" + digest(statistics.key, PASSES, fits)
+    kept = statistics.cache.read_json(key, dict[str, Curve])
     if kept is not None and kept.keys() == set(names):
-        return kept
+        return kept, 0.0
+
+    def build(module: nn.Module, layer: Layer, candidate: Candidate) -> nn.Module:
+        return replacement(module, layer, candidate, factors)
+
+    prober = Prober(objective, statistics.model, statistics.layers, build, statistics.progress)
+    curves = prober.curves(candidates)
+    statistics.cache.write_json(key, curves)
+    return curves, prober.passes
+
+
+def _measure_calls(
+    task: Task,
+    objective: Callable[[nn.Module], float],
+    statistics: Statistics,
+    candidates: dict[str, list[Candidate]],
+    factors: FactorStore,
+) -> tuple[dict[str, Curve], float]:
+    """Curves of a task's own objective, and how often it was called."""
     by_name = {layer.name: layer for layer in statistics.layers}
     zero = call("the objective", objective, task.model)
     assert zero is not None
+    calls = 1
 
     def rise(name: str, candidate: Candidate) -> float | None:
+        nonlocal calls
+        calls += 1
         model = apply(task.model, [by_name[name]], [candidate], factors)
         try:
             value = call("the objective", objective, model)
@@ -522,7 +672,4 @@ def _measure_curves(
             return None
         return None if value is None else value - zero
 
-    curves = measure(names, candidates, rise, statistics.progress)
-    if task.objective is None:
-        statistics.cache.write_json(key, curves)
-    return curves
+    return measure(list(by_name), candidates, rise, statistics.progress), calls

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import TypedDict
 
+from rankopt.candidates.effort import EFFORTS, NORMAL, THOROUGH, USUAL
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import PRECISIONS, SAME, Layer, Rank
 from rankopt.core.schema import checked, read_toml
@@ -102,6 +103,9 @@ class SearchSpace:
         precisions: What weights may be stored in: "same" (as in the model), "int8", "bfloat16", "float16". Matters
             under budgets that count bytes.
         steps: Steps of L-BFGS per fit; some families take a share of it.
+        effort: How much is fitted: "thorough" for everything, "normal" for what can be part of a good plan within the
+            budget, "quick" for less of that, with fewer steps. Models that are fitted in seconds are fitted as a whole.
+        minutes: Minutes of preparation after which no further fits start; None for no limit. Not with "thorough".
         keep_dense: Layers to leave dense: names with wildcards * and ?, "@first-convolution" or "@classifier" (a
             last Linear).
         layers: What layers of some names may become instead; of several rules for a layer, the first one counts.
@@ -121,6 +125,8 @@ class SearchSpace:
     multiple: int = 1
     precisions: tuple[str, ...] = (SAME,)
     steps: int = 500
+    effort: str = USUAL
+    minutes: float | None = None
     keep_dense: tuple[str, ...] = ()
     layers: tuple[LayerRule, ...] = ()
     split_qkv: bool = True
@@ -143,6 +149,13 @@ class SearchSpace:
             if precision not in PRECISIONS:
                 known = ", ".join(PRECISIONS)
                 raise RankoptError(f"search space {self.name!r}: unknown precision {precision!r}; choose from {known}")
+        if self.effort not in (*EFFORTS, THOROUGH):
+            known = ", ".join((*EFFORTS, THOROUGH))
+            raise RankoptError(f"search space {self.name!r}: unknown effort {self.effort!r}; choose from {known}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise RankoptError(f"search space {self.name!r}: minutes is {self.minutes}: give a number above 0")
+        if self.minutes is not None and self.effort == THOROUGH:
+            raise RankoptError(f"search space {self.name!r}: minutes go with effort {' or '.join(map(repr, EFFORTS))}")
         if self.steps < 0 or self.round_steps < 0 or self.rounds < 1:
             raise RankoptError(f"search space {self.name!r}: steps and round_steps are 0 or more, rounds is 1 or more")
 
@@ -151,13 +164,17 @@ class SearchSpace:
         families: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
         ranks: Mapping[str, Sequence[Any]] | None = None,
         keep_dense: Sequence[str] | None = None,
+        effort: str | None = None,
+        minutes: float | None = None,
     ) -> SearchSpace:
-        """Return the space with other families or ranks, for all or for some layers.
+        """Return the space with other families or ranks, for all or for some layers, or with another effort.
 
         Args:
             families: Names of decompositions instead of the space's; or for some layers, name pattern -> names.
             ranks: Name pattern -> ranks to try: 8, [8, 16] or [(8, 16), (16, 16)].
             keep_dense: Layers to leave dense in addition to the space's, as the attribute.
+            effort: As the attribute; None for the space's.
+            minutes: As the attribute; None for the space's.
 
         Raises:
             RankoptError: Something is not understood.
@@ -169,7 +186,16 @@ class SearchSpace:
         rules += [LayerRule.of(pattern, ranks=value) for pattern, value in (ranks or {}).items()]
         everywhere = self.families if families is None or families is own else _names(families, "families")
         dense = (*self.keep_dense, *_names(keep_dense or (), "keep_dense"))
-        return replace(self, families=everywhere, layers=(*rules, *self.layers), keep_dense=dense)
+        if effort is not None and minutes is not None:
+            raise RankoptError("--effort and --minutes exclude each other: give one of them")
+        return replace(
+            self,
+            families=everywhere,
+            layers=(*rules, *self.layers),
+            keep_dense=dense,
+            effort=effort or (self.effort if minutes is None else NORMAL),
+            minutes=self.minutes if minutes is None else minutes,
+        )
 
     def families_of(self, layer: Layer) -> tuple[str, ...]:
         """The decompositions that may be used for a layer.

@@ -1,7 +1,8 @@
 """Sensitivities: how much the objective rises with a layer's error, measured one layer at a time.
 
 A few candidates of each layer are put into the dense model, and the rise of the objective is measured. The losses of
-all other candidates are interpolated from these points.
+all other candidates are interpolated from these points. Of the default objective, `probing` measures them on as many
+examples as it takes; a task's own objective is arbitrary code, which can only be called on whole models.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ import numpy as np
 
 from rankopt.core.records import Candidate
 
-POINTS = 5  # candidates measured per layer
+PASSES = 60
+"""The most forward passes of all examples that the probes of all layers take together; one a layer of more layers, of a
+task's own objective."""
+
+POINTS = 5  # candidates measured per layer, if the bound on forward passes allows
 EXACT = 1e-7  # a candidate below this error is not measured where others are above it
 FLOOR = 1e-9  # smallest rise of the objective, so that its logarithm exists
 
@@ -40,7 +45,7 @@ def probes(candidates: Sequence[Candidate], points: int = POINTS) -> list[Candid
     if not best:
         return []
     logs = np.log([c.error for c in best])
-    wanted = np.linspace(logs[0], logs[-1], points)
+    wanted = np.linspace(logs[0], logs[-1], points) if points > 1 else [logs.mean()]
     return [best[i] for i in sorted({int(np.abs(logs - w).argmin()) for w in wanted})]
 
 
@@ -50,7 +55,7 @@ def measure(
     rise: Callable[[str, Candidate], float | None],
     progress: Callable[[Iterable[tuple[str, Candidate]], str, int], Iterable[tuple[str, Candidate]]],
 ) -> dict[str, Curve]:
-    """Measure the sensitivity curves of all layers.
+    """Measure the sensitivity curves of all layers by a task's own objective, in at most `PASSES` calls.
 
     Args:
         layers: Names of the layers.
@@ -62,7 +67,8 @@ def measure(
     Returns:
         Curves by layer name.
     """
-    todo = [(name, candidate) for name in layers for candidate in probes(candidates[name])]
+    points = max(1, min(POINTS, PASSES // max(len(layers), 1)))
+    todo = [(name, candidate) for name in layers for candidate in probes(candidates[name], points)]
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
     for name, candidate in progress(todo, "measuring sensitivities", len(todo)):
         if (rose := rise(name, candidate)) is not None:

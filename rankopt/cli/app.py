@@ -79,6 +79,12 @@ SpaceName = Annotated[
 ]
 
 
+EFFORT = "how much of the space to fit: quick, normal or thorough (all of it)"
+
+
+Effort = Annotated[str | None, typer.Option(help=EFFORT, show_default="the space's, thorough")]
+
+
 CacheFolder = Annotated[
     Path | None,
     typer.Option("--cache", help="where candidates are kept", show_default="RANKOPT_CACHE, or ~/.cache/rankopt"),

@@ -11,6 +11,7 @@ from rankopt.cli.app import (
     COMPARE,
     CacheFolder,
     CpusPerTrial,
+    Effort,
     GpusPerTrial,
     RayAddress,
     SpaceName,
@@ -37,6 +38,7 @@ def sweep(  # noqa: PLR0913  # a parameter for every option
         Path | None, typer.Option(help="the folder for sweep.csv and sweep.png", show_default="runs/TASK-sweep")
     ] = None,
     space: SpaceName = "default",
+    effort: Effort = None,
     cache: CacheFolder = None,
     workers: Workers = 0,
     ray_address: RayAddress = None,
@@ -47,6 +49,7 @@ def sweep(  # noqa: PLR0913  # a parameter for every option
     with readable_errors("what was fitted is kept: the same command goes on"):
         import rankopt.search.sweep as sweeps
         from rankopt.candidates.prepare import prepare
+        from rankopt.candidates.search_space import load_space
         from rankopt.core.run_folder import folder_lock, open_folder
         from rankopt.experiments.tasks import load_task
         from rankopt.report.sweep import table, write
@@ -55,12 +58,11 @@ def sweep(  # noqa: PLR0913  # a parameter for every option
         sweeps.check_evaluate(evaluate)
         loosest = sweeps.loosest(found, budgets)
         out = out or default_folder(task, "sweep")
-        runner = make_runner(
-            RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial), out / "logs"
-        )
+        runner = make_runner(RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial), out)
         open_folder(out, resume=None)
         with folder_lock(out):
-            prepared = prepare(found, space, cache, show_progress, budget=[loosest])
+            adjusted = load_space(space).adjusted(effort=effort)
+            prepared = prepare(found, adjusted, cache, show_progress, budget=[loosest])
             result = sweeps.sweep(prepared, budgets, evaluate, show_progress, runner)
             write(out, result)
         echo(table(result))
@@ -97,6 +99,7 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on; budgets, strategies and seeds may be added")] = False,
     space: SpaceName = "default",
+    effort: Effort = None,
     cache: CacheFolder = None,
     workers: Workers = 0,
     ray_address: RayAddress = None,
@@ -107,22 +110,22 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
     with readable_errors("every finished run is kept: go on with --resume"):
         import rankopt.search.benchmark as benchmarks
         from rankopt.candidates.prepare import prepare
+        from rankopt.candidates.search_space import load_space
         from rankopt.core.run_folder import folder_lock, open_folder
         from rankopt.experiments.tasks import load_task
         from rankopt.report.benchmark import cell_line, text, write
 
         names = benchmarks.read_strategies(strategies)
         out = out or default_folder(task, "benchmark")
-        runner = make_runner(
-            RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial), out / "logs"
-        )
+        runner = make_runner(RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial), out)
         open_folder(out, resume, benchmarks.FILE)
 
         def print_cell(cell: benchmarks.Cell) -> None:
             console.print(cell_line(cell), markup=False, highlight=False, soft_wrap=True)
 
         with folder_lock(out), session(runner):
-            prepared = prepare(load_task(task), space, cache, show_progress, budget=budget[0].split(","))
+            adjusted = load_space(space).adjusted(effort=effort)
+            prepared = prepare(load_task(task), adjusted, cache, show_progress, budget=budget[0].split(","))
             data = benchmarks.benchmark(
                 prepared, budget, names, trials, seeds, out, resume, print_cell, show_progress, runner
             )
@@ -135,8 +138,9 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
 def hardware(
     task: TaskName,
     latency_on: Annotated[
-        str, typer.Option(help="the conditions that are timed")
+        str, typer.Option("--on", "--latency-on", help="the conditions to measure under")
     ] = "cpu,batch=1,threads=1,runtime=eager",
+    energy: Annotated[bool, typer.Option("--energy", help="measure energy, too, for budgets on it")] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="the table to write or add to, for table=FILE elsewhere", show_default="one in the cache"),
@@ -144,17 +148,20 @@ def hardware(
     space: SpaceName = "default",
     cache: CacheFolder = None,
 ) -> None:
-    """Time a task's layers and their candidates on this machine, for latency budgets here or elsewhere."""
+    """Measure a task's layers and their candidates here, for latency and energy budgets here or elsewhere."""
     with readable_errors("what was timed is kept: the same command goes on"):
         from rankopt.candidates.latency_table import Conditions
         from rankopt.candidates.prepare import time_task
         from rankopt.candidates.search_space import load_space
+        from rankopt.core.records import MEASURED
         from rankopt.experiments.tasks import load_task
         from rankopt.report.hardware import table
 
+        conditions = Conditions.parse(latency_on)
+        metrics = MEASURED if energy else MEASURED[:1]
         layers, found = time_task(
-            load_task(task), load_space(space), Conditions.parse(latency_on), cache, show_progress, out
+            load_task(task), load_space(space), conditions, cache, show_progress, out, metrics=metrics
         )
-        echo(table(layers, found))
+        echo("\n\n".join(table(layers, costs) for costs in found))
         if out:
-            echo(f"written: {out}; use it with --latency-on {found.conditions},table={out}")
+            echo(f"written: {out}; use it with --latency-on {conditions},table={out}")

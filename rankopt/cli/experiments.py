@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rankopt.search.loop import Runner
 
 FILES = "the file's"
+UNFINISHED = 3  # exit code where the time was over before all was done
 
 
 @app.command(rich_help_panel=EXPERIMENTS)
@@ -42,6 +43,10 @@ def run(  # noqa: PLR0913  # a parameter for every option
         list[str] | None,
         typer.Option(help="this case only, repeatable: so several processes share a study", show_default="all"),
     ] = None,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(help="first take over cases from this copy of the folder for results, made elsewhere; repeatable"),
+    ] = None,
     cache: CacheFolder = None,
     workers: Annotated[
         int | None, typer.Option(help="Ray Tune workers of each search", show_default=FILES, rich_help_panel=RAY)
@@ -57,14 +62,19 @@ def run(  # noqa: PLR0913  # a parameter for every option
         float | None, typer.Option(help="CPUs of one Ray trial", show_default=FILES, rich_help_panel=RAY)
     ] = None,
 ) -> None:
-    """Run a study's file, or resume it: one search, a list of cases, or a search for hyperparameters."""
+    """Run a study's file, or resume it: one search, a list of cases, or a search for hyperparameters.
+
+    The exit code is 3 if the time was over before all was done.
+    """
     with readable_errors("every finished search is kept: the same command goes on"):
         from rankopt.experiments.config import read_study
 
         found = read_study(study)
-        if case and not found.cases:
-            raise RankoptError(f"--case: {study} has no [[cases]]")
+        if (case or merge) and not found.cases:
+            raise RankoptError(f"{'--case' if case else '--merge'}: {study} has no [[cases]]")
         folder = out or found.out
+        if merge:
+            _merge(found, folder, merge)
         options: dict[str, Any] = {
             "workers": workers,
             "ray_address": ray_address,
@@ -72,21 +82,32 @@ def run(  # noqa: PLR0913  # a parameter for every option
             "cpus_per_trial": cpus_per_trial,
         }
         given = {name: value for name, value in options.items() if value is not None}
-        runner = make_runner(dataclasses.replace(found.runner, **given), folder / "logs")
+        runner = make_runner(dataclasses.replace(found.runner, **given), folder)
         stop = StopCondition(budget_minutes)
         with session(runner):
             if found.hyperparameters:
-                _run_tuning(found, folder, runner, cache, stop)
+                complete = _run_tuning(found, folder, runner, cache, stop)
             elif found.cases:
-                _run_cases(found, folder, LiveRunner(runner, folder), cache, stop, case or ())
+                complete = _run_cases(found, folder, LiveRunner(runner, folder), cache, stop, case or ())
             else:
-                _run_one(found, folder, LiveRunner(runner, folder), cache, stop)
+                complete = _run_one(found, folder, LiveRunner(runner, folder), cache, stop)
         if received():
             raise KeyboardInterrupt
+        if not complete:
+            raise typer.Exit(UNFINISHED)
 
 
-def _run_one(study: StudyFile, out: Path, runner: Runner, cache: Path | None, stop: StopCondition) -> None:
-    """One search, with its summary and report."""
+def _merge(study: StudyFile, out: Path, folders: Sequence[Path]) -> None:
+    """Take over cases that got further elsewhere."""
+    from rankopt.experiments.merge import merge
+
+    for folder in folders:
+        taken = merge(study, folder, out)
+        echo(f"merged from {folder}: {', '.join(taken) or 'nothing that is not here already'}")
+
+
+def _run_one(study: StudyFile, out: Path, runner: Runner, cache: Path | None, stop: StopCondition) -> bool:
+    """One search, with its summary and report. Returns whether all is done, as the next two do."""
     from rankopt.experiments.tasks import load_task
     from rankopt.experiments.tuning import run_single
     from rankopt.search.summary import summary
@@ -97,9 +118,10 @@ def _run_one(study: StudyFile, out: Path, runner: Runner, cache: Path | None, st
         write_page(folder, html=True)
     if not complete:
         echo("not all was done: the same command goes on")
+    return complete
 
 
-def _run_tuning(study: StudyFile, out: Path, runner: Runner, cache: Path | None, stop: StopCondition) -> None:
+def _run_tuning(study: StudyFile, out: Path, runner: Runner, cache: Path | None, stop: StopCondition) -> bool:
     """Many searches, their pages, and the best one repeated."""
     from rankopt.experiments.tasks import load_task
     from rankopt.experiments.tuning import TuningStudy
@@ -121,13 +143,15 @@ def _run_tuning(study: StudyFile, out: Path, runner: Runner, cache: Path | None,
             echo(f"the time is over with {len(searches.done())} of {study.searches} searches: the same command goes on")
         elif folder := searches.rerun_best(runner, cache, stop, display):
             echo(f"the best search, made again: {write_report(folder)}")
+            return True
         else:
             echo("the best search was not made again: the same command goes on")
+    return False
 
 
 def _run_cases(
     study: StudyFile, out: Path, runner: Runner, cache: Path | None, stop: StopCondition, only: Sequence[str]
-) -> None:
+) -> bool:
     """All cases, or some, each with its report, and the table of all that are finished."""
     from rankopt.experiments.cases import CaseStarted, finished_cases, run_cases
     from rankopt.report.cases import MARKDOWN, table, write
@@ -135,7 +159,7 @@ def _run_cases(
 
     for event in run_cases(study, out, runner, cache, stop, ProgressBar(), only):
         if isinstance(event, CaseStarted):
-            echo(f"{event.name}:")
+            echo(f"{event.name}:" if event.minutes is None else f"{event.name} (about {event.minutes:g} minutes):")
             continue
         write_report(event.folder)
         with folder_lock(out, wait=True):  # several processes may share a study
@@ -145,3 +169,4 @@ def _run_cases(
         echo(f"written: {out / MARKDOWN}")
     if len(rows) < len(study.cases):
         echo(f"{len(rows)} of {len(study.cases)} cases are done: the same command goes on")
+    return {row["case"] for row in rows} >= set(only or (case.name for case in study.cases))

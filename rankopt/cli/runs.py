@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from rankopt.core.records import Plan, Task
+    from rankopt.core.result_record import Metric
     from rankopt.export.export import Exported
 
 
@@ -48,7 +49,7 @@ def apply(
 ) -> None:
     """Rebuild a compressed model from plan.json and its weights."""
     with readable_errors():
-        from rankopt.core.records import DENSE, SAME
+        from rankopt.core.records import DENSE, MEASURED, SAME
         from rankopt.core.run_folder import read_result, report_damage
         from rankopt.decompositions.plan import load, read_plan
         from rankopt.experiments.tasks import load_task
@@ -69,31 +70,33 @@ def apply(
                 f"cost counted again: {cost.params:,} parameters, {cost.macs:,} MACs, {cost.bytes:,} bytes, as planned"
             )
             if plan.latency_on:
-                try:
-                    _check_latency(found, model, plan)
-                except RankoptError as error:
-                    echo(f"latency not measured again: {error}")
+                for metric in (m for m in MEASURED if plan.dense[m]):
+                    try:
+                        _measure_again(metric, found, model, plan)
+                    except RankoptError as error:
+                        echo(f"{metric} not measured again: {error}")
             with report_damage(run):
                 _check_scores(found, model, read_result(run))
 
 
-def _check_latency(task: Task, model: nn.Module, plan: Plan) -> None:
-    """Time the rebuilt model beside the dense one and print what the plan says, too.
+def _measure_again(metric: Metric, task: Task, model: nn.Module, plan: Plan) -> None:
+    """Measure the rebuilt model beside the dense one and print what the plan says, too.
 
     Raises:
         RankoptError: The plan's conditions cannot be met here.
     """
+    from rankopt.candidates.instruments import INSTRUMENTS
     from rankopt.candidates.latency_table import Conditions, machine
     from rankopt.search.latency_check import in_turns, interval
 
     conditions = dataclasses.replace(Conditions.parse(plan.latency_on), table="")  # the table is not needed here
     if conditions.threads > available_cores():
         raise RankoptError(f"{conditions} asks for more threads than this machine has cores ({available_cores()})")
-    dense, small = in_turns(task.model, model, task.example_input, conditions)
+    dense, small = in_turns(task.model, model, task.example_input, conditions, instrument=INSTRUMENTS[metric])
     low, high = interval([b / a for a, b in zip(dense, small, strict=True)])
     echo(
-        f"latency measured again: {low:.1%} to {high:.1%} of dense (95 %), the plan says "
-        f"{plan.cost.latency / max(plan.dense.latency, 1):.1%}; {amount('latency', sorted(small)[len(small) // 2])} on "
+        f"{metric} measured again: {low:.1%} to {high:.1%} of dense (95 %), the plan says "
+        f"{plan.cost[metric] / max(plan.dense[metric], 1):.1%}; {amount(metric, sorted(small)[len(small) // 2])} on "
         f"{conditions} ({machine(conditions)})"
     )
 

@@ -9,6 +9,7 @@ import typer
 
 from rankopt.cli.app import (
     COMPRESS,
+    EFFORT,
     RAY,
     CpusPerTrial,
     GpusPerTrial,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from rankopt.search.result import Result
 
 # Panels of --help
-BUDGET, STRATEGY, EVALUATION, LATENCY = "Budget", "Strategy", "Evaluation", "Latency"
+BUDGET, STRATEGY, CANDIDATES, EVALUATION, LATENCY = "Budget", "Strategy", "Candidates", "Evaluation", "Latency"
 OUTPUT = "Output"
 
 
@@ -55,7 +56,7 @@ def search(  # noqa: PLR0913  # a parameter for every option
         list[str] | None,
         typer.Option(
             "--budget",
-            help="METRIC=VALUE, repeatable: params=0.5, macs=30%, bytes=500KB, latency=5ms",
+            help="METRIC=VALUE, repeatable: params=0.5, macs=30%, bytes=500KB, latency=5ms, energy=0.7",
             rich_help_panel=BUDGET,
         ),
     ] = None,
@@ -73,7 +74,8 @@ def search(  # noqa: PLR0913  # a parameter for every option
     strategy: Annotated[
         str,
         typer.Option(
-            help="knapsack, optuna, rl, lasso, lasso-train, evbmf, greedy, energy, uniform or random",
+            help="knapsack, optuna, rl, thompson, lasso, lasso-train, evbmf, greedy, energy, uniform, random or "
+            "MODULE:CLASS",
             rich_help_panel=STRATEGY,
             autocompletion=complete_strategy,
         ),
@@ -101,7 +103,7 @@ def search(  # noqa: PLR0913  # a parameter for every option
         typer.Option(
             "--space",
             help="a search space by name, or a .toml file",
-            rich_help_panel=STRATEGY,
+            rich_help_panel=CANDIDATES,
             autocompletion=complete_space,
         ),
     ] = "default",
@@ -109,13 +111,21 @@ def search(  # noqa: PLR0913  # a parameter for every option
         str | None,
         typer.Option(
             help="decompositions instead of the space's, as svd_out,cp_merged",
-            rich_help_panel=STRATEGY,
+            rich_help_panel=CANDIDATES,
             autocompletion=complete_family,
         ),
     ] = None,
     keep_dense: Annotated[
         list[str] | None,
-        typer.Option(help="a layer to leave dense, may have * and ?; repeatable", rich_help_panel=STRATEGY),
+        typer.Option(help="a layer to leave dense, may have * and ?; repeatable", rich_help_panel=CANDIDATES),
+    ] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(help=EFFORT, show_default="the space's, thorough", rich_help_panel=CANDIDATES),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="instead of an effort: how long preparing may take", rich_help_panel=CANDIDATES),
     ] = None,
     fidelities: Annotated[
         str | None,
@@ -135,7 +145,7 @@ def search(  # noqa: PLR0913  # a parameter for every option
     latency_on: Annotated[
         str | None,
         typer.Option(
-            help="with --budget latency=0.6 or 5ms: where it counts",
+            help="with --budget latency=0.6 or 5ms, or energy=0.7 or 20mJ: where it counts",
             show_default="cpu,batch=1,threads=1,runtime=eager",
             rich_help_panel=LATENCY,
         ),
@@ -195,6 +205,8 @@ def search(  # noqa: PLR0913  # a parameter for every option
             space=space,
             families=[name.strip() for name in families.split(",")] if families else None,
             keep_dense=keep_dense,
+            effort=effort,
+            minutes=minutes,
             fidelities=fidelities,
             refine=refine,
             out=folder,

@@ -42,6 +42,14 @@ def train(  # noqa: PLR0913  # a parameter for every option
             rich_help_panel=RECIPE,
         ),
     ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="stop after this many epochs without a better validation score; 0: never",
+            show_default="0",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,7 +88,8 @@ def train(  # noqa: PLR0913  # a parameter for every option
 
         base = FROM_SCRATCH if from_scratch else Recipe()
         given = typed_options(parse_pairs(option or []), dataclasses.asdict(base), "the recipe")
-        given |= {k: v for k, v in {"epochs": epochs, "rate": rate, "layerwise": layerwise}.items() if v is not None}
+        named = {"epochs": epochs, "rate": rate, "layerwise": layerwise, "patience": patience}
+        given |= {k: v for k, v in named.items() if v is not None}
         recipe = dataclasses.replace(base, **given, seed=seed)
         if teacher is not None and not recipe.distill:
             raise RankoptError("--teacher is not listened to with distill=0: give --option distill=0.5, say")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankopt.core.errors import BudgetError
-from rankopt.core.records import BUDGETS, Cost
+from rankopt.core.records import BUDGETS, MEASURED, Cost
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -18,11 +18,18 @@ BYTES = ("bytes", "memory", "disk")
 """The metrics whose unit is the byte."""
 
 
-TIMES = {"NS": 1, "US": 10**3, "MS": 10**6, "S": 10**9}
-"""Units of time in nanoseconds."""
+SCALES = {"latency": "s", "energy": "J"}
+"""The units of what is measured. `Cost` counts billionths of them."""
 
 
-HELP = "give a fraction of dense (0.5, 50%) or an absolute number (150000, 2M, 500KB; latency: 5ms, 800us)"
+PREFIXES = {"N": 1, "U": 10**3, "M": 10**6, "": 10**9}
+"""Prefixes of these units, in billionths."""
+
+
+HELP = (
+    "give a fraction of dense (0.5, 50%) or an absolute number (150000, 2M, 500KB; latency: 5ms, 800us; "
+    "energy: 20mJ, 500uJ)"
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ def _number(metric: str, value: Any) -> tuple[float, bool]:
     if isinstance(value, bool):
         raise wrong
     match = re.fullmatch(
-        r"([+-]?\d+(?:\.\d*)?(?:e[+-]?\d+)?|[+-]?\.\d+(?:e[+-]?\d+)?)\s*(%|[KMG]?B?|[NUM]?S)", text, re.I
+        r"([+-]?\d+(?:\.\d*)?(?:e[+-]?\d+)?|[+-]?\.\d+(?:e[+-]?\d+)?)\s*(%|[KMG]?B?|[NUM]?[SJ])", text, re.I
     )
     if not match:
         raise wrong
@@ -129,10 +136,11 @@ def _number(metric: str, value: Any) -> tuple[float, bool]:
         raise wrong
     if unit == "%":
         return number / 100, True
-    if unit in TIMES or (metric == "latency" and unit):
-        if metric != "latency" or unit not in TIMES:
+    scale = SCALES.get(metric, "").upper()
+    if unit.endswith(("S", "J")) or (scale and unit):
+        if not scale or not unit.endswith(scale):
             raise wrong
-        return number * TIMES[unit], False
+        return number * PREFIXES[unit[:-1]], False
     if unit:
         if unit.endswith("B") and metric not in BYTES:
             raise BudgetError(f"budget {metric}={text}: {unit} counts bytes, {metric} takes K, M or G")
@@ -142,8 +150,9 @@ def _number(metric: str, value: Any) -> tuple[float, bool]:
 
 def _without_unit(metric: str, text: str, number: float, is_integer: bool) -> tuple[float, bool]:
     """As `_number`: an integer is absolute, any other number a fraction."""
-    if is_integer and metric == "latency":
-        raise BudgetError(f"budget latency={text}: give a unit (5ms, 800us) or a fraction of dense (0.6, 60%)")
+    if is_integer and metric in MEASURED:
+        units = "5ms, 800us" if metric == "latency" else "20mJ, 500uJ"
+        raise BudgetError(f"budget {metric}={text}: give a unit ({units}) or a fraction of dense (0.6, 60%)")
     if is_integer and number == 1:
         raise BudgetError(f"budget {metric}=1 is ambiguous: 100% keeps everything, 1.0 likewise; one {metric} is none")
     if not is_integer and number > 1:
@@ -152,10 +161,20 @@ def _without_unit(metric: str, text: str, number: float, is_integer: bool) -> tu
 
 
 def amount(metric: str, value: float) -> str:
-    """An amount of a metric as text: "1,234" or "5.67 ms".
+    """An amount of a metric as text: "1,234", "5.67 ms" or "12.3 mJ".
 
     Args:
         metric: One of BUDGETS.
         value: In the unit of `Cost`.
     """
-    return f"{value / 1e6:,.4g} ms" if metric == "latency" else f"{value:,}"
+    return f"{value / 1e6:,.4g} m{SCALES[metric]}" if metric in MEASURED else f"{value:,}"
+
+
+def at_least(metric: str, value: int) -> str:
+    """A budget's value that is no less than an amount, as users write it: "1234" or "5671us".
+
+    Args:
+        metric: One of BUDGETS.
+        value: In the unit of `Cost`.
+    """
+    return f"{math.ceil(value / 1000)}u{SCALES[metric]}" if metric in MEASURED else f"{value}"

@@ -47,6 +47,8 @@ def typed_options(options: Mapping[str, Any], known: Mapping[str, Any], whose: s
             valid = ", ".join(f"{k}={v}" for k, v in known.items()) or "none"
             raise RankoptError(f"{whose} has no option {key!r}; its options: {valid}")
         kind = type(known[key])
+        if isinstance(value, type):  # a class goes by its name, which result.json and study.db can hold
+            value = f"{value.__module__}:{value.__qualname__}"  # noqa: PLW2901
         try:
             typed[key] = {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
         except (ArithmeticError, KeyError, TypeError, ValueError):

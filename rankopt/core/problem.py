@@ -6,16 +6,17 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rankopt.core.budget import BYTES, Limit, amount
+from rankopt.core.budget import BYTES, Limit, amount, at_least
 from rankopt.core.errors import BudgetError
-from rankopt.core.records import Candidate, Cost, Layer, Proposal
+from rankopt.core.records import MEASURED, Candidate, Cost, Layer, Proposal
+from rankopt.core.result_record import FittingEntry
 
 Counter = Callable[[Sequence[Candidate]], Mapping[str, int]]
 """Counts memory and disk of the model that a plan's candidates make."""
@@ -52,6 +53,7 @@ class Problem:
         kept: The layers that stay dense, with their reasons: they explain why a budget cannot be met.
         counter: Counts memory and disk of a whole plan, of which the candidates' costs are estimates. None: they are
             taken to add up.
+        fitting: Which candidates were fitted for this budget, and why not the others; None if all were.
     """
 
     layers: tuple[Layer, ...]
@@ -60,6 +62,7 @@ class Problem:
     limits: tuple[Limit, ...]
     kept: tuple[Layer, ...] = ()
     counter: Counter | None = None
+    fitting: FittingEntry | None = field(default=None, compare=False, repr=False)
 
     @property
     def fixed(self) -> Cost:
@@ -257,6 +260,7 @@ REST = {
     "macs": "everything else: operations outside of layers, such as attention",
     "bytes": "everything else: norms, biases, buffers, weights outside of layers",
     "latency": "everything else, not timed by itself",
+    "energy": "everything else, not measured by itself",
     "memory": "everything else: activations at the peak, norms, buffers",
     "disk": "everything else: norms, biases, buffers, the file's header",
 }
@@ -268,7 +272,6 @@ def _shortfall(problem: Problem, limit: Limit, least: int) -> str:
     metric, dense = limit.metric, problem.dense[limit.metric]
     parts = sorted(_parts(problem, limit, least), key=lambda part: -part[0])
     lines = [f"{100 * cost / dense:5.1f} %  {text}" for cost, text in parts[:SHOWN] if cost >= 1e-3 * dense]
-    wanted = f"{math.ceil(least / 1000)}us" if metric == "latency" else f"{least}"
     lower = "lower ranks or int8" if metric in BYTES else "lower ranks"
     return "\n".join(
         [
@@ -276,7 +279,7 @@ def _shortfall(problem: Problem, limit: Limit, least: int) -> str:
             f"the least achievable in this search space is {amount(metric, least)} "
             f"({math.ceil(10_000 * least / dense) / 100:.2f} % of dense), made of",
             *(line if len(line) <= WIDTH else f"{line[: WIDTH - 4]} ..." for line in lines),
-            f"Give {metric}={wanted} or more, change what keeps layers dense, or search {lower}.",
+            f"Give {metric}={at_least(metric, least)} or more, change what keeps layers dense, or search {lower}.",
         ]
     )
 
@@ -301,7 +304,7 @@ def _parts(problem: Problem, limit: Limit, least: int) -> list[tuple[int, str]]:
     rest = least - smallest - sum(cost for cost, _ in parts)
     some = f"the {replaced} layers that can be replaced" if replaced > 1 else "the layer that can be replaced"
     others = REST[metric]
-    if metric == "latency" and problem.kept:  # only layers that can be replaced are timed
+    if metric in MEASURED and problem.kept:  # only layers that can be replaced are measured
         largest = max(problem.kept, key=lambda x: x.cost.macs)
         others += f", with {_names(problem.kept, 'macs')} dense ({largest.reason})"
     return [*parts, (smallest, f"{some}, at the smallest"), (rest, others)]

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from rankopt.core.signals import on_stop_signals
 
@@ -15,7 +15,28 @@ log = logging.getLogger(__name__)
 
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""A progress display: (items, what is done with them, how many) -> an iterable over the same items."""
+"""A progress display: (items, what is done with them, how many) -> an iterable over the same items.
+
+Items that take unequally long come as `Work`: a display may predict the time left from it.
+"""
+
+Item = TypeVar("Item")
+
+
+class Work(Generic[Item]):
+    """Items and how much work each takes, in operations or any other unit.
+
+    Args:
+        items: The items; they may come in any order, and each after it is done, as from a pool of workers.
+        of: Maps an item to its work.
+        total: The work of all items.
+    """
+
+    def __init__(self, items: Iterable[Item], of: Callable[[Item], float], total: float) -> None:
+        self.items, self.of, self.total = items, of, total
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
 
 
 def silent(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:  # noqa: ARG001

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rankopt.core.errors import TaskError
@@ -21,8 +21,12 @@ METRICS: tuple[Metric, ...] = ("params", "macs", "bytes")
 """Costs that are counted on the model, without running it on data."""
 
 
-BUDGETS: tuple[Metric, ...] = (*METRICS, "latency", "memory", "disk")
-"""Metrics that a budget may limit."""
+MEASURED: tuple[Metric, ...] = ("latency", "energy")
+"""Costs that are measured while the model runs, under given conditions."""
+
+
+BUDGETS: tuple[Metric, ...] = (*METRICS, "latency", "memory", "disk", "energy")
+"""Metrics that a budget may limit; stored trials list costs in this order."""
 
 
 INPUT_FIRST = ("ConvTranspose", "Embedding", "Conv1D")
@@ -48,7 +52,7 @@ PRECISIONS = (SAME, INT8, BFLOAT16, FLOAT16)
 class Cost:
     """The cost of a layer or a model.
 
-    `latency`, `memory` and `disk` are 0 unless a budget limits them; equality ignores them.
+    `latency`, `memory`, `disk` and `energy` are 0 unless a budget limits them; equality ignores them.
 
     Attributes:
         params: Elements of unique parameters.
@@ -57,6 +61,7 @@ class Cost:
         latency: Nanoseconds of a forward pass under the conditions of the latency budget.
         memory: Peak bytes of weights and activations in a forward pass; of a layer, an estimate of its share.
         disk: Bytes of model.safetensors; of a layer, an estimate of its share.
+        energy: Nanojoules for one example under the conditions of the energy budget.
     """
 
     params: int
@@ -65,6 +70,7 @@ class Cost:
     latency: int = field(default=0, compare=False)
     memory: int = field(default=0, compare=False)
     disk: int = field(default=0, compare=False)
+    energy: int = field(default=0, compare=False)
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(self[m] + other[m] for m in BUDGETS))
@@ -74,6 +80,15 @@ class Cost:
 
     def __getitem__(self, metric: str) -> int:
         return int(getattr(self, metric))
+
+    def with_metric(self, metric: Metric, value: int) -> Cost:
+        """The same cost but for one metric.
+
+        Args:
+            metric: The metric.
+            value: Its value.
+        """
+        return replace(self, **{metric: value})
 
 
 class Call(NamedTuple):
@@ -246,7 +261,7 @@ class Plan:
         choices: One per layer.
         cost: The whole model's cost under the plan.
         dense: The dense model's cost.
-        latency_on: Conditions of the latency budget, as `candidates.latency_table.Conditions` reads them; empty
+        latency_on: Conditions of a latency or energy budget, as `candidates.latency_table.Conditions` reads them; empty
             without one.
         before: What had been replaced already in the model that was compressed, the outer of nested layers first.
     """

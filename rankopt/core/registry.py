@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from operator import attrgetter
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rankopt.core.errors import RankoptError
 
 T = TypeVar("T")
+
+
+def imported(name: str, what: str) -> Any:
+    """Import what a user names, from an installed package or a module in the working directory.
+
+    Args:
+        name: "module:Class", or "module:object.attribute".
+        what: What it is to be, for messages.
+
+    Raises:
+        RankoptError: It cannot be imported.
+    """
+    module, _, attributes = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        return attrgetter(attributes)(import_module(module))
+    except Exception as error:  # whatever another module's import raises
+        raise RankoptError(
+            f"{what} {name!r} cannot be imported ({type(error).__name__}: {error}): give MODULE:CLASS"
+        ) from error
 
 
 def _sound(name: str, found: Any) -> None:

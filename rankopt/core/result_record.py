@@ -13,7 +13,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict  # pydantic reads the one of typing only from Python 3.12 on
 
-Metric = Literal["params", "macs", "bytes", "latency", "memory", "disk"]
+Metric = Literal["params", "macs", "bytes", "latency", "memory", "disk", "energy"]
 """What a budget may limit; `rankopt.core.records.Cost` defines each."""
 
 
@@ -40,9 +40,9 @@ class BudgetEntry(TypedDict):
 
     Attributes:
         requested: The value asked for: a fraction of the dense model if it is at most 1, else an absolute number.
-        target: The limit in absolute numbers. After a latency check this is the limit that was asked for, not the
-            tightened one that the search ran with.
-        achieved: What the compressed model has, counted (latency: measured, if the device is here) after it was
+        target: The limit in absolute numbers. After a check by measurement this is the limit that was asked for, not
+            the tightened one that the search ran with.
+        achieved: What the compressed model has, counted (latency, energy: measured, if the device is here) after it was
             rebuilt.
         dense: What the dense model has.
     """
@@ -63,6 +63,7 @@ class CostEntry(TypedDict):
         latency: Nanoseconds of a forward pass; 0 without a latency budget.
         memory: Peak bytes of weights and activations that live at once; 0 without a budget on memory or disk.
         disk: Bytes of model.safetensors; 0 without a budget on memory or disk.
+        energy: Nanojoules for one example; 0 without an energy budget.
     """
 
     params: int
@@ -71,6 +72,7 @@ class CostEntry(TypedDict):
     latency: NotRequired[int]
     memory: NotRequired[int]
     disk: NotRequired[int]
+    energy: NotRequired[int]
 
 
 class CostsEntry(TypedDict):
@@ -258,7 +260,7 @@ class FrontRow(TypedDict):
     Attributes:
         trial: Number of the trial.
         objective: Its objective.
-        params, macs, bytes, latency, memory, disk: Its cost, under the one metric that `also` names.
+        params, macs, bytes, latency, memory, disk, energy: Its cost, under the one metric that `also` names.
     """
 
     trial: int
@@ -269,6 +271,7 @@ class FrontRow(TypedDict):
     latency: NotRequired[int]
     memory: NotRequired[int]
     disk: NotRequired[int]
+    energy: NotRequired[int]
 
 
 class TieEntry(TypedDict):
@@ -420,17 +423,28 @@ class EnergyEntry(TypedDict):
     source: str
 
 
-class LatencyTableEntry(TypedDict):
-    """How the layers' latencies were found.
+class MeasuredEntry(TypedDict):
+    """What a budget on something measured came to: how layers were measured and, if the device is here, the check.
+
+    Nanoseconds of a forward pass, or nanojoules for one example. All from `target` on is absent without a check.
 
     Attributes:
         conditions: Device, batch, threads and runtime, as `--latency-on` takes them.
-        machine: The machine they were measured on.
+        machine: The machine that the layers were measured on.
         foreign: Whether the table comes from another machine, so that nothing was measured here.
-        slope: How often a candidate's own time counts in the whole model.
-        residual: Worst error of that fit, as a share of the dense model's latency.
+        slope: How often a candidate's own cost counts in the whole model.
+        residual: Worst error of that fit, as a share of the dense model's cost.
         plans: Whole models that the fit rests on.
-        interpolation: Typical relative error of times between measured ranks; None if none was interpolated.
+        interpolation: Typical relative error of costs between measured ranks; None if none was interpolated.
+        none_faster: Layers that no candidate makes cheaper; they stay dense.
+        attempts: Searches that were checked; 0 without a check.
+        target: The limit asked for.
+        predicted: What the plan predicted.
+        dense: Median of the dense model during the check.
+        low: Lower end of the interval of the compressed model's median.
+        high: Upper end of the interval.
+        rounds: Samples of each model, taken in turns.
+        met: Whether `high` is within the limit and no factorised layer takes more than dense.
     """
 
     conditions: str
@@ -440,6 +454,15 @@ class LatencyTableEntry(TypedDict):
     residual: float
     plans: int
     interpolation: float | None
+    none_faster: list[str]
+    attempts: int
+    target: NotRequired[int]
+    predicted: NotRequired[int]
+    dense: NotRequired[int]
+    low: NotRequired[int]
+    high: NotRequired[int]
+    rounds: NotRequired[int]
+    met: NotRequired[bool]
 
 
 class LayerLatency(TypedDict):
@@ -454,56 +477,46 @@ class LayerLatency(TypedDict):
     latency: int
 
 
-class LatencyCheckEntry(TypedDict):
-    """The check of a latency budget on the rebuilt model; latencies in nanoseconds.
+class LatencyEntry(MeasuredEntry):
+    """What a latency budget came to.
 
     Attributes:
-        target: The limit asked for.
-        predicted: Latency that the plan predicted.
-        dense: Median of the dense model during the check.
         latency: Median of the compressed model. For a budget given as a fraction: the ratio to the dense model, times
             the dense model's latency in the table.
-        low: Lower end of the interval of `latency`.
-        high: Upper end of the interval of `latency`.
-        rounds: Passes of each model, in turns.
-        met: Whether `high` is within the limit and no factorised layer is slower than dense.
-        attempts: Searches that were checked.
         layers: Timing of every factorised layer, by name.
     """
 
-    target: int
-    predicted: int
-    dense: int
-    latency: int
-    low: int
-    high: int
-    rounds: int
-    met: bool
-    attempts: int
-    layers: dict[str, LayerLatency]
+    latency: NotRequired[int]
+    layers: NotRequired[dict[str, LayerLatency]]
 
 
-class LatencyEntry(LatencyTableEntry):
-    """What a latency budget came to: the table's conditions and, if the device is here, the check.
+class LayerEnergy(TypedDict):
+    """One factorised layer, measured beside its dense original.
 
     Attributes:
-        none_faster: Layers that no candidate makes faster; they stay dense.
-        attempts: Searches that were checked; 0 without a check.
-        target, predicted, dense, latency, low, high, rounds, met, layers: As in `LatencyCheckEntry`; absent without a
-            check.
+        dense: Nanojoules of the dense layer.
+        energy: Nanojoules of the factorised layer.
     """
 
-    none_faster: list[str]
-    attempts: int
-    target: NotRequired[int]
-    predicted: NotRequired[int]
-    dense: NotRequired[int]
-    latency: NotRequired[int]
-    low: NotRequired[int]
-    high: NotRequired[int]
-    rounds: NotRequired[int]
-    met: NotRequired[bool]
-    layers: NotRequired[dict[str, LayerLatency]]
+    dense: int
+    energy: int
+
+
+class EnergyBudgetEntry(MeasuredEntry):
+    """What an energy budget came to.
+
+    Attributes:
+        energy: Median of the compressed model. For a budget given as a fraction: the ratio to the dense model, times
+            the dense model's energy in the table.
+        layers: Energy of every factorised layer, by name.
+    """
+
+    energy: NotRequired[int]
+    layers: NotRequired[dict[str, LayerEnergy]]
+
+
+MEASURED_KEYS: dict[Metric, Literal["latency", "energy_budget"]] = {"latency": "latency", "energy": "energy_budget"}
+"""Metric -> key of result.json that says what the budget on it came to."""
 
 
 # --- layers ------------------------------------------------------------------------------------------
@@ -560,6 +573,28 @@ class EpochRow(TypedDict):
     score: float | None
 
 
+class ExecutionEntry(TypedDict):
+    """How the steps of a training were computed.
+
+    Attributes:
+        device: The device, as "cuda:0 (NVIDIA H200)".
+        precision: "float32", "tf32" or "bfloat16".
+        channels_last: Whether 4-dimensional tensors were in the channels-last memory format.
+        graphs: How many CUDA graphs were recorded, one for each shape of batches.
+        not_recorded: Why steps were launched kernel by kernel on a GPU; empty if they were recorded.
+        milliseconds: If precision was "auto": choice -> milliseconds of a step, of those that were tried.
+        steps_per_second: Steps a second, validation included.
+    """
+
+    device: str
+    precision: str
+    channels_last: bool
+    graphs: int
+    not_recorded: str
+    milliseconds: dict[str, float]
+    steps_per_second: float
+
+
 class FinetuneInfo(TypedDict):
     """How a training went: `info` of what `rankopt.finetune` returns.
 
@@ -570,6 +605,7 @@ class FinetuneInfo(TypedDict):
         epochs: One row for each epoch.
         losses: Points (step, loss) by stage, "layerwise" and "whole"; each is the mean since the point before.
         seconds: Duration of the training.
+        execution: How the steps were computed; absent in results of earlier versions.
     """
 
     recipe: dict[str, Any]
@@ -578,6 +614,7 @@ class FinetuneInfo(TypedDict):
     epochs: list[EpochRow]
     losses: dict[str, list[list[float]]]
     seconds: float
+    execution: NotRequired[ExecutionEntry]
 
 
 class TrainingSource(TypedDict):
@@ -604,6 +641,49 @@ class TrainingEntry(FinetuneInfo, TrainingSource):
 
     test_before: float | None
     batch_norms: NotRequired[int]
+
+
+# --- what was fitted -----------------------------------------------------------------------------------
+
+
+class DroppedRow(TypedDict):
+    """A family of which no candidate was fitted with all its steps on a layer.
+
+    Attributes:
+        layer: Name of the layer.
+        family: Name of the decomposition.
+        behind: By how much more than `bound` a plan loses, as predicted, if it uses the family's best candidate on
+            this layer, by a low estimate of that candidate's error; None where another family's candidates are
+            better at any cost.
+    """
+
+    layer: str
+    family: str
+    behind: float | None
+
+
+class FittingEntry(TypedDict):
+    """Which candidates were fitted for a budget, and on which evidence others were not.
+
+    Attributes:
+        candidates: Fits that the search space allows.
+        first: Fits with few steps.
+        final: Fits with all steps for this budget.
+        rounds: How often candidates were chosen and fitted.
+        settled: Whether a further round would have fitted nothing.
+        bound: A lower bound of the predicted losses of all plans, with low estimates of the errors that are not known.
+        gain: By what share of it fitting everything could lower the least predicted loss at most, by these estimates.
+        dropped: Families of which nothing was fitted with all steps, by layer.
+    """
+
+    candidates: int
+    first: int
+    final: int
+    rounds: int
+    settled: bool
+    bound: float
+    gain: float
+    dropped: list[DroppedRow]
 
 
 # --- the whole ---------------------------------------------------------------------------------------
@@ -637,11 +717,15 @@ class ResultInfo(SearchMetadata):
     Attributes:
         seconds: Seconds by stage of the run.
         family_seconds: Seconds of fitting by family, all workers together; empty if all fits came from the cache.
+        forward_passes: Forward passes of all calibration examples that the sensitivities took; 0 if they came from the
+            cache. Absent in results of earlier versions.
+        effort: The search space's effort: "quick", "normal" or "thorough"; absent in files of earlier versions.
+        fitting: What was fitted for the budget, and why not more; absent if everything was.
         trials: How many plans were proposed and evaluated.
         budget: The limits, by metric.
         cost: Cost of both models.
-        optimality_gap: Relative gap of the chosen plan's predicted loss to the least that any plan of the search
-            space can have within the budget.
+        optimality_gap: Relative gap of the chosen plan's predicted loss to the least that any plan of the fitted
+            candidates can have within the budget.
         objective: Objective of the chosen plan.
         fidelities: One row for each fidelity below the full one.
         refinement: Refitting of the layers one after the other; None if not asked for.
@@ -655,6 +739,7 @@ class ResultInfo(SearchMetadata):
         milliseconds: Time of a forward pass on the machine of the search.
         energy: Energy of an inference.
         latency: What a latency budget came to; absent without one.
+        energy_budget: What an energy budget came to; absent without one.
         layers: One row for each layer, in the model's order.
         training: The training of the result; absent without one.
         rounds: The rounds of multi-stage compression so far; absent without them.
@@ -662,6 +747,9 @@ class ResultInfo(SearchMetadata):
 
     seconds: dict[str, float]
     family_seconds: dict[str, float]
+    forward_passes: NotRequired[float]
+    effort: NotRequired[str]
+    fitting: NotRequired[FittingEntry]
     trials: TrialsEntry
     budget: dict[Metric, BudgetEntry]
     cost: CostsEntry
@@ -679,6 +767,7 @@ class ResultInfo(SearchMetadata):
     milliseconds: MillisecondsEntry
     energy: NotRequired[EnergyEntry]
     latency: NotRequired[LatencyEntry]
+    energy_budget: NotRequired[EnergyBudgetEntry]
     layers: list[LayerRow]
     training: NotRequired[TrainingEntry]
     rounds: NotRequired[list[RoundEntry]]

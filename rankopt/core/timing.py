@@ -37,39 +37,51 @@ def medians(functions: Sequence[Callable[[], Any]], seconds: float = 1.0) -> lis
         return [statistics.median(times) / 1e9 for times in in_turn(functions, 11, seconds)]
 
 
-def in_turn(
-    calls: Sequence[Callable[[], Any]],
-    rounds: int,
-    seconds: float = 0.0,
-    warm_up: int = 1,
-    clock: Callable[[], int] = time.perf_counter_ns,
-) -> list[list[int]]:
-    """Time several calls in rounds, each of which makes every call once.
+Sample = Callable[[Callable[[], Any]], int]
+"""Makes a call, perhaps several times, and returns what one takes: nanoseconds, or whatever is measured."""
 
-    Interleaving makes the times comparable: what slows the machine for a while slows all calls alike. On a GPU, a call
-    is timed until its work is done.
+
+def by_clock(call: Callable[[], Any], clock: Callable[[], int] = time.perf_counter_ns) -> int:
+    """Time a call; on a GPU, until its work is done.
 
     Args:
-        calls: What to time.
-        rounds: The least number of rounds that count.
-        seconds: The least time to go on for.
-        warm_up: How many rounds to make first that do not count.
+        call: What to time.
         clock: A clock in nanoseconds.
 
     Returns:
-        For each call its nanoseconds in every round.
+        Nanoseconds.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else _nothing
-    spent: list[list[int]] = [[] for _ in calls]
+    wait()
+    start = clock()
+    call()
+    wait()
+    return clock() - start
+
+
+def in_turn(
+    calls: Sequence[Callable[[], Any]], rounds: int, seconds: float = 0.0, warm_up: int = 1, sample: Sample = by_clock
+) -> list[list[int]]:
+    """Measure several calls in rounds, each of which measures every call once.
+
+    Interleaving makes the samples comparable: what slows the machine for a while slows all calls alike.
+
+    Args:
+        calls: What to measure.
+        rounds: The least number of rounds that count.
+        seconds: The least time to go on for.
+        warm_up: How many rounds to make first that do not count.
+        sample: Measures a call.
+
+    Returns:
+        For each call its sample of every round.
+    """
+    found: list[list[int]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
-    while len(spent[0]) < warm_up + rounds or time.perf_counter() < end:
-        for call, times in zip(calls, spent, strict=True):
-            wait()
-            start = clock()
-            call()
-            wait()
-            times.append(clock() - start)
-    return [times[warm_up:] for times in spent]
+    while len(found[0]) < warm_up + rounds or time.perf_counter() < end:
+        for call, samples in zip(calls, found, strict=True):
+            samples.append(sample(call))
+    return [samples[warm_up:] for samples in found]
 
 
 def _nothing() -> None:

@@ -43,6 +43,7 @@ class Decomposition(ABC):
         name: Name of the family in search spaces and plans.
         exact: Whether full rank reproduces the layer, so that lower ranks are truncations.
         effort: Factor on the search space's number of optimisation steps.
+        closed_form: Whether fits take no optimisation steps.
         density: Factor on the number of points of the search space's grid of compression rates.
         aspects: Directions in which ranks grow.
         forms: Forms of the replacement; the first is the default.
@@ -51,6 +52,7 @@ class Decomposition(ABC):
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     effort: ClassVar[float] = 1.0
+    closed_form: ClassVar[bool] = False
     density: ClassVar[float] = 1.0
     aspects: ClassVar[tuple[Aspect, ...]] = ((1.0,),)
     forms: ClassVar[tuple[str, ...]] = (FACTORISED, RECONSTRUCTED)
@@ -106,6 +108,31 @@ class Decomposition(ABC):
         Yields:
             One fit per rank, in order.
         """
+
+    def fit_stack(
+        self,
+        layers: Sequence[Layer],
+        weights: Sequence[Tensor],
+        ranks: Sequence[Rank],
+        moments: Sequence[Tensor | None],
+        metrics: Sequence[Tensor | None],
+        steps: int = 100,
+    ) -> list[list[Fit]]:
+        """Fit layers of the same shape; families that can fit them at once override this.
+
+        Args:
+            layers: Layers to decompose, with equal shapes and groups.
+            weights: As in `fit`, one for each layer.
+            ranks: Valid ranks, the same for all.
+            moments: As in `fit`, one for each layer; all of the same shape, or all None.
+            metrics: As in `fit`, one for each layer; all of the same shape, or all None.
+            steps: As in `fit`.
+
+        Returns:
+            For each layer one fit per rank, in order.
+        """
+        given = zip(layers, weights, moments, metrics, strict=True)
+        return [list(self.fit(layer, w, ranks, s, h, steps)) for layer, w, s, h in given]
 
     # --- ranks ---
 

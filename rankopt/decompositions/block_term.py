@@ -5,6 +5,8 @@ W(t, c, y, x) = Σ_z Σ_pq U_z(t, q) G_z(q, p, y, x) V_z(p, c)    over z = 1 ...
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,9 @@ class BlockTerm(OutputSolved):
             Stage(blocks * r_in, blocks * r_out, layer.kernel, "hw", blocks),
             Stage(blocks * r_out, layer.out_channels),
         )
+
+    def padding(self, layer: Layer, rank: Rank) -> Hashable:
+        return rank[0]  # blocks times ranks would grow with the largest of both
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         blocks, r_in, r_out = rank

@@ -6,6 +6,8 @@ cp_merged    W = Σ_r a_r(c) s_r(y, x) u_r(t)        1 x 1 to R, kh x kw depthwi
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,9 @@ class Cp(OutputSolved):
             Stage(r, r, (1, width), "w", blocks=r),
             Stage(r, layer.out_channels),
         )
+
+    def padding(self, layer: Layer, rank: Rank) -> Hashable:
+        return ()
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         channels, spatial = rank_one_rows(layer, target, rank[0])
@@ -78,6 +83,9 @@ class CpMerged(OutputSolved):
             Stage(r, r, layer.kernel, "hw", blocks=r),
             Stage(r, layer.out_channels),
         )
+
+    def padding(self, layer: Layer, rank: Rank) -> Hashable:
+        return ()
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         return rank_one_rows(layer, target, rank[0])

@@ -81,7 +81,7 @@ class HierarchicalTucker(CoreNetwork):
             return mode_bases(target.weight.unflatten(-1, (layer.in_channels, -1)), rank[:2])
         modes = linear_modes(layer)
         assert modes is not None
-        weight = target.weight.view(1, modes[3], modes[2], modes[0], modes[1])  # (1, T2, T1, C1, C2)
+        weight = target.weight.view(-1, modes[3], modes[2], modes[0], modes[1])  # (g, T2, T1, C1, C2)
         third, first, second = mode_bases(weight, (rank[3], rank[0], rank[1]))
         left = torch.einsum("gxtab,gpa,gqb->gxtpq", weight, first, second)
         node = leading_rows(left.flatten(3).flatten(1, 2), rank[2])
@@ -92,9 +92,9 @@ class HierarchicalTucker(CoreNetwork):
         if len(layer.shape) == 4:
             return kronecker(theta)
         first, second, node, third, last = theta
-        inside = node @ kronecker((first, second))  # (1, R, n)
+        inside = node @ kronecker((first, second))  # (g, R, n)
         outside = torch.einsum("gxsr,gst->gxtr", last.unflatten(-1, (third.shape[1], -1)), third)
-        return (outside.flatten(1, 2) @ inside).reshape(1, len(last[0]), -1)
+        return (outside.flatten(1, 2) @ inside).reshape(*last.shape[:2], -1)
 
     def factors(self, layer: Layer, theta: Parameters, output: Tensor, rank: Rank) -> Factors:
         if len(layer.shape) == 4:

@@ -11,12 +11,20 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.base import Decomposition
+from rankopt.decompositions.lbfgs import minimize
 from rankopt.decompositions.types import Factors, Fit, Target
-from rankopt.decompositions.variable_projection import NEGLIGIBLE, affordable_steps, full_target, lbfgs, stored_fit
+from rankopt.decompositions.variable_projection import (
+    NEGLIGIBLE,
+    TOLERANCE,
+    affordable_steps,
+    full_target,
+    stored_fit,
+)
 
 
 class Joint(Decomposition):
@@ -81,16 +89,21 @@ class Joint(Decomposition):
     def _search(self, layer: Layer, start: Factors, target: Target, steps: int) -> Factors:
         """Improve all cores."""
         scale = target.norm
+        shapes, sizes = [core.shape for core in start], [core.numel() for core in start]
 
-        def weight(cores: Factors) -> Tensor:
-            return self.weight(layer, cores).reshape(target.weight.shape)
+        def cores(point: Tensor) -> Factors:
+            return tuple(c.reshape(s) for c, s in zip(point.flatten().split(sizes), shapes, strict=True))
 
-        def loss(approximation: Tensor) -> tuple[float, Tensor]:
-            difference = target.weight - approximation
+        def evaluate(point: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            point = point.detach().requires_grad_()
+            approximation = self.weight(layer, cores(point)).reshape(target.weight.shape)
+            difference = target.weight - approximation.detach()
             gradient = target.times_moment(target.metric @ difference).mul_(-2 / scale)
-            return -0.5 * (gradient * difference).sum().item(), gradient
+            loss = -0.5 * (gradient * difference).sum()
+            (found,) = torch.autograd.grad(approximation, point, gradient)
+            return loss.view(1, 1), found
 
-        start = tuple(core.contiguous() for core in start)
-        if steps > 0 and scale > 0 and loss(weight(start))[0] > NEGLIGIBLE:
-            return lbfgs(weight, loss, start, steps, history=10, tolerance=1e-9)
-        return start
+        if steps == 0 or scale <= 0:
+            return start
+        flat = torch.cat([core.reshape(-1) for core in start]).view(1, 1, -1)
+        return cores(minimize(evaluate, flat, torch.tensor([steps]), TOLERANCE, NEGLIGIBLE).points)

@@ -92,14 +92,33 @@ def apply(
         factors: Factors by `Candidate.key`.
     """
 
-    def fill(new: nn.Module, candidate: Candidate) -> None:
-        stored = factors[candidate.key] if candidate.key is not None else ()
-        if candidate.precision == SAME:
-            load_factors(new, stored)
-        else:
-            quantize_(new, candidate.precision, stored)
+    return assemble(model, layers, candidates, lambda new, candidate: _fill(new, candidate, factors))
 
-    return assemble(model, layers, candidates, fill)
+
+def replacement(module: nn.Module, layer: Layer, candidate: Candidate, factors: FactorLookup) -> nn.Module:
+    """Build the module that a candidate replaces a layer's by.
+
+    Args:
+        module: The layer's module; it is not changed.
+        layer: The layer.
+        candidate: A candidate for it.
+        factors: Factors by `Candidate.key`.
+    """
+    if candidate.method == DENSE:
+        new = copy.deepcopy(module)
+    else:
+        new = DECOMPOSITIONS[candidate.method].build(module, layer, candidate.rank, candidate.form)
+    _fill(new, candidate, factors)
+    return new
+
+
+def _fill(new: nn.Module, candidate: Candidate, factors: FactorLookup) -> None:
+    """Write a candidate's factors into its module, in the candidate's precision."""
+    stored = factors[candidate.key] if candidate.key is not None else ()
+    if candidate.precision == SAME:
+        load_factors(new, stored)
+    else:
+        quantize_(new, candidate.precision, stored)
 
 
 def assemble(

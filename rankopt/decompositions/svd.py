@@ -10,7 +10,7 @@ Numbers of weights here and in the other families' docstrings are those of one g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class SvdOut(Decomposition):
     """
 
     name = "svd_out"
+    closed_form = True
     density = 4.0  # further ranks are almost free to fit
 
     def full_rank(self, layer: Layer) -> Rank | None:
@@ -89,6 +90,9 @@ class SvdIn(OutputSolved):
         (r,) = rank
         return (Stage(layer.in_channels, r), Stage(r, layer.out_channels, layer.kernel, "hw"))
 
+    def padding(self, layer: Layer, rank: Rank) -> Hashable:
+        return ()
+
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         return (input_start(layer, target, rank[0]),)
 
@@ -124,6 +128,9 @@ class SvdSpatial(OutputSolved):
             Stage(layer.in_channels, r, (height, 1), "h"),
             Stage(r, layer.out_channels, (1, width), "w"),
         )
+
+    def padding(self, layer: Layer, rank: Rank) -> Hashable:
+        return ()
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         unfolded = target.weight.unflatten(-1, (-1, layer.kernel[1])).transpose(-1, -2).flatten(1, 2)
@@ -185,6 +192,9 @@ class SvdGrouped(OutputSolved):
             Stage(layer.in_channels, blocks * r, layer.kernel, "hw", blocks),
             Stage(blocks * r, layer.out_channels),
         )
+
+    def padding(self, layer: Layer, rank: Rank) -> Hashable:
+        return rank[0]
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         blocks, r = rank

@@ -67,7 +67,7 @@ class TensorRing(CoreNetwork):
         if len(layer.shape) == 4:
             weight = target.weight.unflatten(-1, (a, b, c))
         else:
-            weight = target.weight.view(1, d, c, a, b).movedim(2, -1)
+            weight = target.weight.view(-1, d, c, a, b).movedim(2, -1)
         first = leading_rows(weight.movedim(2, -1).flatten(1, -2), r0 * r1)
         first = first.unflatten(1, (r1, r0)).transpose(1, 2)  # so that every block has strong and weak directions
         rest = torch.einsum("gtabc,gzpa->gtzcpb", weight, first)

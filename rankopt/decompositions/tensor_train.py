@@ -8,6 +8,8 @@ evenly as possible.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -70,6 +72,9 @@ class TensorTrain(CoreNetwork):
 
     # --- fit: the first two cores are searched ---
 
+    def padding(self, layer: Layer, rank: Rank) -> Hashable:
+        return ()
+
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         modes = self.modes(layer)
         assert modes is not None
@@ -82,11 +87,12 @@ class TensorTrain(CoreNetwork):
         first = torch.linalg.qr(first.mT)[0].mT.contiguous()
         # W in the basis of the first core, unfolded as (T, width) x (R1, height)
         projected = torch.einsum("gtabk,gra->gtkrb", target.weight.unflatten(-1, (a, b, -1)), first)
-        return first, leading_rows(projected.flatten(3, 4).flatten(1, 2), rank[1])
+        second = leading_rows(projected.flatten(3, 4).flatten(1, 2), rank[1])
+        return first, second.unflatten(-1, (rank[0], -1))
 
     def rows(self, layer: Layer, theta: Parameters) -> Tensor:
         first, second = theta
-        columns = torch.einsum("gra,gsrb->gsab", first, second.unflatten(-1, (first.shape[1], -1))).flatten(2)
+        columns = torch.einsum("gra,gsrb->gsab", first, second).flatten(2)
         return columns if len(layer.shape) == 2 else width_rows(layer, columns)
 
     def output_rank(self, layer: Layer, rank: Rank) -> tuple[int, int] | None:
@@ -103,7 +109,7 @@ class TensorTrain(CoreNetwork):
         if len(layer.shape) == 2:  # B (T1 T2, R2) -> (T2, R2 T1)
             output = output.view(g, c, d, r2).permute(0, 2, 3, 1).reshape(g, d, r2 * c)
         last, third = low_rank(output, r3)  # (g, d, R3), (g, R3, R2 * c)
-        third, second = balanced_bond(third.view(g, r3, r2, c), 2, second.view(g, r2, r1, b), 1)
+        third, second = balanced_bond(third.view(g, r3, r2, c), 2, second, 1)
         second, first = balanced_bond(second, 2, first, 1)
         if len(layer.shape) == 2:
             return first[0], second[0], third[0], last[0]

@@ -9,7 +9,7 @@ Only the input side is searched; core and output factor follow by reduced-rank r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,9 @@ class Tucker2(OutputSolved):
             Stage(r_in, r_out, layer.kernel, "hw"),
             Stage(r_out, layer.out_channels),
         )
+
+    def padding(self, layer: Layer, rank: Rank) -> Hashable:
+        return ()
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         channels = input_start(layer, target, rank[0])
@@ -119,6 +122,9 @@ class Tucker(OutputSolved):
             Stage(r_in * r_h * r_w, r_out),
             Stage(r_out, layer.out_channels),
         )
+
+    def padding(self, layer: Layer, rank: Rank) -> Hashable:
+        return rank[1:3]  # the product of ranks would grow with the largest of each
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         weight = target.weight.unflatten(-1, (layer.in_channels, *layer.kernel))

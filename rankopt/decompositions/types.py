@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
@@ -96,8 +97,8 @@ class Target(NamedTuple):
 
     Attributes:
         weight: W (g, T, n).
-        moment: Input moment S (g, n, n); its diagonal (g, n) for an Embedding, whose input is one-hot, and for layers
-            too wide for more.
+        moment: Input moment S (g, n, n); its diagonal (g, n) for an Embedding, whose input is one-hot; for a layer too
+            wide for a whole matrix (g, 1 + l, n), l < n - 1: S = diag(d) + Bᵀ B, d in the first row, B in the others.
         metric: Output metric H (g, T, T).
         outer: Metric of t1 (g, t1, t1), if the weight is arranged as (g, t2, t1 * n) with T = t1 * t2 so that t1
             belongs to the searched side of the fit; the input moment is then outer ⊗ S.
@@ -118,7 +119,7 @@ class Target(NamedTuple):
         """
         product = rows.reshape(len(rows), -1, self.moment.shape[-1])
         if not self.plain:
-            product = product * self.moment.unsqueeze(1) if self.diagonal else product @ self.moment
+            product = _times(product, self.moment)
         if self.outer is not None:
             product = self.outer.unsqueeze(1) @ product.view(*rows.shape[:2], self.outer.shape[-1], -1)
         return product.view(rows.shape)
@@ -138,13 +139,22 @@ class Target(NamedTuple):
         """Whether only the diagonal of S is known, or is not zero."""
         return self.moment.ndim == 2
 
+    def to(self, dtype: torch.dtype) -> Target:
+        """The same in another precision.
+
+        Args:
+            dtype: The precision.
+        """
+        outer = None if self.outer is None else self.outer.to(dtype)
+        return Target(self.weight.to(dtype), self.moment.to(dtype), self.metric.to(dtype), outer, self.plain)
+
     def inputs(self, part: slice) -> Target:
         """The same for some of the inputs alone.
 
         Args:
             part: Which inputs.
         """
-        moment = self.moment[:, part] if self.diagonal else self.moment[:, part, part]
+        moment = self.moment[..., part] if self.diagonal or is_sketch(self.moment) else self.moment[:, part, part]
         return self._replace(weight=self.weight[..., part], moment=moment)
 
     @property
@@ -154,6 +164,34 @@ class Target(NamedTuple):
 
     def _square(self, w: Tensor) -> float:
         return ((self.metric @ w) * self.times_moment(w)).sum().item()
+
+
+def is_sketch(moment: Tensor) -> bool:
+    """Whether an input moment is given as a diagonal and a factor; see `Target`.
+
+    Args:
+        moment: S in any of its three forms.
+    """
+    return moment.ndim == 3 and moment.shape[1] != moment.shape[2]
+
+
+def mean_squares(moment: Tensor) -> Tensor:
+    """The diagonal (g, n) of an input moment.
+
+    Args:
+        moment: S in any of its three forms; see `Target`.
+    """
+    if moment.ndim == 2:
+        return moment
+    return moment[:, 0] + moment[:, 1:].square().sum(1) if is_sketch(moment) else moment.diagonal(dim1=1, dim2=2)
+
+
+def _times(rows: Tensor, moment: Tensor) -> Tensor:
+    """Rows (g, m, n) times an input moment."""
+    if is_sketch(moment):
+        factor = moment[:, 1:]
+        return rows * moment[:, :1] + (rows @ factor.mT) @ factor
+    return rows * moment.unsqueeze(1) if moment.ndim == 2 else rows @ moment
 
 
 class Family(Protocol):

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.base import Decomposition
+from rankopt.decompositions.lbfgs import Evaluate, minimize
 from rankopt.decompositions.types import Factors, Fit, Target
 from rankopt.model.layer_kinds import as_matrix
 
@@ -41,6 +42,21 @@ MAX_FLOPS = 1e11
 
 NEGLIGIBLE = 1e-12
 """Relative loss below which a start is not improved further."""
+
+TOLERANCE = 1e-4
+"""A search ends where its loss falls by less than this share of it in `lbfgs.WINDOW` steps."""
+
+FLOAT32_LOSS = 1e-5
+"""Relative loss below which the search goes on in float64."""
+
+CPU_BATCH, GPU_BATCH = 2**18, 2**26
+"""Elements of K in a batch: on a CPU larger ones leave its cache, on a GPU they leave its memory."""
+
+CPU_FREE = 2**17
+"""Elements of K up to which padding costs less than another batch on a CPU."""
+
+CPU_RATIO = 1.5
+"""In larger batches: how many times as large as the smallest problem the largest one is."""
 
 Parameters = tuple[Tensor, ...]
 """The searched parameters θ, float64 tensors (g, ...)."""
@@ -110,6 +126,22 @@ class OutputSolved(Decomposition):
         """
         return absorb_metric(layer, weight, moment, metric)
 
+    def padding(self, layer: Layer, rank: Rank) -> Hashable:
+        """Which ranks of a layer may be fitted in one batch.
+
+        Parameters of the smaller ranks are then filled up with zeros, in every dimension. A family may allow it if rows
+        of K(θ) that belong to zeros are zero, and zeros get no gradient: if every index of size rank is a dimension of
+        its own, as in products of factors.
+
+        Args:
+            layer: Layer to decompose.
+            rank: A valid rank.
+
+        Returns:
+            Ranks of equal values may share a batch. Default: only a rank with itself.
+        """
+        return rank
+
     def fit(
         self,
         layer: Layer,
@@ -119,37 +151,49 @@ class OutputSolved(Decomposition):
         metric: Tensor | None = None,
         steps: int = 100,
     ) -> Iterator[Fit]:
-        target, undo = self.target(layer, weight, moment, metric)
-        for rank in ranks:
-            theta = self.start(layer, target, rank)
-            output_rank = self.output_rank(layer, rank)
-            theta, output = self._search(layer, theta, target, output_rank, math.ceil(steps * self.effort))
-            factors = self.factors(layer, theta, undo @ output, rank)
-            yield stored_fit(self, layer, weight, factors, rank, moment, metric)
+        (fits,) = self._fit_stack([layer], [weight], ranks, [moment], [metric], steps)
+        yield from fits
 
-    def _search(
-        self, layer: Layer, theta: Parameters, target: Target, output_rank: tuple[int, int] | None, steps: int
-    ) -> tuple[Parameters, Tensor]:
-        """Improve θ; returns it and the output factor that belongs to it."""
-        solver, damped = (OutputSolver(target, output_rank, ridge) for ridge in (RIDGE, SEARCH_RIDGE))
+    def fit_stack(
+        self,
+        layers: Sequence[Layer],
+        weights: Sequence[Tensor],
+        ranks: Sequence[Rank],
+        moments: Sequence[Tensor | None],
+        metrics: Sequence[Tensor | None],
+        steps: int = 100,
+    ) -> list[list[Fit]]:
+        if type(self).fit is not OutputSolved.fit:  # a subclass fits in its own way
+            return super().fit_stack(layers, weights, ranks, moments, metrics, steps)
+        return self._fit_stack(layers, weights, ranks, moments, metrics, steps)
 
-        def loss(rows: Tensor) -> tuple[float, Tensor]:
-            value, _, gradient = damped(rows)
-            return value, gradient
-
-        rows = self.rows(layer, theta)
-        width = target.weight.shape[-2] if target.diagonal else target.moment.shape[-1]
-        steps = affordable_steps(steps, rows.numel() * width)
-        start, output, _ = solver(rows)
-        if steps > 0 and solver.scale > 0 and start > NEGLIGIBLE:
-            better = lbfgs(lambda t: self.rows(layer, t), loss, theta, steps, history=20, tolerance=1e-8)
-            end, new_output, _ = solver(self.rows(layer, better))
-            theta, output = (better, new_output) if end < start else (theta, output)
-        return theta, output
+    def _fit_stack(
+        self,
+        layers: Sequence[Layer],
+        weights: Sequence[Tensor],
+        ranks: Sequence[Rank],
+        moments: Sequence[Tensor | None],
+        metrics: Sequence[Tensor | None],
+        steps: int,
+    ) -> list[list[Fit]]:
+        layer, g = layers[0], layers[0].groups
+        given = list(zip(layers, weights, moments, metrics, strict=True))
+        targets, undo = zip(*(self.target(*one) for one in given), strict=True)
+        search = _Search(self, layer, stacked(targets), math.ceil(steps * self.effort))
+        found = search([(r, self.start(layer, search.target, r)) for r in ranks])
+        fits: list[list[Fit]] = [[] for _ in layers]
+        for rank, (theta, output) in zip(ranks, found, strict=True):
+            for i, (own, weight, moment, metric) in enumerate(given):
+                part = slice(i * g, (i + 1) * g)
+                factors = self.factors(own, tuple(t[part] for t in theta), undo[i] @ output[part], rank)
+                fits[i].append(stored_fit(self, own, weight, factors, rank, moment, metric))
+        return fits
 
 
 class OutputSolver:
     """Solves min_B ‖W − B K‖² for given rows K.
+
+    Products with K are taken in the target's precision, and the small systems of equations solved in float64.
 
     Args:
         target: W and the norm, with the output metric absorbed.
@@ -158,11 +202,11 @@ class OutputSolver:
     """
 
     def __init__(self, target: Target, output_rank: tuple[int, int] | None, ridge: float = RIDGE) -> None:
-        self.ridge = ridge
-        self.weight, self.times_moment = target.weight, target.times_moment
-        self.weight_moment = self.times_moment(self.weight)
-        self.scale = (self.weight_moment * self.weight).sum().item()
-        self.output_rank = output_rank
+        self.target, self.ridge, self.output_rank = target, ridge, output_rank
+        self.weight = target.weight
+        self.weight_moment = target.times_moment(self.weight)
+        self.scales = (self.weight_moment.double() * self.weight).sum((-2, -1))
+        self.scale = self.scales.sum().item()
 
     def __call__(self, rows: Tensor) -> tuple[float, Tensor, Tensor]:
         """Solve for the output factor.
@@ -173,39 +217,184 @@ class OutputSolver:
         Returns:
             The loss relative to ‖W‖², B (g, T, m), and the gradient of the loss with respect to K (g, m, n).
         """
-        rows_moment = self.times_moment(rows)
-        gram = rows_moment @ rows.mT
-        cross = rows_moment @ self.weight.mT
-        output, ridge = _solve(gram, cross, self.ridge)
-        if self.output_rank:
-            output = self._project(output, cross, *self.output_rank)
-        loss = self.scale - (output * cross.mT).sum().item()
-        penalty = ridge * output.square().sum(-2).unsqueeze(-1) * rows_moment
-        gradient = 2 * (penalty - output.mT @ (self.weight_moment - output @ rows_moment))
+        r = None if self.output_rank is None else torch.tensor([self.output_rank[1]], device=rows.device)
+        losses, output, gradient = self.solve(rows.unsqueeze(1), r)
         scale = self.scale or 1.0
-        return loss / scale, output, gradient / scale
+        return losses.sum().item() / scale, output[:, 0], gradient[:, 0] / scale
 
-    def _project(self, output: Tensor, cross: Tensor, t: int, rank: int) -> Tensor:
+    def solve(self, rows: Tensor, output_ranks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Solve for the output factors of several K for each weight.
+
+        Args:
+            rows: K (g, p, m, n).
+            output_ranks: In place of the rank of `output_rank`, one for each p.
+
+        Returns:
+            The losses (g, p) in float64, B (g, p, T, m), and the gradients of the losses with respect to K.
+        """
+        g, p, m, _ = rows.shape
+        rows_moment = self.target.times_moment(rows.flatten(1, 2)).view(rows.shape)
+        gram = (rows_moment @ rows.mT).double()
+        cross = (rows_moment.flatten(1, 2) @ self.weight.mT).view(g, p, m, -1)
+        exact, ridge = _solve(gram, cross.double(), self.ridge)
+        if self.output_rank and output_ranks is not None:
+            exact = self._project(exact, cross.double(), self.output_rank[0], output_ranks)
+        output = exact.to(rows.dtype)
+        rest_moment = self.weight_moment.unsqueeze(1) - output @ rows_moment
+        # As a square, and not as a difference of squares, the loss keeps its digits in float32
+        losses = ((self.weight.unsqueeze(1) - output @ rows) * rest_moment).sum((-2, -1), dtype=torch.float64)
+        losses = losses + (ridge * exact.square().sum(-2)).sum(-1)
+        strength = (ridge / gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300) * exact.square().sum(-2)).to(rows.dtype)
+        gradient = 2 * (strength.unsqueeze(-1) * rows_moment - output.mT @ rest_moment)
+        return losses, output, gradient
+
+    def _project(self, output: Tensor, cross: Tensor, t: int, ranks: Tensor) -> Tensor:
         """B projected onto the leading eigenvectors of B K S Wᵀ over t."""
-        g, total, m = output.shape
-        split = output.view(g, total // t, t, m)
-        explained = (split @ cross.mT.reshape(g, total // t, t, m).mT).sum(1)
-        basis = torch.linalg.eigh((explained + explained.mT) / 2)[1][..., -rank:].unsqueeze(1)
-        return (basis @ (basis.mT @ split)).view(g, total, m)
+        g, p, total, m = output.shape
+        split = output.view(g, p, total // t, t, m)
+        explained = (split @ cross.mT.reshape(g, p, total // t, t, m).mT).sum(2)
+        basis = torch.linalg.eigh((explained + explained.mT) / 2)[1]
+        led = torch.arange(t, 0, -1, device=ranks.device) <= ranks.unsqueeze(-1)  # eigenvalues ascend
+        basis = (basis * led.unsqueeze(-2)).unsqueeze(2)
+        return (basis @ (basis.mT @ split)).view(output.shape)
 
 
-def _solve(gram: Tensor, cross: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """B = crossᵀ (gram + ridge · diag(gram))⁻¹; the ridge is multiplied by 100 until this is solvable.
+def _solve(gram: Tensor, cross: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """B = crossᵀ (gram + ridge · diag(gram))⁻¹; where this is not solvable, the ridge is multiplied by 100 until it is.
 
-    Returns B and the ridge that was used.
+    Returns B and what was added to the diagonal, (..., m).
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     floor = 1e-30 + 1e-14 * diagonal.amax(-1, keepdim=True)
+    ridges = torch.full_like(floor, ridge)
     while True:
-        factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge * diagonal + floor))
-        if not info.any() or ridge > 1:
-            return torch.cholesky_solve(cross, factor).mT, ridge
-        ridge *= 100
+        factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridges * diagonal + floor))
+        failed = (info > 0).unsqueeze(-1)
+        if not failed.any() or ridges.max() > 1:
+            half = torch.linalg.solve_triangular(factor, cross, upper=False)
+            return torch.linalg.solve_triangular(factor.mT, half, upper=True).mT, ridges * diagonal
+        ridges = torch.where(failed, 100 * ridges, ridges)
+
+
+# --- the search in batches ------------------------------------------------------------------------
+
+
+class _Problem(NamedTuple):
+    """A rank of all layers of a stack: where its search starts."""
+
+    place: int
+    rank: Rank
+    theta: Parameters
+    rows: int
+    steps: int
+
+
+class _Search:
+    """Improves the parameters of all ranks of a stack of layers, in batches.
+
+    Args:
+        family: The decomposition.
+        layer: One of the layers, which have the same shape.
+        target: Their targets, stacked.
+        steps: The most steps of each.
+    """
+
+    def __init__(self, family: OutputSolved, layer: Layer, target: Target, steps: int) -> None:
+        self.family, self.layer, self.target, self.steps = family, layer, target, steps
+        self.searched = {torch.float32: target.to(torch.float32), torch.float64: target}
+
+    def __call__(self, starts: Sequence[tuple[Rank, Parameters]]) -> list[tuple[Parameters, Tensor]]:
+        """Improve θ of every rank; returns it and the output factor that belongs to it."""
+        width = self.target.weight.shape[-2] if self.target.diagonal else self.target.moment.shape[-2]
+        found: list[tuple[Parameters, Tensor]] = []
+        problems = []
+        losses = []
+        for i, (rank, theta) in enumerate(starts):
+            rows = self.family.rows(self.layer, theta)
+            loss, output = self._exact(rank, rows)
+            found.append((theta, output))
+            losses.append(loss)
+            steps = affordable_steps(self.steps, rows[: self.layer.groups].numel() * width)
+            if steps > 0 and (loss > NEGLIGIBLE).any():
+                problems.append(_Problem(i, rank, theta, rows.shape[1], steps))
+        for batch in self._batches(problems):
+            for problem, theta in zip(batch, self._improved(batch), strict=True):
+                loss, output = self._exact(problem.rank, self.family.rows(self.layer, theta))
+                better = loss < losses[problem.place]
+                pairs = zip((*theta, output), (*problem.theta, found[problem.place][1]), strict=True)
+                *best, output = (torch.where(better.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs)
+                found[problem.place] = (tuple(best), output)
+        return found
+
+    def _exact(self, rank: Rank, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The relative loss of each weight and the output factor, with hardly any ridge."""
+        output_rank = self.family.output_rank(self.layer, rank)
+        solver = OutputSolver(self.target, output_rank, RIDGE)
+        ranks = None if output_rank is None else torch.tensor([output_rank[1]], device=rows.device)
+        losses, output, _ = solver.solve(rows.unsqueeze(1), ranks)
+        return losses[:, 0] / solver.scales.clamp_min(1e-300), output[:, 0]
+
+    def _batches(self, problems: Sequence[_Problem]) -> Iterator[list[_Problem]]:
+        """Problems that are fitted at once: as many as pay, of sizes as different as pays."""
+        g, _, n = self.target.weight.shape
+        most, free = (GPU_BATCH, GPU_BATCH) if self.target.weight.is_cuda else (CPU_BATCH, CPU_FREE)
+        keys = {p.place: repr(self.family.padding(self.layer, p.rank)) for p in problems}
+        batch: list[_Problem] = []
+        for problem in sorted(problems, key=lambda p: (keys[p.place], p.rows)):
+            elements = (len(batch) + 1) * g * problem.rows * n
+            pays = elements <= free or problem.rows <= CPU_RATIO * batch[0].rows if batch else True
+            if batch and (keys[batch[0].place] != keys[problem.place] or elements > most or not pays):
+                yield batch
+                batch = []
+            batch.append(problem)
+        if batch:
+            yield batch
+
+    def _improved(self, batch: Sequence[_Problem]) -> Iterator[Parameters]:
+        """Search in float32, and on in float64 where the loss is too small for it."""
+        shapes = [[t.shape[1:] for t in problem.theta] for problem in batch]
+        largest = [torch.Size(map(max, zip(*parts, strict=True))) for parts in zip(*shapes, strict=True)]
+        flat = [torch.cat([_padded(t, s).flatten(1) for t, s in zip(p.theta, largest, strict=True)], -1) for p in batch]
+        point, steps = torch.stack(flat, 1), torch.tensor([p.steps for p in batch])
+        for dtype, floor in ((torch.float32, FLOAT32_LOSS), (torch.float64, NEGLIGIBLE)):
+            output_rank = self.family.output_rank(self.layer, batch[0].rank)
+            solver = OutputSolver(self.searched[dtype], output_rank, SEARCH_RIDGE)
+            evaluate = self._objective(solver, largest, [p.rank for p in batch])
+            found = minimize(evaluate, point.to(dtype), steps, TOLERANCE, floor)
+            point = found.points.double()
+            steps = torch.where((found.losses <= floor).any(0).cpu(), steps - found.rounds, 0)
+            if not steps.any():
+                break
+        for problem_shapes, own in zip(shapes, point.unbind(1), strict=True):
+            whole = [t.view(-1, *s) for t, s in zip(own.split([s.numel() for s in largest], -1), largest, strict=True)]
+            yield tuple(
+                t[(slice(None), *map(slice, s))].contiguous() for t, s in zip(whole, problem_shapes, strict=True)
+            )
+
+    def _objective(self, solver: OutputSolver, shapes: Sequence[torch.Size], ranks: Sequence[Rank]) -> Evaluate:
+        constraints = [self.family.output_rank(self.layer, r) for r in ranks]
+        device = self.target.weight.device
+        output_ranks = None if solver.output_rank is None else torch.tensor([c[1] for c in constraints if c])
+        sizes = [s.numel() for s in shapes]
+        scales = solver.scales.clamp_min(1e-300).unsqueeze(-1)
+
+        def evaluate(points: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+            flat = points.detach().requires_grad_()
+            parts = flat.flatten(0, 1).split(sizes, -1)
+            rows = self.family.rows(self.layer, tuple(t.reshape(-1, *s) for t, s in zip(parts, shapes, strict=True)))
+            own = None if output_ranks is None else output_ranks[columns].to(device)
+            losses, _, gradient = solver.solve(rows.detach().unflatten(0, points.shape[:2]), own)
+            gradient = gradient / scales[..., None, None].to(gradient.dtype)
+            (found,) = torch.autograd.grad(rows, flat, gradient.flatten(0, 1))
+            return losses / scales, found
+
+        return evaluate
+
+
+def _padded(theta: Tensor, shape: torch.Size) -> Tensor:
+    """Filled up with zeros to (g, *shape)."""
+    missing = [(0, size - have) for size, have in zip(shape, theta.shape[1:], strict=True)]
+    return torch.nn.functional.pad(theta, [n for pair in reversed(missing) for n in pair])
 
 
 # --- the search -----------------------------------------------------------------------------------
@@ -221,44 +410,21 @@ def affordable_steps(steps: int, products: int) -> int:
     return min(steps, int(MAX_FLOPS / (2 * products)))
 
 
-def lbfgs(
-    model: Callable[[Parameters], Tensor],
-    loss: Callable[[Tensor], tuple[float, Tensor]],
-    start: Parameters,
-    steps: int,
-    history: int,
-    tolerance: float,
-) -> Parameters:
-    """Minimise loss(model(θ)) over θ by L-BFGS (SciPy's L-BFGS-B, Zhu et al. 1997).
+def stacked(targets: Sequence[Target]) -> Target:
+    """The targets of layers of the same shape as one, along the groups.
 
     Args:
-        model: Differentiable function of the parameters, for example K(θ) or the dense weight.
-        loss: Maps the model's detached value to the loss and its gradient with respect to that value.
-        start: Initial parameters, float64.
-        steps: Maximum number of iterations.
-        history: Number of gradient pairs that approximate the Hessian.
-        tolerance: Stop when the relative decrease of the loss falls below it.
-
-    Returns:
-        The parameters found, in the shapes of `start`.
+        targets: Their targets.
     """
-    shapes, sizes = [p.shape for p in start], [p.numel() for p in start]
-    device = start[0].device
-
-    def unpack(flat: Tensor) -> Parameters:
-        return tuple(p.view(s) for p, s in zip(flat.split(sizes), shapes, strict=True))
-
-    def objective(x: object) -> tuple[float, object]:
-        flat = torch.as_tensor(x, device=device).requires_grad_()
-        value = model(unpack(flat))
-        found, gradient = loss(value.detach())
-        (flat_gradient,) = torch.autograd.grad(value, flat, gradient)
-        return found, flat_gradient.cpu().numpy()
-
-    flat = torch.cat([p.reshape(-1) for p in start])
-    options = {"maxiter": steps, "maxfun": 2 * steps, "maxcor": history, "ftol": tolerance, "gtol": 0.0}
-    found = minimize(objective, flat.cpu().numpy(), jac=True, method="L-BFGS-B", options=options)
-    return unpack(torch.as_tensor(found.x, device=device))
+    if len(targets) == 1:
+        return targets[0]
+    first = targets[0]
+    return first._replace(
+        weight=torch.cat([t.weight for t in targets]),
+        moment=torch.cat([t.moment for t in targets]),
+        metric=torch.cat([t.metric for t in targets]),
+        outer=None if first.outer is None else torch.cat([t.outer for t in targets if t.outer is not None]),
+    )
 
 
 # --- targets and fits -----------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from rankopt.core.run_folder import RESULT, folder_lock, read_result
 from rankopt.core.schema import read_json
 from rankopt.core.text import reason
 from rankopt.experiments.config import Case, StudyFile
-from rankopt.experiments.experiment import TRAINED, run_in_folder
+from rankopt.experiments.experiment import TRAINED, run_in_folder, same_settings
 from rankopt.experiments.tasks import load_task
 from rankopt.search.loop import Runner, RunUntil
 
@@ -89,9 +89,11 @@ class CaseStarted(NamedTuple):
 
     Attributes:
         name: Name of the case.
+        minutes: About how long it takes; None if unknown.
     """
 
     name: str
+    minutes: float | None = None
 
 
 class CaseFinished(NamedTuple):
@@ -137,25 +139,25 @@ def run_cases(
     if unknown := [name for name in only if name not in names]:
         raise RankoptError(f"unknown case {unknown[0]!r}; the cases are {', '.join(names)}")
     load = cache(load_task)  # several cases may share a task
-    rows = _read_rows(out)
+    rows = read_rows(out)
     for case in study.cases:
         folder = out / case.name
         if only and case.name not in only:
             continue
         known = rows.get(case.name)
-        if known and known.get("settings") == case.experiment.as_json(case.task) and _is_finished(case, folder):
+        if known and same_settings(known["settings"], case.settings) and is_finished(case, folder):
             continue
         if stop():
             break
-        yield CaseStarted(case.name)
+        yield CaseStarted(case.name, case.minutes)
         task, until = load(case.task), RunUntil(runner, stop.end)
         found = run_in_folder(case.experiment, task, folder, until, cache_folder, stop, display)
         if found is None:
             break
         row = _case_row(case, task, folder, found)
         with folder_lock(out, wait=True):
-            rows = _read_rows(out) | {case.name: row}  # other processes may have written theirs
-            _write_rows(study, out, rows)
+            rows = read_rows(out) | {case.name: row}  # other processes may have written theirs
+            write_rows(study, out, rows)
         yield CaseFinished(case.name, found)
 
 
@@ -169,12 +171,22 @@ def finished_cases(study: StudyFile, out: Path) -> list[CaseRow]:
     Raises:
         StudyError: If cases.json is damaged.
     """
-    rows = _read_rows(out)
+    rows = read_rows(out)
     return [rows[case.name] for case in study.cases if case.name in rows]
 
 
-def _read_rows(out: Path) -> dict[str, CaseRow]:
-    """Read cases.json: name -> row."""
+def read_rows(out: Path) -> dict[str, CaseRow]:
+    """Read cases.json.
+
+    Args:
+        out: Folder of the study.
+
+    Returns:
+        Name -> row; empty if there is no such file.
+
+    Raises:
+        StudyError: If it is damaged.
+    """
     path = out / JSON
     try:
         return {row["case"]: row for row in read_json(path, _Cases)["cases"]}
@@ -186,7 +198,13 @@ def _read_rows(out: Path) -> dict[str, CaseRow]:
         ) from error
 
 
-def _is_finished(case: Case, folder: Path) -> bool:
+def is_finished(case: Case, folder: Path) -> bool:
+    """Whether a case's folder holds its result.
+
+    Args:
+        case: The case.
+        folder: Its folder.
+    """
     return (folder / TRAINED / RESULT if case.experiment.training.trains else folder / RESULT).is_file()
 
 
@@ -207,12 +225,18 @@ def _case_row(case: Case, task: Task, folder: Path, found: Path) -> CaseRow:
         "seconds": sum(search["seconds"].values()) + (info["training"]["seconds"] if found != folder else 0),
         "date": date.today().isoformat(),
         "machine": f"{torch.get_num_threads()} thread(s), {platform.machine()}, torch {torch.__version__}",
-        "settings": case.experiment.as_json(case.task),
+        "settings": case.settings,
     }
 
 
-def _write_rows(study: StudyFile, out: Path, rows: Mapping[str, CaseRow]) -> None:
-    """Write cases.json."""
+def write_rows(study: StudyFile, out: Path, rows: Mapping[str, CaseRow]) -> None:
+    """Write cases.json.
+
+    Args:
+        study: The study.
+        out: Its folder.
+        rows: Name -> row; those of cases that the study does not have are left out.
+    """
     own = [rows[case.name] for case in study.cases if case.name in rows]
     content = {"study": study.path.name, "cases": own}
     write_beside(out / JSON, lambda p: p.write_text(json.dumps(content, indent=1)))

@@ -64,6 +64,7 @@ class CaseContent(TypedDict, total=False):
     training: dict[str, Setting]
     from_scratch: bool
     teacher: str
+    minutes: float
 
 
 class RayContent(TypedDict, total=False):
@@ -141,11 +142,18 @@ class Case(NamedTuple):
         name: Name of the case and of its folder.
         task: Name of its task.
         experiment: Its settings.
+        minutes: About how long it takes, as its file says; None if it does not.
     """
 
     name: str
     task: str
     experiment: Experiment
+    minutes: float | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings as JSON content, by which stored results are recognised."""
+        return self.experiment.as_json(self.task)
 
 
 @dataclass(frozen=True)
@@ -200,6 +208,7 @@ def read_study(path: Path) -> StudyFile:
     - training: a table of `Recipe`'s fields; without it nothing is trained.
     - from_scratch: true to train the plan on an untrained network.
     - teacher: a task whose model is distilled from instead of the dense one.
+    - minutes: about how long a case takes, say on a GPU; for the reader, and for who shares cases out.
     - out: the folder for results.
     - hyperparameters: a table of settings -> list of choices, or a range { low, high, log, step }; with it searches,
       how many to make, and objectives, what they optimise.
@@ -318,7 +327,7 @@ def _cases(path: Path, content: Mapping[str, Any]) -> Iterator[Case]:
             for key in ("options", "training"):
                 if key in common and key in own:
                     merged[key] = {**common[key], **own[key]}
-            yield Case(name, _beside(path, _required(merged, "task")), _experiment(path, merged))
+            yield Case(name, _beside(path, _required(merged, "task")), _experiment(path, merged), merged.get("minutes"))
         except RankoptError as error:
             raise RankoptError(f"case {name}: {error}") from error
 

@@ -39,7 +39,9 @@ NO_TRAINING = Recipe(epochs=0)
 TUNABLE_TABLES = ("budget", "options", "space", "training")  # tables whose settings may be hyperparameters
 
 
-NOT_TUNABLE = ("name", "description", "layers", "rounds", "round_steps")  # settings of a search space
+NOT_TUNABLE = (  # settings of a search space
+    *("name", "description", "layers", "rounds", "round_steps", "effort", "minutes"),
+)
 
 
 TRAINED = "trained"  # the folder of the trained model, in a run folder
@@ -142,6 +144,39 @@ class Experiment:
         return dataclasses.replace(self.training, seed=self.search.seed)
 
 
+def same_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether stored settings are those of an experiment; settings that did not exist then had their default.
+
+    Args:
+        stored: As `Experiment.as_json` wrote them, perhaps by an earlier version.
+        asked: As it writes them now.
+    """
+    training = stored.get("training")
+    known = dataclasses.asdict(NO_TRAINING) | training if isinstance(training, dict) else training
+    return json.loads(json.dumps({**stored, "training": known})) == asked
+
+
+def read_settings(out: Path) -> dict[str, Any] | None:
+    """Read the settings of the experiment that is trained in a run folder; None before its training.
+
+    Args:
+        out: The run folder.
+
+    Raises:
+        StudyError: If the file is damaged.
+    """
+    path = out / EXPERIMENT_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} is damaged ({error}): remove the folder") from error
+    if not isinstance(content, dict):
+        raise StudyError(f"{path} is damaged: remove the folder")
+    return content
+
+
 def run_experiment(experiment: Experiment, prepared: Prepared, runner: Runner) -> Result:
     """Search, then train the model of the plan that was found; nothing is kept on disk.
 
@@ -210,7 +245,7 @@ def run_in_folder(
         StudyError: If the folder holds a search or a training with other settings.
     """
     trained, settings_file = out / TRAINED, out / EXPERIMENT_FILE
-    settings_text = json.dumps(experiment.as_json(task.name), indent=1)
+    asked = experiment.as_json(task.name)
     if not trained.is_dir():
         resume = out.is_dir() and any(out.rglob("study.db"))
         settings = dataclasses.replace(experiment.search, resume=resume)
@@ -221,8 +256,8 @@ def run_in_folder(
             return None
         if not experiment.training.trains:
             return out
-        write_beside(settings_file, lambda p: p.write_text(settings_text))
-    elif not settings_file.is_file() or settings_file.read_text() != settings_text:
+        write_beside(settings_file, lambda p: p.write_text(json.dumps(asked, indent=1)))
+    elif (known := read_settings(out)) is None or not same_settings(known, asked):
         raise StudyError(f"{out} holds a training with other settings: remove it, or give another --out")
     if (trained / RESULT).is_file():
         return trained

@@ -75,7 +75,7 @@ def per_inference(
         rapl: Folder of the kernel's power-capping framework.
     """
     try:
-        source, meter = ("NVML", nvml_meter(gpu)) if gpu is not None else ("RAPL, CPU package", rapl_meter(Path(rapl)))
+        source, meter = open_meter(gpu, rapl)
     except NotHereError as error:
         return Energy(None, None, f"energy not available here: {error}")
     with torch.inference_mode():
@@ -124,6 +124,22 @@ def _wait(gpu: int | None) -> None:
     """Wait until the GPU, if any, has done its work."""
     if gpu is not None:
         torch.cuda.synchronize(gpu)
+
+
+def open_meter(gpu: int | None, rapl: str | Path = RAPL) -> tuple[str, Meter]:
+    """Find the counter of what computes.
+
+    Args:
+        gpu: Index of the GPU that computes; None for the CPU.
+        rapl: Folder of the kernel's power-capping framework.
+
+    Returns:
+        Its name, and the counter.
+
+    Raises:
+        NotHereError: There is none that can be read.
+    """
+    return ("NVML", nvml_meter(gpu)) if gpu is not None else ("RAPL, CPU package", rapl_meter(Path(rapl)))
 
 
 def nvml_meter(gpu: int) -> Meter:

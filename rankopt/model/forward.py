@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -210,6 +211,19 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def device_name(device: torch.device) -> str:
+    """Name a device for a report: a GPU by its number on the machine, whatever CUDA_VISIBLE_DEVICES hides.
+
+    Args:
+        device: The device.
+    """
+    if device.type != "cuda":
+        return str(device)
+    index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    number = visible[index] if index < len(visible) and visible[index] else index
+    return f"cuda:{number} ({torch.cuda.get_device_name(device)})"
+
+
 def batch_size(x: Any) -> int:
     """The number of examples of an input: the first dimension of its first tensor, unless it is marked otherwise.
 
@@ -250,14 +264,20 @@ def map_batched(x: Any, function: Callable[[Any], Any]) -> Any:
     return map_tensors(x, each, (Tensor, Examples))
 
 
-def take(x: Any, part: slice) -> Any:
+def take(x: Any, part: slice | Tensor) -> Any:
     """A batch with some of its examples only.
 
     Args:
         x: A nested input. Tensors whose first dimension is not its batch size stay whole.
-        part: Which examples.
+        part: Which examples: a slice, or their indices.
     """
-    return map_batched(x, lambda rows: type(rows)(rows[part]) if isinstance(rows, list) else rows[part])
+
+    def some(rows: Any) -> Any:
+        if isinstance(rows, Tensor):
+            return rows[part]
+        return type(rows)(rows[part] if isinstance(part, slice) else [rows[i] for i in part.tolist()])
+
+    return map_batched(x, some)
 
 
 # --- running a model -----------------------------------------------------------------------------
@@ -296,7 +316,7 @@ module's mode and hooks to all who hold the module. A thread that changes them w
 
 
 @contextmanager
-def inference(model: nn.Module, fused: bool = False) -> Iterator[None]:
+def inference(model: nn.Module, fused: bool = False, reseed: bool = True) -> Iterator[None]:
     """Context: eval mode without gradients, and the same random numbers every time. Modes are restored.
 
     Other threads wait, see `ONE_THREAD`.
@@ -305,6 +325,7 @@ def inference(model: nn.Module, fused: bool = False) -> Iterator[None]:
         model: The model that is run.
         fused: Leave torch's fused attention path on. It is off by default, as it calls no submodules, so that hooks on
             an attention's layers would see nothing.
+        reseed: False leaves the random numbers as they come, where the caller seeds them, or records a CUDA graph.
     """
     with ONE_THREAD:
         modes = {m: m.training for m in model.modules()}
@@ -312,7 +333,7 @@ def inference(model: nn.Module, fused: bool = False) -> Iterator[None]:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(fast and fused)
         try:
-            with torch.no_grad(), random_numbers():
+            with torch.no_grad(), random_numbers() if reseed else nullcontext():
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)

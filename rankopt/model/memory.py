@@ -1,11 +1,12 @@
-"""Memory of a model while it runs and on disk: counted, not measured, hence the same on every machine."""
+"""Memory of a model while it runs and on disk: counted, hence the same on every machine; on a GPU, measured there."""
 
 from __future__ import annotations
 
+import copy
 import json
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rankopt.model.forward import inference, map_tensors, run, to_device
+from rankopt.model.forward import device_of, inference, map_tensors, run, to_device
 from rankopt.model.inputs import one_example
 
 NAMES = {
@@ -36,14 +37,16 @@ def peak_memory(model: nn.Module, example_input: Any) -> int:
     """Peak bytes of all tensors that live at the same time in a forward pass of one example in eval mode.
 
     Weights, buffers, the input, activations and tensors built from weights on the way (dequantized or reconstructed
-    ones) count with the sizes of their storages; workspace inside kernels and torch itself do not. Attention takes
-    its ordinary path. torch.distributed._tools.mem_tracker gives the same numbers, but fails on weights that take no
-    gradient.
+    ones) count with the sizes of their storages; workspace inside kernels and torch itself do not. Of a model on a GPU
+    it is what torch's allocator there was asked for, with the kernels' workspace. Attention takes its ordinary path.
+    torch.distributed._tools.mem_tracker gives the same numbers, but fails on weights that take no gradient.
 
     Args:
         model: The model.
         example_input: A tensor, or a tuple or dict of the forward's arguments; the first example is used.
     """
+    if (device := device_of(model)).type == "cuda":
+        return measured_peak(model, example_input, GpuAllocator(device))
     x = map_tensors(
         to_device(one_example(model, example_input), model), lambda t: t.clone()
     )  # with a storage of its own
@@ -52,6 +55,62 @@ def peak_memory(model: nn.Module, example_input: Any) -> int:
     with live, inference(model):  # in this order: what .eval() builds stays while the model runs
         run(model, x)
     return live.peak
+
+
+class Allocator(Protocol):
+    """What gives out a device's memory, and how much of it."""
+
+    def now(self) -> int:
+        """Bytes that were asked for and are in use."""
+
+    def peak(self) -> int:
+        """The most bytes in use at once since the last reset."""
+
+    def reset(self) -> None:
+        """Begin to look for the peak from now on."""
+
+
+class GpuAllocator:
+    """torch's caching allocator. What it was asked for does not depend on what it gave out before; what it gives does.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def now(self) -> int:
+        """See `Allocator`."""
+        return int(torch.cuda.memory_stats(self.device)["requested_bytes.all.current"])
+
+    def peak(self) -> int:
+        """See `Allocator`."""
+        return int(torch.cuda.memory_stats(self.device)["requested_bytes.all.peak"])
+
+    def reset(self) -> None:
+        """See `Allocator`."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def measured_peak(model: nn.Module, example_input: Any, allocator: Allocator) -> int:
+    """Peak bytes that a model takes on its device in a forward pass of one example in eval mode, weights included.
+
+    Args:
+        model: The model.
+        example_input: A tensor, or a tuple or dict of the forward's arguments; the first example is used.
+        allocator: That of the device.
+    """
+    example = one_example(model, example_input)
+    with inference(model):  # libraries take their workspace at their first call and keep it, whatever runs then
+        run(model, to_device(example, model))
+    allocator.reset()
+    before = allocator.now()
+    own = copy.deepcopy(model)
+    x = to_device(example, own)
+    with inference(own):
+        run(own, x)
+    return allocator.peak() - before
 
 
 class Live(TorchDispatchMode):

@@ -80,8 +80,11 @@ class Divergence:
             room -= sum(z.numel() * z.element_size() for z in zs)
             self.reference.append([z.cpu() for z in zs] if room >= 0 else None)
             self.lengths.append([len(z) if z.ndim else 0 for z in zs])
-        self.dense = dense if None in self.reference else None
+        self.dense = None if self.kept else dense
         self.parts = [Part(x.name, x.axis, x.value() / self.examples) for x in sizes]
+        self.batch_size = self.examples / max(len(self.batches), 1)  # on average
+        rows = [batch_size(x) for x in self.batches]
+        self.divisible = all([lengths[i] for lengths in self.lengths] == rows for i in range(len(self.parts)))
 
     def _outputs(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         for batch in self.batches:
@@ -117,14 +120,44 @@ class Divergence:
         Args:
             model: The model to measure.
         """
-        total = 0.0
+        return sum(map(_total, self._compared(model))), self.examples
+
+    @property
+    def units(self) -> int:
+        """The number of examples; of batches, where not `divisible`."""
+        return self.examples if self.divisible else len(self.batches)
+
+    def by_unit(self, model: nn.Module) -> Tensor:
+        """The divergence of each unit, of which the whole's is the mean.
+
+        Args:
+            model: The model to measure.
+
+        Returns:
+            float64 (units,), on the CPU.
+        """
+        found = []
+        for batch, compared in zip(self.batches, self._compared(model), strict=True):
+            if self.divisible:
+                none = torch.zeros(batch_size(batch), dtype=torch.float64)
+                found.append(
+                    sum((_by_example(_differences, part.axis, z, z0) / part.size for part, z, z0 in compared), none)
+                )
+            else:
+                found.append(torch.tensor([_total(compared) / self.batch_size], dtype=torch.float64))
+        return torch.cat(found)
+
+    def _compared(self, model: nn.Module) -> Iterator[list[tuple[Part, Tensor, Tensor]]]:
+        """For each batch the outputs that are compared, and the dense model's."""
         for found, reference in zip(self._outputs(model), self._references(), strict=True):
             if len(found) != len(reference):
                 raise TaskError(f"the compressed model returns {len(found)} outputs, the dense one {len(reference)}")
-            for part, z, z0 in zip(self.parts, found.values(), reference, strict=True):
-                if part.size > 0:
-                    total += sum(_distance(*pieces) for pieces in _chunks(z, z0, part.axis)) / part.size
-        return total, self.examples
+            triples = list(zip(self.parts, found.values(), reference, strict=True))
+            for _, z, z0 in triples:
+                if z.shape != z0.shape:
+                    shapes = f"{tuple(z.shape)}, the dense one's {tuple(z0.shape)}"
+                    raise TaskError(f"the compressed model's output has shape {shapes}")
+            yield [triple for triple in triples if triple[0].size > 0]
 
     def slices(self, shares: Sequence[float]) -> list[Divergence]:
         """The same in consecutive slices of the examples.
@@ -135,25 +168,76 @@ class Divergence:
         Raises:
             TaskError: If a slice would hold no example, or an output's first dimension is not the batch.
         """
-        sizes = [batch_size(x) for x in self.batches]
-        if any([lengths[i] for lengths in self.lengths] != sizes for i in range(len(self.parts))):
+        if not self.divisible:
             raise TaskError("the objective cannot be sliced: an output's first dimension is not the batch's")
-        ends = [round(share * sum(sizes)) for share in shares]
+        ends = [round(share * self.examples) for share in shares]
         parts = []
         for start, end in zip([0, *ends], ends, strict=False):
             if end <= start:
-                raise TaskError(f"a fidelity of {end / sum(sizes):.2g} holds no example more than the one below it")
-            part, at = copy.copy(self), 0
-            part.batches, part.reference, part.lengths, part.examples = [], [], [], end - start
-            for x, zs, n in zip(self.batches, self.reference, sizes, strict=True):
-                cut = slice(max(start - at, 0), max(end - at, 0))
-                if cut.start < min(n, cut.stop):
-                    part.batches.append(take(x, cut))
-                    part.reference.append(None if zs is None else [z[cut] for z in zs])
-                    part.lengths.append([min(n, cut.stop) - cut.start] * len(self.parts))
-                at += n
-            parts.append(part)
+                raise TaskError(f"a fidelity of {end / self.examples:.2g} holds no example more than the one below it")
+            parts.append(self.part(slice(start, end)))
         return parts
+
+    def part(self, which: slice | Tensor) -> Divergence:
+        """The same for some of the units.
+
+        Args:
+            which: Their numbers, counted through all batches: a slice, or indices in ascending order.
+        """
+        part, at = copy.copy(self), 0
+        part.batches, part.reference, part.lengths = [], [], []
+        wanted = torch.arange(self.units)[which]
+        for x, zs, lengths in zip(self.batches, self.reference, self.lengths, strict=True):
+            n = batch_size(x) if self.divisible else 1
+            found = wanted[(wanted >= at) & (wanted < at + n)] - at
+            if len(found):
+                cut = _slice(found) if self.divisible else slice(None)
+                part.batches.append(take(x, cut))
+                part.reference.append(None if zs is None else [z[cut] if z.ndim else z for z in zs])
+                part.lengths.append([len(found)] * len(self.parts) if self.divisible else lengths)
+            at += n
+        part.examples = sum(map(batch_size, part.batches))
+        return part
+
+    @property
+    def kept(self) -> bool:
+        """Whether all outputs of the dense model are in memory; it is run for the others."""
+        return None not in self.reference
+
+    def keeping(self) -> Divergence:
+        """The same with all outputs of the dense model in memory."""
+        same = copy.copy(self)
+        same.reference = list(self._references())
+        return same
+
+    def expected(self) -> Tensor:
+        """How much each unit is likely to count, from the dense model alone.
+
+        An example counts the more, the less certain its predictions are: for small changes of the logits the divergence
+        is a quadratic form with their covariance under the predicted probabilities. The entropy stands for it, relative
+        to its mean, plus 1: certain examples, and outputs without classes, count too.
+
+        Returns:
+            float64 (units,), on the CPU.
+        """
+        total = torch.ones(self.units, dtype=torch.float64)
+        if not self.divisible:
+            return total
+        entropies: dict[str, list[Tensor]] = {part.name: [] for part in self.parts if part.axis is not None}
+        for zs in self._references():
+            for part, z in zip(self.parts, zs, strict=True):
+                if part.axis is not None:
+                    entropies[part.name].append(_by_example(_entropies, part.axis, z))
+        for found in entropies.values():
+            each = torch.cat(found)
+            total += each / each.mean().clamp_min(1e-30)
+        return total
+
+
+def _slice(indices: Tensor) -> slice | Tensor:
+    """Ascending indices, as a slice where they follow each other: that copies nothing."""
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1) if last - first + 1 == len(indices) else indices
 
 
 class _Size:
@@ -233,19 +317,47 @@ def _pieces(z: Tensor, axis: int | None) -> Iterator[tuple[Tensor, int | None]]:
 
 def _chunks(z: Tensor, z0: Tensor, axis: int | None) -> Iterator[tuple[Tensor, Tensor, int | None]]:
     """Both outputs in pieces, and where their classes lie."""
-    if z.shape != z0.shape:
-        raise TaskError(f"the compressed model's output has shape {tuple(z.shape)}, the dense one's {tuple(z0.shape)}")
     for (a, where), (b, _) in zip(_pieces(z, axis), _pieces(z0, axis), strict=True):
         yield a, b, where
 
 
-def _distance(z: Tensor, z0: Tensor, axis: int | None) -> float:
-    """Summed KL divergence over the classes, or summed squared error; both in float64."""
+def _total(compared: Sequence[tuple[Part, Tensor, Tensor]]) -> float:
+    """The summed divergence of a batch."""
+    return sum(
+        sum(_differences(*pieces).sum().item() for pieces in _chunks(z, z0, part.axis)) / part.size
+        for part, z, z0 in compared
+    )
+
+
+def _differences(z: Tensor, z0: Tensor, axis: int | None) -> Tensor:
+    """The terms of the KL divergence over the classes, or squared errors, elementwise in float64."""
     z, z0 = z.double(), z0.to(z.device).double()
     if axis is None:
-        return (z - z0).square().sum().item()
+        return (z - z0).square()
     log_p, log_p0 = F.log_softmax(z, axis), F.log_softmax(z0, axis)
-    return F.kl_div(log_p, log_p0, reduction="sum", log_target=True).item()
+    return F.kl_div(log_p, log_p0, reduction="none", log_target=True)
+
+
+def _entropies(z: Tensor, axis: int | None) -> Tensor:
+    """The terms of the entropy of predictions, elementwise in float64."""
+    assert axis is not None
+    log_p = F.log_softmax(z.double(), axis)
+    return -log_p.exp() * log_p
+
+
+def _by_example(terms: Callable[..., Tensor], axis: int | None, *zs: Tensor) -> Tensor:
+    """Terms of outputs, which share a shape, summed for each example; on the CPU."""
+    found = []
+    n = len(zs[0])
+    for i in range(0, n, rows := max(1, CHUNK * n // max(zs[0].numel(), 1))):
+        some = [z[i : i + rows] for z in zs]
+        if len(some[0]) > 1:
+            found.append(terms(*some, axis).flatten(1).sum(1))
+            continue
+        pieces = zip(*(_pieces(z, axis) for z in some), strict=True)
+        sums = [terms(*(z for z, _ in each), each[0][1]).sum() for each in pieces]
+        found.append(torch.stack(sums).sum(0)[None])
+    return torch.cat(found).cpu()
 
 
 def call(what: str, function: Callable[[nn.Module], float] | None, model: nn.Module) -> float | None:

@@ -6,6 +6,7 @@ A bond is where two factors of a layer meet; `rankopt.report.bond_spectra` defin
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankopt.candidates.calibration import WithinMemory, calibrate
+from rankopt.candidates.effort import THOROUGH
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.progress import Progress, silent
@@ -87,7 +89,7 @@ def bonds_of_space(
         cache: Folder of the cache of fits; None for the default one.
         progress: Shows calibration and fitting.
     """
-    prepared = prepare(task, space, cache, progress)
+    prepared = prepare(task, dataclasses.replace(space, effort=THOROUGH), cache, progress)
     menus = {x: [c for c in prepared.candidates[x.name] if c.precision == SAME] for x in prepared.free}
     chosen = {x: min(menu, key=lambda c: c.error) for x, menu in menus.items() if menu}
     small = apply(task.model, [*chosen], [*chosen.values()], prepared.factors)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.types import Bond
+from rankopt.decompositions.types import Bond, is_sketch, mean_squares
 from rankopt.model.layer_kinds import as_matrix
 
 
@@ -144,13 +144,14 @@ def inner_moment(layer: Layer, bond: Bond, moment: Tensor | None) -> Tensor | No
     Args:
         layer: The layer.
         bond: The bond.
-        moment: Input moment S, (g, patch, patch), or its diagonal (g, patch).
+        moment: Input moment S in any form that `decompositions.types.Target` has; of a sketch the diagonal is used.
 
     Returns:
         (g, n, n) or (g, n), n the size of the input side.
     """
     if moment is None:
         return None
+    moment = mean_squares(moment) if is_sketch(moment) else moment
     sizes = (layer.in_channels, *layer.kernel)
     inner = (True, "h" in bond.inside, "w" in bond.inside)
     # Of outer positions only the diagonal: one index for both sides of S.

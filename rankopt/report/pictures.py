@@ -21,6 +21,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from rankopt.core.budget import SCALES
 from rankopt.core.records import BUDGETS, DENSE, Candidate
 from rankopt.core.result_record import LayerRow, ResultInfo, TrialRow
 from rankopt.decompositions.registry import DECOMPOSITIONS
@@ -35,6 +36,7 @@ NAMES = {
     "macs": "MACs",
     "bytes": "bytes",
     "latency": "latency",
+    "energy": "energy",
     "memory": "memory",
     "disk": "file size",
 }
@@ -183,7 +185,7 @@ def numbers(trials: Sequence[TrialRow], key: Number) -> list[float]:
 
 
 def chosen_trial(info: ResultInfo, trials: Sequence[TrialRow]) -> TrialRow:
-    """The trial that the search chose: the best one, unless that missed a latency budget when it was measured.
+    """The trial that the search chose: the best one, unless that missed its budget when it was measured.
 
     Args:
         info: The content of result.json.
@@ -196,8 +198,12 @@ def chosen_trial(info: ResultInfo, trials: Sequence[TrialRow]) -> TrialRow:
 # --- painters ----------------------------------------------------------------------------------------
 
 
-def _time(ns: float, _: int) -> str:
-    return EngFormatter("s", sep=" ")(ns / 1e9)
+def _ticks(metric: str) -> Any:
+    """Numbers on an axis of costs."""
+    if metric not in SCALES:
+        return EngFormatter(sep="")
+    text = EngFormatter(SCALES[metric], sep=" ")
+    return FuncFormatter(lambda value, _: text(value / 1e9))
 
 
 def size(ax: Any, info: ResultInfo, trials: Sequence[TrialRow]) -> None:
@@ -235,7 +241,7 @@ def size(ax: Any, info: ResultInfo, trials: Sequence[TrialRow]) -> None:
     _name(ax, (budget["achieved"], chosen), label, "left", above=key != "score" or chosen > (dense or 0))
     ax.set(xlim=(0, 1.08 * budget["dense"]), xlabel=NAMES[metric], ylabel="validation score" if key == "score" else key)
     ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.xaxis.set_major_formatter(FuncFormatter(_time) if metric == "latency" else EngFormatter(sep=""))
+    ax.xaxis.set_major_formatter(_ticks(metric))
 
 
 def progress(ax: Any, info: ResultInfo, trials: Sequence[TrialRow]) -> None:
@@ -353,7 +359,7 @@ def frontier(ax: Any, layer: str, metric: str, candidates: Sequence[Candidate], 
     ax.set(xlabel=f"{NAMES[metric]} of {layer or 'the model'}", ylabel="predicted rise of the objective")
     ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.xaxis.set_major_formatter(FuncFormatter(_time) if metric == "latency" else EngFormatter(sep=""))
+    ax.xaxis.set_major_formatter(_ticks(metric))
     _legend(ax, 4)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rankopt.core.result_record import Part, ResultInfo, TrainingEntry
+from rankopt.core.result_record import ExecutionEntry, Part, ResultInfo, TrainingEntry
 from rankopt.report.pictures import ACCENT, FAINT, INK, POINT, objective_axis
 from rankopt.search.summary import percent
 from rankopt.training.recipe import Recipe
@@ -40,9 +40,25 @@ def lines(info: ResultInfo) -> list[str]:
             found.append(f"{part} score {'' if before is None else percent(before) + ' -> '}{percent(now)}")
             if part == "validation" and before is not None and now < before:
                 found[-1] += f": less than before; try {_gentler(recipe, t.get('batch_norms', 0))}"
+    if execution := t.get("execution"):
+        found.append(_execution(execution))
     if changed := {k: v for k, v in recipe.changed().items() if k not in ("epochs", "rate", "layerwise")}:
         found.append(f"other settings: {', '.join(f'{k}={v}' for k, v in changed.items())}")
     return found
+
+
+def _execution(e: ExecutionEntry) -> str:
+    """How the steps were computed."""
+    parts = [f"{e['steps_per_second']:.4g} steps a second on {e['device']} in {e['precision']}"]
+    if e["channels_last"]:
+        parts.append("channels last")
+    if e["graphs"]:
+        parts.append("each one CUDA graph")
+    if e["not_recorded"]:
+        parts.append(f"kernel by kernel ({e['not_recorded']})")
+    if e["milliseconds"]:
+        parts.append("tried: " + ", ".join(f"{name} {ms:.3g} ms" for name, ms in e["milliseconds"].items()))
+    return "; ".join(parts)
 
 
 def _gentler(recipe: Recipe, batch_norms: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -201,7 +202,7 @@ def read_strategy(text: str) -> tuple[str, dict[str, Any]]:
     """Read a strategy with its options.
 
     Args:
-        text: For example "optuna:sampler=gp:width=0.7".
+        text: For example "optuna:sampler=gp:width=0.7", "module:Class" or "module:Class:option=1".
 
     Returns:
         The name and the options.
@@ -209,7 +210,7 @@ def read_strategy(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         RankoptError: For an unknown strategy or option.
     """
-    name, *pairs = text.strip().split(":")
+    name, *pairs = re.split(r":(?=[^:]*=)", text.strip())  # a colon that begins no KEY=VALUE belongs to what is before
     return name, read_options(name, parse_pairs(pairs))
 
 

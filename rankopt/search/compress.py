@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +16,13 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.files import digest
 from rankopt.core.problem import Problem
 from rankopt.core.progress import Progress, silent
-from rankopt.core.records import Trial
+from rankopt.core.records import Proposal, Trial
 from rankopt.core.result_record import QuestionEntry, SearchMetadata
 from rankopt.core.run_folder import open_folder
 from rankopt.core.statistics import is_far
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.identity import identity
-from rankopt.search.latency_check import FinishedSearch, check, checkable_limit, search_until_met
+from rankopt.search.latency_check import Checks, FinishedSearch, check, checkable_limits, search_until_met
 from rankopt.search.loop import RunFor, Runner, Study, best, search, trial_limit
 from rankopt.search.result import Result, SearchOutcome, build_result
 from rankopt.search.settings import SearchSettings
@@ -57,7 +56,7 @@ def run_search(
         The result of the finished trial with the least objective, within the budget as asked.
 
     Raises:
-        BudgetError: If no plan keeps a latency budget.
+        BudgetError: If no plan keeps a latency or energy budget.
         StudyError: If the run folder holds another search, or no evaluation finished.
         RankoptError: For settings that contradict each other.
     """
@@ -73,17 +72,20 @@ def run_search(
     if settings.timeout is not None:
         runner = RunFor(runner, settings.timeout)
 
+    limits = checkable_limits(prepared, problem)
+
+    def check_plan(problem: Problem, proposal: Proposal) -> Checks:
+        return tuple(check(prepared, limit, problem, proposal) for limit in limits)
+
     def search_within(problem: Problem, limits_changed: bool = True) -> FinishedSearch:
         return _search_once(prepared, problem, settings, store, runner, progress, limits_changed)
 
     try:
         finished = search_within(problem, limits_changed=False)
-        latency_check = None
-        if limit := checkable_limit(prepared, problem):
+        checks: Checks = ()
+        if limits:
             with prepared.clock.stage("checking"):
-                finished, latency_check = search_until_met(
-                    finished, partial(check, prepared, limit), search_within, progress
-                )
+                finished, checks = search_until_met(finished, check_plan, search_within, progress)
         strategy = finished.study.strategy
         if max_drop:
             metadata["question"] = max_drop
@@ -94,7 +96,7 @@ def run_search(
             trials=finished.trials,
             chosen=finished.chosen,
             asked=strategy.n_asked,
-            check=latency_check,
+            checks=checks,
             outside=finished.study.outside,
             interrupted=finished.study.stopping,
         )
@@ -132,7 +134,7 @@ def _search_once(
 ) -> FinishedSearch:
     """Run the strategy to its end, or to the limit on trials.
 
-    limits_changed: True when a latency check moved the limit. Earlier trials count towards `trials`, and a one-shot
+    limits_changed: True when a check moved a limit. Earlier trials count towards `trials`, and a one-shot
     strategy proposes once more.
     """
     strategy = make_strategy(settings.strategy, problem, settings.seed, settings.options)

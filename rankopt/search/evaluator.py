@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +17,11 @@ from rankopt.core.errors import TaskError
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal
 from rankopt.decompositions.plan import apply
-from rankopt.model.forward import device_of
+from rankopt.model.forward import device_name, device_of
 from rankopt.model.objective import call
 from rankopt.search.fidelity import FULL_FIDELITY, FidelitySchedule
-from rankopt.training.loop import Loss, search_batches, train_briefly
+from rankopt.training.loop import search_batches, train_briefly
+from rankopt.training.step import Loss
 
 
 @dataclass
@@ -149,16 +149,3 @@ def _number(objective: Callable[[nn.Module], float], model: nn.Module) -> float:
     value = call("the objective", objective, model)
     assert value is not None
     return value
-
-
-def device_name(device: torch.device) -> str:
-    """Name a device for a report: a GPU by its number on the machine, whatever CUDA_VISIBLE_DEVICES hides.
-
-    Args:
-        device: The device.
-    """
-    if device.type != "cuda":
-        return str(device)
-    index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    number = visible[index] if index < len(visible) and visible[index] else index
-    return f"cuda:{number} ({torch.cuda.get_device_name(device)})"

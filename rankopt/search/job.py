@@ -14,7 +14,7 @@ from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.budget import limited_metrics
 from rankopt.core.errors import RankoptError
 from rankopt.core.progress import Progress
-from rankopt.core.records import Task
+from rankopt.core.records import MEASURED, Task
 from rankopt.search.compress import open_run_folder, run_search
 from rankopt.search.loop import Runner
 from rankopt.search.max_drop import OPTIONS, check_max_drop, smallest_model
@@ -22,6 +22,7 @@ from rankopt.search.multi_stage import run_multi_stage
 from rankopt.search.result import Result
 from rankopt.search.runners import RunnerSettings, make_runner, session
 from rankopt.search.settings import SearchSettings
+from rankopt.strategies.base import Strategy
 
 ShowTrials = Callable[[Runner, Path | None], Runner]
 """Wraps the runner of a search in a run folder, so that its trials are shown."""
@@ -35,7 +36,7 @@ class Job:
         budget: The limits; None with `max_drop`.
         max_drop: Instead of a budget: the largest drop of the score that is allowed, a fraction.
         minimize: With `max_drop`: what is to be as small as possible; None for "params".
-        latency_on: Conditions of a latency budget, as `Conditions.parse` reads them.
+        latency_on: Conditions of a latency or energy budget, as `Conditions.parse` reads them.
         space: The search space.
         settings: How to search.
         runner: Where trials are evaluated.
@@ -62,7 +63,7 @@ class Job:
         max_drop: float | None = None,
         minimize: str | None = None,
         latency_on: str | None = None,
-        strategy: str = "knapsack",
+        strategy: str | type[Strategy] = "knapsack",
         options: Mapping[str, Any] | None = None,
         trials: int | None = None,
         seed: int = 0,
@@ -70,6 +71,8 @@ class Job:
         families: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
         ranks: Mapping[str, Sequence[Any]] | None = None,
         keep_dense: Sequence[str] | None = None,
+        effort: str | None = None,
+        minutes: float | None = None,
         fidelities: str | None = None,
         refine: bool = False,
         timeout: float | None = None,
@@ -103,7 +106,7 @@ class Job:
             max_drop=max_drop,
             minimize=minimize,
             latency_on=latency_on or None,
-            space=found.adjusted(families, ranks, keep_dense),
+            space=found.adjusted(families, ranks, keep_dense, effort, minutes),
             settings=settings,
             runner=runner or RunnerSettings(),
             out=None if out is None else Path(out),
@@ -114,7 +117,7 @@ class Job:
 
     @property
     def conditions(self) -> Conditions | None:
-        """The conditions of a latency budget, if they were given."""
+        """The conditions of a latency or energy budget, if they were given."""
         return Conditions.parse(self.latency_on) if self.latency_on else None
 
     def check(self) -> None:
@@ -127,8 +130,8 @@ class Job:
             raise RankoptError("--minimize goes with --max-drop")
         if (self.max_drop is None) == (self.budget is None):
             raise RankoptError("give --budget (how small) or --max-drop (how good), and not both")
-        if self.latency_on and "latency" not in limited_metrics(self.budget):
-            raise RankoptError("--latency-on goes with --budget latency=...")
+        if self.latency_on and not limited_metrics(self.budget) & set(MEASURED):
+            raise RankoptError("--latency-on goes with --budget latency=... or energy=...")
         _ = self.conditions
         if self.out is None and (self.settings.resume or self.settings.storage):
             raise RankoptError("--resume and --storage go with --out, the run folder")
@@ -197,7 +200,7 @@ def _opened(job: Job, progress: bool | Progress | None) -> tuple[Runner, Progres
     """The runner of a job, whose run folder is opened, and the displays of its stages and of its trials."""
     from rankopt.search.progress import displays
 
-    runner = make_runner(job.runner, job.out / "logs" if job.out else None)
+    runner = make_runner(job.runner, job.out)
     if job.out is not None:
         open_run_folder(job.out, job.settings)
     return runner, *displays(progress)

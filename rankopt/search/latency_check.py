@@ -1,6 +1,6 @@
-"""Checking a latency budget on the rebuilt model.
+"""Checking a latency or energy budget on the rebuilt model.
 
-Predicted latencies add up layers that were timed alone. So the chosen plan's model is built and timed beside the dense
+Predictions add up layers that were measured alone. So the chosen plan's model is built and measured beside the dense
 one; if it misses the budget, the limit is tightened by as much and the search repeated.
 """
 
@@ -16,27 +16,19 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from rankopt.candidates.latency import Latencies, expanded, layer_inputs, ratio, sample_modules, signature
+from rankopt.candidates.instruments import INSTRUMENTS, LATENCY, Instrument
+from rankopt.candidates.latency import MeasuredCosts, expanded, layer_inputs, ratio, sample_modules, signature
 from rankopt.candidates.latency_table import Conditions, Timing, interleaved, passes
 from rankopt.candidates.prepare import Prepared
 from rankopt.core.budget import Limit, amount
 from rankopt.core.errors import BudgetError
 from rankopt.core.problem import Problem, check_feasible
 from rankopt.core.progress import Progress
-from rankopt.core.records import Candidate, Layer, Proposal, Trial
-from rankopt.core.result_record import LatencyCheckEntry, LatencyEntry
+from rankopt.core.records import MEASURED, Candidate, Layer, Proposal, Trial
+from rankopt.core.result_record import MEASURED_KEYS, Metric
 from rankopt.search.loop import Study
 
 ATTEMPTS = 8  # checks, each after a search
-
-
-BLOCK = 20  # rounds of measuring both models between looks at the interval
-
-
-FEWEST = 40  # rounds, at least
-
-
-SECONDS = 20.0  # after which the interval is taken as it is
 
 
 NARROW = 0.01  # measuring ends when the interval is narrower than this share of the median
@@ -48,26 +40,23 @@ MARGIN = 0.005  # by which a limit is tightened beyond the miss
 ROOM = 0.02  # share of the budget that a one-shot plan may leave unused
 
 
-NOISE = 0.02  # a layer within this of the dense layer's time counts as equally fast
-
-
 @dataclass(frozen=True)
 class Measured:
-    """Latency of a compressed model, measured beside the dense one, in nanoseconds.
+    """Latency in nanoseconds, or energy in nanojoules, of a compressed model, measured beside the dense one.
 
-    Where the budget is a fraction, `latency`, `low` and `high` are the ratio of the two models, measured in turns,
-    times the dense latency from when the costs were measured.
+    Where the budget is a fraction, `value`, `low` and `high` are the ratio of the two models, measured in turns, times
+    that of the dense model from when the costs were measured.
 
     Attributes:
-        dense: Median latency of the dense model in this measurement.
-        latency: Median latency of the compressed model.
+        dense: Median of the dense model in this measurement.
+        value: Median of the compressed model.
         low: Lower end of its 95 % interval.
         high: Upper end of its 95 % interval.
         rounds: How often both models were measured.
     """
 
     dense: int
-    latency: int
+    value: int
     low: int
     high: int
     rounds: int
@@ -75,13 +64,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Check:
-    """Whether a plan keeps a latency budget.
+    """Whether a plan keeps a latency or energy budget.
 
     Attributes:
         limit: The limit as asked.
-        predicted: The plan's predicted latency in nanoseconds.
-        measured: The model's measured latency.
-        layers: Name -> (dense timing, compressed timing) of every layer that the plan changes.
+        predicted: The plan's predicted latency or energy.
+        measured: What was measured of the model.
+        layers: Name -> (dense, compressed) of every layer that the plan changes.
         attempts: How many plans were checked, this one included.
     """
 
@@ -98,54 +87,53 @@ class Check:
 
     @property
     def slower(self) -> list[str]:
-        """Names of compressed layers that are slower than their dense ones."""
-        return [n for n, (dense, small) in self.layers.items() if small.ns > (1 + NOISE) * dense.ns]
+        """Names of compressed layers that take more than their dense ones."""
+        noise = INSTRUMENTS[cast(Metric, self.limit.metric)].noise
+        return [n for n, (dense, small) in self.layers.items() if small.ns > (1 + noise) * dense.ns]
 
     @property
     def met(self) -> bool:
-        """Whether the interval's upper end is within the limit, and no layer is slower than dense."""
+        """Whether the interval's upper end is within the limit, and no layer takes more than dense."""
         return self.room >= 0 and not self.slower
 
-    def entry(self) -> LatencyCheckEntry:
+    def entry(self) -> dict[str, Any]:
         """The check as JSON content, for result.json."""
+        metric = self.limit.metric
         return {
             "target": self.limit.target,
             "predicted": self.predicted,
             "dense": self.measured.dense,
-            "latency": self.measured.latency,
+            metric: self.measured.value,
             "low": self.measured.low,
             "high": self.measured.high,
             "rounds": self.measured.rounds,
             "met": self.met,
             "attempts": self.attempts,
-            "layers": {n: {"dense": dense.ns, "latency": small.ns} for n, (dense, small) in self.layers.items()},
+            "layers": {n: {"dense": dense.ns, metric: small.ns} for n, (dense, small) in self.layers.items()},
         }
 
 
-def latency_limit(problem: Problem) -> Limit | None:
-    """Find the limit on latency.
+def measured_limits(problem: Problem) -> list[Limit]:
+    """Find the limits on what is measured.
 
     Args:
         problem: The problem with its limits.
-
-    Returns:
-        The limit, or None if latency is not limited.
     """
-    return next((x for x in problem.limits if x.metric == "latency"), None)
+    return [x for x in problem.limits if x.metric in MEASURED]
 
 
-def checkable_limit(prepared: Prepared, problem: Problem) -> Limit | None:
-    """Find a limit on latency that can be measured on this machine.
+def checkable_limits(prepared: Prepared, problem: Problem) -> list[Limit]:
+    """Find the limits on latency and energy that can be measured on this machine.
 
     Args:
-        prepared: The task, with the device of its latencies.
+        prepared: The task, with the conditions of its costs.
         problem: The problem with its limits.
 
     Returns:
-        The limit, or None if there is none or the latencies are those of another device.
+        The limits; none if the costs are those of another device.
     """
-    here = prepared.latencies is not None and not prepared.latencies.foreign
-    return latency_limit(problem) if here else None
+    here = {metric for metric, costs in prepared.measured.items() if not costs.foreign}
+    return [x for x in measured_limits(problem) if x.metric in here]
 
 
 def with_target(limits: Sequence[Limit], replacement: Limit) -> tuple[Limit, ...]:
@@ -163,65 +151,71 @@ def check(prepared: Prepared, limit: Limit, problem: Problem, proposal: Proposal
 
     Args:
         prepared: The task with its candidates.
-        limit: The latency limit as asked; the problem's own may have been tightened since.
+        limit: The limit as asked; the problem's own may have been tightened since.
         problem: The problem that the proposal solves.
         proposal: The plan to check.
 
     Returns:
-        The measured latency of the model and of every layer that the plan changes.
+        What was measured of the model and of every layer that the plan changes.
     """
-    latencies = prepared.latencies
-    assert latencies is not None
+    costs = prepared.measured[cast(Metric, limit.metric)]
     small = prepared.apply(problem, proposal)
-    measured = measure(prepared.task.model, small, prepared.task.example_input, latencies, limit)
-    candidates = problem.candidates(proposal)
-    layers = _time_layers(prepared, problem, candidates, small, latencies.conditions)
-    return Check(limit, problem.cost(proposal).latency, measured, layers)
+    measured = measure(prepared.task.model, small, prepared.task.example_input, costs, limit)
+    layers = _measure_layers(prepared, problem, problem.candidates(proposal), small, costs)
+    return Check(limit, problem.cost(proposal)[limit.metric], measured, layers)
 
 
-def measure(dense: nn.Module, small: nn.Module, example_input: Any, latencies: Latencies, limit: Limit) -> Measured:
+def measure(dense: nn.Module, small: nn.Module, example_input: Any, costs: MeasuredCosts, limit: Limit) -> Measured:
     """Measure both models in turns, until the median is known well enough.
 
     Args:
         dense: The dense model.
         small: The compressed model.
         example_input: One example.
-        latencies: The conditions, and the dense model's latency when the costs were measured.
+        costs: The conditions, and what the dense model took when the costs were measured.
         limit: The limit; if it is a fraction, the ratio of both models is what counts.
     """
-    reference = latencies.dense if limit.requested <= 1 else None
-    before, after = in_turns(dense, small, example_input, latencies.conditions, ratios=reference is not None)
+    reference = costs.dense if limit.requested <= 1 else None
+    before, after = in_turns(
+        dense, small, example_input, costs.conditions, ratios=reference is not None, instrument=costs.instrument
+    )
     values = [reference * y / x for x, y in zip(before, after, strict=True)] if reference else list(map(float, after))
     low, high = interval(values)
     return Measured(round(median(before)), round(median(values)), round(low), math.ceil(high), len(values))
 
 
 def in_turns(
-    dense: nn.Module, small: nn.Module, example_input: Any, conditions: Conditions, ratios: bool = True
+    dense: nn.Module,
+    small: nn.Module,
+    example_input: Any,
+    conditions: Conditions,
+    ratios: bool = True,
+    instrument: Instrument = LATENCY,
 ) -> tuple[list[int], list[int]]:
-    """Time two models in turns, until the 95 % interval of the median is narrow.
+    """Measure two models in turns, until the 95 % interval of the median is narrow.
 
     Args:
         dense: The dense model.
         small: The compressed model.
         example_input: One example; it is expanded to the conditions' batch.
         conditions: Device, batch, threads and runtime.
-        ratios: Whether the interval is that of the ratios of both models, or that of the compressed model's times.
+        ratios: Whether the interval is that of the ratios of both models, or that of the compressed model's samples.
+        instrument: What is measured.
 
     Returns:
-        Nanoseconds of the dense and of the compressed model, one of each per round.
+        Samples of the dense and of the compressed model, one of each per round.
     """
     both = passes([dense, small], expanded(example_input, conditions.batch), conditions)
     before: list[int] = []
     after: list[int] = []
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + instrument.seconds
     while True:
-        more_before, more_after = interleaved(both, conditions, BLOCK)
+        more_before, more_after = interleaved(both, conditions, instrument.block, instrument)
         before += more_before
         after += more_after
         values = [y / x for x, y in zip(before, after, strict=True)] if ratios else list(map(float, after))
         low, high = interval(values)
-        if len(values) >= FEWEST and (high - low < NARROW * median(values) or time.monotonic() > end):
+        if len(values) >= instrument.fewest and (high - low < NARROW * median(values) or time.monotonic() > end):
             return before, after
 
 
@@ -239,10 +233,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[k], ordered[n - 1 - k]
 
 
-def _time_layers(
-    prepared: Prepared, problem: Problem, candidates: Sequence[Candidate], small: nn.Module, conditions: Conditions
+def _measure_layers(
+    prepared: Prepared, problem: Problem, candidates: Sequence[Candidate], small: nn.Module, costs: MeasuredCosts
 ) -> dict[str, tuple[Timing, Timing]]:
-    """Time each changed layer beside the dense one; equal layers are timed once."""
+    """Measure each changed layer beside the dense one; equal layers are measured once."""
+    conditions = costs.conditions
     changed = [(layer, c) for layer, c in zip(problem.layers, candidates, strict=True) if not c.unchanged]
     x = expanded(prepared.task.example_input, conditions.batch)
     inputs = layer_inputs(prepared.model, [layer for layer, _ in changed], x)
@@ -253,7 +248,7 @@ def _time_layers(
         key = (signature(dense, inputs[layer.name]), c.method, c.rank, c.form, c.precision)
         if key not in timings:
             pair = [dense, small.get_submodule(layer.name)]
-            timings[key] = _pair(*sample_modules(pair, inputs[layer.name], conditions))
+            timings[key] = _pair(*sample_modules(pair, inputs[layer.name], conditions, costs.instrument))
         layers[layer.name] = timings[key]
     return layers
 
@@ -280,52 +275,64 @@ class FinishedSearch(NamedTuple):
     chosen: Trial
 
 
+Checks = tuple[Check, ...]
+"""The checks of a plan, one per limit that is measured."""
+
+
 def search_until_met(
     finished: FinishedSearch,
-    check: Callable[[Problem, Proposal], Check],
+    check: Callable[[Problem, Proposal], Checks],
     search: Callable[[Problem], FinishedSearch],
     progress: Progress,
-) -> tuple[FinishedSearch, Check]:
-    """Check a search's plan, and search again with the limit moved until the plan keeps the budget.
+) -> tuple[FinishedSearch, Checks]:
+    """Check a search's plan, and search again with limits moved until the plan keeps the budget.
 
-    If the plan of a one-shot strategy leaves room, the limit is loosened once and the better plan is taken.
+    If the plan of a one-shot strategy leaves room, the limits are loosened once and the better plan is taken.
 
     Args:
         finished: The search as asked.
-        check: Checks a plan: (problem, proposal) -> check.
+        check: Checks a plan: (problem, proposal) -> checks.
         search: Searches a problem with other limits.
         progress: Shows the measuring.
 
     Returns:
-        The search whose plan is best among those that keep the budget, and that plan's check.
+        The search whose plan is best among those that keep the budget, and that plan's checks.
 
     Raises:
-        BudgetError: If the budget is still missed after `ATTEMPTS` checks, or no faster plan is left.
+        BudgetError: If the budget is still missed after `ATTEMPTS` checks, or no cheaper plan is left.
     """
-    best: tuple[FinishedSearch, Check] | None = None
+    best: tuple[FinishedSearch, Checks] | None = None
     for attempt in range(1, ATTEMPTS + 1):
         proposal = finished.chosen.proposal
         if best and proposal == best[0].chosen.proposal:
             break
-        (result,) = (check(finished.problem, proposal) for _ in progress([0], "measuring the latency", 1))
-        result = dataclasses.replace(result, attempts=attempt)
+        (found,) = (check(finished.problem, proposal) for _ in progress([0], "measuring the plan", 1))
+        checks = _counted(found, attempt)
         if finished.study.stopping:
-            return finished, result
-        if result.met and (best is None or _objective(finished) < _objective(best[0])):
-            best = finished, result
+            return finished, checks
+        met = all(one.met for one in checks)
+        if met and (best is None or _objective(finished) < _objective(best[0])):
+            best = finished, checks
         elif best:
             break  # no better than the best so far
-        if result.met and (result.room < ROOM or not finished.study.strategy.one_shot):
+        if met and (min(one.room for one in checks) < ROOM or not finished.study.strategy.one_shot):
             break
-        problem = tightened_problem(finished.problem, result, proposal)
+        problem = finished.problem
+        for one in checks:
+            if met or not one.met:
+                problem = tightened_problem(problem, one, proposal)
         try:
             check_feasible(problem)
         except BudgetError as error:
-            raise BudgetError(f"{missed_message(result)}; tightened, {error}") from error
+            raise BudgetError(f"{missed_message(checks)}; tightened, {error}") from error
         finished = search(problem)
     if best is None:
-        raise BudgetError(missed_message(result))
-    return best[0], dataclasses.replace(best[1], attempts=attempt)
+        raise BudgetError(missed_message(checks))
+    return best[0], _counted(best[1], attempt)
+
+
+def _counted(checks: Checks, attempts: int) -> Checks:
+    return tuple(dataclasses.replace(one, attempts=attempts) for one in checks)
 
 
 def _objective(finished: FinishedSearch) -> float:
@@ -334,7 +341,7 @@ def _objective(finished: FinishedSearch) -> float:
 
 
 def tightened_problem(problem: Problem, check: Check, proposal: Proposal) -> Problem:
-    """Move the latency limit by as much as a check missed it or left room.
+    """Move a limit by as much as a check missed it or left room.
 
     Args:
         problem: The problem that was searched.
@@ -342,58 +349,61 @@ def tightened_problem(problem: Problem, check: Check, proposal: Proposal) -> Pro
         proposal: The plan. If it missed the limit, it is outside the new one.
 
     Returns:
-        The same candidates with another limit. Candidates that turned out slower than their dense layer are priced out.
+        The same candidates with another limit. Candidates that turned out to take more than their dense layer are
+        priced out.
     """
+    metric = cast(Metric, check.limit.metric)
+    dense = problem.dense[metric]
     frontiers = list(problem.frontiers)
     for number, (layer, frontier, at) in enumerate(zip(problem.layers, frontiers, proposal, strict=True)):
         if layer.name in check.slower:
-            cost = dataclasses.replace(frontier[at].cost, latency=problem.dense.latency + 1)
+            cost = frontier[at].cost.with_metric(metric, dense + 1)
             changed = dataclasses.replace(frontier[at], cost=cost)
             frontiers[number] = (*frontier[:at], changed, *frontier[at + 1 :])
-    limit = latency_limit(problem)
-    assert limit is not None
-    target = limit.target
+    target = next(x.target for x in problem.limits if x.metric == metric)
     if check.met or check.room < 0:
-        target = min(math.floor(target / (1 - check.room) * (1 - MARGIN)), problem.dense.latency)
+        target = min(math.floor(target / (1 - check.room) * (1 - MARGIN)), dense)
     if check.room < 0:
         target = min(target, check.predicted - 1)
     limits = with_target(problem.limits, dataclasses.replace(check.limit, target=target))
     return dataclasses.replace(problem, frontiers=tuple(frontiers), limits=limits)
 
 
-def latency_entry(prepared: Prepared, problem: Problem, check: Check | None) -> LatencyEntry | None:
-    """Describe a latency budget for result.json.
+def measured_entries(prepared: Prepared, problem: Problem, checks: Checks) -> dict[str, Any]:
+    """Describe the budgets on latency and energy for result.json.
 
     Args:
-        prepared: The task, with the conditions of its latencies.
+        prepared: The task, with the conditions of its costs.
         problem: The problem that was searched.
-        check: The check of the chosen plan; None if it could not be measured here.
+        checks: The checks of the chosen plan; none of what could not be measured here.
 
     Returns:
-        Conditions, measurements, and the layers that no candidate makes faster; None if latency is not limited.
+        By key of result.json: conditions, measurements, and the layers that no candidate makes cheaper.
     """
-    latencies = prepared.latencies
-    if latencies is None or latency_limit(problem) is None:
-        return None
-    slower = [x.name for x, f in zip(problem.layers, problem.frontiers, strict=True) if not _any_faster(x, f)]
-    measured: dict[str, object] = {**check.entry()} if check else {}
-    entry = {**latencies.about(), "none_faster": slower, "attempts": 0, **measured}
-    return cast(LatencyEntry, entry)
+    done = {one.limit.metric: one.entry() for one in checks}
+    found: dict[str, Any] = {}
+    for limit in measured_limits(problem):
+        metric = cast(Metric, limit.metric)
+        slower = [x.name for x, f in zip(problem.layers, problem.frontiers, strict=True) if not _any_less(x, f, metric)]
+        about = prepared.measured[metric].about()
+        found[MEASURED_KEYS[metric]] = {**about, "none_faster": slower, "attempts": 0, **done.get(metric, {})}
+    return found
 
 
-def _any_faster(layer: Layer, frontier: Sequence[Candidate]) -> bool:
-    return any(c.cost.latency < layer.cost.latency for c in frontier)
+def _any_less(layer: Layer, frontier: Sequence[Candidate], metric: Metric) -> bool:
+    return any(c.cost[metric] < layer.cost[metric] for c in frontier)
 
 
-def missed_message(failed: Check) -> str:
-    """Explain that a latency budget was not kept.
+def missed_message(checks: Checks) -> str:
+    """Explain that a latency or energy budget was not kept.
 
     Args:
-        failed: The last check.
+        checks: The last checks, of which at least one failed.
     """
-    m = failed.measured
+    failed = next((one for one in checks if not one.met), checks[0])
+    m, metric = failed.measured, failed.limit.metric
     return (
-        f"latency={amount('latency', failed.limit.target)} was not kept in {failed.attempts} attempts: the last takes "
-        f"{amount('latency', m.latency)} (95 %: {amount('latency', m.low)} to {amount('latency', m.high)}). "
+        f"{metric}={amount(metric, failed.limit.target)} was not kept in {failed.attempts} attempts: the last takes "
+        f"{amount(metric, m.value)} (95 %: {amount(metric, m.low)} to {amount(metric, m.high)}). "
         "Is the machine busy? Try again on a calm one, or ask for more"
     )

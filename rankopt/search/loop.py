@@ -378,8 +378,8 @@ def front(trials: Sequence[Trial], metric: str) -> list[Trial]:
     return kept
 
 
-PlanKey = tuple[tuple[str, Rank, str, str], ...]
-"""Every layer's family, rank, form and precision."""
+PlanKey = tuple[tuple[str, Rank, str, str, str | None], ...]
+"""Every layer's family, rank, form and precision, and which fit of these it is."""
 
 
 def plan_key(problem: Problem, proposal: Proposal) -> PlanKey:
@@ -392,7 +392,7 @@ def plan_key(problem: Problem, proposal: Proposal) -> PlanKey:
     Returns:
         A key; equal plans of problems with different budgets have equal keys.
     """
-    return tuple((c.method, c.rank, c.form, c.precision) for c in problem.candidates(proposal))
+    return tuple((c.method, c.rank, c.form, c.precision, c.key) for c in problem.candidates(proposal))
 
 
 def trial_limit(strategy: Strategy, trials: int | None) -> int:

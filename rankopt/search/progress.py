@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     TextColumn,
@@ -36,7 +35,7 @@ from rankopt.core.budget import amount
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import append_text
 from rankopt.core.progress import Progress as ProgressFunction
-from rankopt.core.progress import graceful_interrupt
+from rankopt.core.progress import Work, graceful_interrupt
 from rankopt.core.records import Trial
 from rankopt.core.signals import discard_output
 from rankopt.core.text import one_line, printable
@@ -198,17 +197,17 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
-def time_left(done: int, total: int, elapsed: float) -> str:
+def time_left(done: float, total: float, elapsed: float) -> str:
     """Estimate how long the rest will take, as "about 18 min left"; empty while nothing is done.
 
     Args:
-        done: Number of items done within `elapsed`.
-        total: Number of items to do in all.
+        done: Work done within `elapsed`: a number of items or of operations.
+        total: All work to do, in the same unit.
         elapsed: Seconds since the first began.
     """
     if not done:
         return ""
-    seconds = elapsed / done * (total - done)
+    seconds = elapsed / done * max(total - done, 0)
     step = 1 if seconds < 60 else 10 if seconds < 600 else 60  # an estimate is no more exact than that
     return f"about {duration(round(seconds / step) * step)} left"
 
@@ -283,45 +282,58 @@ class ProgressBar:
             yield from items
             return
         self.text, start = what, self.clock()
-        with self._bar(self.screen, total) if _draws(self.screen) else self.lines(lambda: self.text, total) as advance:
-            for item in items:
+        work = items if isinstance(items, Work) else Work(items, lambda _: 1.0, total)
+        shown = self._bar(self.screen, total, work.total) if _draws(self.screen) else None
+        with shown or self.lines(lambda: self.text, total, work=work.total) as advance:
+            for item in work:
                 yield item
-                advance()
+                advance(work.of(item))
         elapsed = self.clock() - start
         self.say(f"{self.text}: {total} in {f'{elapsed:.1f} s' if elapsed < 60 else duration(elapsed)}")
 
     @contextmanager
-    def _bar(self, screen: Console, total: int) -> Iterator[Callable[[], None]]:
-        columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-        columns += [TimeElapsedColumn(), TimeRemainingColumn()]
+    def _bar(self, screen: Console, total: int, work: float) -> Iterator[Callable[[float], None]]:
+        columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+        columns += [TextColumn("{task.fields[items]}/{task.fields[of]}"), TimeElapsedColumn(), TimeRemainingColumn()]
+        done = 0
+
+        def advance(by: float) -> None:
+            nonlocal done
+            done += 1
+            progress.update(task, advance=by, items=done, description=one_line(self.text))
+
         with Progress(*columns, console=screen, transient=True) as progress:
-            task = progress.add_task(one_line(self.text), total=total)
-            yield lambda: progress.update(task, advance=1, description=one_line(self.text))
+            task = progress.add_task(one_line(self.text), total=work, items=0, of=total)
+            yield advance
 
     @contextmanager
-    def lines(self, text: Callable[[], str], total: int, before: int = 0) -> Iterator[Callable[[], None]]:
+    def lines(
+        self, text: Callable[[], str], total: int, before: int = 0, work: float | None = None
+    ) -> Iterator[Callable[..., None]]:
         """Context: where there is no bar, a line says how many steps are done.
 
         Args:
             text: Returns what is being done.
             total: Number of steps.
             before: How many of them were done before.
+            work: The work of the steps that are left, from which the time left is predicted. Default: their number.
 
         Yields:
-            A function to call after every step.
+            A function to call after every step, with its work unless all steps have the same.
         """
-        start, done = self.clock(), 0
+        start, done, spent = self.clock(), 0, 0.0
+        left_to_do = total - before if work is None else work
 
-        def advance() -> None:
-            nonlocal done
-            done += 1
+        def advance(by: float = 1.0) -> None:
+            nonlocal done, spent
+            done, spent = done + 1, spent + by
 
         def share() -> float:
-            return (before + done) / max(total, 1)
+            return (before + (total - before) * spent / (left_to_do or 1)) / max(total, 1)
 
         def line() -> str:
             elapsed = self.clock() - start
-            left = time_left(done, total - before, elapsed)
+            left = time_left(spent, left_to_do, elapsed)
             return f"{text()}: {before + done} of {total}, {duration(elapsed)} elapsed" + (left and f", {left}")
 
         # On a terminal the work within draws for itself: rich has one live display at a time.

@@ -22,7 +22,7 @@ from rankopt.core.budget import Limit
 from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.progress import Progress, silent
-from rankopt.core.records import SAME, Candidate, Choice, Cost, Layer, Plan, Proposal, Task, Trial
+from rankopt.core.records import MEASURED, SAME, Candidate, Choice, Cost, Layer, Plan, Proposal, Task, Trial
 from rankopt.core.result_record import (
     PARTS,
     BudgetEntry,
@@ -53,7 +53,7 @@ from rankopt.model.inputs import one_example
 from rankopt.model.objective import call
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.fidelity import fidelity_rows
-from rankopt.search.latency_check import Check, latency_entry, latency_limit, with_target
+from rankopt.search.latency_check import Checks, measured_entries, measured_limits, with_target
 from rankopt.search.loop import front
 from rankopt.search.settings import SearchSettings
 from rankopt.strategies.allocation import allocate, relative_gap
@@ -115,7 +115,7 @@ class SearchOutcome:
         trials: The trials within its limits.
         chosen: The trial whose plan is the result.
         asked: Proposals that the strategy made.
-        check: The check of a latency budget, if there was one. It knows the limit that was asked for; the problem's
+        checks: The checks of budgets on latency and energy. They know the limits that were asked for; the problem's
             own may have been tightened since.
         outside: Trials evaluated before a limit was tightened, whose plans lie outside the new one.
         interrupted: Whether the search was stopped before all its trials were done.
@@ -125,15 +125,15 @@ class SearchOutcome:
     trials: Sequence[Trial]
     chosen: Trial
     asked: int
-    check: Check | None = None
+    checks: Checks = ()
     outside: int = 0
     interrupted: bool = False
 
     def with_asked_limits(self) -> SearchOutcome:
-        """The same outcome, its problem with the limit on latency that was asked for."""
-        if self.check is None:
-            return self
-        limits = with_target(self.problem.limits, self.check.limit)
+        """The same outcome, its problem with the limits that were asked for."""
+        limits = self.problem.limits
+        for check in self.checks:
+            limits = with_target(limits, check.limit)
         return dataclasses.replace(self, problem=dataclasses.replace(self.problem, limits=limits))
 
 
@@ -174,8 +174,10 @@ def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
                 precision=candidate.precision,
             )
         )
-    limited = prepared.latencies is not None and latency_limit(problem) is not None
-    conditions = str(prepared.latencies.conditions) if prepared.latencies and limited else ""
+    limited = [
+        costs for limit in measured_limits(problem) if (costs := prepared.measured.get(cast(Metric, limit.metric)))
+    ]
+    conditions = str(limited[0].conditions) if limited else ""
     before = replaced_layers(prepared.task.model)
     return Plan(tuple(choices), problem.cost(proposal), prepared.dense, conditions, before)
 
@@ -237,7 +239,7 @@ def build_result(
     outcome = outcome.with_asked_limits()
     plan = make_plan(prepared, outcome.problem, outcome.chosen.proposal)
     model, changes = _rebuild(prepared, outcome, settings, progress)
-    achieved = _count(prepared, model, outcome.check.measured.latency if outcome.check else plan.cost.latency)
+    achieved = _count(prepared, model, plan.cost, outcome.checks)
     _check_cost(prepared, outcome, planned=plan.cost, achieved=achieved)
     score = _score(prepared, outcome.chosen, model, changes)
     rebuilt = _Rebuilt(model, dataclasses.replace(plan, cost=achieved), changes, score)
@@ -308,10 +310,12 @@ def _measured(objective: float | None) -> float:
     return objective
 
 
-def _count(prepared: Prepared, model: nn.Module, latency: int) -> Cost:
-    """The cost of the rebuilt model, counted independently of the plan; latency is passed through."""
+def _count(prepared: Prepared, model: nn.Module, planned: Cost, checks: Checks) -> Cost:
+    """The cost of the rebuilt model, counted independently of the plan; of latency and energy what the checks say."""
     task = prepared.task
-    cost = dataclasses.replace(count(model, task.example_input), latency=latency)
+    cost = count(model, task.example_input)
+    cost = dataclasses.replace(cost, **{m: planned[m] for m in MEASURED})
+    cost = dataclasses.replace(cost, **{check.limit.metric: check.measured.value for check in checks})
     if prepared.dense.memory:
         cost = dataclasses.replace(cost, **measured(model, task.example_input))
     return cost
@@ -320,7 +324,7 @@ def _count(prepared: Prepared, model: nn.Module, latency: int) -> Cost:
 def _check_cost(prepared: Prepared, outcome: SearchOutcome, planned: Cost, achieved: Cost) -> None:
     """Raises RankoptError if the rebuilt model misses a limit, or does not cost what the plan says."""
     missed = [limit.metric for limit in outcome.problem.limits if achieved[limit.metric] > limit.target]
-    if not missed and achieved == planned:  # without latency, memory and disk, which Cost does not compare
+    if not missed and achieved == planned:  # without what Cost does not compare
         return
     metrics = dict.fromkeys([*missed, *(m for m in ("params", "macs", "bytes") if achieved[m] != planned[m])])
     costs = ", ".join(f"{achieved[m]:,} {m} where the plan says {planned[m]:,}" for m in metrics)
@@ -384,7 +388,9 @@ def _assemble(
         "notes": metadata["notes"],
         "warnings": [*metadata["warnings"], *_score_warnings(task, rebuilt.score)],
         "seconds": {k: round(v, 3) for k, v in prepared.clock.items()},
+        "forward_passes": round(prepared.passes, 2),
         "family_seconds": {k: round(v, 3) for k, v in prepared.family_seconds.items()},
+        "effort": prepared.space.effort,
         "trials": _trials_entry(outcome),
         "budget": {cast(Metric, x.metric): _budget_entry(x, plan.cost, dense) for x in problem.limits},
         "cost": {"dense": _cost_entry(dense), "compressed": _cost_entry(plan.cost)},
@@ -408,11 +414,11 @@ def _assemble(
         "energy": of_models([task.model, rebuilt.model], task.example_input),
         "layers": [_layer_row(c, layer) for c, layer in zip(plan.choices, prepared.layers, strict=True)],
     }
+    if problem.fitting:
+        info["fitting"] = problem.fitting
     if "question" in metadata:
         info["question"] = metadata["question"]
-    if latency := latency_entry(prepared, problem, outcome.check):
-        info["latency"] = latency
-    return info
+    return cast(ResultInfo, {**info, **measured_entries(prepared, problem, outcome.checks)})
 
 
 def _trials_entry(outcome: SearchOutcome) -> TrialsEntry:
@@ -445,6 +451,7 @@ def _cost_entry(cost: Cost) -> CostEntry:
         "latency": cost.latency,
         "memory": cost.memory,
         "disk": cost.disk,
+        "energy": cost.energy,
     }
 
 

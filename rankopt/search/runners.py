@@ -40,12 +40,12 @@ class RunnerSettings:
         return self != RunnerSettings()
 
 
-def make_runner(settings: RunnerSettings, logs: Path | None = None) -> Runner:
+def make_runner(settings: RunnerSettings, folder: Path | None = None) -> Runner:
     """Make the runner of a search.
 
     Args:
         settings: Where trials are evaluated.
-        logs: Folder for the workers' logs; None keeps none.
+        folder: The run folder, for the workers' logs and Ray Tune's results; None keeps none.
 
     Returns:
         `search`, which works in this process, or a `RaySearch`.
@@ -71,7 +71,7 @@ def make_runner(settings: RunnerSettings, logs: Path | None = None) -> Runner:
         settings.ray_address,
         settings.gpus_per_trial,
         Limits(settings.trial_timeout, memory),
-        logs,
+        folder,
         settings.tensorboard,
         settings.cpus_per_trial,
     )

@@ -9,7 +9,8 @@ from typing import Any
 from rankopt.core.errors import RankoptError
 from rankopt.search.fidelity import FULL_FIDELITY, FidelitySchedule
 from rankopt.search.loop import Callback
-from rankopt.strategies.registry import read_options
+from rankopt.strategies.base import Strategy
+from rankopt.strategies.registry import read_options, strategy_name
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class SearchSettings:
     @classmethod
     def parse(
         cls,
-        strategy: str = "knapsack",
+        strategy: str | type[Strategy] = "knapsack",
         options: Mapping[str, Any] | None = None,
         fidelities: str | None = None,
         **others: Any,
@@ -60,7 +61,7 @@ class SearchSettings:
         """Build settings from options and fidelities as a user writes them.
 
         Args:
-            strategy: Name of the strategy.
+            strategy: Name of the strategy, "module:Class", or the class.
             options: The strategy's own options, as values or as text.
             fidelities: A schedule as `FidelitySchedule.parse` reads it; None for full fidelity.
             others: The remaining fields, as they are.
@@ -68,6 +69,7 @@ class SearchSettings:
         Raises:
             RankoptError: For an unknown strategy or option, or for fidelities that are not understood.
         """
-        read = read_options(strategy, options or {})
+        name = strategy_name(strategy)
+        read = read_options(name, options or {})
         schedule = FULL_FIDELITY if fidelities is None else FidelitySchedule.parse(fidelities)
-        return cls(strategy, options=read, fidelities=schedule, **others)
+        return cls(name, options=read, fidelities=schedule, **others)

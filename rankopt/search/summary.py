@@ -12,11 +12,12 @@ from rich.table import Table
 from rankopt.core.budget import amount
 from rankopt.core.records import RECONSTRUCTED, SAME
 from rankopt.core.result_record import (
+    MEASURED_KEYS,
     PARTS,
     Bounds,
     CorrelationEntry,
-    LatencyEntry,
     LayerRow,
+    MeasuredEntry,
     Metric,
     ResultInfo,
     TieEntry,
@@ -153,7 +154,8 @@ def summary(info: ResultInfo) -> str:
         head,
         *([answer] if answer else []),
         budget_text(info),
-        *latency_lines(info),
+        *fitting_lines(info),
+        *measured_lines(info),
         *energy_lines(info),
         *change_lines(info),
         *(f"{'WARNING ' * warns}{text}" for text, warns in reliability_notes(info)),
@@ -238,6 +240,25 @@ def budget_text(info: ResultInfo) -> str:
     )
 
 
+def fitting_lines(info: ResultInfo) -> list[str]:
+    """What was fitted, and what more effort would be worth.
+
+    Args:
+        info: The content of result.json.
+
+    Returns:
+        A sentence without a full stop; none where everything was fitted.
+    """
+    found = info.get("fitting")
+    if not found:
+        return []
+    cut = "" if found["settled"] else ", cut short"
+    return [
+        f"fitted  {found['final']:,} of {found['candidates']:,} candidates with all steps, {found['first']:,} briefly "
+        f"(effort {info['effort']}{cut}); all of them could lower the predicted loss by {found['gain']:.1%} at most"
+    ]
+
+
 def n_evaluated(info: ResultInfo) -> int:
     """The number of plans evaluated, including those that a tightened limit on latency left out later.
 
@@ -247,48 +268,55 @@ def n_evaluated(info: ResultInfo) -> int:
     return info["trials"]["distinct"] + info["trials"].get("outside", 0)
 
 
-def latency_lines(info: ResultInfo) -> list[str]:
-    """What a latency budget came to: the measurement, layers that stayed dense, and how costs were found.
+def measured_lines(info: ResultInfo) -> list[str]:
+    """What budgets on latency and energy came to: the measurement, layers that stayed dense, and how costs were found.
 
     Args:
         info: The content of result.json.
 
     Returns:
-        Sentences without a full stop; none without a latency budget.
+        Sentences without a full stop; none without such a budget.
     """
-    found = info.get("latency")
+    return [line for metric in MEASURED_KEYS for line in _lines_of(metric, info)]
+
+
+def _lines_of(metric: Metric, info: ResultInfo) -> list[str]:
+    found = cast(MeasuredEntry | None, info.get(MEASURED_KEYS[metric]))
     if not found:
         return []
+    times, slower = ("times", "be slower") if metric == "latency" else ("energies", "take more energy")
     if "met" in found:
-        lines = [_latency_check_line(info, found)]
+        lines = [_check_line(metric, info, found)]
     else:
-        lines = [f"latency from a table measured {_conditions(found)}: it was not measured here"]
+        lines = [f"{metric} from a table measured {_conditions(found)}: it was not measured here"]
     if n := len(found["none_faster"]):
-        lines.append(
-            f"{counted(n, 'layer')} stayed dense: factorised they would be slower ({_few(found['none_faster'])})"
-        )
-    fit = f"a candidate costs {found['slope']:.2f} times its own time, fitted to {found['plans']} whole models"
+        names = _few(found["none_faster"])
+        lines.append(f"{counted(n, 'layer')} stayed dense: factorised they would {slower} ({names})")
+    own = "time" if metric == "latency" else "energy"
+    fit = f"a candidate costs {found['slope']:.2f} times its own {own}, fitted to {found['plans']} whole models"
     gap = found["interpolation"]
-    between = "" if gap is None else f"; times between measured ranks: typically {gap:.1%} off"
+    between = "" if gap is None else f"; {times} between measured ranks: typically {gap:.1%} off"
     return [*lines, f"{fit}, the worst {found['residual']:.1%} of the dense model off{between}"]
 
 
-def _latency_check_line(info: ResultInfo, found: LatencyEntry) -> str:
-    def time(ns: int) -> str:
-        return amount("latency", ns)
+def _check_line(metric: Metric, info: ResultInfo, found: MeasuredEntry) -> str:
+    def text(value: int) -> str:
+        return amount(metric, value)
 
-    # For a budget given as a fraction, times are relative to the dense model's latency in the table.
-    fraction = info["budget"]["latency"]["requested"] <= 1
-    whole = info["cost"]["dense"]["latency"] if fraction else found["dense"]
+    # For a budget given as a fraction, numbers are relative to the dense model's in the table.
+    fraction = info["budget"][metric]["requested"] <= 1
+    whole = info["budget"][metric]["dense"] if fraction else found["dense"]
+    value = info["budget"][metric]["achieved"]
+    each = "" if metric == "latency" else " for one example"
     return (
-        f"latency measured on the rebuilt model: {time(found['latency'])} (95 %: {time(found['low'])} to "
-        f"{time(found['high'])}), {percent(found['latency'] / whole, 1)} of the dense model's {time(whole)}; "
-        f"{found['rounds']} passes in turn with the dense model, which took {time(found['dense'])} there; "
-        f"predicted {time(found['predicted'])}; attempts: {found['attempts']}; {_conditions(found)}"
+        f"{metric} measured on the rebuilt model: {text(value)}{each} (95 %: {text(found['low'])} to "
+        f"{text(found['high'])}), {percent(value / whole, 1)} of the dense model's {text(whole)}; "
+        f"{found['rounds']} passes in turn with the dense model, which took {text(found['dense'])} there; "
+        f"predicted {text(found['predicted'])}; attempts: {found['attempts']}; {_conditions(found)}"
     )
 
 
-def _conditions(found: LatencyEntry) -> str:
+def _conditions(found: MeasuredEntry) -> str:
     return f"on {found['conditions']} ({found['machine']})"
 
 

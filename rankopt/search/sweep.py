@@ -185,6 +185,7 @@ def sweep(
     check_evaluate(evaluate)
     task, clock = prepared.task, Clock()
     wanted = read_budgets(budgets, prepared.dense)
+    prepared = prepared.fitted_for([[budget] for budget, _ in wanted])
     with clock.stage("allocating"):
         points = [_allocate(prepared, *b) for b in progress(wanted, "allocating", len(wanted))]
     if all(p.plan is None for p in points):

@@ -28,19 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+from rankopt.core.dual import Array, Positions, drop_impossible, excess_of, maximise_dual, pick, plan_loss, priced
 from rankopt.core.problem import Problem, ProblemTable, cannot_be_met_together, check_feasible, padded
 from rankopt.core.records import Proposal
-
-Array = NDArray[np.float64]
-
-
-Positions = NDArray[np.int64]
-"""A plan as an array: one frontier index per layer, (n,)."""
-
 
 EXACT_LAYERS = 200  # with more layers, a gap of TOLERANCE is allowed
 
@@ -54,13 +47,7 @@ NEAREST = 1e-3  # relative gap of a projection's squared distance
 NODES = 2_000  # limit of branch and bound; unlike a time limit it gives the same plan on every machine
 
 
-CUTS = 200  # limit of cutting planes; about a dozen are needed for one limit
-
-
 CORRECTIONS = 12  # plans that are counted before the cheapest one is taken; two or three are usual
-
-
-MAX_PRICE = 1e6  # keeps the first linear programs bounded; in loss of all layers per cost of all layers
 
 
 @dataclass(frozen=True)
@@ -130,9 +117,9 @@ def allocate(
         plan = _fitting_extreme(problem, table)
     else:  # where the sum overestimates this plan more than the cheapest, there may be room for a better one
         other = solve(np.maximum(table.room, _room_around(problem, plan)))
-        if other is not None and _loss(table, other) < _loss(table, plan) and problem.fits(_proposal(other)):
+        if other is not None and plan_loss(table, other) < plan_loss(table, plan) and problem.fits(_proposal(other)):
             plan = other
-    loss = _loss(table, plan)
+    loss = plan_loss(table, plan)
     return Allocation(_proposal(plan), loss, min(loss, min(bounds[1:], default=bounds[0])))
 
 
@@ -142,7 +129,7 @@ def _proposal(plan: Positions) -> Proposal:
 
 def _room_around(problem: Problem, plan: Positions) -> Array:
     """The limits on the layers' costs, if these over- and underestimate other plans as much as this one."""
-    return _pick(problem.table.costs, plan).sum(axis=-1) - problem.excess(_proposal(plan))
+    return pick(problem.table.costs, plan).sum(axis=-1) - problem.excess(_proposal(plan))
 
 
 def _fitting(problem: Problem, solve: Callable[[Array], Positions | None], room: Array) -> Positions | None:
@@ -154,7 +141,7 @@ def _fitting(problem: Problem, solve: Callable[[Array], Positions | None], room:
         excess = problem.excess(_proposal(plan))
         if (excess <= 0).all():
             return plan
-        reached = _pick(problem.table.costs, plan).sum(axis=-1)
+        reached = pick(problem.table.costs, plan).sum(axis=-1)
         room = np.where(excess > 0, np.minimum(room, reached) - excess * 2.0**number, room)
     return None
 
@@ -165,17 +152,17 @@ def _fitting_extreme(problem: Problem, table: ProblemTable) -> Positions:
     plans = [p for p in (dense, *(problem.cheapest(x.metric, x.target) for x in problem.limits)) if problem.fits(p)]
     if not plans:
         raise cannot_be_met_together(problem)
-    return np.array(min(plans, key=lambda p: _loss(table, np.array(p))))
+    return np.array(min(plans, key=lambda p: plan_loss(table, np.array(p))))
 
 
 def _solve(table: ProblemTable, tolerance: float) -> tuple[Positions, float] | None:
     """The plan of least loss whose layers' costs are within the room, and a bound; None if there is none."""
-    table = _drop_impossible(table)
+    table = drop_impossible(table)
     if np.isinf(table.losses).all(axis=1).any():
         return None
-    plan, prices, least = _maximise_dual(table)
+    plan, prices, least = maximise_dual(table)
     plan = _fill(table, _repair(table, plan))
-    upper, bound = _loss(table, plan) if _fits(table, plan) else math.inf, least
+    upper, bound = plan_loss(table, plan) if _fits(table, plan) else math.inf, least
     for goal in sorted(
         {tolerance, max(tolerance, TOLERANCE)}, reverse=True
     ):  # a good plan first makes the core smaller
@@ -222,53 +209,31 @@ def fill(problem: Problem, proposal: Proposal) -> Proposal:
 # --- plans: one position per layer -----------------------------------------------------------------
 
 
-def _pick(values: Array, plan: Positions) -> Array:
-    """The values (..., n, m) at a plan's positions: (..., n)."""
-    return values[..., np.arange(len(plan)), plan]
-
-
-def _loss(table: ProblemTable, plan: Positions) -> float:
-    return math.fsum(_pick(table.losses, plan))
-
-
-def _excess(table: ProblemTable, plan: Positions) -> Array:
-    """By how much a plan exceeds each limit, (k,); negative where room is left."""
-    return _pick(table.costs, plan).sum(axis=-1) - table.room
-
-
 def _fits(table: ProblemTable, plan: Positions) -> bool:
-    return bool((_excess(table, plan) <= 0).all())
-
-
-def _drop_impossible(table: ProblemTable) -> ProblemTable:
-    """Exclude candidates that exceed a limit even beside the cheapest candidate of every other layer."""
-    least = table.costs.min(axis=-1, keepdims=True)
-    spare = table.room - least.sum(axis=(1, 2))
-    possible = (table.costs - least <= spare[:, None, None]).all(axis=0)
-    return table._replace(losses=np.where(possible, table.losses, math.inf))
+    return bool((excess_of(table, plan) <= 0).all())
 
 
 def _repair(table: ProblemTable, plan: Positions) -> Positions:
     """While a limit is exceeded, make the change of one layer that loses least per share of the excess removed."""
     plan = plan.copy()
     scale = np.maximum(table.room, 1)[:, None, None]
-    excess = _excess(table, plan)[:, None, None]
+    excess = excess_of(table, plan)[:, None, None]
     while (excess > 0).any():
-        after = excess + table.costs - _pick(table.costs, plan)[..., None]
+        after = excess + table.costs - pick(table.costs, plan)[..., None]
         freed = ((excess.clip(0) - after.clip(0)) / scale).sum(axis=0)
-        extra = table.losses - _pick(table.losses, plan)[:, None]
+        extra = table.losses - pick(table.losses, plan)[:, None]
         price = np.where(freed > 0, extra / np.where(freed > 0, freed, 1), math.inf)
         layer, position = np.unravel_index(price.argmin(), price.shape)
         if price[layer, position] == math.inf:
             break
         plan[layer] = position
-        excess = _excess(table, plan)[:, None, None]
+        excess = excess_of(table, plan)[:, None, None]
     return plan
 
 
 def _fill(table: ProblemTable, plan: Positions) -> Positions:
     """While a step fits that lowers the loss (or is upwards at equal loss), take the one with most gain per cost."""
-    plan, left = plan.copy(), -_excess(table, plan)
+    plan, left = plan.copy(), -excess_of(table, plan)
     rates, steps = _best_steps(table, plan, left)
     while rates.max(initial=-math.inf) > -math.inf:
         layer = int(rates.argmax())
@@ -286,62 +251,25 @@ def _fill(table: ProblemTable, plan: Positions) -> Positions:
 
 def _best_steps(table: ProblemTable, plan: Positions, left: Array) -> tuple[Array, Positions]:
     """Each layer's best step that fits: its gain per share of the room (−inf if there is none), and its position."""
-    extra = table.costs - _pick(table.costs, plan)[..., None]
-    gain = _pick(table.losses, plan)[:, None] - table.losses
+    extra = table.costs - pick(table.costs, plan)[..., None]
+    gain = pick(table.losses, plan)[:, None] - table.losses
     up = np.arange(gain.shape[1]) > plan[:, None]
     allowed = ((gain > 0) | (gain == 0) & up) & (extra <= left[:, None, None]).all(axis=0)
     spent = (extra.clip(0) / np.maximum(table.room, 1)[:, None, None]).sum(axis=0)
     rate = np.where(allowed, gain / (spent + 1e-12), -math.inf)
     steps = rate.argmax(axis=1)
-    return _pick(rate, steps), steps
+    return pick(rate, steps), steps
 
 
 # --- bounds ------------------------------------------------------------------------------------------
 
 
-def _priced(table: ProblemTable, prices: Array) -> Array:
-    """The candidates' losses plus the priced costs, c + λ·w: (n, m)."""
-    return table.losses + np.tensordot(prices, table.costs, 1)
-
-
-def _maximise_dual(table: ProblemTable) -> tuple[Positions, Array, float]:
-    """Find the plan that attains the greatest bound L(λ), the prices λ (k,) of the limits, and L(λ).
-
-    Cutting planes (Kelley 1960): every plan p bounds L(λ) ≤ loss(p) + λ·excess(p), with equality where p is a
-    minimiser. A small linear program finds the λ at which the plans seen so far allow most; its minimiser is the next
-    plan. For one limit that is the intersection of two tangents. Any λ ≥ 0 gives a valid bound.
-    """
-    reach = np.maximum(table.costs.max(axis=-1).sum(axis=-1), 1)
-    available = np.where(np.isfinite(table.losses), table.costs, math.inf)
-    seen = [available[limit].argmin(axis=-1) for limit in range(len(reach))]
-    worst = _loss(table, np.where(np.isfinite(table.losses), table.losses, -math.inf).argmax(axis=1))
-    prices, best = np.zeros(len(reach)), (-math.inf, np.zeros(len(reach)), seen[0])
-    cuts = [(_loss(table, plan), _excess(table, plan) / reach) for plan in seen]
-    for _ in range(CUTS):
-        plan = _priced(table, prices).argmin(axis=1)
-        excess = _excess(table, plan)
-        cuts.append((_loss(table, plan), excess / reach))
-        best = max(best, (cuts[-1][0] + float(prices @ excess), prices, plan), key=lambda x: x[0])
-        losses, excesses = (np.array(x) for x in zip(*cuts, strict=True))
-        unit = max(abs(best[0]), 1e-6 * np.abs(losses).max()) or 1.0
-        found = linprog(
-            np.eye(1 + len(reach))[0] * -1,  # maximise the bound, the first unknown; the others are the prices
-            A_ub=np.column_stack([np.ones(len(cuts)), -excesses]),
-            b_ub=losses / unit,
-            bounds=[(None, None), *[(0, MAX_PRICE)] * len(reach)],
-        )
-        if found.x is None or found.x[0] - best[0] / unit <= 1e-9 or best[0] > worst:
-            break  # the maximum is reached, or a bound that no plan can meet
-        prices = found.x[1:] * unit / reach
-    return best[2], best[1], best[0]
-
-
 def _core(table: ProblemTable, prices: Array, gap: float) -> ProblemTable:
     """Exclude candidates that only plans worse than the best known one can use: reduced cost above U − L(λ)."""
-    priced = _priced(table, prices)
-    least = priced.min(axis=1, keepdims=True)
+    reduced = priced(table, prices)
+    least = reduced.min(axis=1, keepdims=True)
     rounding = 1e-12 * np.abs(least).sum()
-    return table._replace(losses=np.where(priced - least <= gap + rounding, table.losses, math.inf))
+    return table._replace(losses=np.where(reduced - least <= gap + rounding, table.losses, math.inf))
 
 
 def _solve_core(core: ProblemTable, plan: Positions, upper: float, tolerance: float) -> tuple[Positions, float, float]:
@@ -374,8 +302,8 @@ def _solve_core(core: ProblemTable, plan: Positions, upper: float, tolerance: fl
         chosen[layers, positions] = found.x
         # The solver works to a tolerance: its plan may exceed a limit slightly.
         other = _fill(core, _repair(core, chosen.argmax(axis=1)))
-        if _fits(core, other) and _loss(core, other) < upper:
-            plan, upper = other, _loss(core, other)
+        if _fits(core, other) and plan_loss(core, other) < upper:
+            plan, upper = other, plan_loss(core, other)
     return plan, upper, bound
 
 

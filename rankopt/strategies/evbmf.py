@@ -13,22 +13,29 @@ Estimates become ranks by MUSCO's weakening (Gusak 2019), rank = full − w (ful
 bisected onto the budget; beyond the estimate, w scales the ranks to zero. A layer may cost as much as its most
 expensive family at these ranks, so that it has room for its signal in every family (the cheapest family would add up
 all underestimates). Within that cost it takes the most accurate candidate of its frontier.
+
+With `ranks=kept` the estimates are the ranks, as in MUSCO: every layer takes the cheapest of its families at their
+estimated ranks, w is 0.5, and more only where that is over the budget.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
+from numpy.typing import NDArray
+from scipy.optimize import brentq
 from torch import Tensor
 
 from rankopt.core.errors import RankoptError
+from rankopt.core.problem import Problem
 from rankopt.core.records import Cost, Layer, Proposal, Rank
 from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.types import is_sketch, mean_squares
 from rankopt.decompositions.variable_projection import full_target, roots
 from rankopt.strategies.allocation import fill, project
 from rankopt.strategies.base import Strategy
@@ -46,6 +53,12 @@ UNFOLDINGS = {
 
 
 LINEAR_TT = ("bond1", "bond2", "bond3")
+
+
+NEWTON = 60  # steps at most; six to ten are usual
+
+
+Array = NDArray[np.float64]
 
 
 class Spectrum(NamedTuple):
@@ -68,12 +81,29 @@ layers of modes (C1, C2, T1, T2) the bonds of a tensor train "bond1" C1 x rest, 
 
 
 class Evbmf(Strategy):
-    """Gives every layer the cost of its estimated ranks, weakened to the budget."""
+    """Gives every layer the cost of its estimated ranks, weakened to the budget, or these ranks themselves."""
 
     name = "evbmf"
     one_shot = True
     needs_model = True
     spectra: Sequence[Spectra] = ()
+
+    def __init__(self, problem: Problem, seed: int = 0, *, ranks: str = "shares") -> None:
+        """Set up what the estimates decide.
+
+        Args:
+            problem: The candidates of every layer, and the limits.
+            seed: Not used.
+            ranks: "shares": the estimates decide how much of the budget each layer gets. "kept": they are the ranks,
+                weakened only where they exceed the budget; what they leave of it stays unused.
+
+        Raises:
+            RankoptError: For any other word.
+        """
+        super().__init__(problem, seed)
+        if ranks not in {"shares", "kept"}:
+            raise RankoptError(f"strategy 'evbmf': unknown ranks={ranks}: choose from shares, kept")
+        self.ranks = ranks
 
     def measure(self, prepared: Any, progress: Any) -> None:
         layers = self.problem.layers
@@ -91,29 +121,70 @@ class Evbmf(Strategy):
             raise RankoptError(
                 "strategy 'evbmf' looks at the model first: call measure(prepared, progress), then ask()"
             )
-        problem = self.problem
         estimates = [{k: max(1, evbmf_rank(*s)) for k, s in spectra.items()} for spectra in self.spectra]
+        return self._kept(estimates) if self.ranks == "kept" else self._shares(estimates)
 
-        def taken(w: float) -> list[tuple[Cost, str, Rank]]:
-            return [self._most_expensive(i, found, w) for i, found in enumerate(estimates)]
+    def _shares(self, estimates: Sequence[Mapping[str, int]]) -> Proposal:
+        """The most accurate candidates within the cost of each layer's most expensive family at weakened ranks."""
+        problem = self.problem
 
-        proposal = largest(problem, lambda kept: within(problem, [cost for cost, _, _ in taken(1 - kept)]))
+        def taken(w: float) -> list[_Option]:
+            return [max(self._options(i, found, w)) for i, found in enumerate(estimates)]
+
+        proposal = largest(problem, lambda kept: within(problem, [x.cost for x in taken(1 - kept)]))
         self.notes = {
-            layer.name: f"EVBMF: {family} {rank} costs most of the families at their estimated ranks"
-            for layer, (_, family, rank) in zip(problem.layers, taken(0.5), strict=True)
+            layer.name: f"EVBMF: {x.family} {x.rank} costs most of the families at their estimated ranks"
+            for layer, x in zip(problem.layers, taken(0.5), strict=True)
         }
         return fill(problem, project(problem, proposal))
 
-    def _most_expensive(self, i: int, estimates: Mapping[str, int], w: float) -> tuple[Cost, str, Rank]:
-        """Cost, name and ranks of the family that costs most at a weakening w."""
+    def _kept(self, estimates: Sequence[Mapping[str, int]]) -> Proposal:
+        """The cheapest family of each layer at its estimated ranks, all weakened alike where they exceed the budget."""
+
+        def taken(w: float) -> list[_Option]:
+            return [min(self._options(i, found, w)) for i, found in enumerate(estimates)]
+
+        def proposal_at(kept: float) -> Proposal:
+            return tuple(self._nearest(i, x) for i, x in enumerate(taken(1 - kept / 2)))
+
+        self.notes = {
+            layer.name: f"EVBMF: estimated are {x.family} {x.rank}"
+            for layer, x in zip(self.problem.layers, taken(0.5), strict=True)
+        }
+        return project(self.problem, largest(self.problem, proposal_at))
+
+    def _options(self, i: int, estimates: Mapping[str, int], w: float) -> list[_Option]:
+        """The layer's families at a weakening w."""
         layer, spectra = self.problem.layers[i], self.spectra[i]
         kept = {k: _between(min(s.rows, s.columns), estimates[k], w) for k, s in spectra.items()}
         methods = {c.method for c in self.problem.frontiers[i]}
         options = []
         for name in [f for f in UNFOLDINGS if f in methods] or ["svd_out"]:
             rank = family_rank(name, layer, kept)
-            options.append((DECOMPOSITIONS[name].cost(layer, rank), name, rank))
-        return max(options, key=lambda o: sum(o[0][x.metric] / x.target for x in self.problem.limits))
+            cost = DECOMPOSITIONS[name].cost(layer, rank)
+            options.append(_Option(self._share(cost), name, rank, cost))
+        return options
+
+    def _share(self, cost: Cost) -> float:
+        return sum(cost[x.metric] / max(x.target, 1) for x in self.problem.limits)
+
+    def _nearest(self, i: int, option: _Option) -> int:
+        """The position of the family's candidate with the ranks nearest to an option's; dense if that is no dearer."""
+        frontier = self.problem.frontiers[i]
+        family = [at for at, c in enumerate(frontier) if c.method == option.family]
+        if not family or option.share >= self._share(self.problem.layers[i].cost):
+            return len(frontier) - 1
+        wanted = np.log(option.rank)
+        return min(family, key=lambda at: float(np.abs(np.log(frontier[at].rank) - wanted).sum()))
+
+
+class _Option(NamedTuple):
+    """A family at some ranks, compared by its share of the budget."""
+
+    share: float
+    family: str
+    rank: Rank
+    cost: Cost
 
 
 def unfolded(layer: Layer, weight: Tensor, moment: Tensor | None = None, metric: Tensor | None = None) -> Spectra:
@@ -127,7 +198,8 @@ def unfolded(layer: Layer, weight: Tensor, moment: Tensor | None = None, metric:
     """
     target = full_target(layer, weight, moment, metric)
     felt = roots(target.metric)[0] @ target.weight  # (groups, T, C * height * width)
-    felt = felt * target.moment.sqrt().unsqueeze(1) if target.diagonal else felt @ roots(target.moment)[0]
+    known = mean_squares(target.moment) if is_sketch(target.moment) else target.moment
+    felt = felt * known.sqrt().unsqueeze(1) if known.ndim == 2 else felt @ roots(known)[0]
     tensor = felt.unflatten(2, (layer.in_channels, *layer.kernel)).permute(2, 3, 4, 1, 0)  # C, height, width, T, groups
     matrices = {"output": tensor.movedim(3, 0).flatten(1)}
     if layer.kind != "Embedding":
@@ -167,8 +239,8 @@ def _between(full: int, estimate: int, w: float) -> float:
 def evbmf_rank(singular_values: Sequence[float], rows: int, columns: int) -> int:
     """Estimate a matrix's rank: the rank of the global analytic EVB solution with estimated noise variance.
 
-    Nakajima et al. 2013, theorems 2 and 4, for an L x M matrix with L ≤ M: a component is kept if
-    s > √(M σ² x̄), where x̄ = (1 + τ̄)(1 + α/τ̄), α = L/M and τ̄ = 2.5129 √α.
+    Nakajima et al. 2013, theorems 2 and 4, for an L x M matrix with L ≤ M and α = L/M: a component is kept if
+    s² > M σ² x̄, where x̄ = (1 + τ̄)(1 + α/τ̄) and τ̄ is the zero of log(τ + 1) + α log(τ/α + 1) − τ.
 
     Args:
         singular_values: All singular values.
@@ -180,28 +252,82 @@ def evbmf_rank(singular_values: Sequence[float], rows: int, columns: int) -> int
     s2 = np.pad(s2, (0, small - len(s2)))
     if s2.sum() <= 0:
         return 0
-    alpha = small / large
-    tau_bar = 2.5129 * np.sqrt(alpha)
-    x_bar = (1 + tau_bar) * (1 + alpha / tau_bar)
-    most = min(int(np.ceil(small / (1 + alpha))) - 1, small - 1)
-    upper = s2.sum() / (small * large)
-    lower = max(s2[most] / (large * x_bar), s2[most:].mean() / large)
-    if not 0 < lower < upper:
-        variance = upper
-    else:
-        found = minimize_scalar(
-            _free_energy, args=(s2, large, alpha, x_bar), bounds=(np.log(lower), np.log(upper)), method="bounded"
-        )
-        variance = float(np.exp(found.x))
-    return int((s2 > large * variance * x_bar).sum())
+    x = np.maximum(s2, np.finfo(float).eps ** 2 * s2[0]) / large  # below, singular values are rounding
+    return int((x > np.exp(least_energy(x, small / large)[0]) * threshold(small / large)).sum())
 
 
-def _free_energy(log_variance: float, s2: np.ndarray, large: int, alpha: float, x_bar: float) -> float:
-    """Free energy as a function of the logarithmic noise variance, up to a constant (theorem 4)."""
-    variance = np.exp(log_variance)
-    x = np.maximum(s2 / (large * variance), 1e-300)
-    above, below = x[x > x_bar], x[x <= x_bar]
-    t = above - (1 + alpha)
-    tau = (t + np.sqrt(np.maximum(t**2 - 4 * alpha, 0))) / 2
-    kept = above - tau + np.log((tau + 1) / above) + alpha * np.log(tau / alpha + 1)
-    return float((below - np.log(below)).sum() + kept.sum())
+@lru_cache
+def threshold(alpha: float) -> float:
+    """Compute x̄: a component is kept if s² is above M σ² x̄.
+
+    Args:
+        alpha: The shorter over the longer side of the matrix.
+    """
+    tau = brentq(lambda t: np.log1p(t) + alpha * np.log1p(t / alpha) - t, np.sqrt(alpha), 10)
+    return float((1 + tau) * (1 + alpha / tau))
+
+
+def least_energy(x: Array, alpha: float) -> tuple[float, float]:
+    """Minimise the free energy over the noise variance, globally.
+
+    Between the thresholds x / x̄ the same components are kept, and the energy is smooth. Its slope by −log σ²,
+
+        Σ_dropped (x/σ² − 1) + α Σ_kept (1 + 1/τ),
+
+    is convex there, since x/σ² and 1/τ both are: an interval has at most one minimum, the slope's last zero. Newton's
+    steps from the interval's end fall to it without passing it; where they leave the interval there is none.
+
+    Args:
+        x: Squared singular values over M, falling, all above 0.
+        alpha: L/M.
+
+    Returns:
+        The logarithm of σ² and the energy there, up to a constant.
+    """
+    x_bar, most = threshold(alpha), min(math.ceil(len(x) / (1 + alpha)) - 1, len(x) - 1)
+    lower, upper = max(x[most] / x_bar, x[most:].mean()), x.mean()  # theorem 4's bounds of σ²
+    steps = x / x_bar
+    edges = -np.log(np.concatenate([[upper], steps[(steps > lower) & (steps < upper)], [max(min(lower, upper), 0)]]))
+    kept = np.searchsorted(-steps, -np.exp(-(edges[1:] + edges[:-1]) / 2))  # of the intervals between the edges
+    at, low = edges[1:].copy(), edges[:-1]
+    open_ = np.ones(len(at), bool)
+    for _ in range(NEWTON):
+        slope, curvature = _slope(at, kept, x, alpha)
+        open_ &= (slope > 0) & (curvature > 0)
+        step = np.where(open_, slope / np.where(open_, curvature, 1), 0)
+        at = np.maximum(at - step, low)
+        if step.max(initial=0) < 1e-10:
+            break
+    points = np.concatenate([at, edges])
+    energies = free_energy(-points, x, alpha)
+    return -float(points[energies.argmin()]), float(energies.min())
+
+
+def _terms(log_precision: Array, kept: Array, x: Array, alpha: float) -> tuple[Array, Array, NDArray[np.bool_]]:
+    """x/σ², its τ where it is kept (else 1), and which are kept: (points, components)."""
+    scaled = x * np.exp(log_precision)[:, None]
+    above = np.arange(len(x)) < kept[:, None]
+    t = np.where(above, scaled, 4.0) - (1 + alpha)
+    return scaled, (t + np.sqrt(np.maximum(t**2 - 4 * alpha, 0))) / 2, above
+
+
+def _slope(log_precision: Array, kept: Array, x: Array, alpha: float) -> tuple[Array, Array]:
+    """First and second derivative of the free energy by −log σ², with the first `kept` components kept."""
+    scaled, tau, above = _terms(log_precision, kept, x, alpha)
+    slope = np.where(above, alpha * (1 + 1 / tau), scaled - 1).sum(1)
+    bend = alpha * (1 + tau) * (tau + alpha) / (tau * np.maximum(tau**2 - alpha, 1e-12))
+    return slope, np.where(above, -bend, scaled).sum(1)
+
+
+def free_energy(log_variance: Array, x: Array, alpha: float) -> Array:
+    """Compute the free energy at several noise variances, up to a constant (theorem 4).
+
+    Args:
+        log_variance: Logarithms of the variances, (points,).
+        x: Squared singular values over M, falling, all above 0.
+        alpha: L/M.
+    """
+    kept = (x > np.exp(log_variance)[:, None] * threshold(alpha)).sum(1)
+    scaled, tau, above = _terms(-log_variance, kept, x, alpha)
+    psi = np.log1p(tau) + alpha * np.log1p(tau / alpha) - tau
+    return (scaled - np.log(scaled) + np.where(above, psi, 0)).sum(1)

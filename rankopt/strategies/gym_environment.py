@@ -62,7 +62,9 @@ class LayerWalk(gymnasium.Env[np.ndarray, np.int64]):
         return self._observe(), reward, done, False, {"proposal": self.proposal}
 
     def action_masks(self) -> np.ndarray:
-        """Which positions can still be completed within the limits: bools, (longest frontier,)."""
+        """Which positions can still be completed within the limits: bools, (longest frontier,); none after the end."""
+        if len(self.proposal) == len(self.walk.costs):
+            return np.zeros(self.walk.width, bool)
         mask = self.walk.mask(len(self.proposal), self.spent)
         return np.pad(mask, (0, self.walk.width - len(mask)))
 
@@ -72,3 +74,26 @@ class LayerWalk(gymnasium.Env[np.ndarray, np.int64]):
 
     def _observe(self) -> np.ndarray:
         return self.walk.observation(len(self.proposal), self.spent, self.last)
+
+
+class ContinuousLayerWalk(gymnasium.ActionWrapper[np.ndarray, Any, np.int64]):
+    """The layer walk with actions from 0 (the cheapest candidate) to 1 (dense), for DDPG and its like, as in AMC."""
+
+    def __init__(self, environment: LayerWalk) -> None:
+        """Wrap an environment.
+
+        Args:
+            environment: The layer walk.
+        """
+        super().__init__(environment)
+        self.layers = environment
+        self.action_space = gymnasium.spaces.Box(0.0, 1.0, (1,), np.float32)
+
+    def action(self, action: Any) -> np.int64:
+        """Convert a relative position to the nearest position on the layer's frontier.
+
+        Args:
+            action: The relative position, (1,).
+        """
+        size = len(self.layers.walk.costs[len(self.layers.proposal)])
+        return np.int64(round(float(np.clip(np.ravel(action)[0], 0, 1)) * (size - 1)))

@@ -347,12 +347,12 @@ class Run:
         return sum(cost[x.metric] / x.target for x in self.problem.limits)
 
     @torch.no_grad()
-    def after_step(self, step: int, loss: float) -> None:
+    def after_step(self, step: int, losses: object) -> None:
         """Absorb, take the proximal step, and update λ.
 
         Args:
             step: Number of the step, from 0.
-            loss: Its loss, not used.
+            losses: Not used.
         """
         for layer in self.layers:
             if self.penalty == "nuclear" and step % 10 == 0:

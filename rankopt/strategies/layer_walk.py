@@ -75,9 +75,9 @@ class LayerMdp:
         saved = self.dense[:layer].sum(0) - spent
         rest = self.dense[layer + 1 :].sum(0)
         walk = [layer / max(len(self.costs), 1), last, *saved / room, *rest / room, *(self.room - spent) / room]
-        shape = [0.0] * (6 + len(room)) if done else [*_shape(self.problem.layers[layer]), *self.dense[layer] / room]
-        frontier = np.zeros((2 + len(room), self.width))
+        shape, frontier = [0.0] * (6 + len(room)), np.zeros((2 + len(room), self.width))
         if not done:
+            shape = [*shape_features(self.problem.layers[layer]), *self.dense[layer] / room]
             scale = max(self.problem.loss(self.start), 1e-12)
             rows = [self.errors[layer], self.losses[layer] / scale, *(self.costs[layer] / room).T]
             frontier[:, : len(rows[0])] = rows
@@ -112,7 +112,11 @@ def pareto_least(points: np.ndarray) -> np.ndarray:
     return np.array(kept)
 
 
-def _shape(layer: Layer) -> list[float]:
-    """The layer's kind and shape as six numbers of about 0 to 1."""
+def shape_features(layer: Layer) -> list[float]:
+    """Describe a layer's kind and shape by six numbers of about 0 to 1.
+
+    Args:
+        layer: The layer.
+    """
     logs = [math.log2(x) / 10 for x in (layer.shape[0], layer.in_channels, *layer.kernel, layer.groups)]
     return [float(layer.kind in ("Linear", "Conv1D")), *logs]

@@ -1,10 +1,12 @@
 """Bayesian search with any sampler of Optuna (Akiba et al. 2019), started at the exact allocation.
 
-The sampler searches one of two spaces (`parametrisation`):
+The sampler searches one of three spaces (`parametrisation`):
 
 - *corrections*: a log-multiplier on every layer's predicted losses. The plan is the exact allocation under the
   multiplied losses: every plan uses up the budget, and zeros give the plan of `knapsack`.
 - *positions*: relative frontier positions, projected onto the budget and filled up.
+- *joint*: for each layer a categorical `LAYER.method`, and for the method drawn an integer `LAYER.METHOD.rank`
+  (define-by-run): what a script for Optuna usually searches. Plans beyond the budget are projected, or penalised.
 
 With `also`, a metric such as macs, there are two objectives: the loss, and that metric's share of dense, which gets a
 price among the corrections. The search still chooses the plan of least loss within the budget; the report shows the
@@ -19,18 +21,20 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import optuna
 from optuna import samplers
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
-from rankopt.core.records import METRICS, Proposal, Trial
+from rankopt.core.records import METRICS, RECONSTRUCTED, SAME, Candidate, Proposal, Trial
+from rankopt.core.registry import imported
 from rankopt.strategies.allocation import fill, project
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.corrections import BLOCKS, CONTENDERS, WIDTH, Corrections
@@ -56,6 +60,9 @@ MEMORYLESS = {"TPESampler", "GPSampler", "RandomSampler"}
 SINGLE = {"CmaEsSampler"}  # samplers for one objective only
 
 
+FIXED = {"CmaEsSampler", "GPSampler", "QMCSampler"}  # samplers that know no parameters that depend on others
+
+
 ATTEMPTS = 10  # points drawn per ask in search of a new plan
 
 
@@ -64,13 +71,16 @@ class Optuna(Strategy):
 
     name = "optuna"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the options
         self,
         problem: Problem,
         seed: int = 0,
         *,
-        sampler: str = "gp",
+        sampler: str = "",
         parametrisation: str = "corrections",
+        infeasible: str = "project",
+        warm: int = CONTENDERS,
+        n_startup_trials: int = 0,
         blocks: int = BLOCKS,
         width: float = WIDTH,
         also: str = "",
@@ -80,8 +90,14 @@ class Optuna(Strategy):
         Args:
             problem: The candidates of every layer, and the limits.
             seed: The same seed gives the same proposals.
-            sampler: tpe, gp, cmaes, random, qmc, nsgaii, ..., or the name of a class in `optuna.samplers`.
-            parametrisation: "corrections" or "positions".
+            sampler: tpe, gp, cmaes, random, qmc, nsgaii, ..., the name of a class in `optuna.samplers`, or
+                "module:Class" of any other. Default: gp, with "joint" tpe.
+            parametrisation: "corrections", "positions" or "joint".
+            infeasible: What becomes of points beyond the budget, of positions and joint: "project" evaluates the
+                nearest plan within it; "penalise" tells the sampler a bad value instead, and draws again.
+            warm: How many plans of `knapsack` the search starts with.
+            n_startup_trials: Trials that the sampler draws at random before it learns, those it starts with included;
+                of samplers that take this number. 0: 8 for tpe and gp, the others' own default.
             blocks: Largest number of corrections; with more layers, neighbours share one.
             width: Log-multipliers lie within ± width.
             also: A second metric to minimise: params, macs or bytes. Needs a sampler for several objectives.
@@ -94,18 +110,27 @@ class Optuna(Strategy):
             raise RankoptError(f"blocks is {blocks}: give 1 or more")
         if not width > 0:
             raise RankoptError(f"width is {width}: give more than 0")
-        self.sampler, self.also = sampler_class(sampler), also
+        if infeasible not in {"project", "penalise"}:
+            raise RankoptError(f"unknown infeasible={infeasible}: choose from project, penalise")
+        if min(warm, n_startup_trials) < 0:
+            raise RankoptError(f"warm is {warm}, n_startup_trials is {n_startup_trials}: give 0 or more of each")
+        self.sampler = sampler_class(sampler or ("tpe" if parametrisation == "joint" else "gp"))
+        self.also, self.warm = also, warm
+        self.startup = {"n_startup_trials": n_startup_trials} if n_startup_trials else {}
+        self.penalise = infeasible == "penalise"
+        if parametrisation == "joint" and self.sampler.__name__ in FIXED:
+            raise RankoptError(f"sampler {sampler!r} takes no parameters that depend on others: for joint choose tpe")
         if also and also not in {limit.metric for limit in problem.limits}:
             known = ", ".join(METRICS)
             raise RankoptError(f"also={also!r}: give one of {known}, and a budget for it (--budget {also}=100%)")
         if also and self.sampler.__name__ in SINGLE:
             raise RankoptError(f"sampler {sampler!r} takes one objective: with also={also}, choose gp, tpe or nsgaii")
         self.points = _parametrisation(parametrisation, problem, blocks, width, also or None)
-        axis = FloatDistribution(self.points.low, self.points.high)
-        self.space: dict[str, BaseDistribution] = {f"x{i}": axis for i in range(self.points.size)}
         self.results: dict[Proposal, float | None] = {}  # plan -> objective, None if it failed
         self.pending: dict[Proposal, None] = {}  # proposed, without a result yet; in order
         self.points_of: dict[Proposal, tuple[float, ...]] = {}  # plan -> the point that represents it
+        self.beyond_of: dict[Proposal, tuple[float, ...]] = {}  # plan -> the points drawn before it, beyond the budget
+        self.beyond: list[tuple[float, ...]] = []  # all points beyond the budget, of plans with a result
         optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     def propose(self, number: int) -> Proposal | None:
@@ -123,15 +148,21 @@ class Optuna(Strategy):
         The first asks give the contenders of `knapsack`, the exact allocation first. Then come the sampler's plans, and
         then neighbours of the best plan, which have no point.
         """
-        if number < CONTENDERS:
+        if number < self.warm:
             near = self.points if isinstance(self.points, Corrections) else Corrections(self.problem)
             contender = near.draw(self.seed, number)
             yield near.plan(contender), contender
         study = self._study(number)
-        for _ in range(ATTEMPTS):
-            asked = _quietly(study.ask, self.space)
-            point = [asked.params[x] for x in self.space]
+        beyond: list[float] = []
+        for attempt in range(ATTEMPTS):
+            asked = _quietly(study.ask)
+            point = self.points.suggest(asked)
+            if self.penalise and attempt < ATTEMPTS - 1 and (excess := self.points.excess(point)) > 0:
+                _tell(study, asked, self._penalty(excess))
+                beyond += point
+                continue
             plan = self.points.plan(point)
+            self.beyond_of.setdefault(plan, tuple(beyond))
             yield plan, point
             if plan in self.results:  # the sampler learns that this point brings nothing new
                 _tell(study, asked, self._values(plan))
@@ -151,11 +182,14 @@ class Optuna(Strategy):
         plan = trial.proposal
         self.results[plan] = trial.objective
         self.pending.pop(plan, None)
+        size = self.points.size
         if trial.note:
-            self.points_of[plan] = trial.note
+            self.points_of[plan] = trial.note[:size]
+        self.beyond += [trial.note[i : i + size] for i in range(size, len(trial.note), size or 1)]
 
     def note(self, proposal: Proposal) -> tuple[float, ...]:
-        return self.points_of.get(proposal, ())
+        point = self.points_of.get(proposal, ())
+        return (*point, *self.beyond_of.get(proposal, ())) if point else ()
 
     def _study(self, number: int) -> optuna.Study:
         """Build an Optuna study of the results and the pending plans, with a sampler seeded for this ask.
@@ -165,11 +199,26 @@ class Optuna(Strategy):
         study = optuna.create_study(directions=["minimize"] * (1 + bool(self.also)))
         # QMC draws one sequence: the seed stays the same, and the number of the ask is the position in it.
         seed = self.seed if self.sampler is samplers.QMCSampler else derived(self.seed, number)
-        study.sampler = make_sampler(self.sampler, seed)
+        study.sampler = make_sampler(self.sampler, seed, group=self._conditional, **self.startup)
+        for point in self.beyond:
+            self._replay(study, point, self._penalty(self.points.excess(point)))
         for plan in (*self.results, *self.pending):
             if plan in self.points_of:  # else it came from another strategy's trials
-                self._replay(study, plan)
+                values = None if plan in self.pending else self._values(plan)
+                self._replay(study, self.points_of[plan], values, plan in self.pending)
         return study
+
+    @property
+    def _conditional(self) -> bool:
+        return isinstance(self.points, Joint)
+
+    def _penalty(self, excess: float) -> list[float] | None:
+        """The objectives of a point beyond the budget: worse than all results, the more the further it is beyond."""
+        finished = [x for x in self.results.values() if x is not None]
+        if not finished:
+            return None
+        worst = max(finished) + (max(finished) - min(finished) + abs(max(finished))) * excess
+        return [worst, 1 + excess] if self.also else [worst]
 
     def _values(self, plan: Proposal) -> list[float] | None:
         """The plan's objectives. A failure counts as the worst objective so far, so that it is avoided."""
@@ -181,16 +230,17 @@ class Optuna(Strategy):
         cost, dense = self.problem.cost(plan), self.problem.dense
         return [worst, cost[self.also] / dense[self.also]] if self.also else [worst]
 
-    def _replay(self, study: optuna.Study, plan: Proposal) -> None:
-        point = dict(zip(self.space, self.points_of[plan], strict=True))
-        pending = plan in self.pending
-        values = None if pending else self._values(plan)
+    def _replay(
+        self, study: optuna.Study, point: Sequence[float], values: list[float] | None, pending: bool = False
+    ) -> None:
+        params, axes = self.points.params(point), self.points.axes(point)
         if self.sampler.__name__ in MEMORYLESS:
             state = TrialState.RUNNING if pending else _state(values)
-            study.add_trial(create_trial(state=state, values=values, params=point, distributions=self.space))
+            study.add_trial(create_trial(state=state, values=values, params=params, distributions=axes))
             return
-        study.enqueue_trial(point)
-        asked = study.ask(self.space)
+        study.enqueue_trial(params)
+        asked = _quietly(study.ask)
+        self.points.suggest(asked)
         _ = asked.relative_params  # samples (lazily), which is when such a sampler takes its notes on the trial
         if not pending:
             _tell(study, asked, values)
@@ -204,10 +254,10 @@ def _tell(study: optuna.Study, asked: optuna.Trial, values: list[float] | None) 
     study.tell(asked, values, state=_state(values))
 
 
-def _quietly(ask: Any, space: dict[str, BaseDistribution]) -> optuna.Trial:
+def _quietly(ask: Callable[[], optuna.Trial]) -> optuna.Trial:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return ask(space)
+        return ask()
 
 
 def derived(seed: int, number: int) -> int:
@@ -227,14 +277,19 @@ def sampler_class(name: str) -> type[samplers.BaseSampler]:
     """Look up a sampler of Optuna.
 
     Args:
-        name: "gp", "GPSampler", ...; case, dashes and underscores do not matter.
+        name: "gp", "GPSampler", ...; case, dashes and underscores do not matter. Or "module:Class".
 
     Returns:
-        The class in `optuna.samplers`.
+        The class.
 
     Raises:
         RankoptError: If there is none of that name, or a package that it needs is missing.
     """
+    if ":" in name:
+        found = imported(name, "sampler")
+        if not (isinstance(found, type) and issubclass(found, samplers.BaseSampler)):
+            raise RankoptError(f"sampler {name!r} is {found!r}: give a subclass of optuna.samplers.BaseSampler")
+        return found
     known = {x.lower().removesuffix("sampler"): x for x in samplers.__all__ if x.endswith("Sampler")}
     known = {short: x for short, x in known.items() if x not in NOT_ASKABLE}
     full = known.get(name.lower().replace("-", "").replace("_", "").removesuffix("sampler"))
@@ -252,11 +307,11 @@ def make_sampler(sampler: type[samplers.BaseSampler], seed: int, **options: Any)
     Args:
         sampler: Its class.
         seed: Its seed, if it takes one.
-        options: Further arguments of its class.
+        options: Further arguments, of which its class is given those that it takes.
     """
-    settings = {**SETTINGS.get(sampler.__name__, {}), **options}
-    if "seed" in inspect.signature(sampler.__init__).parameters:
-        settings["seed"] = seed
+    taken = inspect.signature(sampler.__init__).parameters
+    given = {k: v for k, v in {**options, "seed": seed}.items() if k in taken}
+    settings = {**SETTINGS.get(sampler.__name__, {}), **given}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return sampler(**settings)
@@ -265,17 +320,203 @@ def make_sampler(sampler: type[samplers.BaseSampler], seed: int, **options: Any)
 # --- what is searched ------------------------------------------------------------------------------
 
 
-def _parametrisation(
-    name: str, problem: Problem, blocks: int, width: float, also: str | None
-) -> Corrections | Positions:
+def _parametrisation(name: str, problem: Problem, blocks: int, width: float, also: str | None) -> Parametrisation:
     if name == "corrections":
-        return Corrections(problem, blocks, width, also)
+        return NamedCorrections(problem, blocks, width, also)
     if name == "positions":
         return Positions(problem)
-    raise RankoptError(f"unknown parametrisation {name!r}: choose from corrections, positions")
+    if name == "joint":
+        return Joint(problem)
+    raise RankoptError(f"unknown parametrisation {name!r}: choose from corrections, positions, joint")
 
 
-class Positions:
+class Parametrisation(Protocol):
+    """What a sampler searches: points, and the plans that they stand for.
+
+    Attributes:
+        size: Number of coordinates of a point.
+    """
+
+    size: int
+
+    def suggest(self, trial: optuna.Trial) -> list[float]:
+        """Let a trial draw a point."""
+
+    def params(self, point: Sequence[float]) -> dict[str, Any]:
+        """A point as Optuna's parameters."""
+
+    def axes(self, point: Sequence[float]) -> dict[str, BaseDistribution]:
+        """The distributions of these parameters."""
+
+    def plan(self, point: Sequence[float]) -> Proposal:
+        """The plan of a point, within the budget."""
+
+    def excess(self, point: Sequence[float]) -> float:
+        """By which share of the budget a point is beyond it; 0 or less within."""
+
+    def representative(self, plan: Proposal, point: Sequence[float]) -> tuple[float, ...]:
+        """The point at which the sampler learns a plan's result."""
+
+
+class _Fixed:
+    """Parametrisations by the same float parameters in every trial."""
+
+    names: Sequence[str]
+    low: float
+    high: float
+
+    def suggest(self, trial: optuna.Trial) -> list[float]:
+        """Let a trial draw a point.
+
+        Args:
+            trial: Optuna's trial.
+        """
+        return [trial.suggest_float(name, self.low, self.high) for name in self.names]
+
+    def params(self, point: Sequence[float]) -> dict[str, Any]:
+        """Name the coordinates of a point.
+
+        Args:
+            point: The point.
+        """
+        return dict(zip(self.names, point, strict=True))
+
+    def axes(self, point: Sequence[float]) -> dict[str, BaseDistribution]:
+        """Name the coordinates' distributions.
+
+        Args:
+            point: The point.
+        """
+        return dict.fromkeys(self.names, FloatDistribution(self.low, self.high))
+
+
+class NamedCorrections(Corrections, _Fixed):
+    """Corrections as Optuna's parameters, named after the first layer of their block."""
+
+    @cached_property
+    def names(self) -> list[str]:  # type: ignore[override]
+        """Names of the coordinates."""
+        of_blocks = [f"{self.problem.layers[b[0]].name}.correction" for b in self.blocks]
+        return of_blocks + [f"{self.also}.price"] * (self.size - len(self.blocks))
+
+    def excess(self, point: Sequence[float]) -> float:
+        """None: the plan of every point is within the budget.
+
+        Args:
+            point: The point.
+        """
+        return 0.0
+
+
+def _excess(problem: Problem, plan: Proposal) -> float:
+    """By which share of its limits a plan exceeds them; 0 or less within."""
+    targets = np.maximum([x.target for x in problem.limits], 1)
+    return float((problem.excess(plan) / targets).max(initial=0.0))
+
+
+class Joint:
+    """Parametrisation by a method for each layer, and by the rank of this method.
+
+    The methods are those on the layer's frontier, stored precisions and forms apart. A rank of one number is itself the
+    parameter, and stands for the nearest candidate; of several numbers, `LAYER.METHOD.ranks` counts the candidates from
+    the cheapest, 1, on. A parameter has the same range in all trials, which is why it is named after its method, too.
+
+    Attributes:
+        size: Number of coordinates: the layers that have a choice. A point holds their frontier positions.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.free = [i for i, f in enumerate(problem.frontiers) if len(f) > 1]
+        self.size = len(self.free)
+        self.menus = [_menu(problem.frontiers[i]) for i in self.free]  # method -> rank parameter's value -> position
+        self.names = [problem.layers[i].name for i in self.free]
+
+    def suggest(self, trial: optuna.Trial) -> list[float]:
+        """Let a trial draw a method for each layer, and its rank.
+
+        Args:
+            trial: Optuna's trial.
+        """
+        point: list[float] = []
+        for name, menu in zip(self.names, self.menus, strict=True):
+            method = trial.suggest_categorical(f"{name}.method", list(menu))
+            what, ranks = menu[str(method)]
+            drawn = trial.suggest_int(f"{name}.{method}.{what}", min(ranks), max(ranks)) if len(ranks) > 1 else 0
+            point.append(ranks[min(ranks, key=lambda r: abs(r - drawn))])
+        return point
+
+    def params(self, point: Sequence[float]) -> dict[str, Any]:
+        """Name methods and ranks of a point.
+
+        Args:
+            point: The point.
+        """
+        return {name: value for name, value, _ in self._named(point)}
+
+    def axes(self, point: Sequence[float]) -> dict[str, BaseDistribution]:
+        """Name their distributions.
+
+        Args:
+            point: The point.
+        """
+        return {name: axis for name, _, axis in self._named(point)}
+
+    def _named(self, point: Sequence[float]) -> Iterator[tuple[str, Any, BaseDistribution]]:
+        for name, menu, at in zip(self.names, self.menus, point, strict=True):
+            for method, (what, ranks) in menu.items():
+                if (rank := next((r for r, x in ranks.items() if x == at), None)) is not None:
+                    yield f"{name}.method", method, CategoricalDistribution(list(menu))
+                    if len(ranks) > 1:
+                        yield f"{name}.{method}.{what}", rank, IntDistribution(min(ranks), max(ranks))
+
+    def _wanted(self, point: Sequence[float]) -> Proposal:
+        wanted = [0] * len(self.problem.frontiers)
+        for i, at in zip(self.free, point, strict=True):
+            wanted[i] = int(at)
+        return tuple(wanted)
+
+    def excess(self, point: Sequence[float]) -> float:
+        """By which share of the budget a point is beyond it.
+
+        Args:
+            point: The point.
+        """
+        return _excess(self.problem, self._wanted(point))
+
+    def plan(self, point: Sequence[float]) -> Proposal:
+        """Project a point onto the budget.
+
+        Args:
+            point: The point.
+        """
+        return fill(self.problem, project(self.problem, self._wanted(point)))
+
+    def representative(self, plan: Proposal, point: Sequence[float]) -> tuple[float, ...]:
+        """The point at which a sampler learns a plan's result: where the projection put it.
+
+        Args:
+            plan: The plan.
+            point: The point that it came from.
+        """
+        return tuple(plan[i] for i in self.free)
+
+
+def _menu(frontier: Sequence[Candidate]) -> dict[str, tuple[str, dict[int, int]]]:
+    """For each method of a frontier the name of its rank parameter, and its values with their positions."""
+    methods: dict[str, list[int]] = {}
+    for at, c in enumerate(frontier):
+        form = [c.form] if c.form == RECONSTRUCTED else []
+        methods.setdefault(" ".join([c.method, *form, *([c.precision] if c.precision != SAME else [])]), []).append(at)
+    menu = {}
+    for method, positions in methods.items():
+        single = {frontier[at].rank[0]: at for at in positions if len(frontier[at].rank) == 1}
+        level = dict(enumerate(positions, 1))
+        menu[method] = ("rank", single) if len(single) == len(positions) else ("ranks", level)
+    return menu
+
+
+class Positions(_Fixed):
     """Parametrisation by relative frontier positions: 0 is the cheapest candidate, 1 dense.
 
     Attributes:
@@ -290,6 +531,21 @@ class Positions:
         self.problem = problem
         self.free = [i for i, f in enumerate(problem.frontiers) if len(f) > 1]
         self.size = len(self.free)
+        self.names = [f"{problem.layers[i].name}.position" for i in self.free]
+
+    def _wanted(self, point: Sequence[float]) -> Proposal:
+        wanted = [0] * len(self.problem.frontiers)
+        for i, x in zip(self.free, point, strict=True):
+            wanted[i] = round(x * (len(self.problem.frontiers[i]) - 1))
+        return tuple(wanted)
+
+    def excess(self, point: Sequence[float]) -> float:
+        """By which share of the budget a point is beyond it.
+
+        Args:
+            point: Relative positions, (size,).
+        """
+        return _excess(self.problem, self._wanted(point))
 
     def plan(self, point: Sequence[float]) -> Proposal:
         """Project a point onto the budget.
@@ -300,10 +556,7 @@ class Positions:
         Returns:
             The plan, filled up.
         """
-        wanted = [0] * len(self.problem.frontiers)
-        for i, x in zip(self.free, point, strict=True):
-            wanted[i] = round(x * (len(self.problem.frontiers[i]) - 1))
-        return fill(self.problem, project(self.problem, tuple(wanted)))
+        return fill(self.problem, project(self.problem, self._wanted(point)))
 
     def representative(self, plan: Proposal, point: Sequence[float]) -> tuple[float, ...]:
         """The point at which a sampler learns a plan's result: where the projection put it.

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 from rankopt.core.errors import RankoptError
 from rankopt.core.options import typed_options
 from rankopt.core.problem import Problem
-from rankopt.core.registry import Registry
+from rankopt.core.registry import Registry, imported
 from rankopt.strategies.base import Strategy
 
 
@@ -38,6 +37,7 @@ STRATEGIES: Registry[str | type[Strategy]] = Registry(
         "lasso": "rankopt.strategies.lasso:Lasso",
         "lasso-train": "rankopt.strategies.lasso_train:LassoTrain",
         "optuna": "rankopt.strategies.optuna:Optuna",
+        "thompson": "rankopt.strategies.thompson:Thompson",
         "rl": "rankopt.strategies.rl:Agent",
     },
     _fault,
@@ -48,17 +48,36 @@ def strategy_class(name: str) -> type[Strategy]:
     """Look up a strategy's class.
 
     Args:
-        name: Name in the registry.
+        name: Name in the registry, or "module:Class".
 
     Raises:
         RankoptError: If there is no such strategy; the message lists all names.
     """
-    entry = STRATEGIES[name]
-    if isinstance(entry, str):
-        module, _, attribute = entry.partition(":")
-        entry = getattr(import_module(module), attribute)
-    assert isinstance(entry, type)
-    return entry
+    entry = name if ":" in name else STRATEGIES[name]
+    found = imported(entry, "strategy") if isinstance(entry, str) else entry
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise RankoptError(f"strategy {name!r} is {found!r}: give a subclass of rankopt.strategies.base.Strategy")
+    return found
+
+
+def strategy_name(strategy: str | type[Strategy]) -> str:
+    """Name a strategy so that `strategy_class` finds it again.
+
+    Args:
+        strategy: Its name, or its class.
+
+    Raises:
+        RankoptError: If the class cannot be imported by its name.
+    """
+    if isinstance(strategy, str):
+        return strategy
+    registered: str = getattr(strategy, "name", "")
+    if registered in STRATEGIES and strategy_class(registered) is strategy:
+        return registered
+    name = f"{strategy.__module__}:{strategy.__qualname__}"
+    if imported(name, "strategy") is not strategy:
+        raise RankoptError(f"strategy {name!r} is another class than the one given: define it once, in a module")
+    return name
 
 
 def make_strategy(name: str, problem: Problem, seed: int = 0, options: Mapping[str, Any] | None = None) -> Strategy:

@@ -35,6 +35,7 @@ class State:
         losses: The losses of every step, by stage.
         epochs: A record of each epoch.
         best: State dict of the best epoch.
+        chosen: The precision and memory format that were chosen, if the recipe left it open.
         seconds: Duration so far.
     """
 
@@ -46,6 +47,7 @@ class State:
     losses: list[list[float]] = field(default_factory=list)
     epochs: list[EpochRow] = field(default_factory=list)
     best: dict[str, Tensor] | None = None
+    chosen: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
     def modules(self) -> dict[str, nn.Module]:
@@ -77,6 +79,7 @@ def write(path: Path, state: State, optimizer: Any, schedule: Any, fingerprint: 
         "stage": state.stage,
         "step": state.step,
         "epochs": state.epochs,
+        "chosen": state.chosen,
         "seconds": state.seconds,
         "groups": kept["param_groups"],
         "numbers": numbers,
@@ -140,6 +143,7 @@ def restore(state: State, metadata: dict[str, Any], tensors: dict[str, Tensor]) 
         module.load_state_dict(under(kind, tensors))
     state.stage, state.step, state.epochs = metadata["stage"], metadata["step"], metadata["epochs"]
     state.before, state.seconds = metadata["before"], metadata["seconds"]
+    state.chosen = metadata["chosen"]
     state.best = under("best", tensors) or None
     losses = under("losses", tensors)
     state.losses = [losses[str(i)].tolist() for i in range(len(losses))]
@@ -158,7 +162,16 @@ def restore_optimizer(optimizer: Any, schedule: Any, metadata: dict[str, Any], t
     for name, tensor in under("optimizer", tensors).items():
         index, key = name.split(".", 1)
         kept[int(index)][key] = tensor
-    optimizer.load_state_dict({"state": kept, "param_groups": metadata["groups"]})
+    own = optimizer.state_dict()["param_groups"]  # how to compute is not kept: the device may be another one
+    groups = [
+        old | {k: v for k, v in new.items() if k in ("fused", "foreach", "capturable")}
+        for new, old in zip(own, metadata["groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": kept, "param_groups": groups})
+    for parameter, values in optimizer.state.items():  # in the memory format of the parameter, as fused steps need
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
+                values[key] = torch.empty_like(parameter).copy_(value)
     schedule.load_state_dict(metadata["schedule"])
 
 

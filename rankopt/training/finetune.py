@@ -15,21 +15,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from rankopt.core.errors import StudyError, TaskError
 from rankopt.core.files import digest, without_folder
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Task
-from rankopt.core.result_record import EpochRow, FinetuneInfo
+from rankopt.core.result_record import EpochRow, ExecutionEntry, FinetuneInfo
+from rankopt.model.forward import device_name, device_of
 from rankopt.model.inputs import CALIBRATION_EXAMPLES, collect_batches
 from rankopt.model.objective import call
 from rankopt.model.quantization import dequantize_all, requantize_all
 from rankopt.training import checkpoint
 from rankopt.training.checkpoint import State
-from rankopt.training.loop import BATCH, Loss, epoch_length, split, train
-from rankopt.training.losses import UNITS, TrainingLoss, has_labels, in_channels_last, layer_by_layer
+from rankopt.training.loop import BATCH, Losses, epoch_length, new_capture, split, train
+from rankopt.training.losses import UNITS, TrainingLoss, has_labels, layer_by_layer
+from rankopt.training.precision import as_asked, fastest, lay_out
 from rankopt.training.recipe import Recipe, make_optimizer, make_schedule
+from rankopt.training.step import Capture, Loss
 
 SECONDS = 30.0  # between checkpoints
 POINTS = 200  # largest number of losses per stage in result.json
@@ -60,6 +63,7 @@ class TrainingStage(NamedTuple):
         steps: Number of steps.
         epoch: Steps per epoch, after each of which the validation score is measured; 0: never.
         training: Whether the model is in training mode, not eval mode.
+        capture: How steps are recorded, see `rankopt.training.step`; None where nothing records.
     """
 
     name: str
@@ -70,6 +74,7 @@ class TrainingStage(NamedTuple):
     steps: int
     epoch: int
     training: bool
+    capture: Capture | None
 
 
 def finetune(  # noqa: PLR0913  # public: one keyword per option
@@ -138,24 +143,28 @@ class _Training:
     ) -> None:
         if not any(p.requires_grad for p in model.parameters()):
             raise TaskError("no parameter of the model requires a gradient: nothing can be trained")
-        if recipe.best and task.score is None:
-            raise TaskError("the best epoch cannot be told without a score: give the task one, or leave out best")
-        if recipe.channels_last:
-            for p in model.parameters():
-                p.data = in_channels_last(p.data)
+        for name in ("best", "patience"):
+            if getattr(recipe, name) and task.score is None:
+                raise TaskError(
+                    f"the best epoch cannot be told without a score: give the task one, or leave out {name}"
+                )
         self.task, self.recipe, self.teacher, self.stop, self.note = task, recipe, teacher, stop, note
+        self.used = as_asked(recipe)  # with the precision and memory format that "auto" stands for, once it is known
         self.state = State(model)
+        self.averaging: _Averaging | None = None
         if recipe.ema:
-            self.state.average = AveragedModel(model, multi_avg_fn=_averaging(recipe.ema), use_buffers=True)
+            self.state.average = AveragedModel(model, use_buffers=True)
         self.stages = [self._layerwise] * (recipe.layerwise > 0) + [self._whole] * (recipe.epochs > 0)
+        self.captures: list[Capture | None] = []
         self.path: Path | None = None
         self.kept: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
         self.start = self.written = time.monotonic()
+        self.steps_done, self.steps_seconds = 0, 0.0
 
     # --- the stages ---
 
     def _layerwise(self) -> TrainingStage:
-        model, recipe = self.state.model, dataclasses.replace(self.recipe, rate=self.recipe.layerwise_rate)
+        model, recipe = self.state.model, dataclasses.replace(self.used, rate=self.recipe.layerwise_rate)
         names = UNITS[recipe.units](model)
         if not names:
             raise TaskError("the model has no factorised layer to train by itself: give layerwise=0")
@@ -164,24 +173,34 @@ class _Training:
         moving = dict.fromkeys(p for p in found if p.requires_grad)
         if not moving:
             raise TaskError("no parameter of a factorised layer requires a gradient: give layerwise=0")
-        optimizer = make_optimizer(dataclasses.replace(recipe, optimizer="adamw", weight_decay=0.0), moving)
-        loss, steps = layer_by_layer(self.task.model, names, recipe), recipe.layerwise
+        loss, steps = layer_by_layer(lay_out(self.task.model, recipe), names, recipe), recipe.layerwise
+        capture = new_capture(model, list(moving), steps)
+        adam = dataclasses.replace(recipe, optimizer="adamw", weight_decay=0.0)
+        optimizer = make_optimizer(adam, moving, _fused(capture))
         schedule = make_schedule(recipe, optimizer, steps)
-        return TrainingStage("layer by layer", inputs, loss, optimizer, schedule, steps, 0, False)
+        return TrainingStage("layer by layer", inputs, loss, optimizer, schedule, steps, 0, False, capture)
 
     def _whole(self) -> TrainingStage:
-        model, recipe, task = self.state.model, self.recipe, self.task
-        batches = task.train
-        if batches is None:
-            batches = self._unlabelled()
+        model, recipe = self.state.model, self.used
+        batches = self._batches()
         epoch = epoch_length(batches)
         if epoch is None:
             raise TaskError("train does not say how many batches an epoch has: give it a __len__")
         steps = max(1, round(recipe.epochs * epoch))
-        optimizer = make_optimizer(recipe, (p for p in model.parameters() if p.requires_grad))
-        loss = TrainingLoss(recipe, task, self.teacher, model)
+        moving = [p for p in model.parameters() if p.requires_grad]
+        capture = new_capture(model, moving, steps)
+        optimizer = make_optimizer(recipe, moving, _fused(capture))
         schedule, trains = make_schedule(recipe, optimizer, steps), not recipe.eval_mode
-        return TrainingStage("training", batches, loss, optimizer, schedule, steps, epoch, trains)
+        loss = self._loss(recipe, model)
+        return TrainingStage("training", batches, loss, optimizer, schedule, steps, epoch, trains, capture)
+
+    def _loss(self, recipe: Recipe, model: nn.Module) -> TrainingLoss:
+        dense = lay_out(self.task.model, recipe)
+        teacher = dense if self.teacher is self.task.model else lay_out(self.teacher, recipe)
+        return TrainingLoss(recipe, dataclasses.replace(self.task, model=dense), teacher, model)
+
+    def _batches(self) -> Iterable[Any]:
+        return self._unlabelled() if self.task.train is None else self.task.train
 
     def _unlabelled(self) -> list[Any]:
         """Calibration inputs, the same for the same seed even if their loader shuffles."""
@@ -196,6 +215,7 @@ class _Training:
         state, recipe = self.state, self.recipe
         if self.kept is None:
             state.before = call("the score", self.task.score, state.model)
+        self._choose()
         for index in range(state.stage, len(self.stages)):
             stage = self.stages[index]()
             if self.kept is not None:
@@ -204,44 +224,75 @@ class _Training:
             else:
                 state.stage, state.step = index, 0
                 state.losses.append([])
+            self.captures.append(stage.capture)
+            first, begun = state.step, time.monotonic()
             train(
                 state.model,
                 stage.batches,
                 stage.loss,
                 stage.optimizer,
-                steps=stage.steps,
-                start=state.step,
+                steps=first if self._exhausted() else stage.steps,
+                start=first,
                 seed=recipe.seed,
                 clip=recipe.clip or None,
                 training=stage.training,
                 schedule=stage.schedule,
                 after_step=partial(self._after_step, stage),
                 progress=progress,
+                history=state.losses[-1],
+                capture=stage.capture,
+                tf32=self.used.precision in ("tf32", "bfloat16"),
             )
+            self.steps_done += state.step - first
+            self.steps_seconds += time.monotonic() - begun
         if state.best is not None:
             self._result().load_state_dict(state.best)
         return Trained(self._result(), self._info())
 
-    def _after_step(self, stage: TrainingStage, step: int, loss: float) -> None:
+    def _choose(self) -> None:
+        """Settle precision and memory format, and bring the weights into that format."""
+        state, recipe = self.state, self.recipe
+        if recipe.precision == "auto" and not state.chosen:
+            state.chosen = fastest(state.model, self._batches(), recipe, self._loss)
+        if state.chosen:
+            self.used = dataclasses.replace(
+                recipe, precision=state.chosen["precision"], channels_last=state.chosen["channels_last"]
+            )
+        for module in state.modules().values():
+            lay_out(module, self.used, in_place=True)
+        if state.average is not None:
+            self.averaging = _Averaging(state.average, state.model, recipe.ema)
+
+    def _after_step(self, stage: TrainingStage, step: int, losses: Losses) -> bool:
         state = self.state
         state.step = step + 1
-        state.losses[-1].append(loss)
-        if state.average is not None and stage.epoch:
-            state.average.update_parameters(state.model)
+        if self.averaging is not None and stage.epoch:
+            self.averaging.update()
+        stops = self.stop()
         ends = stage.epoch and (state.step % stage.epoch == 0 or state.step == stage.steps)
         if ends:
+            losses.read()
             self._score(stage)
-        recent = state.losses[-1][-50:]
-        scored = f", score {s:.2%}" if state.epochs and (s := state.epochs[-1]["score"]) is not None else ""
-        self.note(f"{stage.name}, loss {sum(recent) / len(recent):.3g}{scored}")
-        stops = self.stop()
-        last = state.step == stage.steps and state.stage == len(self.stages) - 1
+        finished = state.step == stage.steps or self._exhausted()
+        last = finished and state.stage == len(self.stages) - 1
+        if not losses.waiting:
+            recent = losses.known[-50:]
+            scored = f", score {s:.2%}" if state.epochs and (s := state.epochs[-1]["score"]) is not None else ""
+            self.note(f"{stage.name}, loss {sum(recent) / len(recent):.3g}{scored}")
         if self.path is not None and (stops or last or time.monotonic() - self.written >= SECONDS):
+            losses.read()
             state.seconds, self.start = self._seconds(), time.monotonic()
             checkpoint.write(self.path, state, stage.optimizer, stage.schedule, self.fingerprint)
             self.written = time.monotonic()
         if stops:
             raise KeyboardInterrupt
+        return finished
+
+    def _exhausted(self) -> bool:
+        """Whether the last `patience` epochs brought no better validation score."""
+        patience = self.recipe.patience
+        scores = [-math.inf if (s := e["score"]) is None else s for e in self.state.epochs]
+        return bool(patience) and len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
 
     def _score(self, stage: TrainingStage) -> None:
         state, task = self.state, self.task
@@ -275,6 +326,20 @@ class _Training:
             "epochs": state.epochs,
             "losses": {name: thinned(x) for name, x in zip(names, state.losses, strict=True)},
             "seconds": round(self._seconds(), 3),
+            "execution": self._execution(),
+        }
+
+    def _execution(self) -> ExecutionEntry:
+        """How the steps were computed, and how fast."""
+        last = self.captures[-1] if self.captures else None
+        return {
+            "device": device_name(device_of(self.state.model)),
+            "precision": self.used.precision,
+            "channels_last": self.used.channels_last,
+            "graphs": sum(c.shapes for c in self.captures if c is not None),
+            "not_recorded": "" if last is None else last.reason,
+            "milliseconds": self.state.chosen.get("milliseconds", {}),
+            "steps_per_second": float(f"{self.steps_done / self.steps_seconds:.4g}") if self.steps_done else 0.0,
         }
 
     # --- on disk ---
@@ -285,7 +350,8 @@ class _Training:
         batches = self.task.train
         length = None if batches is None else epoch_length(batches)
         weights = [*self.state.model.state_dict().values(), *self.teacher.state_dict().values()]
-        self.fingerprint = digest(dataclasses.asdict(self.recipe), without_folder(self.task.name), length, *weights)
+        # Settings at their default do not count, so that a later version with more settings goes on.
+        self.fingerprint = digest(self.recipe.changed(), without_folder(self.task.name), length, *weights)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -298,17 +364,40 @@ class _Training:
         checkpoint.restore(self.state, *self.kept)
 
 
-def _averaging(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Exponential moving averages of floating-point tensors; others, such as counters, are copied."""
-    ema = get_ema_multi_avg_fn(decay)
+def _fused(capture: Capture | None) -> bool | None:
+    """torch's default unless steps are recorded, for which the optimizer must be fused."""
+    return True if capture is not None and not capture.reason else None
 
-    def average(kept: Any, new: Any, count: Any) -> None:  # tensors of one dtype
-        if kept[0].is_floating_point():
-            ema(kept, new, count)
-        else:
-            torch._foreach_copy_(kept, new)
 
-    return average
+class _Averaging:
+    """Exponential moving averages of a model's floating-point tensors; others, such as counters, are copied.
+
+    AveragedModel's own update waits for a GPU at every step.
+    """
+
+    def __init__(self, average: AveragedModel, model: nn.Module, decay: float) -> None:
+        self.average, self.decay = average, decay
+        pairs = [
+            (kept.detach(), new.detach()) for kept, new in zip(_tensors(average.module), _tensors(model), strict=True)
+        ]
+        self.floats = [(kept, new) for kept, new in pairs if kept.is_floating_point()]
+        self.others = [(kept, new) for kept, new in pairs if not kept.is_floating_point()]
+
+    def update(self) -> None:
+        """Take the model's present weights into account; the first are copied."""
+        for pairs in (self.floats, self.others):
+            if not pairs:
+                continue
+            kept, new = (list(tensors) for tensors in zip(*pairs, strict=True))
+            if self.average.n_averaged and pairs is self.floats:
+                torch._foreach_lerp_(kept, new, 1 - self.decay)
+            else:
+                torch._foreach_copy_(kept, new)
+        self.average.n_averaged += 1
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def thinned(losses: list[float]) -> list[list[float]]:

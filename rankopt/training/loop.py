@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -16,8 +18,19 @@ from torch import Tensor, nn
 from rankopt.core.errors import TaskError
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Task
-from rankopt.model.forward import ONE_THREAD, batch_size, class_axis, inference, main_output, run, take, to_device
+from rankopt.model.forward import (
+    ONE_THREAD,
+    batch_size,
+    class_axis,
+    device_of,
+    inference,
+    main_output,
+    run,
+    take,
+    to_device,
+)
 from rankopt.model.quantization import dequantized
+from rankopt.training.step import WORTH_IT, Capture, Loss, Step, can_fuse, gpu_settings, pinned, recorder
 
 RATE = 3e-4  # learning rate of Adam in `train_briefly`
 
@@ -43,13 +56,82 @@ def train_briefly(
     """
     trained = copy.deepcopy(model)
     with dequantized(trained):
-        optimizer = torch.optim.Adam(trained.parameters(), RATE)
-        train(trained, data, loss, optimizer, steps=steps, seed=seed, clip=CLIP, training=False, progress=progress)
+        moving = list(trained.parameters())
+        capture = new_capture(trained, moving, steps)
+        optimizer = torch.optim.Adam(moving, RATE, fused=capture is not None and not capture.reason)
+        train(
+            trained,
+            data,
+            loss,
+            optimizer,
+            steps=steps,
+            seed=seed,
+            clip=CLIP,
+            training=False,
+            progress=progress,
+            capture=capture,
+        )
     return trained
 
 
-Loss = Callable[[nn.Module, Any], Tensor]
-"""(model, batch) -> a scalar to minimise."""
+READ_EVERY = 100
+"""Steps on a GPU after which losses are read at the latest: reading waits for all steps before."""
+
+
+READ_SECONDS = 2.0
+"""Seconds after which they are read, too: longer steps gain nothing from not waiting."""
+
+
+class Losses:
+    """The losses of a training's steps; on a GPU they are read now and then, since reading waits for it.
+
+    Attributes:
+        known: Those that were read.
+
+    Args:
+        known: Losses of earlier steps, which are kept; later ones are appended.
+        step: Number of the next step, for messages.
+        every: After how many steps losses are read.
+    """
+
+    def __init__(self, known: list[float], step: int, every: int) -> None:
+        self.known, self.step, self.every = known, step, every
+        self.waiting: list[Tensor] = []
+        self.last_read = time.monotonic()
+
+    def add(self, loss: Tensor) -> bool:
+        """Note the loss of a step.
+
+        Args:
+            loss: A scalar on any device.
+
+        Returns:
+            Whether the losses were read.
+
+        Raises:
+            TaskError: They were read, and one is not finite.
+        """
+        self.waiting.append(loss)
+        due = len(self.waiting) >= self.every or time.monotonic() - self.last_read >= READ_SECONDS
+        if due:
+            self.read()
+        return due
+
+    def read(self) -> list[float]:
+        """Wait for all steps, and return their losses.
+
+        Raises:
+            TaskError: One is not finite.
+        """
+        values = torch.stack(self.waiting).tolist() if self.waiting else []
+        self.waiting.clear()
+        self.last_read = time.monotonic()
+        for value in values:
+            if not math.isfinite(value):
+                raise TaskError(f"the training loss is {value} at step {self.step}: try a lower learning rate")
+            self.known.append(value)
+            self.step += 1
+        return self.known
 
 
 def train(  # noqa: PLR0913  # one keyword per option of a training loop
@@ -64,12 +146,16 @@ def train(  # noqa: PLR0913  # one keyword per option of a training loop
     clip: float | None = None,
     training: bool = True,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
-    after_step: Callable[[int, float], None] = lambda step, loss: None,
+    after_step: Callable[[int, Losses], bool | None] = lambda step, losses: None,
     progress: Callable[[Iterable[int], str, int], Iterable[int]] = lambda items, what, total: items,
+    history: list[float] | None = None,
+    capture: Capture | None = None,
+    tf32: bool = False,
 ) -> list[float]:
     """Train a model in place.
 
-    Modes, `requires_grad` and torch's random state are restored afterwards.
+    Modes, `requires_grad` and torch's random state are restored afterwards. A step waits for the device only where its
+    loss is read, see `Losses`.
 
     Args:
         model: The model.
@@ -83,34 +169,59 @@ def train(  # noqa: PLR0913  # one keyword per option of a training loop
         clip: Largest norm of the gradient of all parameters together; None: no clipping.
         training: Whether the model is in training mode; False keeps the statistics of batch norms.
         schedule: Learning rate schedule, stepped after every optimizer step.
-        after_step: Called with (step, loss) after every step, while the gradients are still there.
+        after_step: Called with (step, losses) after every step, while the gradients are still there. If it returns
+            True, the training ends.
         progress: Progress callback.
+        history: Losses of the steps before `start`; those of this training are appended.
+        capture: How steps are recorded, see `Step`; None: not at all.
+        tf32: Whether float32 matrix products on a GPU may use TensorFloat-32.
 
     Returns:
-        The loss of every step.
+        `history` with the loss of every step.
 
     Raises:
         TaskError: A loss is not finite, or there is no batch.
     """
     moving = [p for group in optimizer.param_groups for p in group["params"]]
-    history: list[float] = []
-    with _prepared(model, moving, training):
+    device = moving[0].device if moving else device_of(model)
+    on_gpu = device.type == "cuda"
+    losses = Losses([] if history is None else history, start, READ_EVERY if on_gpu else 1)
+    with _prepared(model, moving, training), gpu_settings(device):
+        take_step = Step(model, loss, optimizer, clip, capture, tf32)
         repeated = endless(batches, seed, start)
         for step in progress(range(start, steps), "training", steps - start):
-            value = loss(model, next(repeated))
-            if not torch.isfinite(value):
-                raise TaskError(f"the training loss is {value.item()} at step {step}: try a lower learning rate")
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            if clip is not None:
-                nn.utils.clip_grad_norm_(moving, clip)
-            optimizer.step()
+            batch = next(repeated)
+            losses.add(take_step(pinned(batch) if on_gpu else batch))
             if schedule is not None:
                 schedule.step()
-            history.append(value.item())
-            after_step(step, history[-1])
+            if after_step(step, losses):
+                break
         optimizer.zero_grad(set_to_none=True)
-    return history
+        return losses.read()
+
+
+def new_capture(model: nn.Module, moving: Sequence[Tensor], steps: int) -> Capture | None:
+    """Decide whether the steps of a training are recorded.
+
+    Args:
+        model: The model.
+        moving: The parameters to train.
+        steps: Number of steps.
+
+    Returns:
+        How to record them; its `reason` says why not, if they are not. None where nothing records, as on a CPU.
+    """
+    record = recorder(device_of(model))
+    if record is None:
+        return None
+    capture = Capture(record)
+    if steps < WORTH_IT:
+        capture.reason = f"recording does not pay for fewer than {WORTH_IT} steps"
+    elif len({t.device for t in (*model.parameters(), *model.buffers())}) > 1:
+        capture.reason = "the model is on several devices"
+    elif not can_fuse(moving):
+        capture.reason = "a parameter is not floating-point, or not dense in memory"
+    return capture
 
 
 def endless(batches: Iterable[Any], seed: int, start: int = 0) -> Iterator[Any]:

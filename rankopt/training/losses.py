@@ -27,8 +27,9 @@ from rankopt.model.forward import (
     to_device,
 )
 from rankopt.model.inputs import keywords
-from rankopt.training.loop import Loss, divergence, labelled
+from rankopt.training.loop import divergence, labelled
 from rankopt.training.recipe import Recipe
+from rankopt.training.step import Loss
 
 Maps = Mapping[str, Sequence[Tensor]]
 """Outputs by module name, one for each call of the module."""
@@ -187,7 +188,7 @@ class TrainingLoss:
             out = run(model, x)
         z = _full(main_output(out))
         loss: Any = 0.0
-        with recorded(self.dense, self.names) as wanted, inference(self.dense), autocast(self.recipe, x):
+        with recorded(self.dense, self.names) as wanted, inference(self.dense, reseed=False), autocast(self.recipe, x):
             predicted = run(self.dense, x) if self.names or (self.weight and self.teacher is self.dense) else None
         if self.weight:
             if self.teacher is not self.dense:
@@ -201,7 +202,7 @@ class TrainingLoss:
 
     def _run_teacher(self, x: Any) -> Any:
         try:
-            with inference(self.teacher), autocast(self.recipe, x):
+            with inference(self.teacher, reseed=False), autocast(self.recipe, x):
                 return run(self.teacher, to_device(x, self.teacher))
         except Exception as error:
             raise TaskError(f"the teacher cannot take the task's inputs: {type(error).__name__}: {error}") from error
@@ -275,7 +276,7 @@ def layer_by_layer(dense: nn.Module, names: Sequence[str], recipe: Recipe) -> Lo
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         x = as_input(batch, model, recipe)
-        with recorded(teacher, names) as wanted, inference(teacher), autocast(recipe, x):
+        with recorded(teacher, names) as wanted, inference(teacher, reseed=False), autocast(recipe, x):
             run(teacher, x)
         with recorded(model, names, apart=True) as maps, autocast(recipe, x):
             run(model, x)

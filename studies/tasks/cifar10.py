@@ -90,19 +90,28 @@ def augment(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
 class Augmented:
     """Batches (images, labels) of training images [start, stop), each epoch in another order and augmented anew.
 
-    All that is random comes from torch's global generator. The images are read when first asked for.
+    As the weights were trained: 4 black pixels on each side, crops of 32, flips. The images are read when first asked
+    for, and then lie on the device.
     """
 
-    def __init__(self, start: int, stop: int, size: int = 128) -> None:
-        self.start, self.stop, self.size = start, stop, size
+    def __init__(self, start: int, stop: int, size: int = 128, device: str = "cpu") -> None:
+        self.start, self.stop, self.size, self.device = start, stop, size, device
+        self.batches: rankopt.data.DeviceImages | None = None
 
     def __len__(self) -> int:
         return math.ceil((self.stop - self.start) / self.size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        x, y = pixels("train", self.start, self.stop), labels("train", self.start, self.stop)
-        for some in torch.randperm(len(y)).split(self.size):
-            yield augment(normalised(x[some.numpy()])), y[some]
+        if self.batches is None:
+            x = torch.from_numpy(pixels("train", self.start, self.stop).copy()).permute(0, 3, 1, 2)
+            y = labels("train", self.start, self.stop)
+            self.batches = rankopt.data.DeviceImages(
+                x, y, self.size, mean=MEAN, std=STD, padding=4, flip=True, device=self.device
+            )
+        return iter(self.batches)
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"batches": None}
 
 
 # --- model ---------------------------------------------------------------------------------------
@@ -149,26 +158,31 @@ class CifarResNet(nn.Module):
 
 
 class Accuracy:
-    """Top-1 accuracy (a fraction) on images [start, stop) of a split; the images are read when first asked."""
+    """Top-1 accuracy (a fraction) on images [start, stop) of a split; they are read when first asked for, and kept."""
 
     def __init__(self, split: str, start: int, stop: int) -> None:
         self.where = (split, start, stop)
+        self.data: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, model: nn.Module) -> float:
-        x, y = images(*self.where), labels(*self.where)
         device = next(model.parameters()).device
+        if self.data is None or self.data[0].device != device:
+            self.data = images(*self.where).to(device), labels(*self.where).to(device)
+        x, y = self.data
+        size = 2500 if device.type == "cuda" else BATCH  # a GPU is idle in small batches
         with torch.inference_mode():
-            correct = sum(
-                (model(a.to(device)).argmax(1).cpu() == b).sum().item()
-                for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True)
-            )
-        return correct / len(y)
+            correct = sum((model(a).argmax(1) == b).sum() for a, b in zip(x.split(size), y.split(size), strict=True))
+        return int(correct) / len(y)
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"data": None}
 
 
 def _task(n: int, trained_on: int = 45_000, batch: int = 128) -> rankopt.Task:
     model = CifarResNet(n)
     model.load_state_dict(load_file(data_folder() / "weights" / f"resnet{6 * n + 2}_cifar10.safetensors"))
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).eval()
     # The weights saw every training image, so validation accuracy is 99.9 % and hardly ranks plans:
     # searches minimise the KL divergence to the dense model on augmented images (the default objective).
     calibration = augment(images("train", 0, CALIBRATION_IMAGES), torch.Generator().manual_seed(0))
@@ -178,7 +192,7 @@ def _task(n: int, trained_on: int = 45_000, batch: int = 128) -> rankopt.Task:
         calibration=calibration.split(BATCH),
         score=Accuracy("train", 45_000, 50_000),
         test=Accuracy("test", 0, 10_000),
-        train=Augmented(0, trained_on, batch),
+        train=Augmented(0, trained_on, batch, device),
         loss=F.cross_entropy,
         examples=5_000,
         test_examples=10_000,
@@ -193,6 +207,16 @@ def resnet20() -> rankopt.Task:
 def resnet56() -> rankopt.Task:
     """ResNet-56, 853,018 parameters, 93.39 % on test; trained on 45,000 images, the rest is for validation."""
     return _task(9)
+
+
+def resnet20_256() -> rankopt.Task:
+    """The same, trained on all 50,000 images in batches of 256: its validation score says nothing."""
+    return _task(3, 50_000, 256)
+
+
+def resnet56_256() -> rankopt.Task:
+    """The same, trained on all 50,000 images in batches of 256: its validation score says nothing."""
+    return _task(9, 50_000, 256)
 
 
 def resnet20_all() -> rankopt.Task:

@@ -73,10 +73,10 @@ def vgg16(pooled: int, classifier: nn.Module) -> nn.Sequential:
     return model
 
 
-def _task(name: str, model: nn.Module, size: int) -> rankopt.Task:
+def _task(name: str, model: nn.Module, size: int, number: int = IMAGES, batch: int = BATCH) -> rankopt.Task:
     """Random images; batch norms see what the weights make of them, so that signals keep their size."""
     generator = torch.Generator().manual_seed(SEED)
-    images = torch.randn(IMAGES, 3, size, size, generator=generator)
+    images = torch.randn(number, 3, size, size, generator=generator)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", generator=generator)
@@ -84,15 +84,29 @@ def _task(name: str, model: nn.Module, size: int) -> rankopt.Task:
                 nn.init.zeros_(module.bias)
     model.train()
     with torch.no_grad():
-        model(images[:BATCH])
+        model(images[:batch])
     model.eval()
-    return rankopt.Task(model=model, example_input=images[:1], calibration=images.split(BATCH), name=name)
+    return rankopt.Task(model=model, example_input=images[:1], calibration=images.split(batch), name=name)
 
 
 def resnet18() -> rankopt.Task:
     """ResNet-18 at 224 x 224."""
     torch.manual_seed(SEED)
     return _task("ResNet-18 at 224", ResNet18(), 224)
+
+
+def resnet20() -> rankopt.Task:
+    """ResNet-20 at 32 x 32, as tasks/cifar10.py has it, on as many images."""
+    from cifar10 import BATCH, CALIBRATION_IMAGES, CifarResNet
+
+    torch.manual_seed(SEED)
+    return _task("ResNet-20 at 32", CifarResNet(3), 32, CALIBRATION_IMAGES, BATCH)
+
+
+def resnet18_32() -> rankopt.Task:
+    """ResNet-18 at 32 x 32, to try a study on."""
+    torch.manual_seed(SEED)
+    return _task("ResNet-18 at 32", ResNet18(10), 32)
 
 
 def vgg16_32() -> rankopt.Task:

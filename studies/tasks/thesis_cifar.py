@@ -24,7 +24,8 @@ def _task(name: str, study: str | None = None) -> rankopt.Task:
         if not (folder / "plan.json").is_file():
             raise FileNotFoundError(f"{folder} is missing: its case comes first in studies/{study}.toml")
         model = rankopt.load(model, folder)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).eval()
     calibration = cifar10.augment(cifar10.images("train", 0, 2_000), torch.Generator().manual_seed(0))
     return rankopt.Task(
         model=model,
@@ -32,7 +33,7 @@ def _task(name: str, study: str | None = None) -> rankopt.Task:
         calibration=calibration.split(500),
         score=cifar10.Accuracy("train", 45_000, 50_000),
         test=cifar10.Accuracy("test", 0, 10_000),
-        train=cifar10.Augmented(0, 45_000),
+        train=cifar10.Augmented(0, 45_000, device=device),
         loss=F.cross_entropy,
         examples=5_000,
         test_examples=10_000,

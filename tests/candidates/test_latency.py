@@ -137,7 +137,7 @@ def _measured_as(path, name):
     """A table of this machine, said to be another's."""
     prepare(make_task(), SPACE, workers=1)
     from rankopt.candidates.cache import Cache
-    from rankopt.candidates.latency import measure_latencies
+    from rankopt.candidates.latency import measure_costs
     from rankopt.candidates.model_layers import ModelLayers
     from rankopt.core.progress import silent
     from rankopt.model.inventory import inventory
@@ -145,7 +145,7 @@ def _measured_as(path, name):
     task = make_task()
     layers = inventory(task.model, task.example_input)
     layered = ModelLayers(task.model, task.model, layers, task.example_input)
-    measure_latencies(layered, SPACE, Conditions(), Cache(), silent, path)
+    measure_costs(layered, SPACE, Conditions(), Cache(), silent, path)
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"machine": name}))
     return str(path)

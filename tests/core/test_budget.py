@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankopt.candidates.pareto import frontier
-from rankopt.core.budget import Limit, parse_budget
+from rankopt.core.budget import Limit, amount, at_least, parse_budget
 from rankopt.core.errors import BudgetError
 from rankopt.core.problem import Problem, check_feasible
 from rankopt.core.records import Candidate, Cost, Layer
@@ -192,9 +192,9 @@ def test_the_only_plan_that_fits_is_found_where_repairing_ends_beside_it():
     assert everything(problem) and project(problem, (0, 0, 0, 0)) == (1, 1, 1, 0)
 
 
-# --- latency ---
+# --- latency and energy ---
 
-TIMED = Cost(1000, 2000, 4000, 10_000_000)
+TIMED = Cost(1000, 2000, 4000, latency=10_000_000, energy=30_000_000)
 
 
 @pytest.mark.parametrize(
@@ -205,12 +205,32 @@ def test_latency_budgets_are_read(value, target):
 
 
 @pytest.mark.parametrize(
+    ("value", "target"), [("0.5", 15e6), ("50%", 15e6), ("20mJ", 2e7), ("800uJ", 8e5), ("900nJ", 900), ("0.01J", 1e7)]
+)
+def test_energy_budgets_are_read(value, target):
+    assert parse_budget({"energy": value}, TIMED)[0].target == target
+
+
+def test_an_amount_can_be_asked_for_as_it_is_written():
+    for metric, value in (("energy", 1_234_567), ("latency", 1_234_567), ("params", 123)):
+        asked = parse_budget({metric: at_least(metric, value)}, TIMED)[0].target
+        assert value <= asked < value + 1000
+    assert amount("energy", 1_234_567) == "1.235 mJ" and amount("latency", 1_234_567) == "1.235 ms"
+
+
+@pytest.mark.parametrize(
     ("budget", "said"),
     [
         ("latency=5", "give a unit"),
         ("latency=5M", "not understood"),
         ("params=5ms", "not understood"),
         ("latency=11ms", "above"),
+        ("energy=5", "give a unit .20mJ"),
+        ("energy=5M", "not understood"),
+        ("energy=5ms", "not understood"),
+        ("latency=5mJ", "not understood"),
+        ("macs=5J", "not understood"),
+        ("energy=31mJ", "above"),
     ],
 )
 def test_bad_latency_budgets_are_refused(budget, said):

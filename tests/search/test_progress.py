@@ -8,6 +8,7 @@ import threading
 import pytest
 from rich.console import Console
 
+from rankopt.core.progress import Work
 from rankopt.search.compress import run_search
 from rankopt.search.loop import search
 from rankopt.search.progress import INTERVAL, Heartbeat, LiveRunner, ProgressBar, duration, time_left
@@ -87,6 +88,20 @@ def test_a_file_gets_a_line_while_one_item_takes_long():
             out.wait_for("fitting layers, loss 0.5: 14 of 145, 2 min 10 s elapsed, about 20 min left")
     assert not beating()
     assert out.lines()[-1] == "fitting layers, loss 0.5: 145 in 2 min 10 s"
+
+
+def test_the_time_left_follows_the_work_of_items_not_their_number():
+    """The first of three fits is nine tenths of the work: 90 s for it leave 10 s, not 180."""
+    out, clock = Output(), FakeClock()
+    fits = Work(["wide", "small", "tiny"], {"wide": 90.0, "small": 6.0, "tiny": 4.0}.__getitem__, 100.0)
+    for name in ProgressBar(Console(file=out, width=40), SOON, clock)(fits, "fitting layers", 3):
+        if name == "wide":
+            clock.now += 90
+        elif name == "small":
+            out.wait_for("fitting layers: 1 of 3, 1 min 30 s elapsed, about 10 s left")
+    assert out.lines()[-1] == "fitting layers: 3 in 1 min 30 s"
+    bar = ProgressBar(Console(file=Output(), force_terminal=True))(fits, "fitting layers", 3)
+    assert list(bar) == ["wide", "small", "tiny"], "a bar takes them, too"
 
 
 def test_short_work_says_only_that_it_is_done():

@@ -12,8 +12,9 @@ from torch import nn
 import rankopt
 from rankopt.candidates import calibration, prepare
 from rankopt.candidates.cache import Cache
-from rankopt.candidates.calibration import moments, statistics_bytes
+from rankopt.candidates.calibration import Sketch, moments, shrunk, sketch_rows, statistics_bytes
 from rankopt.core.files import available_memory
+from rankopt.core.progress import silent
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.model import objective
 from rankopt.model.layer_kinds import describe
@@ -114,15 +115,42 @@ def narrow(monkeypatch):
         monkeypatch.setattr(module, "WIDEST", 60)
 
 
-def test_of_a_wide_layer_the_mean_squares_are_kept(narrow):
+def test_of_a_wide_layer_a_sketch_is_kept(narrow):
     model = nn.Sequential(nn.Conv2d(8, 6, 3, groups=2), nn.Flatten(), nn.Linear(6 * 36, 5))
     layers = rankopt.inventory(model, torch.zeros(1, 8, 8, 8))
     x = torch.randn(50, 8, 8, 8)
     found = moments(model, layers, [x])
-    assert found["0"].shape == (2, 36, 36) and found["2"].shape == (1, 216)
+    kept = sketch_rows(layers[1])
+    assert found["0"].shape == (2, 36, 36) and found["2"].shape == (1, 1 + kept, 216) and kept == 60**2 // 216 - 1
     with torch.no_grad():
-        squares = model[1](model[0](x)).double().square().mean(0)
-    torch.testing.assert_close(found["2"][0], (50 * squares + squares.mean()) / 51)
+        seen = model[1](model[0](x)).double()
+    whole = shrunk((seen.T @ seen / 50)[None], 50)
+    sketch = as_whole(found["2"])
+    assert sketch.trace() == pytest.approx(whole[0].trace().item(), rel=1e-5)
+    leading = torch.linalg.eigvalsh(whole[0])[-kept]
+    assert torch.linalg.matrix_norm(sketch - whole[0], 2) < 1.5 * leading, "off by what was left out, at most"
+
+
+def as_whole(sketch: torch.Tensor) -> torch.Tensor:
+    """The moment (n, n) that a sketch stands for."""
+    return torch.diag(sketch[0, 0]) + sketch[0, 1:].T @ sketch[0, 1:]
+
+
+@pytest.mark.parametrize("n", [20, 400])
+def test_a_sketch_of_few_inputs_is_exact_and_the_error_of_many_is_within_its_bound(n, narrow):
+    torch.manual_seed(0)
+    layer = describe(nn.Linear(90, 5), "x")
+    x = torch.randn(n, 90) @ torch.diag(torch.linspace(0.1, 3, 90) ** 3)
+    sketch = Sketch(layer)
+    for part in x.split(17):
+        sketch.add(part.T[None])
+    expected = shrunk((x.double().T @ x.double() / n)[None], n)
+    if n == 20:
+        assert sketch.error == 0
+        torch.testing.assert_close(as_whole(sketch.moment())[None], expected, rtol=1e-4, atol=1e-4)
+    found = as_whole(sketch.moment())
+    torch.testing.assert_close(found.diagonal(), expected[0].diagonal(), rtol=0.05, atol=1e-3)
+    assert torch.linalg.matrix_norm(found - expected[0], 2) <= 2 * sketch.error / n + 1e-3
 
 
 def layers_to_fit() -> list[nn.Module]:
@@ -146,12 +174,29 @@ def test_a_fit_to_the_mean_squares_is_the_fit_to_a_diagonal_matrix(family, numbe
     assert found == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("family", list(DECOMPOSITIONS.built_in))
+def test_a_fit_to_a_sketch_is_the_fit_to_the_matrix_that_it_stands_for(family, number):
+    torch.manual_seed(0)
+    module = layers_to_fit()[number].double()
+    layer = describe(module, "x")
+    decomposition = DECOMPOSITIONS[family]
+    ranks = decomposition.ranks(layer, [0.5])[:1]
+    sketch = torch.rand(layer.groups, 8, layer.patch, dtype=torch.float64) + 0.1
+    matrix = torch.diag_embed(sketch[:, 0]) + sketch[:, 1:].mT @ sketch[:, 1:]
+    weight = module.weight.detach()
+    found, expected = (
+        [fit.error for fit in decomposition.fit(layer, weight, ranks, moment, None, 20)] for moment in (sketch, matrix)
+    )
+    assert found == pytest.approx(expected, rel=0.02)
+
+
 def test_a_wide_layer_is_replaced_and_the_report_says_what_was_assumed(narrow):
     model = sequential()
     result = compress(model, params=0.6)
     assert any(c.method == "svd_out" for c in result.plan.choices)
     text = " ".join(result.summary().split())
-    assert "'0', '2', '4': more than 60 inputs, taken as uncorrelated" in text
+    assert "'0', '2', '4': more than 60 inputs, of whose correlations only" in text
     refined = rankopt.compress(model, [X], {"params": 0.6}, space=SPACE, refine=True)
     assert refined.plan.cost.params <= refined.limits[0].target
 
@@ -186,6 +231,33 @@ def test_the_estimate_is_what_the_statistics_take(tmp_path):
     tensors = Cache(tmp_path).read_tensors(path.stem)
     taken = sum(t.numel() * t.element_size() for n, t in tensors.items() if not n.startswith("rows"))
     assert taken == sum(map(statistics_bytes, layers))
+
+
+@pytest.mark.parametrize("size", [1, 60_000, 2**30])
+def test_statistics_in_blocks_are_those_of_all_layers_at_once(size, tmp_path, monkeypatch):
+    model = sequential()
+    layers = rankopt.inventory(model, X[:1])
+    s, h = calibration.calibrate(model, layers, [X], silent)
+    monkeypatch.setattr(calibration, "BLOCK_BYTES", size)
+    found = calibration.Statistics(model, layers, [X], "key", Cache(tmp_path), silent)
+    found.ensure_cached()
+    assert (
+        len(list(tmp_path.glob("statistics-*")))
+        == len(calibration.blocks(layers))
+        == {1: 3}.get(size, 1 + (size < 10**6))
+    )
+    for layer in layers:
+        for kept, expected in zip(found[layer.name], (s[layer.name], h[layer.name]), strict=True):
+            torch.testing.assert_close(kept, expected, rtol=1e-6, atol=1e-9)
+        assert found.rows(layer.name) == len(X)
+
+
+def test_a_damaged_block_is_measured_again(tmp_path):
+    model = sequential()
+    found = calibration.Statistics(model, rankopt.inventory(model, X[:1]), [X], "key", Cache(tmp_path), silent)
+    before = found["0"][0]
+    next(tmp_path.glob("statistics-*")).write_bytes(b"nothing")
+    torch.testing.assert_close(found["0"][0], before)
 
 
 def test_available_memory_is_a_plausible_number():

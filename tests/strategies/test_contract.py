@@ -10,11 +10,12 @@ import pytest
 
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import Trial
+from rankopt.search.benchmark import read_strategy
 from rankopt.search.compress import run_search
 from rankopt.search.loop import Study, search
 from rankopt.search.settings import SearchSettings
 from rankopt.strategies.allocation import project
-from rankopt.strategies.registry import STRATEGIES, make_strategy, strategy_class
+from rankopt.strategies.registry import STRATEGIES, make_strategy, strategy_class, strategy_name
 from tests.helpers.problems import synthetic
 
 SEARCHERS = [name for name in STRATEGIES if not strategy_class(name).one_shot]
@@ -97,6 +98,38 @@ def test_restored_strategies_go_on_as_if_never_stopped(name):
     second = Study(problem, make_strategy(name, problem), 12, trials=list(first.trials))
     second.strategy.restore(first.trials, first.strategy.n_asked)
     assert [t.proposal for t in search(second, truth)] == [t.proposal for t in whole]
+
+
+def test_a_class_of_any_module_is_a_strategy():
+    """By "module:Class", by the class itself, and in a benchmark with options."""
+    here = f"{__name__}:Inquisitive"
+    assert strategy_class(here) is strategy_class(strategy_name(Inquisitive)) is Inquisitive
+    assert strategy_name(strategy_class("random")) == "random"
+    assert SearchSettings.parse(Inquisitive, {"rounds": "2"}).strategy == here
+    assert read_strategy(f"{here}:rounds=2:sampler=a:b") == (here, {"rounds": 2, "sampler": "a:b"})
+    assert read_strategy(here) == (here, {})
+    for wrong, message in (
+        ("no_module:Class", r"'no_module:Class' cannot be imported \(ModuleNotFoundError"),
+        (f"{__name__}:Nothing", "cannot be imported"),
+        (f"{__name__}:plans", "give a subclass of rankopt.strategies.base.Strategy"),
+    ):
+        with pytest.raises(RankoptError, match=message):
+            strategy_class(wrong)
+
+    class Local(Inquisitive):
+        """Of a function."""
+
+    with pytest.raises(RankoptError, match="cannot be imported"):
+        strategy_name(Local)
+
+
+def test_a_strategy_may_lie_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "of_mine_20.py").write_text(
+        "from rankopt.strategies.baselines import Random\nclass Mine(Random): ...\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert make_strategy("of_mine_20:Mine", synthetic(0.3)[0]).ask()
 
 
 def test_unknown_strategy_lists_the_valid_ones():

@@ -26,7 +26,12 @@ from rankopt.strategies.registry import make_strategy
 from tests.helpers.problems import synthetic
 
 SAMPLERS = ["tpe", "gp", "cmaes", "random", "qmc", "nsgaii", "nsgaiii"]
-VARIANTS = [*[{"sampler": s} for s in SAMPLERS], {"parametrisation": "positions", "sampler": "tpe"}]
+VARIANTS = [
+    *[{"sampler": s} for s in SAMPLERS],
+    {"parametrisation": "positions", "sampler": "tpe"},
+    {"parametrisation": "joint"},
+    {"parametrisation": "joint", "infeasible": "penalise", "warm": "0", "n_startup_trials": "3"},
+]
 
 
 def names(options):
@@ -61,7 +66,12 @@ def test_wrong_options_say_what_is_valid(monkeypatch):
     problem, _ = synthetic()
     for options, message in (
         ({"sampler": "grid"}, "unknown sampler 'grid': choose from cmaes, gp, nsgaii, nsgaiii, qmc, random, tpe"),
-        ({"parametrisation": "ranks"}, "unknown parametrisation 'ranks': choose from corrections, positions"),
+        ({"parametrisation": "ranks"}, "unknown parametrisation 'ranks': choose from corrections, positions, joint"),
+        ({"parametrisation": "joint", "sampler": "gp"}, "takes no parameters that depend on others"),
+        ({"infeasible": "drop"}, "unknown infeasible=drop: choose from project, penalise"),
+        ({"warm": "-1"}, "warm is -1"),
+        ({"sampler": "nowhere:Sampler"}, r"sampler 'nowhere:Sampler' cannot be imported \(ModuleNotFoundError"),
+        ({"sampler": "optuna:Study"}, "give a subclass of optuna.samplers.BaseSampler"),
         ({"blocks": "0"}, "blocks is 0: give 1 or more"),
         ({"width": "-1"}, r"width is -1\.0: give more than 0"),
     ):
@@ -76,7 +86,7 @@ def test_wrong_options_say_what_is_valid(monkeypatch):
 def test_first_knapsack_then_distinct_plans_on_the_budget_surface(options):
     problem, truth = synthetic(0.3, n=6)
     strategy = make_strategy("optuna", problem, 1, options)
-    assert strategy.ask() == allocate(problem).proposal
+    assert (strategy.ask() == allocate(problem).proposal) == (options.get("warm") != "0")
     strategy = make_strategy("optuna", problem, 1, options)
     trials = search(Study(problem, strategy, 6), truth)
     assert strategy.n_asked == 6, "no ask is wasted on a plan that was evaluated"
@@ -190,8 +200,7 @@ def test_parallel_asks_are_distinct_and_follow_from_the_events(options):
 
 def test_a_failure_counts_as_the_worst_so_far(monkeypatch):
     """Seen in the Optuna study that an ask is made from."""
-    made, create = [], optuna.create_study
-    monkeypatch.setattr(optuna, "create_study", lambda **options: made.append(create(**options)) or made[-1])
+    made = studies(monkeypatch)
     problem, _ = synthetic(0.3)
     strategy = make_strategy("optuna", problem)
     told = [strategy.ask() for _ in range(3)]
@@ -258,3 +267,88 @@ def test_a_second_objective_wants_a_budget_and_a_sampler_for_it():
         make_strategy("optuna", synthetic()[0], 0, {"also": "macs"})
     with pytest.raises(RankoptError, match="takes one objective"):
         make_strategy("optuna", problem, 0, {"also": "macs", "sampler": "cmaes"})
+
+
+# --- a method and its rank for each layer ---
+
+
+def several_methods():
+    """As `synthetic`, where every second candidate is of another method, and some of several ranks."""
+    problem, truth = synthetic(0.3, 6)
+    frontiers = []
+    for menu in problem.frontiers:
+        kinds = [("svd_out", c.rank) if i % 2 else ("tucker2", (*c.rank, 3)) for i, c in enumerate(menu[:-1])]
+        changed = [dataclasses.replace(c, method=m, rank=r) for c, (m, r) in zip(menu, kinds, strict=False)]
+        frontiers.append((*changed, menu[-1]))
+    return dataclasses.replace(problem, frontiers=tuple(frontiers)), truth
+
+
+def studies(monkeypatch):
+    """The Optuna studies that asks are made from, as they are created."""
+    made, create = [], optuna.create_study
+    monkeypatch.setattr(optuna, "create_study", lambda **options: made.append(create(**options)) or made[-1])
+    return made
+
+
+def test_joint_parameters_are_methods_and_ranks(monkeypatch):
+    """Every trial in Optuna's study names the plan that was evaluated, and nothing of methods it does not use."""
+    made = studies(monkeypatch)
+    problem, truth = several_methods()
+    strategy = make_strategy("optuna", problem, 0, {"parametrisation": "joint"})
+    trials = search(Study(problem, strategy, 14), truth)
+    asked = make_strategy("optuna", problem, 0, {"parametrisation": "joint"})
+    asked.restore(trials, 14)
+    assert asked.ask() is not None
+    for trial, frozen in zip(trials, made[-1].trials, strict=False):
+        expected = {}
+        for layer, menu, at in zip(problem.layers, problem.frontiers, trial.proposal, strict=True):
+            chosen = menu[at]
+            expected[f"{layer.name}.method"] = chosen.method
+            if chosen.method == "svd_out":
+                expected[f"{layer.name}.svd_out.rank"] = chosen.rank[0]
+            elif chosen.method == "tucker2":
+                expected[f"{layer.name}.tucker2.ranks"] = 1 + sum(c.method == "tucker2" for c in menu[:at])
+        assert frozen.params == expected and frozen.value == trial.objective
+    assert {type(made[-1].sampler).__name__, made[-1].sampler._group} == {"TPESampler", True}
+    optuna.importance.get_param_importances(made[-1], evaluator=optuna.importance.PedAnovaImportanceEvaluator())
+
+
+def test_joint_search_learns_without_any_plan_of_knapsack(random_best):
+    found = objectives("optuna", 30, parametrisation="joint", warm="0")
+    assert np.mean(found[-10:]) < np.mean(found[:10]) and min(found) < random_best * 1.1
+
+
+def test_points_beyond_the_budget_are_told_as_worse_than_all_results(monkeypatch):
+    made = studies(monkeypatch)
+    problem, truth = several_methods()
+    options = {"parametrisation": "joint", "infeasible": "penalise", "warm": 0}
+    strategy = make_strategy("optuna", problem, 1, options)
+    trials = search(Study(problem, strategy, 8), truth)
+    assert strategy.beyond and all(strategy.points.excess(p) > 0 for p in strategy.beyond)
+    assert strategy.ask() is not None
+    worst = max(t.objective for t in trials)
+    penalised = made[-1].trials[: len(strategy.beyond)]
+    assert all(t.value > worst for t in penalised)
+    again = make_strategy("optuna", problem, 1, options)
+    again.restore(trials, 8)
+    assert again.beyond == strategy.beyond, "a resumed search knows them, too"
+
+
+class Backwards(optuna.samplers.RandomSampler):
+    """A sampler of somebody else."""
+
+
+def test_samplers_of_any_module_by_name_or_class():
+    problem, _ = synthetic(0.3)
+    for sampler in (Backwards, f"{__name__}:Backwards"):
+        assert make_strategy("optuna", problem, 0, {"sampler": sampler}).sampler is Backwards
+
+
+def test_parameters_are_named_after_layers():
+    problem, _ = two_metrics()
+    for options, names_of_first in (
+        ({"also": "macs"}, {"l0.correction", "macs.price"}),
+        ({"parametrisation": "positions"}, {"l0.position"}),
+    ):
+        points = make_strategy("optuna", problem, 0, options).points
+        assert names_of_first <= points.axes([0.0] * points.size).keys()

@@ -31,6 +31,10 @@ NONE = Limits()
 LOST = "worker died or was lost"
 
 
+RESULTS = "ray"
+"""Folder of Tune's results in a run folder, one experiment a search: ray.tune.ExperimentAnalysis opens them."""
+
+
 class RaySearch:
     """A runner for `run_search` that evaluates up to `workers` plans at a time, each as a trial of Ray Tune.
 
@@ -44,7 +48,7 @@ class RaySearch:
         address: str | None = None,
         gpus_per_trial: float = 0.0,
         limits: Limits = NONE,
-        logs: Path | None = None,
+        out: Path | None = None,
         tensorboard: bool = False,
         cpus_per_trial: float = 1.0,
     ) -> None:
@@ -55,7 +59,8 @@ class RaySearch:
             address: HOST:PORT of a Ray cluster, or "auto"; None starts Ray here.
             gpus_per_trial: 0 evaluates on the CPU; a fraction shares a GPU.
             limits: Limits of one trial.
-            logs: Folder for the workers' standard error and TensorBoard's files.
+            out: The run folder: Tune's results go to its `ray`, the workers' standard error and TensorBoard's files to
+                its `logs`. None keeps nothing.
             tensorboard: Whether to keep TensorBoard's files.
             cpus_per_trial: CPUs of a trial, as Ray counts them, and the threads of its torch. Where Ray is started
                 here, its workers share the cores that are left.
@@ -81,7 +86,7 @@ class RaySearch:
         if address and address.startswith("ray://"):  # Tune would pickle the study and move it to the cluster's head
             raise RankoptError(f"{address} is a Ray Client address: give the cluster's own (HOST:6379), or auto")
         self.workers, self.address, self.gpus, self.limits = workers, address, gpus_per_trial, limits
-        self.logs, self.tensorboard, self.cpus = logs, tensorboard, cpus_per_trial
+        self.out, self.tensorboard, self.cpus = out, tensorboard, cpus_per_trial
         self.folder: str | None = None  # Ray's temporary folder, while it is up
         self.closing: ExitStack | None = None  # what ends with the session
         self.sent: dict[str, Any] = {}  # digest of what went to the workers in this session -> where Ray keeps it
@@ -143,8 +148,8 @@ class RaySearch:
                     raise StudyError(f"Ray ended the search ({line(error)}): go on with --resume") from error
                 raise asker.error or error from None
             finally:
-                if self.logs:
-                    keep_logs(Path(folder), self.logs)
+                if self.out:
+                    keep_logs(Path(folder), self.out / RESULTS, self.out / "logs")
             asker.settle()
         return study.trials
 
@@ -169,6 +174,7 @@ class RaySearch:
             cuda=self.gpus > 0,
             limits=self.limits,
         )
+        storage = (self.out / RESULTS).resolve() if self.out else Path(folder)
         callbacks = []
         if self.tensorboard:
             from ray.tune.logger import TBXLoggerCallback
@@ -182,10 +188,12 @@ class RaySearch:
                 num_samples=-1,
                 max_concurrent_trials=self.workers,
                 reuse_actors=True,  # twenty trivial trials: 8 s, else 50
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
             ),
             run_config=tune.RunConfig(
-                name=f"search-{len(list(Path(folder).glob('search-*')))}",
-                storage_path=folder,
+                name=f"search-{len(list(storage.glob('search-*')))}",
+                storage_path=str(storage),
                 verbose=0,
                 callbacks=callbacks,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the default asks workers for one
@@ -196,11 +204,18 @@ class RaySearch:
 # --- Tune's side in this process ---------------------------------------------------------------------
 
 
+def _name(trial: Any) -> str:
+    """The name and folder of one of Tune's trials."""
+    return f"plan-{trial.config['number']:04d}"
+
+
 class _StudySearch:
     """The study, as Tune's searcher and scheduler use it.
 
     Errors are kept in `error`, since Tune swallows most that are raised in its callbacks.
     """
+
+    number = 0  # of plans that were sent to workers
 
     def __init__(self, study: Study, seconds: float | None) -> None:
         self.study, self.seconds = study, seconds
@@ -213,12 +228,19 @@ class _StudySearch:
         self.dry = -1, 0.0  # number of trials when there was nothing to propose, and until when not to ask again
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its searcher, for restarts that are not used; a study cannot be pickled
+        """Nothing: Tune pickles its searcher, but study.db is what a search goes on from. A study cannot be pickled."""
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a search that is complete, so that Tuner.restore opens what was found."""
+        self.error, self.complete, self.running, self.waiting = None, True, {}, []
 
     def ask(self, trial_id: str) -> Proposal | None:
         """The next plan; None for not now, or never again if `complete`. Raises an earlier error."""
         if self.error:
             raise self.error
+        if self.complete:
+            return None
         proposal = self.waiting.pop() if self.waiting and not self.study.stopping else self._next()
         if proposal is None:
             self.complete = not self.running and (self.study.stopping or not self.study.awaited)
@@ -290,7 +312,8 @@ class _Searcher:
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if (proposal := self.asker.ask(trial_id)) is not None:
-            return {"proposal": proposal}
+            self.asker.number += 1
+            return {"proposal": proposal, "number": self.asker.number - 1}
         return "FINISHED" if self.asker.complete else None  # with None and nothing running Tune would wait for ever
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

@@ -101,16 +101,17 @@ def quiet(folder: str) -> Iterator[None]:
         yield
 
 
-def keep_logs(folder: Path, logs: Path) -> None:
+def keep_logs(folder: Path, results: Path, logs: Path) -> None:
     """Copy the workers' standard error and TensorBoard's files, one folder per trial.
 
     Args:
         folder: Ray's temporary folder.
+        results: Folder of Tune's results.
         logs: The folder to copy to.
     """
     outputs = [folder / "ray.out", *folder.glob("session_2*/logs/worker-*.err")]
     targets = {p: logs / p.name for p in outputs if p.is_file() and p.stat().st_size}
-    events = sorted(folder.rglob("events.out.tfevents.*"))
+    events = sorted(results.rglob("events.out.tfevents.*"))
     targets |= {p: logs / "tensorboard" / p.parent.name / p.name for p in events}
     for source, target in targets.items():
         with suppress(OSError):  # an error on a full disk must not hide the search's own error

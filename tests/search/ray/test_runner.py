@@ -28,6 +28,7 @@ from rankopt.search.storage.local import read_trials
 from rankopt.strategies.registry import make_strategy
 
 ray = pytest.importorskip("ray")
+tune = pytest.importorskip("ray.tune")
 
 SPACE = SearchSpace(families=("svd_out",), points=6, steps=0)
 SPACE_FILE = 'families = ["svd_out"]\npoints = 6\nsteps = 0\n'
@@ -341,8 +342,19 @@ def test_the_command_starts_ray_quietly_and_leaves_nothing(tmp_path):
     assert not list(Path("/tmp").glob(f"rankopt-{process.pid}-*"))
     assert not list((tmp_path / "temporary").glob("*ray*"))
     ours = {"study.db", "plan.json", "model.safetensors", "result.json", "search.log"}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {*ours, "logs"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {*ours, "logs", "ray"}
     assert len(list((tmp_path / "out" / "logs" / "tensorboard").glob("*/events.out.tfevents.*"))) == 4
+    found = tune.ResultGrid(tune.ExperimentAnalysis(str(tmp_path / "out" / "ray" / "search-0")))
+    objectives = [t["objective"] for t in read_trials(tmp_path / "out")]
+    assert sorted(r.metrics["objective"] for r in found) == pytest.approx(sorted(objectives))
+    assert sorted(Path(r.path).name for r in found) == [f"plan-000{i}" for i in range(4)]
+    restored = tune.Tuner.restore(str(tmp_path / "out" / "ray" / "search-0"), trainable=_as_before())
+    assert len(restored.get_results()) == 4 and not restored.get_results().errors
+
+
+def _as_before():
+    """Tuner.restore wants a trainable of the same name; nothing is left to run."""
+    return type("Worker", (tune.Trainable,), {})
 
 
 def interrupted(task_file, times):

@@ -1,0 +1,329 @@
+"""Seconds from a model to a plan, cold cache, and its peak memory, over networks of 10⁵ to 10⁸ weights.
+
+    python studies/time_to_plan.py                                   # all networks, on the CPU: hours
+    python studies/time_to_plan.py --only resnet20,resnet56 --device cuda --limit-minutes 3
+    python studies/time_to_plan.py --memory                          # VGG-16 at 224 x 224: below 8 GB, or exit code 1
+
+Every network is a process of its own with an empty cache. Measured: seconds by stage up to the first plan, those of a
+further budget, forward passes of the sensitivities, peak memory (of the process, of its largest worker, of the GPU),
+and the KL divergence of the plan. Beside it in the same run, at the same number of parameters: a plain whitened SVD
+with the same share of weights in each layer, and, where tltorch is installed, its CP and Tucker at fixed rank.
+
+Networks at 224 x 224 have random weights, and random images: the time does not depend on them, the KL says nothing.
+
+Written: studies/results/time_to_plan/{device}.json, .md and .png. Networks that were not run keep their rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import rankopt
+from rankopt.candidates.calibration import moments
+from rankopt.candidates.fit import release_workers
+from rankopt.candidates.prepare import prepare
+from rankopt.candidates.sensitivity import PASSES
+from rankopt.core.records import Layer
+from rankopt.model.forward import batch_size
+from rankopt.model.layer_kinds import as_matrix, in_own_shape
+from rankopt.model.objective import Divergence
+from rankopt.search.compress import run_search
+from rankopt.search.progress import show_progress
+from rankopt.search.settings import SearchSettings
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+RESULTS = Path(__file__).parent / "results" / "time_to_plan"
+FIRST, FURTHER = 0.3, 0.4  # budgets: shares of the parameters
+LIMIT_BYTES = 8 * 10**9  # of VGG-16
+TRANSFORMERS = {"ViT-L shapes": (24, 1024), "1.3 G weights": (40, 1664)}  # depth, width: counted only
+
+
+# --- networks ------------------------------------------------------------------------------------------
+
+
+def _cifar(name: str) -> Callable[[], rankopt.Task]:
+    def task() -> rankopt.Task:
+        from studies.tasks import cifar10
+
+        return getattr(cifar10, name)()
+
+    return task
+
+
+def _minilm() -> rankopt.Task:
+    from studies.tasks import minilm
+
+    return minilm.minilm()
+
+
+def _timm(name: str, examples: int) -> Callable[[], rankopt.Task]:
+    def task() -> rankopt.Task:
+        from studies.tasks.zoo import without_torchvision
+
+        with without_torchvision():
+            import timm
+
+            torch.manual_seed(0)
+            model = timm.create_model(name, pretrained=False).eval()
+        images = torch.randn(examples, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        return rankopt.Task(model, images[:1], calibration=images.split(32))
+
+    return task
+
+
+NETWORKS: dict[str, Callable[[], rankopt.Task]] = {
+    "resnet20": _cifar("resnet20"),
+    "resnet56": _cifar("resnet56"),
+    "resnet18": _timm("resnet18", 512),
+    "minilm": _minilm,
+    "resnet50": _timm("resnet50", 512),
+    "vit_b16": _timm("vit_base_patch16_224", 128),
+    "vgg16": _timm("vgg16", 64),
+}
+
+
+# --- one network, in a process of its own --------------------------------------------------------------
+
+
+def measure(name: str, device: str) -> dict[str, Any]:
+    """Everything that is measured of one network."""
+    task = NETWORKS[name]()
+    task = dataclasses.replace(task, model=task.model.to(device), score=None, test=None)
+    row: dict[str, Any] = {"network": name, "device": _described(device), "cores": len(os.sched_getaffinity(0))}
+    with tempfile.TemporaryDirectory() as cache:
+        start = time.perf_counter()
+        prepared = prepare(task, cache=cache, progress=show_progress)
+        first = _plan(prepared, FIRST)
+        row["seconds"] = time.perf_counter() - start
+        start = time.perf_counter()
+        _plan(prepared, FURTHER)
+        row["further"] = time.perf_counter() - start
+    row["memory"] = _peaks(device)
+    batches = prepared.statistics.batches
+    row |= {
+        "stages": dict(prepared.clock),
+        "passes": prepared.passes,
+        "weights": prepared.dense.params,
+        "operations": operations(prepared.free, sum(map(batch_size, batches))),
+        "kl": first.info["objective"]["best"],
+        "params": first.info["cost"]["compressed"]["params"],
+    }
+    row["opponents"] = opponents(prepared, row["params"])
+    return row
+
+
+def _plan(prepared: Any, share: float) -> Any:
+    return run_search(prepared, prepared.problem({"params": share}), SearchSettings(), progress=show_progress)
+
+
+def _peaks(device: str) -> dict[str, int]:
+    """Peak bytes of this process, of its largest worker, and of the GPU."""
+    release_workers()  # a worker counts once it has ended
+    found = {
+        "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "worker": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+    }
+    return found | ({"gpu": torch.cuda.max_memory_allocated()} if device.startswith("cuda") else {})
+
+
+def _described(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+
+
+# --- counted operations --------------------------------------------------------------------------------
+
+
+def operations(layers: Sequence[Layer], examples: int) -> float:
+    """Multiply-accumulates of a preparation: runs over the data, moments and metrics, sensitivities, a step of a fit of
+    every layer. Up to a factor, which is measured."""
+    data = sum((4 + PASSES / 2) * x.macs + x.positions * x.groups * (x.patch**2 + x.out_channels**2) for x in layers)
+    fits = sum(_fit_operations(x.weights, x.patch, x.out_channels, x.groups) for x in layers)
+    return float(examples * data + fits)
+
+
+def _fit_operations(weights: int, patch: int, outputs: int, groups: int) -> float:
+    """Of a hundred steps at twenty ranks in ten families, products of the weight with S, and eigenvectors of H."""
+    return 100 * 20 * 10 * weights * patch + 20 * 10 * groups * outputs**3
+
+
+def transformer(depth: int, width: int, tokens: int = 197, examples: int = 128) -> tuple[float, float]:
+    """Weights and operations of a ViT's Linears, counted."""
+    shapes = depth * [(width, width)] * 4 + depth * [(4 * width, width), (width, 4 * width)]
+    weights = sum(t * n for t, n in shapes)
+    data = sum(tokens * ((4 + PASSES / 2) * t * n + n**2 + t**2) for t, n in shapes)
+    return float(weights), examples * data + sum(_fit_operations(t * n, n, t, 1) for t, n in shapes)
+
+
+# --- other ways to a compressed model ------------------------------------------------------------------
+
+
+def opponents(prepared: Any, params: int) -> dict[str, Any]:
+    """Seconds and KL of other tools at the same number of parameters."""
+    batches = prepared.statistics.batches
+    divergence = Divergence(prepared.model, batches)
+    dense = {x.name: prepared.model.get_submodule(x.name).weight.detach().clone() for x in prepared.free}
+    share = (params - (prepared.dense.params - sum(w.numel() for w in dense.values()))) / sum(
+        w.numel() for w in dense.values()
+    )
+    found: dict[str, Any] = {}
+    ways: dict[str, Callable[[], None]] = {"whitened SVD": lambda: whitened_svd(prepared, share, batches)}
+    try:
+        import tltorch  # noqa: F401
+    except ImportError as error:
+        print(f"skipped: tltorch does not import ({error})")
+    else:
+        ways |= {f"tltorch {kind}": lambda kind=kind: tltorch_fits(prepared, share, kind) for kind in ("cp", "tucker")}
+    for name, way in ways.items():
+        start = time.perf_counter()
+        try:
+            way()
+            found[name] = {"seconds": time.perf_counter() - start, "kl": divergence(prepared.model)}
+        except Exception as error:  # noqa: BLE001  # whatever another tool raises
+            print(f"skipped: {name}: {type(error).__name__}: {error}")
+        with torch.no_grad():
+            for layer, weight in dense.items():
+                prepared.model.get_submodule(layer).weight.copy_(weight)
+    return found
+
+
+def whitened_svd(prepared: Any, share: float, batches: Sequence[Any]) -> None:
+    """Every layer by the SVD of W S^½ at the same share of its weights; the weights are overwritten by the product."""
+    s = moments(prepared.model, prepared.free, batches)
+    for layer in prepared.free:
+        module = prepared.model.get_submodule(layer.name)
+        weight = as_matrix(layer, module.weight.detach()).double()
+        moment = s.get(layer.name, weight.new_ones(layer.groups, layer.patch))
+        rows = weight * moment.unsqueeze(1) if moment.ndim == 2 else weight @ moment
+        vectors = torch.linalg.eigh(rows @ weight.mT)[1]
+        rank = max(1, int(share * layer.weights / (layer.groups * (layer.patch + layer.out_channels))))
+        vectors = vectors[..., -rank:]
+        with torch.no_grad():
+            module.weight.copy_(in_own_shape(layer, vectors @ (vectors.mT @ weight)))
+
+
+def tltorch_fits(prepared: Any, share: float, kind: str) -> None:
+    """Every convolution by tltorch's decomposition at a fixed share of its weights; others by nothing."""
+    from tltorch import FactorizedConv
+
+    for layer in prepared.free:
+        module = prepared.model.get_submodule(layer.name)
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            new = FactorizedConv.from_conv(module, rank=share, decompose_weights=True, factorization=kind)
+            with torch.no_grad():
+                module.weight.copy_(new.weight.to_tensor().reshape(module.weight.shape))
+
+
+# --- table and plot ------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    head = "| network | weights | seconds | further | stages | passes | peak | KL | others: seconds, KL |"
+    lines = [head, "|" + "---|" * 9]
+    for r in rows:
+        if "seconds" not in r:
+            lines.append(f"| {r['network']} | | {r['note']} | | | | | | |")
+            continue
+        stages = ", ".join(f"{k} {v:.0f}" for k, v in r["stages"].items() if v >= 0.5)
+        peak = ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in r["memory"].items())
+        others = "; ".join(f"{k}: {v['seconds']:.1f}, {v['kl']:.3g}" for k, v in r["opponents"].items())
+        lines.append(
+            f"| {r['network']} | {r['weights']:,} | {r['seconds']:.0f} | {r['further']:.1f} | {stages} "
+            f"| {r['passes']:.1f} | {peak} | {r['kl']:.3g} | {others} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Seconds against weights, with what the counted operations predict."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = sorted((r for r in rows if "seconds" in r), key=lambda r: r["weights"])
+    if not rows:
+        return
+    rate = math.exp(sum(math.log(r["operations"] / r["seconds"]) for r in rows) / len(rows))
+    counted = sorted([(r["weights"], r["operations"]) for r in rows] + [transformer(*x) for x in TRANSFORMERS.values()])
+    _, ax = plt.subplots(figsize=(6, 4))
+    ax.loglog([w for w, _ in counted], [n / rate for _, n in counted], "--", label="counted operations")
+    ax.loglog([r["weights"] for r in rows], [r["seconds"] for r in rows], "o", label="measured")
+    for r in rows:
+        ax.annotate(r["network"], (r["weights"], r["seconds"]), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    ax.set(xlabel="weights", ylabel="seconds to the first plan")
+    ax.legend()
+    plt.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(NETWORKS), help="networks, separated by commas")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--limit-minutes", type=float, help="of all networks together")
+    parser.add_argument("--memory", action="store_true", help="VGG-16 alone, against its bound on memory")
+    parser.add_argument("--row", help="measure this network here, and print its row as JSON in the last line")
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(measure(args.row, args.device)))
+        return
+    names = ["vgg16"] if args.memory else args.only.split(",")
+    if unknown := set(names) - NETWORKS.keys():
+        parser.error(f"no network {', '.join(sorted(unknown))}: there are {', '.join(NETWORKS)}")
+    end = time.monotonic() + 60 * (args.limit_minutes or 10**6)
+    rows = {name: _apart(name, args.device, end) for name in names}
+    for row in rows.values():
+        print(table([row]))
+    _write(rows, args.device.partition(":")[0])
+    if args.memory and max(rows["vgg16"].get("memory", {"": math.inf}).values()) > LIMIT_BYTES:
+        sys.exit(f"VGG-16 took more than {LIMIT_BYTES / 1e9:.0f} GB: {rows['vgg16'].get('memory', 'it did not end')}")
+
+
+def _apart(name: str, device: str, end: float) -> dict[str, Any]:
+    """The row of one network, measured in a process of its own."""
+    command = [sys.executable, __file__, "--row", name, "--device", device]
+    left = end - time.monotonic()
+    print(f"{name} ...", flush=True)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=max(left, 0.01), check=True)
+    except subprocess.TimeoutExpired:
+        return {"network": name, "note": "over the time limit"}
+    except subprocess.CalledProcessError as error:
+        return {"network": name, "note": f"failed with exit code {error.returncode}"}
+    *said, last = done.stdout.splitlines()
+    print("\n".join(said))
+    return json.loads(last)
+
+
+def _write(rows: dict[str, dict[str, Any]], device: str) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{device}.json"
+    kept = {r["network"]: r for r in json.loads(path.read_text())} if path.exists() else {}
+    now = datetime.datetime.now().astimezone().isoformat(timespec="minutes")
+    kept |= {name: row | {"date": now} for name, row in rows.items() if "seconds" in row or name not in kept}
+    found = [kept[name] for name in NETWORKS if name in kept]
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(found))
+    plot(found, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

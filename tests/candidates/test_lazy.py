@@ -1,0 +1,241 @@
+"""The lazy frontier: what is fitted for a budget, and that nothing is lost, fitted twice or offered unfitted."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import rankopt
+from rankopt.candidates import fit as fits
+from rankopt.candidates import lazy
+from rankopt.candidates.estimate import estimated_errors, spread
+from rankopt.candidates.prepare import prepare
+from rankopt.candidates.search_space import SearchSpace, load_space
+from rankopt.core.errors import BudgetError, RankoptError
+from rankopt.core.records import DENSE, Task
+from rankopt.core.run_folder import read_result
+from rankopt.decompositions.plan import apply
+from rankopt.decompositions.variable_projection import full_target
+from rankopt.experiments.tasks import load_task
+from rankopt.search.compress import run_search
+from rankopt.search.settings import SearchSettings
+from rankopt.search.sweep import sweep
+from rankopt.strategies.allocation import allocate
+
+SPACE = SearchSpace(families=("svd_out", "tucker2", "cp_merged"), points=10, steps=60)
+BUDGETS = ({"params": 0.5}, {"params": 0.25}, {"macs": 0.4}, {"params": 0.5, "macs": 0.4})
+
+
+@pytest.fixture(autouse=True)
+def always_lazy(monkeypatch):
+    monkeypatch.setattr(lazy, "SMALL", 0.0)
+
+
+def make_task() -> Task:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d
+    model = torch.nn.Sequential(
+        *(conv(3, 12, 3, padding=1), torch.nn.ReLU(), conv(12, 16, 3, padding=1), torch.nn.ReLU()),
+        *(conv(16, 16, 3, stride=2, padding=1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(256, 10)),
+    ).eval()
+    x = torch.randn(64, 3, 8, 8)
+    return Task(model, x[:1], [x])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def prepared(cache, effort="normal", space=SPACE, **given):
+    return prepare(make_task(), dataclasses.replace(space, effort=effort), cache, workers=1, **given)
+
+
+def offered(problem):
+    return [[(c.method, c.rank, c.form, c.precision, c.error, c.loss) for c in f] for f in problem.frontiers]
+
+
+def measured(found, budget):
+    return run_search(found, found.problem(budget), SearchSettings()).info["objective"]["best"]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_a_few_fits_predict_as_good_a_plan_as_all_of_them(cache, budget):
+    few, whole = prepared(cache).problem(budget), prepared(cache, "thorough").problem(budget)
+    assert allocate(few).loss <= 1.05 * allocate(whole).loss
+    assert few.fitting["final"] < few.fitting["candidates"] / 2 and few.fitting["settled"]
+    assert whole.fitting is None
+
+
+def test_on_a_trained_model_the_plan_of_a_few_fits_is_as_good(cache):
+    task = dataclasses.replace(load_task("digits"), score=None, test=None)
+    found = {e: prepare(task, dataclasses.replace(SPACE, effort=e), cache, workers=1) for e in ("normal", "thorough")}
+    few, whole = (measured(found[e], {"params": 0.3}) for e in ("normal", "thorough"))
+    assert few <= 1.05 * whole
+
+
+def test_all_that_is_offered_is_fitted_and_has_the_error_of_its_factors(cache):
+    found = prepared(cache)
+    problem = found.problem({"params": 0.3})
+    for layer, frontier in zip(problem.layers, problem.frontiers, strict=True):
+        weight = found.model.get_submodule(layer.name).weight
+        target = full_target(layer, weight, *found.statistics[layer.name])
+        for candidate in frontier:
+            if candidate.method == DENSE:
+                continue
+            model = apply(found.task.model, [layer], [candidate], found.factors)
+            made = model.get_submodule(layer.name)
+            assert sum(p.numel() for p in made.parameters()) == candidate.cost.params
+            family = fits.DECOMPOSITIONS[candidate.method]
+            own = family.weight(layer, tuple(f.double() for f in found.factors[candidate.key]))
+            assert target.error(own.reshape(target.weight.shape)) == pytest.approx(candidate.error, rel=1e-3, abs=1e-7)
+
+
+def test_what_a_budget_gets_depends_on_no_other_budget_and_not_on_the_cache(cache, tmp_path):
+    alone = {str(b): offered(prepared(cache).problem(b)) for b in BUDGETS}
+    together = prepared(tmp_path)
+    assert {str(b): offered(together.problem(b)) for b in reversed(BUDGETS)} == {
+        str(b): alone[str(b)] for b in reversed(BUDGETS)
+    }
+
+
+def test_a_further_budget_fits_only_what_is_new_and_the_same_one_nothing(tmp_path, monkeypatch):
+    made = []
+    real = fits._fit_one
+
+    def counted(number, cache, job, *others):
+        made.extend((job.layer.name, job.family, rank, job.steps) for rank in job.ranks)
+        return real(number, cache, job, *others)
+
+    monkeypatch.setattr(fits, "_fit_one", counted)
+    found = prepared(tmp_path)
+    for budget in BUDGETS:
+        found.problem(budget)
+    assert len(made) == len(set(made)) > 0
+    before = len(made)
+    found.problem(BUDGETS[0])
+    for budget in BUDGETS:
+        prepared(tmp_path).problem(budget)
+    assert len(made) == before
+
+
+def test_the_chosen_plan_is_fitted_with_all_steps(cache):
+    found = prepared(cache)
+    problem = found.problem({"params": 0.3})
+    final = {(pair, rank) for pair, ranks in found.lazy.made.items() for rank in ranks}
+    for layer, c in zip(problem.layers, problem.candidates(allocate(problem).proposal), strict=True):
+        assert c.method == DENSE or ((layer.name, c.method), c.rank) in final
+
+
+def test_the_least_budget_is_that_of_the_whole_space(cache):
+    whole, few = prepared(cache, "thorough"), prepared(cache)
+    for metric in ("params", "macs", "bytes"):
+        (least,) = whole.problem({metric: 1.0}).least
+        assert few.problem({metric: least}).cost(allocate(few.problem({metric: least})).proposal)[metric] == least
+        with pytest.raises(BudgetError, match="the least achievable"):
+            few.problem({metric: least - 1})
+
+
+def test_a_sweep_measures_every_plan_on_the_same_frontiers(cache):
+    points = sweep(prepared(cache), "params=0.7:0.3:3", "all").points
+    assert all(p.objective is not None for p in points)
+    alone = measured(prepared(cache), {"params": 0.3})
+    assert points[-1].predicted > 0 and points[-1].objective == pytest.approx(alone, rel=0.3)
+
+
+def test_a_budget_in_bytes_gets_candidates_in_lower_precisions(cache):
+    space = dataclasses.replace(SPACE, precisions=("same", "int8"))
+    few, whole = (prepared(cache, effort, space) for effort in ("normal", "thorough"))
+    assert measured(few, {"bytes": 0.2}) <= 1.05 * measured(whole, {"bytes": 0.2})
+
+
+def test_a_layers_whole_frontier_is_fitted_when_it_is_asked_for(cache):
+    whole = prepared(cache, "thorough").problem({"params": 1.0}).frontier("2")
+    few = prepared(cache).all_of("2").problem({"params": 1.0}).frontier("2")
+    errors = [min(c.error for c in f if c.cost.params <= 500) for f in (whole, few)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-6)
+
+
+def test_small_models_and_fits_without_steps_are_fitted_as_a_whole(cache, monkeypatch):
+    assert prepared(cache, space=dataclasses.replace(SPACE, steps=0)).lazy is None
+    monkeypatch.setattr(lazy, "SMALL", 1e6)
+    assert prepared(cache, "quick").lazy is None
+
+
+def test_when_the_time_is_out_what_is_there_is_offered_and_again(tmp_path, monkeypatch):
+    space = dataclasses.replace(SPACE, effort="normal", minutes=1e-6)
+    first = prepared(tmp_path, space=space).problem({"params": 0.3})
+    assert not first.fitting["settled"] and first.fitting["final"] == 0 and first.fitting["gain"] > 0
+    assert first.fits(allocate(first).proposal)
+    monkeypatch.setattr("rankopt.candidates.lazy.time.monotonic", lambda: 0.0)  # a faster machine
+    assert offered(prepared(tmp_path, space=space).problem({"params": 0.3})) == offered(first)
+
+
+def test_the_result_says_what_was_fitted_and_why_not_more(cache, tmp_path):
+    task = make_task()
+    result = rankopt.compress(
+        task, budget={"params": 0.4}, space=SPACE, effort="quick", cache=cache, out=tmp_path / "run"
+    )
+    entry = result.info["fitting"]
+    assert result.info["effort"] == "quick" and 0 < entry["final"] < entry["candidates"]
+    assert {(x["layer"], x["family"]) for x in entry["dropped"]} < {
+        (x.name, f) for x in result.plan.choices for f in SPACE.families
+    }
+    assert f"{entry['final']} of {entry['candidates']} candidates" in result.summary().replace("\n", " ")
+    page = result.report(tmp_path / "page.html").read_text()
+    assert "Families that were dropped" in page and f"<td>{entry['dropped'][0]['family']}</td>" in page
+    assert read_result(tmp_path / "run")["fitting"] == entry
+
+
+def test_limits_that_exclude_each_other_are_refused_as_ever(cache):
+    budgets = {e: prepared(cache, e) for e in ("normal", "thorough")}
+    least = budgets["thorough"].problem({"params": 1.0, "macs": 1.0}).least
+    for found in budgets.values():
+        with pytest.raises(BudgetError, match="cannot be met together"):
+            allocate(found.problem({"params": least[0], "macs": least[1]}))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"effort": "huge"}, "unknown effort 'huge'; choose from quick, normal, thorough"),
+        ({"effort": "quick", "minutes": 0}, "above 0"),
+        ({"effort": "thorough", "minutes": 5}, "minutes go with effort 'quick' or 'normal'"),
+    ],
+)
+def test_what_no_effort_is(given, said):
+    with pytest.raises(RankoptError, match=said):
+        SearchSpace(**given)
+
+
+def test_effort_and_minutes_exclude_each_other_and_come_from_files(tmp_path):
+    with pytest.raises(RankoptError, match="exclude each other"):
+        SPACE.adjusted(effort="quick", minutes=5)
+    assert dataclasses.replace(SPACE, effort="thorough").adjusted(minutes=5).effort == "normal"
+    (tmp_path / "mine.toml").write_text('effort = "quick"\n')
+    assert load_space(tmp_path / "mine.toml").effort == "quick"
+    assert load_space(tmp_path / "mine.toml").adjusted(effort="thorough").effort == "thorough"
+
+
+# --- estimates ---------------------------------------------------------------------------------------
+
+
+def test_the_first_ranks_cover_all():
+    ranks = [(r,) for r in range(1, 101)]
+    assert spread(ranks, 5) == [(1,), (3,), (10,), (32,), (100,)]
+    assert spread(ranks[:4], 5) == ranks[:4]
+    assert len(spread([(a, b) for a in range(1, 9) for b in range(1, 9)], 5)) == 8
+
+
+def test_errors_between_ranks_are_interpolated_in_logarithms():
+    ranks = [(r,) for r in (1, 2, 4, 8, 16, 32)]
+    first = {(1,): 0.5, (4,): 0.125, (32,): 0.125 / 8}
+    found = estimated_errors(ranks, first, {}, gains=False)
+    np.testing.assert_allclose(found, [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625])
+    low = estimated_errors(ranks, first, {}, gains=True)
+    assert (low < found).all()
+    known = estimated_errors(ranks, first, {(4,): 0.1}, gains=True)
+    assert known[2] == 0.1 and (low < known).all() and (known[[1, 3]] < 0.9 * found[[1, 3]]).all()

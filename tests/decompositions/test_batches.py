@@ -1,0 +1,115 @@
+"""Fits in batches: of several ranks, of several layers, and the search that serves them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rankopt.decompositions.lbfgs import minimize
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.svd import SvdIn
+from rankopt.decompositions.variable_projection import OutputSolved
+from tests.helpers.layers import make
+
+SOLVED = [f for f in DECOMPOSITIONS.built_in if isinstance(DECOMPOSITIONS[f], OutputSolved)]
+LAYERS = ["conv3x3", "linear", "grouped same reflect"]
+
+
+def applies(family, case):
+    return DECOMPOSITIONS[family].full_rank(case.layer) is not None
+
+
+def errors(family, case, ranks, steps):
+    fits = DECOMPOSITIONS[family].fit(case.layer, case.module.weight, ranks, case.moment, case.metric, steps)
+    found = list(fits)
+    assert [fit.rank for fit in found] == list(ranks)
+    return [fit.error for fit in found]
+
+
+@pytest.mark.parametrize("family", SOLVED)
+@pytest.mark.parametrize("name", LAYERS)
+def test_ranks_in_one_batch_are_fitted_as_each_alone(family, name):
+    """To rounding after a few steps; many steps may amplify it, but not beyond 1 %."""
+    case = make(name)
+    if not applies(family, case):
+        return
+    ranks = DECOMPOSITIONS[family].ranks(case.layer, [0.2, 0.4, 0.8])
+    ranks = [*ranks[::2], *ranks[1::2]]  # in any order
+    for taken, close in ((4, 1e-3), (60, 0.01)):
+        steps = round(taken / DECOMPOSITIONS[family].effort)
+        alone = [errors(family, case, [rank], steps)[0] for rank in ranks]
+        assert errors(family, case, ranks, steps) == pytest.approx(alone, rel=close, abs=1e-7)
+
+
+@pytest.mark.parametrize("family", [*SOLVED, "svd_out", "tt_matrix"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_in_one_batch_are_fitted_as_each_alone(family, name):
+    case, decomposition = make(name), DECOMPOSITIONS[family]
+    if not applies(family, case):
+        return
+    other = make(name)
+    other.module.weight.data = torch.randn_like(other.module.weight)
+    other.moment = other.moment + torch.eye(other.moment.shape[-1], dtype=other.moment.dtype)
+    ranks = decomposition.ranks(case.layer, [0.3, 0.6])
+    both = (case, other)
+    given = zip(*((c.layer, c.module.weight, c.moment, c.metric) for c in both), strict=True)
+    layers, weights, *statistics = given
+    stack = decomposition.fit_stack(layers, weights, ranks, *statistics, 20)
+    for one, fits in zip(both, stack, strict=True):
+        alone = list(decomposition.fit(one.layer, one.module.weight, ranks, one.moment, one.metric, 20))
+        for fit, expected in zip(fits, alone, strict=True):
+            assert [f.shape for f in fit.factors] == [f.shape for f in expected.factors]
+            assert fit.error == pytest.approx(expected.error, rel=0.01, abs=1e-7)
+
+
+def test_a_family_with_a_fit_of_its_own_is_asked_for_it():
+    """As families of other packages are: they know nothing of batches."""
+
+    class Own(SvdIn):
+        def fit(self, layer, weight, ranks, moment=None, metric=None, steps=100):
+            asked.append(layer)
+            return super().fit(layer, weight, ranks, moment, metric, 0)
+
+    asked, case = [], make("conv3x3")
+    layers, weights, moments, metrics = ([x] * 2 for x in (case.layer, case.module.weight, case.moment, case.metric))
+    stack = Own().fit_stack(layers, weights, [(2,)], moments, metrics, 50)
+    (expected,) = SvdIn().fit(case.layer, case.module.weight, [(2,)], case.moment, case.metric, 0)
+    assert len(asked) == 2 and [fits[0].error for fits in stack] == [expected.error] * 2
+
+
+def test_groups_end_on_their_own():
+    """A group of zeros beside one that is searched."""
+    case = make("grouped same reflect")
+    with torch.no_grad():
+        case.module.weight[6:] = 0
+    assert 0 < errors("cp_merged", case, [(3,)], 50)[0] < errors("cp_merged", case, [(3,)], 0)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_minima_of_a_batch(dtype):
+    """Rosenbrock's function from several points, each problem with its own scale."""
+    scales = torch.tensor([[1.0, 100.0, 1e-3], [10.0, 1.0, 1.0]], dtype=dtype)
+
+    def evaluate(points, columns):
+        x = points.detach().requires_grad_()
+        losses = scales[:, columns] * (100 * (x[..., 1] - x[..., 0] ** 2) ** 2 + (1 - x[..., 0]) ** 2)
+        return losses.detach().double(), torch.autograd.grad(losses.sum(), x)[0]
+
+    start = torch.tensor([-1.2, 1.0], dtype=dtype) + 0.1 * torch.arange(6, dtype=dtype).view(2, 3, 1)
+    found = minimize(evaluate, start, torch.tensor([200, 200, 200]), 1e-9, 1e-9)
+    assert found.losses.max() < 1e-5
+    short = minimize(evaluate, start, torch.tensor([3, 200, 0]), 1e-9, 1e-9)
+    assert short.rounds[0] == 3 and short.rounds[2] == 0
+    assert torch.equal(short.points[:, 2], start[:, 2]) and short.losses[:, 1].max() < 1e-5
+    assert (short.losses <= evaluate(start, torch.arange(3))[0]).all()
+
+
+def test_a_loss_that_is_not_finite_is_stepped_back_from():
+    """log x + 1 / x, undefined at and below 0, from a point whose first steps go there."""
+
+    def evaluate(points, _):
+        losses = (points.log() + 1 / points).sum(-1)
+        return losses, (1 / points - 1 / points**2).nan_to_num()
+
+    found = minimize(evaluate, torch.tensor([[[1.5]]], dtype=torch.float64), torch.tensor([100]), 0.0, 1.0)
+    assert found.points.item() == pytest.approx(1, abs=1e-4)

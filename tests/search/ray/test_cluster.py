@@ -1,0 +1,87 @@
+"""A search uses all nodes of a cluster, goes on when one dies, and uses one that joins. Two raylets on this machine."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from rankopt.candidates.prepare import prepare
+from rankopt.experiments.tasks import load_task
+from rankopt.search.evaluator import Evaluator
+from rankopt.search.loop import Study
+from rankopt.search.ray.runner import RaySearch
+from rankopt.strategies.registry import make_strategy
+from tests.search.ray.test_runner import SPACE
+
+ray = pytest.importorskip("ray")
+
+pytestmark = pytest.mark.slow  # a minute each: raylets start, and their death has to be noticed
+
+
+class OnNode:
+    """An evaluation that takes a while; its score tells the node that it ran on."""
+
+    def __init__(self, evaluate, seconds):
+        self.evaluate, self.seconds = evaluate, seconds
+
+    def __call__(self, proposal):
+        import ray
+
+        objective, _ = self.evaluate(proposal)
+        time.sleep(self.seconds)
+        return objective, float(int(ray.get_runtime_context().get_node_id()[:8], 16))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return prepare(load_task("digits"), SPACE, cache=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def cluster():
+    from ray.cluster_utils import Cluster
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    ray.init(address=found.address, log_to_driver=False, logging_level="ERROR")
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+def search(digits, trials, seconds, report=lambda trial: None):
+    problem = digits.problem({"params": 0.3})
+    study = Study(problem, make_strategy("random", problem, 0), trials, report=report)
+    found = RaySearch(2)(study, OnNode(Evaluator.of(digits, problem), seconds))
+    assert len({t.proposal for t in found}) == len(found) == trials
+    return found
+
+
+def test_a_search_goes_on_without_a_node_that_died(digits, cluster):
+    second = cluster.add_node(num_cpus=1)
+    ended = []
+
+    def report(trial):
+        ended.append(trial)
+        if len(ended) == 4:
+            cluster.remove_node(second, allow_graceful=False)
+
+    found = search(digits, 10, 1.0, report)
+    assert all(t.state == "finished" for t in found), [t.error for t in found]
+    assert len({t.score for t in found[:4]}) == 2, "both nodes had work"
+    assert len({t.score for t in found[-3:]}) == 1
+
+
+def test_a_node_that_joins_is_used(digits, cluster):
+    ended = []
+
+    def report(trial):
+        ended.append(trial)
+        if len(ended) == 2:
+            cluster.add_node(num_cpus=1)
+
+    found = search(digits, 16, 1.0, report)
+    assert all(t.state == "finished" for t in found)
+    assert len({t.score for t in found[:2]}) == 1 and len({t.score for t in found}) == 2
