@@ -1,7 +1,7 @@
 """A decomposition of your own: the SVD of a k×k kernel unfolded as (out, height) × (in, width).
 
-It turns a convolution into 1×k to R channels and k×1 to T: as `svd_spatial`, but the other axis first. Families of
-other packages are registered by an entry point (docs/how-to/add-decomposition.md); here one is tried out without.
+It turns a convolution into 1×k to R channels and k×1 to T: as `svd_spatial`, but the other axis first. It is fitted by
+itself, and then takes part in a search (docs/how-to/add-decomposition.md).
 
 Run: python examples/own_decomposition.py
 """
@@ -67,6 +67,12 @@ def main() -> None:
         distance = (small(x) - conv(x)).norm() / (conv(x) - conv.bias.view(-1, 1, 1)).norm()
         share = family.weights(layer, fit.rank) / layer.weights
         print(f"rank {fit.rank}: {share:.0%} of the weights, error {fit.error:.3f}, outputs {distance:.3f} apart")
+
+    model = nn.Sequential(conv, nn.ReLU(), nn.Conv2d(32, 8, 3), nn.Flatten(), nn.Linear(288, 10))
+    batches = [torch.randn(64, 16, 8, 8) for _ in range(2)]
+    space = rankopt.SearchSpace(points=6, steps=20)  # quick
+    result = rankopt.compress(model, batches, {"params": 0.5}, families=[WidthFirst(), "svd_out"], space=space)
+    print(result.summary())
 
 
 if __name__ == "__main__":

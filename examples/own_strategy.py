@@ -1,7 +1,7 @@
 """A strategy of your own: the exact allocation first, then the same plan with some layers moved at random.
 
-Strategies of other packages are registered by an entry point (docs/how-to/add-strategy.md); here one is added to the
-registry of this process.
+`rankopt.register` makes it known by its name in this process; packages have entry points for that
+(docs/how-to/add-strategy.md).
 
 Run: python examples/own_strategy.py
 """
@@ -15,10 +15,10 @@ from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal
 from rankopt.experiments.digits import digits
 from rankopt.strategies.allocation import allocate
-from rankopt.strategies.base import Strategy
 
 
-class Shaken(Strategy):
+@rankopt.register
+class Shaken(rankopt.Strategy):
     """Moves every layer by up to `reach` positions on its frontier."""
 
     name = "shaken"
@@ -38,14 +38,13 @@ class Shaken(Strategy):
 
 
 def main() -> None:
-    rankopt.STRATEGIES.built_in["shaken"] = Shaken
     task = digits()
     result = rankopt.compress(
         task.model,
         task.calibration,
         budget={"params": 0.3},
         score=task.score,
-        strategy="shaken",
+        strategy="shaken",  # or Shaken
         options={"reach": 2},
         trials=10,
         space=rankopt.SearchSpace(families=("svd_out", "cp_merged"), points=6, steps=20),  # quick

@@ -14,6 +14,7 @@ from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import TaskError
 from rankopt.core.progress import Progress
 from rankopt.core.records import Task, Trial, unwrapped
+from rankopt.decompositions.registry import FamilyLike
 from rankopt.model.checks import check_model
 from rankopt.model.inputs import first_example, peek
 from rankopt.search.job import Job, run_job
@@ -40,7 +41,7 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
     callbacks: Sequence[Callable[[Study, Trial], None]] = (),
     seed: int = 0,
     space: SearchSpace | str | Path = "default",
-    families: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    families: Sequence[FamilyLike] | Mapping[str, Sequence[FamilyLike]] | None = None,
     ranks: Mapping[str, Sequence[Any]] | None = None,
     keep_dense: Sequence[str] | None = None,
     effort: str | None = None,
@@ -91,7 +92,8 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
         seed: The same seed gives the same plan.
         space: A search space, its name, or the path of its TOML file. If it asks for several `rounds`, the model is
             compressed part of the way, trained briefly, and compressed again.
-        families: Names of decompositions instead of the space's; or for some layers: `{"layer3.*": ["tucker2"]}`.
+        families: Decompositions instead of the space's, by name or as objects or classes of `Decomposition`; or for
+            some layers: `{"layer3.*": ["tucker2"]}`.
         ranks: Ranks to try for some layers: `{"layer3.*": [8, (8, 16)]}`. A number stands for every bond. The first
             pattern that fits a layer counts.
         keep_dense: Names or patterns of layers to leave dense, in addition to the space's.

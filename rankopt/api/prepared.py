@@ -17,6 +17,7 @@ from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.errors import RankoptError
 from rankopt.core.progress import Progress
 from rankopt.core.records import METRICS, Candidate, Cost, Layer, Task
+from rankopt.decompositions.registry import FamilyLike
 from rankopt.search.job import Job, run_prepared
 from rankopt.search.sweep import Sweep
 from rankopt.search.sweep import sweep as run_sweep
@@ -161,7 +162,7 @@ def prepare(  # noqa: PLR0913  (the model's arguments and the search space's)
     budget: Mapping[str, Any] | Sequence[str] | None = None,
     latency_on: str | None = None,
     space: SearchSpace | str | Path = "default",
-    families: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    families: Sequence[FamilyLike] | Mapping[str, Sequence[FamilyLike]] | None = None,
     ranks: Mapping[str, Sequence[Any]] | None = None,
     keep_dense: Sequence[str] | None = None,
     effort: str | None = None,

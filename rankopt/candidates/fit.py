@@ -6,11 +6,14 @@ import itertools
 import json
 import math
 import os
+import pickle
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import cloudpickle
 import torch
 from joblib import Parallel, delayed, parallel_config
 from torch import Tensor
@@ -22,6 +25,7 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.files import available_cores, available_memory, digest
 from rankopt.core.progress import Work
 from rankopt.core.records import Candidate, Layer, Rank
+from rankopt.core.task_file import LOADED
 from rankopt.core.timing import threads
 from rankopt.decompositions.conformance import checked_fits, code_of, named
 from rankopt.decompositions.registry import DECOMPOSITIONS
@@ -242,7 +246,27 @@ def _run(
     if left:
         with parallel_config("loky", initializer=_end_with, initargs=(os.getpid(),)):
             pool = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")
-        yield from pool(delayed(_fit_alone)(*arguments(number)) for number in in_time(left))
+        known = _registered()
+        yield from pool(delayed(_fit_alone)(known, *arguments(number)) for number in in_time(left))
+
+
+def _registered() -> bytes:
+    """The decompositions that this process registered, for its workers; classes of task files by value."""
+    if not DECOMPOSITIONS.registered:
+        return b""
+    modules = [sys.modules[name] for name in LOADED if name in sys.modules]
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return cloudpickle.dumps(DECOMPOSITIONS.registered)
+    except Exception as error:  # whatever a user's object raises when it is pickled
+        raise RankoptError(
+            f"the decompositions {', '.join(DECOMPOSITIONS.registered)} cannot be sent to the processes that fit "
+            f"({type(error).__name__}: {error}): keep what cannot be pickled out of them"
+        ) from error
+    finally:
+        for module in modules:
+            cloudpickle.unregister_pickle_by_value(module)
 
 
 def _affordable(layers: Sequence[Layer]) -> int:
@@ -292,8 +316,10 @@ def _stacks(statistics: Statistics, jobs: Sequence[_Job], numbers: Sequence[int]
         yield from (same[i : i + most] for i in range(0, len(same), most))
 
 
-def _fit_alone(*arguments: Any) -> tuple[int, float]:
+def _fit_alone(known: bytes, *arguments: Any) -> tuple[int, float]:
     torch.set_num_threads(1)
+    if known:
+        DECOMPOSITIONS.registered.update(pickle.loads(known))  # what this job's parent process wrote
     return _fit_one(*arguments)
 
 

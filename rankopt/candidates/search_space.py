@@ -16,8 +16,9 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.records import PRECISIONS, SAME, Layer, Rank
 from rankopt.core.schema import checked, read_toml
 from rankopt.core.text import reason
+from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.conformance import named
-from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.registry import DECOMPOSITIONS, FamilyLike, family_name
 
 DEFAULT = ("svd_out", "svd_in", "svd_spatial", "svd_grouped", "tucker2", "cp", "cp_merged", "tt", "tt_matrix")
 
@@ -45,15 +46,14 @@ class LayerRule:
     ranks: tuple[int | Rank, ...] = ()
 
     def __post_init__(self) -> None:
-        for family in self.families:
-            DECOMPOSITIONS[family]
+        object.__setattr__(self, "families", tuple(map(family_name, self.families)))
         for rank in self.ranks:
             numbers = rank if isinstance(rank, tuple) else (rank,)
             if not numbers or not all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in numbers):
                 raise RankoptError(f"ranks of {self.pattern!r}: {rank!r} is no rank: give 8 or (8, 16)")
 
     @classmethod
-    def of(cls, pattern: str, families: Sequence[str] = (), ranks: Sequence[Any] = ()) -> LayerRule:
+    def of(cls, pattern: str, families: Sequence[FamilyLike] = (), ranks: Sequence[Any] = ()) -> LayerRule:
         """Make a rule of what a user wrote.
 
         Args:
@@ -66,7 +66,7 @@ class LayerRule:
         """
         ranks = ranks if isinstance(ranks, Sequence) and not isinstance(ranks, str) else (ranks,)
         found: tuple[Any, ...] = tuple(tuple(r) if isinstance(r, list) else r for r in ranks)
-        return cls(pattern, _names(families, f"families of {pattern!r}"), found)
+        return cls(pattern, _family_names(families, f"families of {pattern!r}"), found)
 
     def matches(self, layer: Layer) -> bool:
         """Whether the rule is for a layer.
@@ -83,6 +83,14 @@ def _names(value: Any, what: str) -> tuple[str, ...]:
     if not all(isinstance(name, str) for name in names) or (not names and value not in ((), [])):
         raise RankoptError(f"{what}: {value!r} is not understood, give a list of names")
     return names
+
+
+def _family_names(value: Any, what: str) -> tuple[str, ...]:
+    """One family or several as names; decompositions are registered."""
+    if isinstance(value, Decomposition | type):
+        return (family_name(value),)
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return _names([x if isinstance(x, str) else family_name(x) for x in value] if several else value, what)
 
 
 @dataclass(frozen=True)
@@ -137,8 +145,7 @@ class SearchSpace:
         if isinstance(self.layers, Mapping):  # as in TOML: pattern -> families and ranks
             rules = tuple(LayerRule.of(pattern, **rule) for pattern, rule in self.layers.items())
             object.__setattr__(self, "layers", rules)
-        for family in self.families:
-            DECOMPOSITIONS[family]
+        object.__setattr__(self, "families", tuple(map(family_name, self.families)))
         if not self.families:
             raise RankoptError(f"search space {self.name!r} names no family: choose from {', '.join(DECOMPOSITIONS)}")
         if not all(0 < f <= 1 for f in (*self.fractions, self.smallest, self.largest)):
@@ -161,7 +168,7 @@ class SearchSpace:
 
     def adjusted(
         self,
-        families: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+        families: Sequence[FamilyLike] | Mapping[str, Sequence[FamilyLike]] | None = None,
         ranks: Mapping[str, Sequence[Any]] | None = None,
         keep_dense: Sequence[str] | None = None,
         effort: str | None = None,
@@ -170,7 +177,8 @@ class SearchSpace:
         """Return the space with other families or ranks, for all or for some layers, or with another effort.
 
         Args:
-            families: Names of decompositions instead of the space's; or for some layers, name pattern -> names.
+            families: Decompositions instead of the space's, by name or as objects or classes, which are registered; or
+                for some layers, name pattern -> decompositions.
             ranks: Name pattern -> ranks to try: 8, [8, 16] or [(8, 16), (16, 16)].
             keep_dense: Layers to leave dense in addition to the space's, as the attribute.
             effort: As the attribute; None for the space's.
@@ -184,7 +192,7 @@ class SearchSpace:
         own = families if isinstance(families, Mapping) else {}
         rules = [LayerRule.of(pattern, families=value) for pattern, value in own.items()]
         rules += [LayerRule.of(pattern, ranks=value) for pattern, value in (ranks or {}).items()]
-        everywhere = self.families if families is None or families is own else _names(families, "families")
+        everywhere = self.families if families is None or families is own else _family_names(families, "families")
         dense = (*self.keep_dense, *_names(keep_dense or (), "keep_dense"))
         if effort is not None and minutes is not None:
             raise RankoptError("--effort and --minutes exclude each other: give one of them")

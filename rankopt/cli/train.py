@@ -47,7 +47,7 @@ def train(  # noqa: PLR0913  # a parameter for every option
         typer.Option(
             help="stop after this many epochs without a better validation score; 0: never",
             show_default="0",
-            rich_help_panel=RECIPE,
+            rich_help_panel=STOPPING,
         ),
     ] = None,
     option: Annotated[

@@ -42,7 +42,7 @@ def _sound(name: str, found: Any) -> None:
 
 
 class Registry(Mapping[str, T]):
-    """Read-only mapping from names to what is registered under them.
+    """Mapping from names to what is registered under them: by rankopt, by `add` in this process, or by entry points.
 
     Entry points are looked up when a name that is not built in is first asked for, and each is loaded when it is used:
     a broken package does not get in the way of the others. Packages cannot replace a built-in name. Looking up an
@@ -53,7 +53,10 @@ class Registry(Mapping[str, T]):
         what: What is registered, for messages: "strategy".
         group: The entry point group in which packages register theirs.
         built_in: Name -> what rankopt registers itself.
-        fault: Says what is wrong with what a package registered under a name; None if nothing is.
+        fault: Says what is wrong with what is to be registered under a name; None if nothing is.
+
+    Attributes:
+        registered: Name -> what `add` registered. Other processes do not have it by themselves.
     """
 
     def __init__(
@@ -64,7 +67,32 @@ class Registry(Mapping[str, T]):
         fault: Callable[[str, Any], str | None] = _sound,
     ) -> None:
         self.what, self.group, self.built_in, self.fault = what, group, dict(built_in), fault
+        self.registered: dict[str, T] = {}
         self._loaded: dict[str, T] = {}
+
+    def add(self, name: str, found: T) -> str:
+        """Register something for this process. Where it was registered before, as by a notebook's cell, it is replaced.
+
+        Args:
+            name: Its name.
+            found: What is registered.
+
+        Returns:
+            The name.
+
+        Raises:
+            RankoptError: The name is taken by something else, or what is given cannot be used.
+        """
+        if name in self.built_in:
+            raise RankoptError(f"the {self.what} {name!r} is rankopt's own: give yours another name")
+        if fault := self.fault(name, found):
+            raise RankoptError(f"the {self.what} {name!r} cannot be registered: {fault}")
+        if name in self.registered and _origin(self.registered[name]) != _origin(found):
+            raise RankoptError(
+                f"the {self.what} {name!r} is {self.registered[name]!r} already: give {found!r} another name"
+            )
+        self.registered[name] = found
+        return name
 
     @cached_property
     def _added(self) -> dict[str, EntryPoint]:
@@ -73,8 +101,12 @@ class Registry(Mapping[str, T]):
     def __getitem__(self, name: str) -> T:
         if name in self.built_in:
             return self.built_in[name]
+        if name in self.registered:
+            return self.registered[name]
         if name not in self._added:
-            raise RankoptError(f"unknown {self.what} {name!r}: choose from {', '.join(self)}")
+            raise RankoptError(
+                f"unknown {self.what} {name!r}: choose from {', '.join(self)}; rankopt.register makes your own known"
+            )
         if name not in self._loaded:
             self._loaded[name] = self._load(self._added[name])
         return self._loaded[name]
@@ -93,10 +125,16 @@ class Registry(Mapping[str, T]):
         return found
 
     def __contains__(self, name: object) -> bool:
-        return name in self.built_in or name in self._added
+        return name in self.built_in or name in self.registered or name in self._added
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self.built_in, *self._added])
+        return iter(dict.fromkeys([*self.built_in, *self._added, *self.registered]))
 
     def __len__(self) -> int:
-        return len(self.built_in) + len(self._added)
+        return len(list(iter(self)))
+
+
+def _origin(found: Any) -> tuple[str, ...]:
+    """Where something is defined, and what tells one object of a class from another."""
+    kind, state = (found, "") if isinstance(found, type) else (type(found), repr(sorted(vars(found).items())))
+    return kind.__module__, kind.__qualname__, state

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -54,12 +55,20 @@ def code_of(family: str) -> tuple[str, ...]:
     """
     if family in DECOMPOSITIONS.built_in:
         return ()
-    kind = type(DECOMPOSITIONS[family])
+    decomposition = DECOMPOSITIONS[family]
+    kind, state = type(decomposition), vars(decomposition)
     try:
         source = inspect.getsource(sys.modules[kind.__module__])
-    except (OSError, TypeError, KeyError):  # made in a notebook, or compiled
-        source = ""
-    return kind.__module__, kind.__qualname__, source
+    except (OSError, TypeError, KeyError):  # made in a notebook
+        own = [vars(k).values() for k in kind.__mro__ if k.__module__ == kind.__module__]
+        source = repr([_bytecode(f.__code__) for values in own for f in values if isinstance(f, FunctionType)])
+    return kind.__module__, kind.__qualname__, source, *([repr(sorted(state.items()))] if state else [])
+
+
+def _bytecode(code: CodeType) -> tuple[Any, ...]:
+    """A function without the lines that it is on: what changes when it does something else."""
+    constants = [_bytecode(c) if isinstance(c, CodeType) else c for c in code.co_consts]
+    return code.co_code, code.co_names, constants
 
 
 def check_modules(family: str, module: nn.Module, layer: Layer, ranks: Sequence[Rank]) -> None:

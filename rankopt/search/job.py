@@ -15,6 +15,7 @@ from rankopt.core.budget import limited_metrics
 from rankopt.core.errors import RankoptError
 from rankopt.core.progress import Progress
 from rankopt.core.records import MEASURED, Task
+from rankopt.decompositions.registry import FamilyLike
 from rankopt.search.compress import open_run_folder, run_search
 from rankopt.search.loop import Runner
 from rankopt.search.max_drop import OPTIONS, check_max_drop, smallest_model
@@ -68,7 +69,7 @@ class Job:
         trials: int | None = None,
         seed: int = 0,
         space: SearchSpace | str | Path = "default",
-        families: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+        families: Sequence[FamilyLike] | Mapping[str, Sequence[FamilyLike]] | None = None,
         ranks: Mapping[str, Sequence[Any]] | None = None,
         keep_dense: Sequence[str] | None = None,
         effort: str | None = None,

@@ -21,7 +21,7 @@ def _fault(name: str, found: Any) -> str | None:  # noqa: ARG001
     """What is wrong with what another package registered."""
     if isinstance(found, type) and issubclass(found, Strategy):
         return None
-    return f"its entry point is {found!r}, not a subclass of Strategy"
+    return f"it is {found!r}, not a subclass of Strategy"
 
 
 STRATEGIES: Registry[str | type[Strategy]] = Registry(
@@ -61,16 +61,22 @@ def strategy_class(name: str) -> type[Strategy]:
 
 
 def strategy_name(strategy: str | type[Strategy]) -> str:
-    """Name a strategy so that `strategy_class` finds it again.
+    """Name a strategy so that `strategy_class` finds it again. A class within a function is registered for that.
 
     Args:
         strategy: Its name, or its class.
 
     Raises:
-        RankoptError: If the class cannot be imported by its name.
+        RankoptError: If it is something else, or the class cannot be imported by its name.
     """
     if isinstance(strategy, str):
         return strategy
+    if not (isinstance(strategy, type) and issubclass(strategy, Strategy)):
+        raise RankoptError(
+            f"strategy {strategy!r} is no class: give a subclass of rankopt.Strategy, and what it takes as options"
+        )
+    if "<locals>" in strategy.__qualname__:
+        return register_strategy(strategy)
     registered: str = getattr(strategy, "name", "")
     if registered in STRATEGIES and strategy_class(registered) is strategy:
         return registered
@@ -78,6 +84,21 @@ def strategy_name(strategy: str | type[Strategy]) -> str:
     if imported(name, "strategy") is not strategy:
         raise RankoptError(f"strategy {name!r} is another class than the one given: define it once, in a module")
     return name
+
+
+def register_strategy(strategy: type[Strategy]) -> str:
+    """Make a strategy known in this process by its name, which is returned.
+
+    Args:
+        strategy: The class.
+
+    Raises:
+        RankoptError: It has no name, or the name is taken.
+    """
+    name = getattr(strategy, "name", None)
+    if not isinstance(name, str):
+        raise RankoptError(f"the strategy {strategy.__name__} has no name: give it the class attribute `name`")
+    return STRATEGIES.add(name, strategy)
 
 
 def make_strategy(name: str, problem: Problem, seed: int = 0, options: Mapping[str, Any] | None = None) -> Strategy:

@@ -21,6 +21,7 @@ from rankopt.core.files import digest
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal
 from rankopt.core.task_file import SentFile, restore, send_files
+from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.loop import Evaluate, Outcome, stages
 from rankopt.search.ray.session import line
@@ -52,7 +53,7 @@ class Payload:
 
     Attributes:
         files: The task files that it needs, to be run before it is unpickled.
-        pickled: The pickle of (what changed in these files' modules, the evaluation).
+        pickled: The pickle of (what changed in these files' modules, (registered decompositions, the evaluation)).
     """
 
     files: list[SentFile]
@@ -74,8 +75,9 @@ class Payload:
 
         for file in self.files:
             file.load(scratch)
-        changes, evaluate = cloudpickle.loads(self.pickled)
+        changes, (registered, evaluate) = cloudpickle.loads(self.pickled)
         restore(changes)
+        DECOMPOSITIONS.registered.update(registered)
         if isinstance(evaluate, Evaluator):
             assert problem is not None
             evaluate.problem = problem
@@ -102,8 +104,8 @@ def pack(evaluate: Evaluate) -> tuple[Payload, Problem | None]:
     elsewhere = _other_machines()
     try:
         if not isinstance(evaluate, Evaluator):
-            return Payload(*send_files(cloudpickle.dumps, evaluate, elsewhere)), None
-        content = _portable(evaluate, elsewhere)
+            return Payload(*send_files(cloudpickle.dumps, (DECOMPOSITIONS.registered, evaluate), elsewhere)), None
+        content = DECOMPOSITIONS.registered, _portable(evaluate, elsewhere)
         return Payload(*send_files(cloudpickle.dumps, content, elsewhere)), evaluate.problem
     except RankoptError:
         raise
