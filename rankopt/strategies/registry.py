@@ -61,7 +61,7 @@ def strategy_class(name: str) -> type[Strategy]:
 
 
 def strategy_name(strategy: str | type[Strategy]) -> str:
-    """Name a strategy so that `strategy_class` finds it again. A class within a function is registered for that.
+    """Name a strategy so that `strategy_class` finds it again.
 
     Args:
         strategy: Its name, or its class.
@@ -75,12 +75,14 @@ def strategy_name(strategy: str | type[Strategy]) -> str:
         raise RankoptError(
             f"strategy {strategy!r} is no class: give a subclass of rankopt.Strategy, and what it takes as options"
         )
-    if "<locals>" in strategy.__qualname__:
-        return register_strategy(strategy)
     registered: str = getattr(strategy, "name", "")
     if registered in STRATEGIES and strategy_class(registered) is strategy:
         return registered
     name = f"{strategy.__module__}:{strategy.__qualname__}"
+    if "<locals>" in name:
+        raise RankoptError(
+            f"strategy {name!r} lies within a function and cannot be imported: make it known by rankopt.register"
+        )
     if imported(name, "strategy") is not strategy:
         raise RankoptError(f"strategy {name!r} is another class than the one given: define it once, in a module")
     return name

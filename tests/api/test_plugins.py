@@ -95,9 +95,11 @@ def test_a_class_within_a_function(model, batches):
     class Inner(Exact):
         name = "inner"
 
-    result = rankopt.compress(
-        model, batches, {"params": 0.6}, strategy=Inner, families=["svd_out"], space=SPACE, progress=False
-    )
+    search = {"strategy": Inner, "families": ["svd_out"], "space": SPACE, "progress": False}
+    with pytest.raises(RankoptError, match=r"Inner' lies within a function .*: make it known by rankopt.register"):
+        rankopt.compress(model, batches, {"params": 0.6}, **search)
+    rankopt.register(Inner)
+    result = rankopt.compress(model, batches, {"params": 0.6}, **search)
     assert result.info["strategy"] == "inner"
 
 

@@ -13,6 +13,8 @@ from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import TaskError
 from rankopt.core.task_file import LOADED, load_file, module_name, send_files
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.svd import SvdOut
 from rankopt.experiments.tasks import load_task
 from rankopt.search.compress import run_search
 from rankopt.search.ray.runner import RaySearch
@@ -145,6 +147,21 @@ def test_a_search_on_ray_with_all_that_a_task_file_may_hold(task_file, cluster):
         assert result.info["trials"]["finished"] == 3
         found[name] = result.info["objective"]["best"], result.info["score"]["compressed"]["validation"]
     assert found["there"] == pytest.approx(found["here"], rel=1e-5)
+
+
+def test_a_decomposition_that_was_registered_here_is_known_to_workers(cluster, digits):
+    class Own(SvdOut):
+        name = "own_on_ray"
+
+    space = SearchSpace(families=(Own(),), points=3, steps=0)
+    try:
+        prepared = prepare(digits.task, space, workers=1)
+        settings = SearchSettings("random", 2)
+        result = run_search(prepared, prepared.problem({"params": 0.5}), settings, runner=RaySearch(1))
+    finally:
+        DECOMPOSITIONS.registered.clear()
+    assert result.info["trials"]["failed"] == 0
+    assert "own_on_ray" in {row["method"] for row in result.info["layers"]}
 
 
 def sent_and_run(task_file, tmp_path, other_machines):
