@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from rankopt.search.result import Result
 
 # Panels of --help
-BUDGET, STRATEGY, EVALUATION, LATENCY = "Budget", "Strategy", "Evaluation", "Latency"
-OUTPUT = "Output"
+BUDGET, STRATEGY, EVALUATION, LATENCY = "Budget", "Strategy", "Evaluation", "Latency and energy"
+TUNE, OUTPUT = "Ray Tune: logs and schedulers", "Output"
 
 
 @app.command(rich_help_panel=COMPRESS)
@@ -116,21 +116,22 @@ def search(  # noqa: PLR0913  # a parameter for every option
     ] = None,
     tensorboard: Annotated[
         bool,
-        typer.Option("--tensorboard", help="write Ray's TensorBoard files to OUT/logs", rich_help_panel=RAY),
+        typer.Option("--tensorboard", help="write Ray's TensorBoard files to OUT/logs", rich_help_panel=TUNE),
     ] = False,
     scheduler: Annotated[
         str | None,
         typer.Option(
             help="with --fidelities: Ray Tune's asha or median stops trials",
             show_default="rankopt's own",
-            rich_help_panel=RAY,
+            rich_help_panel=TUNE,
         ),
     ] = None,
     log_to: Annotated[
-        list[str] | None, typer.Option(help="mlflow or wandb, repeatable: log trials there", rich_help_panel=RAY)
+        list[str] | None, typer.Option(help="mlflow or wandb, repeatable: log trials there", rich_help_panel=TUNE)
     ] = None,
     dashboard: Annotated[
-        bool, typer.Option("--dashboard", help="start Ray's dashboard, too, and print its address", rich_help_panel=RAY)
+        bool,
+        typer.Option("--dashboard", help="start Ray's dashboard and print its address", rich_help_panel=TUNE),
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="the run folder", show_default="runs/TASK-STRATEGY", rich_help_panel=OUTPUT)
