@@ -327,6 +327,13 @@ class _Scheduler:
 
     asker: _StudySearch
 
+    def choose_trial_to_run(self, controller: Any) -> None:
+        """Leave it to Tune, which gives a free worker to a new trial.
+
+        Its schedulers would give it to one whose own worker is starting, and stop that: with short trials, a machine
+        that joins would never get one started.
+        """
+
     def on_trial_error(self, controller: Any, trial: Any) -> None:
         self.asker.note(trial)
         super().on_trial_error(controller, trial)  # type: ignore[misc]
