@@ -27,16 +27,14 @@ def trainable(config: Mapping[str, Any], build: PlanBuilder) -> None:
 
 def main() -> None:
     prepared = rankopt.prepare(digits(), families=["svd_out", "tucker2"])
-    search = RankSearch(prepared, {"params": 0.3}, trials=4)
+    search = RankSearch(prepared, {"params": 0.3}, trials=4, metric="accuracy", mode="max")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     results = tune.Tuner(
         tune.with_parameters(trainable, build=search.builder),
-        tune_config=tune.TuneConfig(
-            search_alg=search, metric="accuracy", mode="max", num_samples=-1, max_concurrent_trials=2
-        ),
+        tune_config=tune.TuneConfig(search_alg=search, num_samples=-1, max_concurrent_trials=2),
         run_config=tune.RunConfig(name="ranks", storage_path=str(Path("runs").resolve()), verbose=0),
     ).fit()
-    best = results.get_best_result()
+    best = results.get_best_result("accuracy", "max")
     assert best.config is not None and best.metrics is not None
     for layer, choice in best.config["plan"].items():
         print(f"{layer:10} {choice}")

@@ -94,7 +94,8 @@ def script(
         go = graph.replay
     augmented = _augmented(x, y)
 
-    def run(steps: int) -> None:
+    # A graph does not own the memory that it replays into: these have to stay alive as long as `run`.
+    def run(steps: int, _alive: Any = (student, teacher, optimizer, total)) -> None:
         images, labels, i = *next(augmented), 0
         for _ in range(steps):
             if i + batch > len(x):

@@ -29,8 +29,14 @@ if TYPE_CHECKING:
     from rankopt.search.result import Result
 
 # Panels of --help
-BUDGET, STRATEGY, CANDIDATES, EVALUATION, LATENCY = "Budget", "Strategy", "Candidates", "Evaluation", "Latency"
-OUTPUT = "Output"
+BUDGET, STRATEGY, CANDIDATES, EVALUATION, LATENCY = (
+    "Budget",
+    "Strategy",
+    "Candidates",
+    "Evaluation",
+    "Latency and energy",
+)
+TUNE, OUTPUT = "Ray Tune: logs and schedulers", "Output"
 
 
 def _list_strategies(wanted: bool) -> None:
@@ -164,7 +170,22 @@ def search(  # noqa: PLR0913  # a parameter for every option
     ] = None,
     tensorboard: Annotated[
         bool,
-        typer.Option("--tensorboard", help="write Ray's TensorBoard files to OUT/logs", rich_help_panel=RAY),
+        typer.Option("--tensorboard", help="write Ray's TensorBoard files to OUT/logs", rich_help_panel=TUNE),
+    ] = False,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="with --fidelities: Ray Tune's asha or median stops trials",
+            show_default="rankopt's own",
+            rich_help_panel=TUNE,
+        ),
+    ] = None,
+    log_to: Annotated[
+        list[str] | None, typer.Option(help="mlflow or wandb, repeatable: log trials there", rich_help_panel=TUNE)
+    ] = None,
+    dashboard: Annotated[
+        bool,
+        typer.Option("--dashboard", help="start Ray's dashboard and print its address", rich_help_panel=TUNE),
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="the run folder", show_default="runs/TASK-STRATEGY", rich_help_panel=OUTPUT)
@@ -214,7 +235,16 @@ def search(  # noqa: PLR0913  # a parameter for every option
             storage=storage,
             cache=cache,
             runner=RunnerSettings(
-                workers, ray_address, gpus_per_trial, trial_timeout, trial_memory, tensorboard, cpus_per_trial
+                workers,
+                ray_address,
+                gpus_per_trial,
+                trial_timeout,
+                trial_memory,
+                tensorboard,
+                cpus_per_trial,
+                scheduler,
+                tuple(log_to or ()),
+                dashboard,
             ),
         )
         result = run_job(load_task(task), job, progress=not quiet)

@@ -133,6 +133,8 @@ class Job:
             raise RankoptError("give --budget (how small) or --max-drop (how good), and not both")
         if self.latency_on and not limited_metrics(self.budget) & set(MEASURED):
             raise RankoptError("--latency-on goes with --budget latency=... or energy=...")
+        if self.runner.scheduler and len(self.settings.fidelities.names) == 1:
+            raise RankoptError("--scheduler stops trials at low fidelities: give --fidelities, such as 0.1,0.5")
         _ = self.conditions
         if self.out is None and (self.settings.resume or self.settings.storage):
             raise RankoptError("--resume and --storage go with --out, the run folder")

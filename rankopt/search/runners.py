@@ -24,6 +24,9 @@ class RunnerSettings:
         trial_memory: Gigabytes that a worker's trial may take beyond model and data.
         tensorboard: Whether to keep Ray's TensorBoard files.
         cpus_per_trial: CPUs of one worker, as Ray counts them; a worker's torch uses as many threads.
+        scheduler: Ray Tune's scheduler that stops trials at low fidelities, "asha" or "median". Default: our own.
+        log_to: Where else Ray Tune logs trials: "mlflow", "wandb".
+        dashboard: Whether Ray's dashboard runs.
     """
 
     workers: int = 0
@@ -33,6 +36,9 @@ class RunnerSettings:
     trial_memory: float | None = None
     tensorboard: bool = False
     cpus_per_trial: float = 1.0
+    scheduler: str | None = None
+    log_to: tuple[str, ...] = ()
+    dashboard: bool = False
 
     @property
     def any_given(self) -> bool:
@@ -58,11 +64,12 @@ def make_runner(settings: RunnerSettings, folder: Path | None = None) -> Runner:
     if not settings.workers and not settings.ray_address and not settings.gpus_per_trial:
         if settings.any_given:
             raise RankoptError(
-                "cpus_per_trial, trial_timeout, trial_memory and tensorboard go with workers: "
-                "in this process nothing can stop a trial"
+                "cpus_per_trial, trial_timeout, trial_memory, tensorboard, scheduler, log_to and dashboard go with "
+                "workers: in this process nothing can stop a trial"
             )
         return search_in_process
     from rankopt.search.ray.runner import RaySearch
+    from rankopt.search.ray.tune_options import TuneOptions
     from rankopt.search.ray.worker import Limits
 
     memory = None if settings.trial_memory is None else int(settings.trial_memory * 1e9)
@@ -72,7 +79,7 @@ def make_runner(settings: RunnerSettings, folder: Path | None = None) -> Runner:
         settings.gpus_per_trial,
         Limits(settings.trial_timeout, memory),
         folder,
-        settings.tensorboard,
+        TuneOptions(settings.tensorboard, settings.scheduler, settings.log_to, settings.dashboard),
         settings.cpus_per_trial,
     )
 

@@ -65,14 +65,14 @@ class PlanBuilder:
 
 
 class RankSearch(Searcher):  # type: ignore[misc]
-    """Proposes plans under a budget: `tune.TuneConfig(search_alg=RankSearch(prepared, {"params": 0.3}), ...)`.
+    """Proposes plans under a budget, for the `search_alg` of ray.tune.TuneConfig.
 
-    Each trial's config holds a plan, `config["plan"]`; `builder` makes a model of it. Tune's metric and mode say what
-    is searched for. The number of trials is `trials`, however large num_samples is: give -1.
+    Each trial's config holds a plan, `config["plan"]`; `builder` makes a model of it. The search ends after `trials`:
+    give TuneConfig num_samples=-1.
     """
 
-    _metric: str | None
-    _mode: str | None
+    _metric: str
+    _mode: str
 
     def __init__(
         self,
@@ -81,8 +81,8 @@ class RankSearch(Searcher):  # type: ignore[misc]
         strategy: str = "optuna",
         trials: int | None = None,
         *,
-        metric: str | None = None,
-        mode: str | None = None,
+        metric: str,
+        mode: str,
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -93,14 +93,16 @@ class RankSearch(Searcher):  # type: ignore[misc]
             budget: As of `rankopt.compress`.
             strategy: As of `rankopt.compress`.
             trials: As of `rankopt.compress`.
-            metric: What the trainable reports and this searches for. Default: that of tune.TuneConfig.
-            mode: "min" or "max". Default: that of tune.TuneConfig.
+            metric: What the trainable reports and this searches for.
+            mode: "min" or "max".
             seed: As of `rankopt.compress`.
             options: As of `rankopt.compress`.
 
         Raises:
             RankoptError: As `rankopt.compress`.
         """
+        if mode not in ("min", "max"):
+            raise RankoptError(f"mode is {mode!r}: choose min or max")
         super().__init__(metric=metric, mode=mode)
         found: Prepared = getattr(prepared, "_prepared", prepared)
         self.problem = found.problem(budget)
@@ -124,36 +126,12 @@ class RankSearch(Searcher):  # type: ignore[misc]
         strategy.restore(trials, asked)
         self.study.pending = dict.fromkeys(self.running.values(), asked)
 
-    def set_search_properties(
-        self, metric: str | None, mode: str | None, config: Mapping[str, Any], **spec: Any
-    ) -> bool:
-        """Take the metric of tune.TuneConfig; called by Tune.
-
-        Args:
-            metric: Its metric.
-            mode: "min" or "max".
-            config: The parameter space, which may hold more than the plan.
-            spec: Not used.
-
-        Returns:
-            Whether it was taken.
-        """
-        if PLAN in config:
-            return False
-        self._metric, self._mode = metric or self._metric, mode or self._mode
-        return True
-
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The config of the next trial; called by Tune.
 
         Args:
             trial_id: The trial.
-
-        Raises:
-            RankoptError: There is no metric.
         """
-        if self._metric is None or self._mode is None:
-            raise RankoptError("RankSearch needs a metric and a mode: give them to tune.TuneConfig")
         proposal = self.study.next()
         if proposal is None:
             return None if self.running else str(Searcher.FINISHED)
@@ -170,7 +148,7 @@ class RankSearch(Searcher):  # type: ignore[misc]
         """
         if (proposal := self.running.pop(trial_id, None)) is None:
             return
-        value = None if error or not result else result.get(str(self._metric))
+        value = None if error or not result else result.get(self._metric)
         if value is None or not math.isfinite(value):
             failed = "the trial failed" if value is None else f"{self._metric} is {value}"
             self.study.finish(proposal, Outcome(error=f"{failed}: Tune has the reason"))

@@ -23,9 +23,10 @@ from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal, Trial
 from rankopt.search.loop import WAIT, Evaluate, Outcome, Study, proposals
 from rankopt.search.ray.session import check_resources, keep_logs, line, quiet, started, surroundings
+from rankopt.search.ray.tune_options import TuneOptions
 from rankopt.search.ray.worker import Limits, Payload, Worker, WorkerError, pack
 
-NONE = Limits()
+NONE, PLAIN = Limits(), TuneOptions()
 
 
 LOST = "worker died or was lost"
@@ -49,7 +50,7 @@ class RaySearch:
         gpus_per_trial: float = 0.0,
         limits: Limits = NONE,
         out: Path | None = None,
-        tensorboard: bool = False,
+        tune: TuneOptions = PLAIN,
         cpus_per_trial: float = 1.0,
     ) -> None:
         """Check the settings.
@@ -61,7 +62,7 @@ class RaySearch:
             limits: Limits of one trial.
             out: The run folder: Tune's results go to its `ray`, the workers' standard error and TensorBoard's files to
                 its `logs`. None keeps nothing.
-            tensorboard: Whether to keep TensorBoard's files.
+            tune: Options of Ray Tune.
             cpus_per_trial: CPUs of a trial, as Ray counts them, and the threads of its torch. Where Ray is started
                 here, its workers share the cores that are left.
 
@@ -86,7 +87,7 @@ class RaySearch:
         if address and address.startswith("ray://"):  # Tune would pickle the study and move it to the cluster's head
             raise RankoptError(f"{address} is a Ray Client address: give the cluster's own (HOST:6379), or auto")
         self.workers, self.address, self.gpus, self.limits = workers, address, gpus_per_trial, limits
-        self.out, self.tensorboard, self.cpus = out, tensorboard, cpus_per_trial
+        self.out, self.tune, self.cpus = out, tune, cpus_per_trial
         self.folder: str | None = None  # Ray's temporary folder, while it is up
         self.closing: ExitStack | None = None  # what ends with the session
         self.sent: dict[str, Any] = {}  # digest of what went to the workers in this session -> where Ray keeps it
@@ -112,7 +113,8 @@ class RaySearch:
         if self.folder is None:
             folder = self.closing.enter_context(surroundings())
             with quiet(folder):
-                self.closing.enter_context(started(self.address, math.ceil(self.workers * self.cpus), folder))
+                cpus = math.ceil(self.workers * self.cpus)
+                self.closing.enter_context(started(self.address, cpus, folder, self.tune.dashboard))
                 check_resources(self.gpus, self.cpus)
             self.folder = folder
         return self.folder
@@ -156,12 +158,13 @@ class RaySearch:
     def _tune(self, asker: _StudySearch, payload: Payload, problem: Problem | None, folder: str) -> None:
         import ray
         from ray import tune
-        from ray.tune.schedulers import FIFOScheduler
         from ray.tune.search import Searcher
 
         # The classes get their base classes here, so that this module can be imported without ray.
         searcher, worker = type("Searcher", (_Searcher, Searcher), {}), type("Worker", (Worker, tune.Trainable), {})
-        scheduler = type("Scheduler", (_Scheduler, FIFOScheduler), {"asker": asker})
+        base, options = self.tune.scheduler_class()
+        ours = _Scheduler if self.tune.scheduler else _OwnScheduler
+        scheduler = type("Scheduler", (ours, base), {"asker": asker})
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         if (key := payload.digest) not in self.sent:
             self.sent[key] = ray.put(payload)
@@ -175,16 +178,11 @@ class RaySearch:
             limits=self.limits,
         )
         storage = (self.out / RESULTS).resolve() if self.out else Path(folder)
-        callbacks = []
-        if self.tensorboard:
-            from ray.tune.logger import TBXLoggerCallback
-
-            callbacks.append(TBXLoggerCallback())
         tune.Tuner(
             tune.with_resources(worker, {"cpu": self.cpus, "gpu": self.gpus}),
             tune_config=tune.TuneConfig(
                 search_alg=searcher(asker),
-                scheduler=scheduler(),
+                scheduler=scheduler(**options),
                 num_samples=-1,
                 max_concurrent_trials=self.workers,
                 reuse_actors=True,  # twenty trivial trials: 8 s, else 50
@@ -195,7 +193,7 @@ class RaySearch:
                 name=f"search-{len(list(storage.glob('search-*')))}",
                 storage_path=str(storage),
                 verbose=0,
-                callbacks=callbacks,
+                callbacks=self.tune.callbacks(),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the default asks workers for one
             ),
         ).fit()
@@ -325,12 +323,24 @@ class _Searcher:
 
 
 class _Scheduler:
-    """Becomes a ray.tune.schedulers.FIFOScheduler."""
+    """Becomes one of ray.tune.schedulers."""
 
     asker: _StudySearch
 
-    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        return "CONTINUE" if self.asker.promote(trial.trial_id, Outcome(*result["outcome"])) else "STOP"
+    def choose_trial_to_run(self, controller: Any) -> None:
+        """Leave it to Tune, which gives a free worker to a new trial.
+
+        Its schedulers would give it to one whose own worker is starting, and stop that: with short trials, a machine
+        that joins would never get one started.
+        """
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
         self.asker.note(trial)
+        super().on_trial_error(controller, trial)  # type: ignore[misc]
+
+
+class _OwnScheduler(_Scheduler):
+    """Becomes a ray.tune.schedulers.FIFOScheduler that asks the study."""
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return "CONTINUE" if self.asker.promote(trial.trial_id, Outcome(*result["outcome"])) else "STOP"

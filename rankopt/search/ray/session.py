@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -18,6 +19,9 @@ from typing import Any
 from rankopt.core.errors import RankoptError
 from rankopt.core.run_folder import has_ended, process_name
 from rankopt.search.ray import guard
+
+log = logging.getLogger(__name__)
+
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: no tables
@@ -120,13 +124,14 @@ def keep_logs(folder: Path, results: Path, logs: Path) -> None:
 
 
 @contextmanager
-def started(address: str | None, workers: int, folder: str) -> Iterator[None]:
+def started(address: str | None, workers: int, folder: str, dashboard: bool = False) -> Iterator[None]:
     """Context: Ray is initialised; afterwards it is shut down, unless it was initialised before.
 
     Args:
         address: Address of a cluster; None starts Ray here.
         workers: CPUs to offer if it is started here.
         folder: Its temporary folder if it is started here.
+        dashboard: Whether its dashboard is started with it; the address is printed.
 
     Raises:
         RankoptError: If Ray does not start or cannot be reached.
@@ -141,14 +146,16 @@ def started(address: str | None, workers: int, folder: str) -> Iterator[None]:
         reach(address)
     else:  # "local": RAY_ADDRESS is not followed
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray was imported without a token
-        options = {"address": "local", "num_cpus": workers, "include_dashboard": False, "_temp_dir": folder}
+        options = {"address": "local", "num_cpus": workers, "include_dashboard": dashboard, "_temp_dir": folder}
     with ExitStack() as stack:
         tell = (lambda _: None) if address else stack.enter_context(guarded(folder))
         stack.callback(ray.shutdown)
         stack.callback(tell, "closing")
         before = signal.getsignal(signal.SIGTERM)  # Ray's own handler exits at once, as if nothing was to be kept
         try:
-            ray.init(**options, log_to_driver=False, logging_level="ERROR")
+            context = ray.init(**options, log_to_driver=False, logging_level="ERROR")
+            if dashboard and context.dashboard_url:
+                log.warning("Ray's dashboard: http://%s", context.dashboard_url)
         except (Exception, SystemExit) as error:  # Ray exits the process where something else answers
             problem = f"cannot be reached at {address}" if address else "does not start"
             raise RankoptError(f"Ray {problem}: {line(error)}") from error

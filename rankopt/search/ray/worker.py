@@ -23,8 +23,9 @@ from rankopt.core.records import Proposal
 from rankopt.core.task_file import SentFile, restore, send_files
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.search.evaluator import Evaluator
-from rankopt.search.loop import Evaluate, Outcome, stages
+from rankopt.search.loop import ETA, Evaluate, Outcome, stages
 from rankopt.search.ray.session import line
+from rankopt.search.ray.tune_options import TIME, VALUE
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,8 @@ class Worker:
         # As a tuple: Tune fails on metrics that are NaN or missing.
         shown = {} if outcome.objective is None else {"objective": outcome.objective, "score": outcome.score}
         shown |= {f"rung{i}": value for i, value in enumerate(outcome.rungs)}
+        values = [*outcome.rungs, *([] if outcome.objective is None else [outcome.objective])]
+        shown |= {TIME: ETA ** max(len(values) - 1, 0), VALUE: values[-1]} if values else {}
         return {"outcome": tuple(outcome), "done": outcome.finished, **shown}
 
     def _loaded(self) -> Evaluate:

@@ -51,37 +51,38 @@ def cluster():
     found.shutdown()
 
 
-def search(digits, trials, seconds, report=lambda trial: None):
+def search(digits, trials, seconds, report):
+    """Search; `report` is called with the study, so far, and each trial that ends."""
     problem = digits.problem({"params": 0.3})
-    study = Study(problem, make_strategy("random", problem, 0), trials, report=report)
+    study = Study(problem, make_strategy("random", problem, 0), trials, callbacks=[report])
     found = RaySearch(2)(study, OnNode(Evaluator.of(digits, problem), seconds))
-    assert len({t.proposal for t in found}) == len(found) == trials
+    assert len({t.proposal for t in found}) == len(found)
+    assert all(t.state == "finished" for t in found), [t.error for t in found]
     return found
 
 
 def test_a_search_goes_on_without_a_node_that_died(digits, cluster):
     second = cluster.add_node(num_cpus=1)
-    ended = []
 
-    def report(trial):
-        ended.append(trial)
-        if len(ended) == 4:
+    def report(study, trial):
+        if len(study.trials) == 4:
             cluster.remove_node(second, allow_graceful=False)
 
     found = search(digits, 10, 1.0, report)
-    assert all(t.state == "finished" for t in found), [t.error for t in found]
+    assert len(found) == 10
     assert len({t.score for t in found[:4]}) == 2, "both nodes had work"
     assert len({t.score for t in found[-3:]}) == 1
 
 
 def test_a_node_that_joins_is_used(digits, cluster):
-    ended = []
+    """The search ends as soon as it is, or after five minutes."""
 
-    def report(trial):
-        ended.append(trial)
-        if len(ended) == 2:
+    def report(study, trial):
+        if len(study.trials) == 2:
             cluster.add_node(num_cpus=1)
+        if len({t.score for t in study.trials}) == 2:
+            study.stop()
 
-    found = search(digits, 16, 1.0, report)
-    assert all(t.state == "finished" for t in found)
-    assert len({t.score for t in found[:2]}) == 1 and len({t.score for t in found}) == 2
+    found = search(digits, 100, 3.0, report)
+    assert len({t.score for t in found[:2]}) == 1
+    assert len({t.score for t in found}) == 2 and len(found) < 100

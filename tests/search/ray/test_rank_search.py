@@ -69,11 +69,7 @@ def test_a_result_without_a_number_is_a_failed_trial(prepared, result):
 
 
 def test_with_mode_max_larger_is_better(prepared):
-    search = RankSearch(prepared, BUDGET, "random", 3)
-    with pytest.raises(RankoptError, match="needs a metric and a mode"):
-        search.suggest("a")
-    assert search.set_search_properties("accuracy", "max", {"lr": 0.1})
-    assert not search.set_search_properties("accuracy", "max", {"plan": "mine"})
+    search = RankSearch(prepared, BUDGET, "random", 3, metric="accuracy", mode="max")
     for name, accuracy in (("a", 0.5), ("b", 0.9)):
         search.suggest(name)
         search.on_trial_complete(name, {"accuracy": accuracy})
@@ -113,4 +109,6 @@ def test_a_builder_travels_with_its_factors(prepared):
 
 def test_a_budget_out_of_reach_is_refused_at_once(prepared):
     with pytest.raises(BudgetError, match="cannot be met"):
-        RankSearch(prepared, {"params": 0.001})
+        RankSearch(prepared, {"params": 0.001}, metric="accuracy", mode="max")
+    with pytest.raises(RankoptError, match="mode is 'best': choose min or max"):
+        RankSearch(prepared, BUDGET, metric="accuracy", mode="best")

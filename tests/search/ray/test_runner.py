@@ -20,9 +20,12 @@ from rankopt.experiments.tasks import load_task
 from rankopt.search.compress import run_search
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.fidelity import FULL_FIDELITY, FidelitySchedule
+from rankopt.search.job import Job
 from rankopt.search.loop import Study, best, search
 from rankopt.search.ray.runner import RaySearch
+from rankopt.search.ray.tune_options import TuneOptions
 from rankopt.search.ray.worker import Limits
+from rankopt.search.runners import RunnerSettings, make_runner
 from rankopt.search.settings import SearchSettings
 from rankopt.search.storage.local import read_trials
 from rankopt.strategies.registry import make_strategy
@@ -239,6 +242,37 @@ def test_fidelities_stop_the_same_trials_as_in_this_process(digits, cluster):
         assert a.objective == (b.objective and pytest.approx(b.objective, rel=1e-4))
     many = run(digits, "random", 9, RaySearch(2), fidelities=fidelities)
     assert {t.proposal for t in many} == {t.proposal for t in here}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_tunes_own_schedulers_stop_trials_at_low_fidelities(digits, cluster, name):
+    runner = RaySearch(1, tune=TuneOptions(scheduler=name))
+    trials = run(digits, "random", 12, runner, fidelities=FidelitySchedule.parse("0.1,0.4"))
+    states = [t.state for t in trials]
+    assert len(trials) == 12 and {"stopped", "finished"} == set(states)
+    assert all(len(t.rungs) == 2 for t in trials if t.state == "finished")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"scheduler": "pbt"}, "pauses trials and changes what they do"),
+        ({"scheduler": "hyperband"}, "choose from asha, median"),
+        ({"scheduler": "best"}, "there is no scheduler 'best'"),
+        ({"log_to": ("paper",)}, "cannot be logged to 'paper'"),
+        ({"log_to": ("wandb",)}, "wandb is not installed"),
+    ],
+)
+def test_what_tune_does_not_offer_here_is_refused(options, said, monkeypatch):
+    monkeypatch.setattr("rankopt.search.ray.tune_options.find_spec", lambda name: None)
+    with pytest.raises(RankoptError, match=said):
+        make_runner(RunnerSettings(1, **options))
+
+
+def test_a_scheduler_needs_fidelities():
+    with pytest.raises(RankoptError, match="--scheduler stops trials at low fidelities"):
+        Job.parse({"params": 0.5}, strategy="random", runner=RunnerSettings(1, scheduler="asha"))
 
 
 def test_failures_alone_end_the_search_with_an_error(digits, cluster):
