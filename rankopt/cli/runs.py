@@ -87,7 +87,8 @@ def _measure_again(metric: Metric, task: Task, model: nn.Module, plan: Plan) -> 
     """
     from rankopt.candidates.instruments import INSTRUMENTS
     from rankopt.candidates.latency_table import Conditions, machine
-    from rankopt.search.latency_check import in_turns, interval
+    from rankopt.core.statistics import interval
+    from rankopt.search.latency_check import in_turns
 
     conditions = dataclasses.replace(Conditions.parse(plan.latency_on), table="")  # the table is not needed here
     if conditions.threads > available_cores():
@@ -158,6 +159,10 @@ def exported(made: Exported) -> str:
         f"({p.relative:.2g} of the largest)",
     ]
     if made.milliseconds:
-        times = "; ".join(f"{name} {value:.2f} ms" for name, value in made.milliseconds.items())
+        times = "; ".join(
+            f"{name} {value:.2f} ms" + ("" if not r else f" ({r[0]:.2f}–{r[1]:.2f} of dense)")
+            for name, value in made.milliseconds.items()
+            for r in [made.ratios.get(name)]
+        )
         lines.append(f"one forward pass here, one thread, batch {made.batch}: {times}")
     return "\n".join(lines)

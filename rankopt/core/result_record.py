@@ -395,12 +395,15 @@ class MillisecondsEntry(TypedDict):
     Attributes:
         dense: Median milliseconds of the dense model.
         compressed: Median milliseconds of the compressed model.
+        ratio: The 95 % interval of the median ratio of the compressed model's time to the dense one's; absent in files
+            of earlier versions.
         repeats: Passes of each model, in turns.
         threads: Threads used.
     """
 
     dense: float
     compressed: float
+    ratio: NotRequired[Bounds]
     repeats: int
     threads: int
 

@@ -23,6 +23,20 @@ POOR = 0.5
 Interval = tuple[float, float]
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Compute the distribution-free 95 % interval of the median: the order statistics n/2 ∓ 1.96 √n / 2.
+
+    Args:
+        values: The sample, of n numbers.
+
+    Returns:
+        The lower and the upper end.
+    """
+    ordered, n = sorted(values), len(values)
+    k = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
+    return ordered[k], ordered[n - 1 - k]
+
+
 def wilson(score: float | None, examples: int | None) -> Interval | None:
     """Confidence interval of a fraction: Wilson's score interval (Wilson 1927, JASA 22).
 

@@ -24,13 +24,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import write_beside
 from rankopt.core.records import Task
-from rankopt.core.timing import medians, threads
+from rankopt.core.statistics import interval
 from rankopt.decompositions.plan import multiplied_out
 from rankopt.export.fuse import fuse
 from rankopt.export.onnx_session import check_exporter, open_session, quiet_exporter
 from rankopt.model.forward import batch_size, call_arguments, hooked, inference, map_tensors, run, take
 from rankopt.model.inputs import collect_batches, one_example
 from rankopt.model.recurrent import Recurrent
+from rankopt.model.speed import forward_times
 
 SUFFIXES = {"onnx": ".onnx", "torch.export": ".pt2", "state_dict": ".safetensors"}
 """Formats and the suffixes of their files."""
@@ -69,6 +70,7 @@ class Exported:
         parity: Difference of its outputs from the model's.
         forward: The program loaded from the file.
         milliseconds: Median time of a forward pass of `batch` examples on one thread, by program.
+        ratios: 95 % interval of the median ratio of each program's time to that of the first, the dense model.
         batch: Number of examples that were timed.
     """
 
@@ -76,6 +78,7 @@ class Exported:
     parity: Parity
     forward: Forward
     milliseconds: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, tuple[float, float]] = field(default_factory=dict)
     batch: int = 1
 
 
@@ -127,10 +130,15 @@ def export_run(
         return export_weights(task.model, small, path, inputs, multiply)
     made = export(small, to, path, inputs, batch, fused)
     x = first_examples(inputs, 1 if batch == "dynamic" else int(batch))
-    spent = latencies([task.model, small], made.forward, x)
+    times = latencies([task.model, small], made.forward, x)
     runs = f"{'onnxruntime' if to == 'onnx' else to}{', fused' if fused else ''}"
     names = ("PyTorch, dense", "PyTorch, compressed", runs)
-    return dataclasses.replace(made, milliseconds=dict(zip(names, spent, strict=True)), batch=batch_size(x))
+    spent = {name: sorted(t)[len(t) // 2] / 1e6 for name, t in zip(names, times, strict=True)}
+    ratios = {
+        name: interval([b / a for a, b in zip(times[0], t, strict=True)])
+        for name, t in zip(names[1:], times[1:], strict=True)
+    }
+    return dataclasses.replace(made, milliseconds=spent, ratios=ratios, batch=batch_size(x))
 
 
 def export(
@@ -367,7 +375,7 @@ def compare(outputs: Any, expected: Any, examples: int) -> Parity:
     return worst
 
 
-def latencies(models: Sequence[nn.Module], exported: Forward, x: Any, seconds: float = 2.0) -> list[float]:
+def latencies(models: Sequence[nn.Module], exported: Forward, x: Any, seconds: float = 2.0) -> list[list[int]]:
     """Time forward passes of models and of an exported program, in turns, on one thread.
 
     Args:
@@ -377,10 +385,7 @@ def latencies(models: Sequence[nn.Module], exported: Forward, x: Any, seconds: f
         seconds: Least duration of the measurement.
 
     Returns:
-        The median milliseconds of each model and, last, of the program.
+        Nanoseconds of each model and, last, of the program, in every round.
     """
-    copies = [copy.deepcopy(m).eval().cpu() for m in models]
     x = map_tensors(x, lambda t: t.cpu())
-    calls: list[Callable[[], Any]] = [lambda m=m: run(m, x) for m in copies]  # type: ignore[misc]
-    with threads(1):
-        return [1e3 * s for s in medians([*calls, lambda: exported(x)], seconds)]
+    return forward_times([copy.deepcopy(m).cpu() for m in models], x, [lambda: exported(x)], seconds)

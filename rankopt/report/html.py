@@ -149,7 +149,7 @@ def slower(info: ResultInfo) -> str | None:
 
 
 def _speed(info: ResultInfo) -> str:
-    return speed_text(info["milliseconds"]["dense"], info["milliseconds"]["compressed"])
+    return speed_text(info["milliseconds"])
 
 
 def _budget_row(metric: Metric, b: BudgetEntry) -> dict[str, str]:

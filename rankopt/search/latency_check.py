@@ -26,6 +26,7 @@ from rankopt.core.problem import Problem, check_feasible
 from rankopt.core.progress import Progress
 from rankopt.core.records import MEASURED, Candidate, Layer, Proposal, Trial
 from rankopt.core.result_record import MEASURED_KEYS, Metric
+from rankopt.core.statistics import interval
 from rankopt.search.loop import Study
 
 ATTEMPTS = 8  # checks, each after a search
@@ -217,20 +218,6 @@ def in_turns(
         low, high = interval(values)
         if len(values) >= instrument.fewest and (high - low < NARROW * median(values) or time.monotonic() > end):
             return before, after
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Compute the distribution-free 95 % interval of the median: the order statistics n/2 ∓ 1.96 √n / 2.
-
-    Args:
-        values: The sample, of n numbers.
-
-    Returns:
-        The lower and the upper end.
-    """
-    ordered, n = sorted(values), len(values)
-    k = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
-    return ordered[k], ordered[n - 1 - k]
 
 
 def _measure_layers(

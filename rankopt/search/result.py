@@ -6,9 +6,7 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -43,14 +41,14 @@ from rankopt.core.result_record import (
     TrialsEntry,
 )
 from rankopt.core.run_folder import write_result
-from rankopt.core.statistics import misread_score, proxy, tie, wilson
-from rankopt.core.timing import in_turn, threads
+from rankopt.core.statistics import interval, misread_score, proxy, tie, wilson
 from rankopt.decompositions.plan import apply, replaced_layers, save
 from rankopt.model.counting import count
 from rankopt.model.energy import of_models
-from rankopt.model.forward import inference, run, to_device
+from rankopt.model.forward import to_device
 from rankopt.model.inputs import one_example
 from rankopt.model.objective import call
+from rankopt.model.speed import forward_times
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.fidelity import fidelity_rows
 from rankopt.search.latency_check import Checks, measured_entries, measured_limits, with_target
@@ -533,12 +531,9 @@ def time_forward(
         seconds: Go on for at least this long.
 
     Returns:
-        Median milliseconds.
+        Median milliseconds, and the interval of the median of their ratios.
     """
-    models, x = (dense, compressed), to_device(one_example(dense, example_input), dense)
-    with threads(1), ExitStack() as stack:  # more make small operations slower where others use the cores too
-        for model in models:
-            stack.enter_context(inference(model, fused=True))
-        times = in_turn([partial(run, model, x) for model in models], 10, seconds)
+    times = forward_times([dense, compressed], to_device(one_example(dense, example_input), dense), seconds=seconds)
     before, after = (sorted(t)[len(t) // 2] / 1e6 for t in times)
-    return {"dense": before, "compressed": after, "repeats": len(times[0]), "threads": 1}
+    ratio = [*interval([b / a for a, b in zip(*times, strict=True)])]
+    return {"dense": before, "compressed": after, "ratio": ratio, "repeats": len(times[0]), "threads": 1}

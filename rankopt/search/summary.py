@@ -19,6 +19,7 @@ from rankopt.core.result_record import (
     LayerRow,
     MeasuredEntry,
     Metric,
+    MillisecondsEntry,
     ResultInfo,
     TieEntry,
 )
@@ -83,16 +84,18 @@ def with_interval(score: float | None, interval: Bounds | None) -> str:
     return percent(score) + (f" ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})" if interval else "")
 
 
-def speed_text(dense: float, compressed: float) -> str:
-    """The ratio of two times in words; within 5 % they count as equal.
+def speed_text(found: MillisecondsEntry) -> str:
+    """The ratio of the models' times in words, with its interval; within 5 % they count as equal.
 
     Args:
-        dense: Time of the dense model.
-        compressed: Time of the compressed model, in the same unit.
+        found: The times.
     """
+    dense, compressed, ratio = found["dense"], found["compressed"], found.get("ratio")
     if compressed > 1.05 * dense:
-        return f"{compressed / dense:.2f} × SLOWER"
-    return f"{dense / compressed:.2f} × faster" if compressed < 0.95 * dense else "as fast"
+        return f"{compressed / dense:.2f} × SLOWER" + (f" ({ratio[0]:.2f}–{ratio[1]:.2f})" if ratio else "")
+    if compressed < 0.95 * dense:
+        return f"{dense / compressed:.2f} × faster" + (f" ({1 / ratio[1]:.2f}–{1 / ratio[0]:.2f})" if ratio else "")
+    return "as fast"
 
 
 def rank_text(rank: Sequence[int]) -> str:
@@ -187,7 +190,7 @@ def comparison_rows(info: ResultInfo) -> list[tuple[str, str, str, str]]:
         whole, cost = info["cost"]["dense"][metric], info["cost"]["compressed"][metric]
         rows.append((unit, f"{whole:,}", f"{cost:,}", f"{percent(cost / whole, 1)} of dense" if whole else "–"))
     slow, fast = info["milliseconds"]["dense"], info["milliseconds"]["compressed"]
-    rows.append(("one forward pass here", f"{slow:.2f} ms", f"{fast:.2f} ms", speed_text(slow, fast)))
+    rows.append(("one forward pass here", f"{slow:.2f} ms", f"{fast:.2f} ms", speed_text(info["milliseconds"])))
     return rows
 
 

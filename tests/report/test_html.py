@@ -264,3 +264,16 @@ def test_advice_on_batch_norms_only_where_there_are_some(info, batch_norms, advi
     said = " ".join(training.lines(info))
     assert "less than before; try a lower rate" in said
     assert ("batch norms" in said) is advised
+
+
+def test_a_ratio_of_times_has_its_interval(info):
+    low, high = info["milliseconds"]["ratio"]
+    measured = info["milliseconds"]["compressed"] / info["milliseconds"]["dense"]
+    assert 0 < low <= high and 0.5 * low < measured < 2 * high
+    info["milliseconds"] |= {"dense": 1.0, "compressed": 1.5, "ratio": [1.25, 1.75]}
+    assert "1.50 × SLOWER (1.25–1.75)" in summary(info)
+    assert "one forward pass is 1.50\u00a0×\u00a0slower (1.25–1.75) here" in verdict(info)
+    info["milliseconds"] |= {"compressed": 0.5, "ratio": [0.4, 0.8]}
+    assert "2.00 × faster (1.25–2.50)" in summary(info)
+    del info["milliseconds"]["ratio"]  # of an earlier version
+    assert "2.00 × faster " in summary(info)
