@@ -341,19 +341,23 @@ def _fit_stack(
 ) -> list[tuple[int, float]]:
     """The same for several jobs of one family whose layers have equal shapes and ranks."""
     start = time.perf_counter()
-    ranks, layers, family, steps = jobs[0].ranks, [job.layer for job in jobs], jobs[0].family, jobs[0].steps
+    layers, family, steps = [job.layer for job in jobs], jobs[0].family, jobs[0].steps
     names = ", ".join(repr(layer.name) for layer in layers)
+    stack: list[list[Fit]] = [[] for _ in jobs]
     try:
-        if len(jobs) == 1:
-            stack = [list(DECOMPOSITIONS[family].fit(layers[0], weights[0], ranks, moments[0], metrics[0], steps))]
-        else:
-            stack = DECOMPOSITIONS[family].fit_stack(layers, weights, ranks, moments, metrics, steps)
+        # Ranks of different entries are not fitted at once: a fit would depend on which others are missing.
+        for _, ranks in jobs[0].entries:
+            if len(jobs) == 1:
+                stack[0] += DECOMPOSITIONS[family].fit(layers[0], weights[0], ranks, moments[0], metrics[0], steps)
+                continue
+            found = DECOMPOSITIONS[family].fit_stack(layers, weights, ranks, moments, metrics, steps)
+            stack = [fits + more for fits, more in zip(stack, found, strict=True)]
     except RankoptError:
         raise
     except Exception as error:  # torch's, also those of linear algebra and out of memory, and other packages'
         raise RankoptError(f"fitting {family} to layer {names} failed: {error}") from error
-    for cache, job, weight, moment, metric, found in zip(caches, jobs, weights, moments, metrics, stack, strict=True):
-        _keep(cache, job, checked_fits(family, job.layer, weight, ranks, moment, metric, found))
+    for cache, job, weight, moment, metric, fits in zip(caches, jobs, weights, moments, metrics, stack, strict=True):
+        _keep(cache, job, checked_fits(family, job.layer, weight, job.ranks, moment, metric, fits))
     return [(number, (time.perf_counter() - start) / len(jobs)) for number in numbers]
 
 

@@ -122,9 +122,10 @@ def _quantize_all(
             whole = factors[c.key] if c.key is not None else ()
             known[c.key, c.precision] = quantize_candidate(layer, c, weight, whole, *statistics[layer.name])
     made = [known[c.key, c.precision] for c in todo]
-    tensors = {f"{i}.{j}": t for i, (encoded, _) in enumerate(made) for j, t in enumerate(encoded)}
+    # Copies, since safetensors refuses tensors that share memory.
+    tensors = {f"{i}.{j}": t.contiguous().clone() for i, (encoded, _) in enumerate(made) for j, t in enumerate(encoded)}
     errors = [error for _, error in made]
-    statistics.cache.write_tensors(key, {n: t.contiguous() for n, t in tensors.items()}, {"errors": json.dumps(errors)})
+    statistics.cache.write_tensors(key, tensors, {"errors": json.dumps(errors)})
     return errors
 
 

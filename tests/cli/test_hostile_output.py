@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rankopt.candidates.latency_table import Conditions
 from rankopt.cli.main import _Formatter
-from rankopt.cli.runs import _check_latency
+from rankopt.cli.runs import _measure_again
 from rankopt.core.errors import RankoptError, TaskError
 from rankopt.core.records import Cost, Plan, Trial
 from rankopt.report.tables import write_csv
@@ -85,7 +85,7 @@ def test_csv_cells_are_no_formulas(tmp_path):
 def test_a_plan_cannot_ask_for_any_latency(digits, text, said):
     plan = Plan((), Cost(1, 1, 1), Cost(1, 1, 1), latency_on=text)
     with pytest.raises(RankoptError, match=said):
-        _check_latency(digits.task, digits.task.model, plan)
+        _measure_again("latency", digits.task, digits.task.model, plan)
 
 
 def test_a_batch_that_does_not_fit_is_refused(digits, monkeypatch):

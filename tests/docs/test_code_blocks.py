@@ -112,8 +112,8 @@ def test_commands_and_options_in_the_text_exist(page):
     options = {name for c in commands for p in c.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
     for name in re.findall(r"`rankopt ([a-z]+)", PAGES[page]):
         assert name in COMMANDS, name
-    others = r"```text\n.*?```|`(?:python|pip|pytest) [^`]*`"  # options of other commands
-    for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(others, "", PAGES[page], flags=re.S)):
+    others = r"```text\n.*?```|^(?:#SBATCH|srun) .*?$|`(?:python|pip|pytest) [^`]*`"  # options of other commands
+    for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(others, "", PAGES[page], flags=re.S | re.M)):
         assert option in options, option
 
 

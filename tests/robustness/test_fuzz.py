@@ -113,7 +113,7 @@ def _benchmark(path):
 
 
 def _cases(path):
-    cases_report.table(list(cases._read_rows(path.parent).values()))
+    cases_report.table(list(cases.read_rows(path.parent).values()))
 
 
 def _trials(path):
