@@ -209,6 +209,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core fits in this process")
 def test_workers_know_what_the_program_defines(tmp_path):
     """A class of `__main__`, fitted in processes that do not run the program."""

@@ -17,7 +17,7 @@ SAYS = {
     "ray_tune.py": "best of 4: ",
 }
 
-SLOW = {"ray_tune.py"}  # it starts Ray
+SLOW = {"ray_tune.py", "gymnasium_agent.py"}  # one starts Ray, the other trains an agent
 
 
 def test_all_examples_are_run():

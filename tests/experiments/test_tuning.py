@@ -204,6 +204,7 @@ def test_ray_is_set_in_the_file_or_on_the_command_line(write, tmp_path, monkeypa
     assert asked == [expected, dataclasses.replace(expected, workers=4, gpus_per_trial=1.0)]
 
 
+@pytest.mark.slow
 def test_one_search_is_that_of_the_command(write, digits, tmp_path):
     path = write(BASE + "strategy = 'random'\ntrials = 3")
     shown = invoke("run", path, "--out", tmp_path / "out")
@@ -322,6 +323,7 @@ def test_a_score_is_needed_for_a_score(write, tmp_path):
         TuningStudy(study, task, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_search_that_breaks_is_one_that_failed(write, tmp_path, monkeypatch):
     """Else the same search would be made again, and break again, whenever the study goes on."""
     from rankopt.experiments import tuning as hyperparameters
@@ -419,6 +421,7 @@ def test_a_file_may_be_named_from_anywhere(write, tmp_path, monkeypatch):
     assert there[2]["teacher"] == "tasks.py:made"
 
 
+@pytest.mark.slow
 def test_a_case_whose_training_was_stopped_goes_on(write, tmp_path):
     """The weights are those of an undisturbed run."""
     text = CASES.replace("epochs = 0.5", "epochs = 3").split('[[cases]]\nname = "half')[0]

@@ -245,6 +245,7 @@ def prepared(digits):
     return prepare(digits.task, BITS, workers=1)
 
 
+@pytest.mark.slow
 def test_bits_make_a_budget_in_bytes_cheaper(digits, prepared, tmp_path):
     """The same families and ranks: with bits the predicted loss falls, and the budget is kept as counted."""
     for budget in ({"bytes": 0.2}, {"bytes": 0.12, "macs": 0.9}):

@@ -29,6 +29,7 @@ def limited(size, *arguments):
 SLOW = [pytest.param(size, marks=pytest.mark.slow) for size in (0, 20_000)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [120_000, *SLOW])
 def test_a_full_disk_is_one_clear_line_and_resumable(size, tmp_path, quick_space):
     """Full from the start, when the cache or the study is written, and when the weights are."""

@@ -56,6 +56,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "number"), CASES)
 def test_a_signal_at_any_stage_ends_a_search_that_then_goes_on(stage, number, tmp_path, quick_space):
     out = tmp_path / "run"
@@ -75,6 +76,7 @@ def test_a_signal_at_any_stage_ends_a_search_that_then_goes_on(stage, number, tm
     assert not read_result(out)["trials"]["interrupted"] and (out / "report.html").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", [False, True])
 def test_a_clock_that_is_moved_back_and_forth_changes_nothing(digits, storage, tmp_path, monkeypatch):
     """Limits of time are measured on a clock that nobody sets; that of the day may jump by years."""

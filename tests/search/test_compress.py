@@ -227,6 +227,7 @@ def test_a_full_disk_spoils_nothing(result, tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_entry_is_computed_again(tmp_path):
     task = digits_task()
     cache = tmp_path / "cache"

@@ -58,6 +58,7 @@ divergence(model)
     assert peak(code) < 4.5 * size  # what the convolution itself takes included
 
 
+@pytest.mark.slow
 def test_a_layer_with_27648_inputs_takes_no_matrix_of_all_its_inputs():
     code = """
 model, x = nn.Sequential(nn.Linear(27_648, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(64, 27_648)

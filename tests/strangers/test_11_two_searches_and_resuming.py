@@ -165,7 +165,7 @@ def test_four_processes_open_one_new_sqlite_storage_at_once(tmp_path):
     assert outcome.returncode == 0, outcome.stderr
 
 
-@pytest.mark.parametrize("name", ["what?", "50%25 x", "a#b", "{x} & ü", "c:d"])
+@pytest.mark.parametrize("name", ["50%25 a#b?", "{x} & ü c:d"])
 def test_a_run_folder_may_have_any_name(tmp_path, name):
     out = tmp_path / name
     result = search(task(), out, 2)

@@ -129,7 +129,9 @@ def random_best():
     return min(objectives("random", 24))
 
 
-@pytest.mark.parametrize(("sampler", "trials"), [("tpe", 24), ("gp", 16), ("cmaes", 36)])
+@pytest.mark.parametrize(
+    ("sampler", "trials"), [("tpe", 24), ("gp", 16), pytest.param("cmaes", 36, marks=pytest.mark.slow)]
+)
 def test_learns(sampler, trials, random_best):
     """Better than random plans, than its own start, and later better than earlier."""
     found = objectives("optuna", trials, sampler=sampler)
@@ -137,6 +139,7 @@ def test_learns(sampler, trials, random_best):
     assert np.mean(found[-trials // 3 :]) < np.mean(found[1 : trials // 3])
 
 
+@pytest.mark.slow
 def test_the_default_beats_random_corrections():
     assert min(objectives("optuna", 16)) < min(objectives("optuna", 24, sampler="random"))
 
@@ -147,6 +150,7 @@ def plans(options, trials=5):
     return [list(t.proposal) for t in search(Study(problem, strategy, trials), truth)]
 
 
+@pytest.mark.slow
 def test_same_seed_same_plans_in_another_process():
     code = "import json, sys; from tests.strategies.test_optuna import *; "
     code += "json.dump([plans(v) for v in VARIANTS], sys.stdout)"
@@ -154,7 +158,9 @@ def test_same_seed_same_plans_in_another_process():
     assert json.loads(out.stdout) == [plans(v) for v in VARIANTS]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=names)
+@pytest.mark.parametrize(
+    "options", [pytest.param(v, marks=() if i < 3 else pytest.mark.slow) for i, v in enumerate(VARIANTS)], ids=names
+)
 def test_resumed_from_disk_as_if_never_stopped(options, tmp_path):
     """With a failure on the way; the store keeps the points, so the sampler learns the same from it."""
     problem, truth = synthetic(0.3, n=6)

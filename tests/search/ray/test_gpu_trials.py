@@ -105,6 +105,7 @@ def notes(log, what):
     return [tuple((log / f"{what}-{i}").read_text().split()) for i in range(len(list(log.glob(f"{what}-*"))))]
 
 
+@pytest.mark.slow
 def test_after_a_failed_move_no_plan_is_scored_on_the_cpu(digits, cluster, tmp_path):
     trials = run(digits, tmp_path, moves=(0, 1))
     assert [t.state for t in trials] == ["failed", "finished", "finished"]

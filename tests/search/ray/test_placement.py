@@ -93,6 +93,7 @@ def test_trials_on_the_cpu_do_not_fight_over_cores(digits, cluster, tmp_path):
     assert at_once(found) <= 2 and len({row[2] for row in found}) <= 2, "workers are used again"
 
 
+@pytest.mark.slow
 def test_the_model_travels_once_for_each_worker(digits, cluster, tmp_path, monkeypatch):
     """20 MB beside the evaluation: pickled once here, unpickled once in each worker."""
     import rankopt.search.ray.runner as module

@@ -76,6 +76,7 @@ def test_with_mode_max_larger_is_better(prepared):
     assert search.study.best_trial.objective == -0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["random", "optuna", "rl"])
 def test_a_restored_search_proposes_what_the_first_would_have(prepared, tmp_path, strategy):
     """Saved after three trials with one more running, as Tune does; also pickled, as Tune does, too."""

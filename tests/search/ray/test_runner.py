@@ -167,6 +167,7 @@ def test_two_workers_search_as_well(digits, cluster):
     assert best(trials).objective <= best(run(digits, "knapsack", 1)).objective * (1 + 1e-4)
 
 
+@pytest.mark.slow
 def test_a_strategy_that_runs_dry_ends_the_search(digits, cluster):
     assert len(run(digits, "knapsack", 5, RaySearch(2))) == 1
 
@@ -223,6 +224,7 @@ def test_a_limit_of_time_ends_a_trial_and_not_the_search(digits, cluster):
     assert [t.error for t in trials] == [None, None, "took longer than the limit of 20 s", None, None, None]
 
 
+@pytest.mark.slow
 def test_a_limit_of_memory_ends_a_trial_and_not_the_search(digits, cluster):
     plans = [t.proposal for t in run(digits)]
     runner = RaySearch(1, limits=Limits(memory=10**9))
@@ -275,11 +277,13 @@ def test_a_scheduler_needs_fidelities():
         Job.parse({"params": 0.5}, strategy="random", runner=RunnerSettings(1, scheduler="asha"))
 
 
+@pytest.mark.slow
 def test_failures_alone_end_the_search_with_an_error(digits, cluster):
     with pytest.raises(StudyError, match=r"every evaluation failed.*on purpose"):
         run(digits, trials=30, runner=RaySearch(2), around=lambda e: Faulty(e, fails="all"))
 
 
+@pytest.mark.slow
 def test_an_error_of_the_study_reaches_the_caller(digits, cluster):
     def full(trial):
         if trial.number == 1:
@@ -289,6 +293,7 @@ def test_an_error_of_the_study_reaches_the_caller(digits, cluster):
         run(digits, trials=30, runner=RaySearch(2), report=full)
 
 
+@pytest.mark.slow
 def test_writes_of_a_trial_reach_no_other_process(digits, cluster):
     before = {name: t.clone() for name, t in digits.task.model.state_dict().items()}
     writing = []
@@ -332,6 +337,7 @@ def task_file(tmp_path):
     return tmp_path / "mine.py"
 
 
+@pytest.mark.slow
 def test_a_task_of_the_users_own_file(task_file, cluster):
     prepared = prepare(load_task(f"{task_file}:task"), SPACE, cache=task_file.parent / "cache")
     result = run_search(prepared, prepared.problem({"params": 0.5}), SearchSettings("random", 3), runner=RaySearch(1))
@@ -345,6 +351,7 @@ class Unreadable(Faulty):
         return int, ("not a number",)
 
 
+@pytest.mark.slow
 def test_a_task_that_cannot_be_read_in_a_worker_says_so(digits, cluster):
     with pytest.raises(StudyError, match="invalid literal"):
         run(digits, trials=1, runner=RaySearch(1), around=Unreadable)
@@ -364,6 +371,7 @@ def command(tmp_path, task, trials):
     }
 
 
+@pytest.mark.slow
 def test_the_command_starts_ray_quietly_and_leaves_nothing(tmp_path):
     asked = command(tmp_path, "digits", 4)
     asked["args"] += ["--tensorboard"]

@@ -149,6 +149,7 @@ def test_a_search_on_ray_with_all_that_a_task_file_may_hold(task_file, cluster):
     assert found["there"] == pytest.approx(found["here"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_decomposition_that_was_registered_here_is_known_to_workers(cluster, digits):
     class Own(SvdOut):
         name = "own_on_ray"
