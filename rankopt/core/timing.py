@@ -37,6 +37,10 @@ def medians(functions: Sequence[Callable[[], Any]], seconds: float = 1.0) -> lis
         return [statistics.median(times) / 1e9 for times in in_turn(functions, 11, seconds)]
 
 
+ENOUGH = 2000
+"""Rounds after which the time of a short call is known well enough."""
+
+
 Sample = Callable[[Callable[[], Any]], int]
 """Makes a call, perhaps several times, and returns what one takes: nanoseconds, or whatever is measured."""
 
@@ -69,7 +73,7 @@ def in_turn(
     Args:
         calls: What to measure.
         rounds: The least number of rounds that count.
-        seconds: The least time to go on for.
+        seconds: The least time to go on for, unless `ENOUGH` rounds were made before.
         warm_up: How many rounds to make first that do not count.
         sample: Measures a call.
 
@@ -78,7 +82,7 @@ def in_turn(
     """
     found: list[list[int]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
-    while len(found[0]) < warm_up + rounds or time.perf_counter() < end:
+    while len(found[0]) < warm_up + rounds or (len(found[0]) < ENOUGH and time.perf_counter() < end):
         for call, samples in zip(calls, found, strict=True):
             samples.append(sample(call))
     return [samples[warm_up:] for samples in found]

@@ -352,7 +352,10 @@ def random_numbers(seed: int = 0) -> Iterator[None]:
         state = random.getstate()
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+            # Without a GPU, torch.manual_seed would keep a note of each call for the time when there is one.
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed_all(seed)
             random.seed(seed)
             try:
                 yield

@@ -22,7 +22,7 @@ def forward_times(
         models: The models, on one device.
         x: Their input, on that device.
         programs: Calls of programs on the same input.
-        seconds: Go on for at least this long.
+        seconds: How long to go on at least, see `in_turn`.
 
     Returns:
         For each its nanoseconds in every round.

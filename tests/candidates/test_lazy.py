@@ -70,6 +70,7 @@ def test_a_few_fits_predict_as_good_a_plan_as_all_of_them(cache, budget):
     assert whole.fitting is None
 
 
+@pytest.mark.slow
 def test_on_a_trained_model_the_plan_of_a_few_fits_is_as_good(cache):
     task = dataclasses.replace(load_task("digits"), score=None, test=None)
     found = {e: prepare(task, dataclasses.replace(SPACE, effort=e), cache, workers=1) for e in ("normal", "thorough")}

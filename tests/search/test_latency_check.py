@@ -112,6 +112,7 @@ class Refusing:
         raise AssertionError("evaluated again")
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_never_kept_ends_with_one_clear_error(prepared, monkeypatch):
     monkeypatch.setattr(job, "check", Slowed(job.check, [1.001] * 20))
     with pytest.raises(BudgetError, match=r"not kept|cannot be met"):

@@ -207,6 +207,7 @@ json.dump(plans(prepare(load_task("digits"), QUICK, workers=1)), sys.stdout)
 """
 
 
+@pytest.mark.slow
 def test_same_seed_same_plans_in_another_process(digits):
     out = subprocess.run([sys.executable, "-c", SPAWNED], capture_output=True, text=True, check=True)
     assert json.loads(out.stdout) == plans(digits)

@@ -18,6 +18,7 @@ from rankopt.strategies.thompson import Thompson, log_weights
 from tests.helpers.problems import coupled, synthetic
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda seed: synthetic(0.3, 12, seed), coupled])
 def test_the_agent_learns(make):
     for seed in range(2):
