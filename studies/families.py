@@ -185,7 +185,7 @@ def table(cells: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=["resnet20", "wide", "minilm"], help="sources")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="minutes after which to stop")
     given = parser.parse_args()
     torch.set_num_threads(1)
     fitting.MAX_FLOPS = 1e12

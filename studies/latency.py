@@ -317,7 +317,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--minutes", type=float, help="start no cell after so many")
+    parser.add_argument("--minutes", type=float, help="minutes after which no further cell starts")
     parser.add_argument("--on", help="a device: ResNet-18 there, in three minutes")
     parser.add_argument("--tiny", action="store_true", help="with --on: images of 32 x 32, batches of 1 and 4")
     parser.add_argument("--out", type=Path, help="the JSON file; the table goes beside it")

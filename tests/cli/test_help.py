@@ -69,12 +69,12 @@ def test_verbose_shows_the_traceback_of_an_error(caplog, tmp_path):
     task.write_text("def net():\n    raise ValueError('no data')\n")
     command = ("search", f"{task}:net", "--budget", "params=0.5", "--out", tmp_path / "run")
     with caplog.at_level("DEBUG", "rankopt"):  # puts the level back at the end
-        for arguments, told in ((command, False), ((*command, "--verbose"), True), (("-v", *command), True)):
+        for arguments, verbose in ((command, False), ((*command, "--verbose"), True), (("-v", *command), True)):
             logging.getLogger("rankopt").setLevel("WARNING")
             caplog.clear()
             _, stderr = run(*arguments, code=2)
             assert "no data" in stderr
-            assert ("raise ValueError('no data')" in caplog.text) is told
+            assert ("raise ValueError('no data')" in caplog.text) is verbose
 
 
 @pytest.mark.parametrize(
