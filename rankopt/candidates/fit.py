@@ -225,29 +225,30 @@ def _run(
 
     def arguments(number: int) -> tuple[Any, ...]:
         job = jobs[number]
-        return (number, statistics.cache, job, _weight(statistics, job.layer).detach(), *statistics[job.layer.name])
+        return (number, job, _weight(statistics, job.layer).detach(), *statistics[job.layer.name])
 
     def in_time(items: Iterable[Any]) -> Iterator[Any]:
         return itertools.takewhile(lambda _: time.monotonic() < until, items)
 
+    cache = statistics.cache
     on_gpu = [i for i, job in enumerate(jobs) if _weight(statistics, job.layer).is_cuda]
     for stack in in_time(_stacks(statistics, jobs, on_gpu)):
-        yield from _fit_stack(*zip(*map(arguments, stack), strict=True))
+        yield from _fit_stack(cache, *zip(*map(arguments, stack), strict=True))
     left = sorted(set(range(len(jobs))) - set(on_gpu))
     workers = min(workers or available_cores(), max(len(left), 1), _affordable(statistics.layers))
     if workers == 1:
-        yield from (_fit_one(*arguments(number)) for number in in_time(left))
+        yield from (_fit_one(cache, *arguments(number)) for number in in_time(left))
         return
     start_up = time.perf_counter() + START_UP
     while left and time.perf_counter() + jobs[left[-1]].seconds() < start_up:  # the shortest first
         with threads(1):
-            ended = _fit_one(*arguments(left.pop()))
+            ended = _fit_one(cache, *arguments(left.pop()))
         yield ended
     if left:
         with parallel_config("loky", initializer=_end_with, initargs=(os.getpid(),)):
             pool = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")
         known = _registered()
-        yield from pool(delayed(_fit_alone)(known, *arguments(number)) for number in in_time(left))
+        yield from pool(delayed(_fit_alone)(known, cache, *arguments(number)) for number in in_time(left))
 
 
 def _registered() -> bytes:
@@ -304,16 +305,24 @@ def _weight(statistics: Statistics, layer: Layer) -> Tensor:
 
 def _stacks(statistics: Statistics, jobs: Sequence[_Job], numbers: Sequence[int]) -> Iterator[list[int]]:
     """Jobs that can be fitted at once: of one family, equal shapes, ranks and steps; a few gigabytes at most."""
+    kinds: dict[str, str] = {}  # by layer: all families of one share its statistics, which are read from the cache
     found: dict[Any, list[int]] = {}
     for number in numbers:
         job = jobs[number]
-        layer, weight = job.layer, _weight(statistics, job.layer)
-        given = [None if x is None else x.shape for x in statistics[layer.name]]
-        kind = (layer.kind, layer.shape, layer.kernel, layer.groups, weight.shape, weight.dtype, weight.device)
-        found.setdefault(repr((job.family, kind, given, job.ranks, job.steps)), []).append(number)
+        if (name := job.layer.name) not in kinds:
+            kinds[name] = _kind(statistics, job.layer)
+        found.setdefault((job.family, kinds[name], repr(job.ranks), job.steps), []).append(number)
     for same in found.values():
         most = max(1, STACK_BYTES // statistics_bytes(jobs[same[0]].layer))
         yield from (same[i : i + most] for i in range(0, len(same), most))
+
+
+def _kind(statistics: Statistics, layer: Layer) -> str:
+    """What layers that are fitted at once have in common: shapes of weight and statistics, type and device."""
+    weight = _weight(statistics, layer)
+    given = [None if x is None else x.shape for x in statistics[layer.name]]
+    kind = (layer.kind, layer.shape, layer.kernel, layer.groups, weight.shape, weight.dtype, weight.device)
+    return repr((kind, given))
 
 
 def _fit_alone(known: bytes, *arguments: Any) -> tuple[int, float]:
@@ -324,16 +333,16 @@ def _fit_alone(known: bytes, *arguments: Any) -> tuple[int, float]:
 
 
 def _fit_one(
-    number: int, cache: Cache, job: _Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None
+    cache: Cache, number: int, job: _Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None
 ) -> tuple[int, float]:
     """Fit, and write factors and errors to the cache; the number and the seconds."""
-    (ended,) = _fit_stack([number], [cache], [job], [weight], [moment], [output_metric])
+    (ended,) = _fit_stack(cache, [number], [job], [weight], [moment], [output_metric])
     return ended
 
 
 def _fit_stack(
+    cache: Cache,
     numbers: Sequence[int],
-    caches: Sequence[Cache],
     jobs: Sequence[_Job],
     weights: Sequence[Tensor],
     moments: Sequence[Tensor | None],
@@ -356,7 +365,7 @@ def _fit_stack(
         raise
     except Exception as error:  # torch's, also those of linear algebra and out of memory, and other packages'
         raise RankoptError(f"fitting {family} to layer {names} failed: {error}") from error
-    for cache, job, weight, moment, metric, fits in zip(caches, jobs, weights, moments, metrics, stack, strict=True):
+    for job, weight, moment, metric, fits in zip(jobs, weights, moments, metrics, stack, strict=True):
         _keep(cache, job, checked_fits(family, job.layer, weight, job.ranks, moment, metric, fits))
     return [(number, (time.perf_counter() - start) / len(jobs)) for number in numbers]
 

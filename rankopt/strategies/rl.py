@@ -24,12 +24,11 @@ import torch
 from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.progress import silent
-from rankopt.core.records import Proposal, Trial
+from rankopt.core.records import Proposal
 from rankopt.core.timing import threads
-from rankopt.strategies.base import Strategy
 from rankopt.strategies.layer_walk import LayerMdp
 from rankopt.strategies.policy import PPO, load_policy, new_policy, save_policy
-from rankopt.strategies.thompson import BOLDNESS, log_weights
+from rankopt.strategies.thompson import BOLDNESS, WeighsLosses, log_weights
 from rankopt.strategies.walks import Context, Walks
 
 WALKS = 64  # in one update
@@ -47,7 +46,7 @@ TRIES = 10  # walks per ask in search of a new plan; from the second on they are
 SPREAD, NOISE = 0.4, 0.03  # prior of the weights, and of the objective's model, as in `thompson`
 
 
-class Agent(Strategy):
+class Agent(WeighsLosses):
     """Proposes the walks of a policy network that learns by proximal policy optimisation."""
 
     name = "rl"
@@ -83,8 +82,6 @@ class Agent(Strategy):
         self.environment = Walks(LayerMdp(problem))
         self.policy = load_policy(Path(policy)) if policy else new_policy(seed)
         self.trained, self.batches = bool(policy), 0
-        self.seen: set[Proposal] = set()
-        self.results: list[tuple[list[float], float]] = []  # predicted losses of the layers, objective
 
     def measure(self, prepared: Any, progress: Any) -> None:
         self.train(progress)
@@ -126,12 +123,6 @@ class Agent(Strategy):
                 if plan not in self.seen:
                     break
         return plan
-
-    def tell(self, trial: Trial) -> None:
-        self.seen.add(trial.proposal)
-        if trial.objective is not None:
-            losses = [max(c.loss, 0.0) for c in self.problem.candidates(trial.proposal)]
-            self.results.append((losses, trial.objective))
 
     def _adapt(self) -> None:
         """Learn from the batches of trials that were told since."""

@@ -31,7 +31,27 @@ TRIES = 10  # draws per ask in search of a new plan
 BOLDNESS = 0.5  # share of the posterior's standard deviation to draw with; 1 explores too far for tens of trials
 
 
-class Thompson(Strategy):
+class WeighsLosses(Strategy):
+    """Base class of strategies that learn from trials how much each layer's predicted loss counts.
+
+    Attributes:
+        seen: The plans that were evaluated.
+        results: Of each that did not fail, the predicted losses of its layers and its objective.
+    """
+
+    def __init__(self, problem: Problem, seed: int = 0) -> None:
+        super().__init__(problem, seed)
+        self.seen: set[Proposal] = set()
+        self.results: list[tuple[list[float], float]] = []
+
+    def tell(self, trial: Trial) -> None:
+        self.seen.add(trial.proposal)
+        if trial.objective is not None:
+            losses = [max(c.loss, 0.0) for c in self.problem.candidates(trial.proposal)]
+            self.results.append((losses, trial.objective))
+
+
+class Thompson(WeighsLosses):
     """Proposes plans by walking the layers under losses drawn from a posterior."""
 
     name = "thompson"
@@ -60,8 +80,6 @@ class Thompson(Strategy):
         self.walk, self.demonstrations = LayerMdp(problem), Corrections(problem)
         self.warmer = temperature * max(problem.loss(self.walk.start), 1e-300) / max(len(problem.layers), 1)
         self.slopes = [_Slopes(self.walk, m) for m in range(len(self.walk.room))]
-        self.seen: set[Proposal] = set()
-        self.results: list[tuple[list[float], float]] = []  # predicted losses of the layers, objective
         self.posterior: tuple[np.ndarray, np.ndarray] | None = None
 
     def propose(self, number: int) -> Proposal | None:
@@ -79,10 +97,8 @@ class Thompson(Strategy):
         return plan
 
     def tell(self, trial: Trial) -> None:
-        self.seen.add(trial.proposal)
+        super().tell(trial)
         if trial.objective is not None:
-            losses = [max(c.loss, 0.0) for c in self.problem.candidates(trial.proposal)]
-            self.results.append((losses, trial.objective))
             self.posterior = None
 
     def _episode(self, weights: np.ndarray, temperature: float, rng: np.random.Generator) -> Proposal:
