@@ -105,13 +105,27 @@ def maximise_dual(table: ProblemTable) -> tuple[Positions, Array, float]:
         best = max(best, (cuts[-1][0] + float(prices @ excess), prices, plan), key=lambda x: x[0])
         losses, excesses = (np.array(x) for x in zip(*cuts, strict=True))
         unit = max(abs(best[0]), 1e-6 * np.abs(losses).max()) or 1.0
-        found = linprog(
-            np.eye(1 + len(reach))[0] * -1,  # maximise the bound, the first unknown; the others are the prices
-            A_ub=np.column_stack([np.ones(len(cuts)), -excesses]),
-            b_ub=losses / unit,
-            bounds=[(None, None), *[(0, MAX_PRICE)] * len(reach)],
-        )
-        if found.x is None or found.x[0] - best[0] / unit <= 1e-9 or best[0] > worst:
+        highest = _peak(losses / unit, excesses)
+        if highest is None or highest[0] - best[0] / unit <= 1e-9 or best[0] > worst:
             break  # the maximum is reached, or a bound that no plan can meet
-        prices = found.x[1:] * unit / reach
+        prices = highest[1] * unit / reach
     return best[2], best[1], best[0]
+
+
+def _peak(losses: Array, excesses: Array) -> tuple[float, Array] | None:
+    """The highest point under all cuts loss + λ·excess, and its prices λ (k,) in [0, MAX_PRICE]."""
+    if excesses.shape[1] == 1:  # two cuts meet there, or it is an end of the range
+        with np.errstate(divide="ignore", invalid="ignore"):
+            meets = np.subtract.outer(losses, losses) / -np.subtract.outer(excesses[:, 0], excesses[:, 0])
+        inside = meets[(meets > 0) & (meets < MAX_PRICE)]
+        prices = np.concatenate([[0.0, MAX_PRICE], inside])
+        heights = (losses[:, None] + excesses * prices).min(axis=0)
+        return float(heights.max()), prices[[heights.argmax()]]
+    limits = excesses.shape[1]
+    found = linprog(
+        np.eye(1 + limits)[0] * -1,  # maximise the bound, the first unknown; the others are the prices
+        A_ub=np.column_stack([np.ones(len(losses)), -excesses]),
+        b_ub=losses,
+        bounds=[(None, None), *[(0, MAX_PRICE)] * limits],
+    )
+    return None if found.x is None else (float(found.x[0]), found.x[1:])

@@ -10,7 +10,8 @@ The problem is the multiple-choice knapsack (Kellerer, Pferschy, Pisinger 2004, 
 2. *Plan.* The minimisers at the best λ miss the room by less than a few candidates: repaired and filled up they give a
    plan of loss U, and U − L certifies how far it can be from the optimum.
 3. *Core.* A plan with candidate j in layer i loses at least L + r[i, j], r = (c + λ·w)[i, j] − min_j (c + λ·w)[i, j].
-   Where that exceeds U the candidate goes. `scipy.optimize.milp` (HiGHS) chooses among the few that are left.
+   Where that exceeds U the candidate goes. Of the few that are left, `partial_plans` keeps the best partial plans layer
+   by layer; where these become too many, `scipy.optimize.milp` (HiGHS) decides.
 
 Memory and file size do not quite add up over layers: w estimates them. The plan that was found is counted as a whole,
 and room_l corrected by the difference, until the plan fits (`_fitting`).
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -34,6 +36,7 @@ from scipy.sparse import csr_array
 from rankopt.core.dual import Array, Positions, drop_impossible, excess_of, maximise_dual, pick, plan_loss, priced
 from rankopt.core.problem import Problem, ProblemTable, cannot_be_met_together, check_feasible, padded
 from rankopt.core.records import Proposal
+from rankopt.strategies.partial_plans import best_plan
 
 EXACT_LAYERS = 200  # with more layers, a gap of TOLERANCE is allowed
 
@@ -42,6 +45,9 @@ TOLERANCE = 1e-4
 
 
 NEAREST = 1e-3  # relative gap of a projection's squared distance
+
+
+FEW, MANY = 100, 20_000  # partial plans that the two searches of them keep after a layer
 
 
 NODES = 2_000  # limit of branch and bound; unlike a time limit it gives the same plan on every machine
@@ -116,7 +122,8 @@ def allocate(
     if plan is None:
         plan = _fitting_extreme(problem, table)
     else:  # where the sum overestimates this plan more than the cheapest, there may be room for a better one
-        other = solve(np.maximum(table.room, _room_around(problem, plan)))
+        around = _room_around(problem, plan)
+        other = solve(np.maximum(table.room, around)) if (around > table.room).any() else None
         if other is not None and plan_loss(table, other) < plan_loss(table, plan) and problem.fits(_proposal(other)):
             plan = other
     loss = plan_loss(table, plan)
@@ -163,13 +170,16 @@ def _solve(table: ProblemTable, tolerance: float) -> tuple[Positions, float] | N
     plan, prices, least = maximise_dual(table)
     plan = _fill(table, _repair(table, plan))
     upper, bound = plan_loss(table, plan) if _fits(table, plan) else math.inf, least
-    for goal in sorted(
-        {tolerance, max(tolerance, TOLERANCE)}, reverse=True
-    ):  # a good plan first makes the core smaller
-        if upper == math.inf or upper - bound > goal * abs(upper):
-            core = _core(table, prices, upper - least)
-            plan, upper, proven = _solve_core(core, plan, upper, goal)
-            bound = max(bound, min(proven, upper))
+    for search in SEARCHES:
+        if upper < math.inf and upper - bound <= tolerance * abs(upper):
+            break
+        core = _core(table, prices, upper, least)
+        other, proven = search(core, tolerance)
+        if other is not None:
+            other = _fill(core.table, _repair(core.table, other))
+            if _fits(core.table, other) and plan_loss(core.table, other) < upper:
+                plan, upper = other, plan_loss(core.table, other)
+        bound = max(bound, min(proven, upper))
     return (plan, min(bound, upper)) if _fits(table, plan) else None
 
 
@@ -261,27 +271,63 @@ def _best_steps(table: ProblemTable, plan: Positions, left: Array) -> tuple[Arra
     return pick(rate, steps), steps
 
 
-# --- bounds ------------------------------------------------------------------------------------------
+# --- the core: candidates that a better plan may use ---------------------------------------------
 
 
-def _core(table: ProblemTable, prices: Array, gap: float) -> ProblemTable:
+class Core(NamedTuple):
+    """The candidates that a plan of less loss than the best known one can use.
+
+    Attributes:
+        table: The problem; excluded candidates have an infinite loss.
+        reduced: (n, m) reduced costs r of the candidates.
+        upper: Loss of the best known plan.
+        least: L(λ), the bound that r adds to.
+    """
+
+    table: ProblemTable
+    reduced: Array
+    upper: float
+    least: float
+
+
+def _core(table: ProblemTable, prices: Array, upper: float, least: float) -> Core:
     """Exclude candidates that only plans worse than the best known one can use: reduced cost above U − L(λ)."""
     reduced = priced(table, prices)
-    least = reduced.min(axis=1, keepdims=True)
-    rounding = 1e-12 * np.abs(least).sum()
-    return table._replace(losses=np.where(reduced - least <= gap + rounding, table.losses, math.inf))
+    minima = reduced.min(axis=1, keepdims=True)
+    least -= 1e-12 * float(np.abs(minima).sum())  # rounding
+    reduced = reduced - minima
+    return Core(
+        table._replace(losses=np.where(reduced <= upper - least, table.losses, math.inf)), reduced, upper, least
+    )
 
 
-def _solve_core(core: ProblemTable, plan: Positions, upper: float, tolerance: float) -> tuple[Positions, float, float]:
-    """Branch and bound: a plan at most as bad as this one, its loss, and a lower bound of all plans in the core."""
-    kept = np.isfinite(core.losses)
+def _search_few(core: Core, tolerance: float) -> tuple[Positions | None, float]:
+    """The best of few partial plans: it makes the core smaller, and often is the optimum."""
+    return _search_partial(core, tolerance, FEW)
+
+
+def _search_many(core: Core, tolerance: float) -> tuple[Positions | None, float]:
+    return _search_partial(core, tolerance, MANY)
+
+
+def _search_partial(core: Core, tolerance: float, width: int) -> tuple[Positions | None, float]:
+    """The best plan among this many partial plans, and a lower bound of the core's plans."""
+    wanted = core.upper - tolerance * abs(core.upper) if core.upper < math.inf else math.inf
+    plan, complete = best_plan(core.table, core.reduced, wanted - core.least, width)
+    return plan, wanted if complete else -math.inf
+
+
+def _branch_and_bound(core: Core, tolerance: float) -> tuple[Positions | None, float]:
+    """The plan that HiGHS finds, within its tolerances, and a lower bound of the core's plans."""
+    table, upper = core.table, core.upper
+    kept = np.isfinite(table.losses)
     layers, positions = np.nonzero(kept)
     # Relative to each layer's least, so that the solver's tolerances apply to the differences that decide.
-    base_loss = core.losses.min(axis=1)
-    base_cost = np.where(kept, core.costs, math.inf).min(axis=2)
-    losses = core.losses[layers, positions] - base_loss[layers]
-    costs = core.costs[:, layers, positions] - base_cost[:, layers]
-    room, base = core.room - base_cost.sum(axis=1), math.fsum(base_loss)
+    base_loss = table.losses.min(axis=1)
+    base_cost = np.where(kept, table.costs, math.inf).min(axis=2)
+    losses = table.losses[layers, positions] - base_loss[layers]
+    costs = table.costs[:, layers, positions] - base_cost[:, layers]
+    room, base = table.room - base_cost.sum(axis=1), math.fsum(base_loss)
     scale = 1e4 / (losses.max() or 1.0)
     unit = 2.0 ** np.ceil(np.log2(np.maximum(costs.max(axis=1), 1)))  # a power of two: the division is exact
     gap = tolerance * abs(upper) / ((upper - base) or 1.0) if upper < math.inf else tolerance
@@ -297,14 +343,15 @@ def _solve_core(core: ProblemTable, plan: Positions, upper: float, tolerance: fl
             options={"mip_rel_gap": gap, "node_limit": NODES, "presolve": False},  # presolve finds little here
         )
     bound = -math.inf if found.mip_dual_bound is None else base + found.mip_dual_bound / scale
-    if found.x is not None:
-        chosen = np.zeros_like(core.losses)
-        chosen[layers, positions] = found.x
-        # The solver works to a tolerance: its plan may exceed a limit slightly.
-        other = _fill(core, _repair(core, chosen.argmax(axis=1)))
-        if _fits(core, other) and plan_loss(core, other) < upper:
-            plan, upper = other, plan_loss(core, other)
-    return plan, upper, bound
+    if found.x is None:
+        return None, bound
+    chosen = np.zeros_like(table.losses)
+    chosen[layers, positions] = found.x
+    return chosen.argmax(axis=1), bound
+
+
+SEARCHES = (_search_few, _search_many, _branch_and_bound)
+"""In this order, until the best plan is proven: each takes longer, and can decide more."""
 
 
 _STDOUT = threading.Lock()
