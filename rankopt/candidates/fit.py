@@ -10,7 +10,7 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -41,6 +41,11 @@ STACK_BYTES = 2**31
 
 WORKER_BYTES = 300_000_000
 """Memory of a worker process beside the layer that it fits."""
+
+
+Pool = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]], int], Iterator[Any]]
+"""Makes calls on other machines: what is called, the arguments of each call, and the bytes of memory that a call takes.
+Returns what the calls return, in any order."""
 
 
 class Request(NamedTuple):
@@ -124,17 +129,18 @@ def whole_grid(layers: Sequence[Layer], space: SearchSpace) -> list[Request]:
 
 
 def fit(
-    statistics: Statistics, requests: Sequence[Request], workers: int | None = None, until: float = math.inf
+    statistics: Statistics, requests: Sequence[Request], workers: int | Pool | None = None, until: float = math.inf
 ) -> tuple[list[list[Fitted]], dict[str, float]]:
     """Make the fits that the cache does not hold.
 
     A job is one layer and one family. Jobs run in worker processes of one thread each; those of a model on a GPU run on
-    that GPU, layers of equal shape and ranks at once.
+    that GPU, layers of equal shape and ranks at once. Short ones, and all of a model that takes no longer than to start
+    processes, run in this process.
 
     Args:
         statistics: Calibration statistics of the layers to fit.
         requests: The fits.
-        workers: Number of processes. Default: one per available core.
+        workers: Number of processes, or a pool on other machines. Default: one process per available core.
         until: Value of `time.monotonic()` from which no further job starts.
 
     Returns:
@@ -176,14 +182,14 @@ def _entries(statistics: Statistics, request: Request) -> tuple[tuple[str, tuple
 
 
 def fit_candidates(
-    statistics: Statistics, grid: Sequence[Request], workers: int | None = None
+    statistics: Statistics, grid: Sequence[Request], workers: int | Pool | None = None
 ) -> tuple[dict[str, list[Candidate]], dict[str, float]]:
     """Fit all candidates.
 
     Args:
         statistics: Calibration statistics of the layers to fit.
         grid: All fits, as `whole_grid` lists them.
-        workers: Number of processes. Default: one per available core.
+        workers: As of `fit`.
 
     Returns:
         Candidates by layer name, sorted by family and rank, and seconds of fitting by family.
@@ -219,7 +225,7 @@ def as_candidates(layer: Layer, family: str, fitted: Sequence[Fitted]) -> list[C
 
 
 def _run(
-    statistics: Statistics, jobs: Sequence[_Job], workers: int | None, until: float
+    statistics: Statistics, jobs: Sequence[_Job], workers: int | Pool | None, until: float
 ) -> Iterator[tuple[int, float]]:
     """Run jobs in any order; yield each one's index and seconds as it ends. None starts after `until`."""
 
@@ -235,7 +241,8 @@ def _run(
     for stack in in_time(_stacks(statistics, jobs, on_gpu)):
         yield from _fit_stack(cache, *zip(*map(arguments, stack), strict=True))
     left = sorted(set(range(len(jobs))) - set(on_gpu))
-    workers = min(workers or available_cores(), max(len(left), 1), _affordable(statistics.layers))
+    if not callable(workers):
+        workers = min(workers or available_cores(), max(len(left), 1), _affordable(statistics.layers))
     if workers == 1:
         yield from (_fit_one(cache, *arguments(number)) for number in in_time(left))
         return
@@ -244,11 +251,19 @@ def _run(
         with threads(1):
             ended = _fit_one(cache, *arguments(left.pop()))
         yield ended
-    if left:
-        with parallel_config("loky", initializer=_end_with, initargs=(os.getpid(),)):
-            pool = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")
-        known = _registered()
-        yield from pool(delayed(_fit_alone)(known, cache, *arguments(number)) for number in in_time(left))
+    if not left:
+        return
+    known = _registered()
+    if callable(workers):
+        for ended, fits in workers(
+            _fit_away, ((known, *arguments(n)) for n in in_time(left)), _memory(statistics.layers)
+        ):
+            _keep(cache, jobs[ended[0]], fits)
+            yield ended
+        return
+    with parallel_config("loky", initializer=_end_with, initargs=(os.getpid(),)):
+        pool = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")
+    yield from pool(delayed(_fit_alone)(known, cache, *arguments(number)) for number in in_time(left))
 
 
 def _registered() -> bytes:
@@ -273,8 +288,12 @@ def _registered() -> bytes:
 def _affordable(layers: Sequence[Layer]) -> int:
     """How many workers the free memory is enough for, at least one: each holds a layer's statistics several times."""
     free = available_memory()
-    each = WORKER_BYTES + 12 * max(map(statistics_bytes, layers), default=0)
-    return max(1, free // each) if free is not None else available_cores()
+    return max(1, free // _memory(layers)) if free is not None else available_cores()
+
+
+def _memory(layers: Sequence[Layer]) -> int:
+    """Bytes that a worker takes."""
+    return WORKER_BYTES + 12 * max(map(statistics_bytes, layers), default=0)
 
 
 def release_workers() -> None:
@@ -325,31 +344,52 @@ def _kind(statistics: Statistics, layer: Layer) -> str:
     return repr((kind, given))
 
 
-def _fit_alone(known: bytes, *arguments: Any) -> tuple[int, float]:
+def _fit_alone(known: bytes, cache: Cache, *arguments: Any) -> tuple[int, float]:
+    """In a process of its own: fit, and write factors and errors to the cache; the number and the seconds."""
+    _set_up(known)
+    return _fit_one(cache, *arguments)
+
+
+def _fit_away(
+    known: bytes, number: int, job: _Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None
+) -> tuple[tuple[int, float], list[Fit]]:
+    """On another machine, which may not have this cache: the number and the seconds, and the fits."""
+    _set_up(known)
+    start = time.perf_counter()
+    (fits,) = _fits([job], [weight], [moment], [output_metric])
+    return (number, time.perf_counter() - start), fits
+
+
+def _set_up(known: bytes) -> None:
     torch.set_num_threads(1)
     if known:
         DECOMPOSITIONS.registered.update(pickle.loads(known))  # what this job's parent process wrote
-    return _fit_one(*arguments)
 
 
 def _fit_one(
     cache: Cache, number: int, job: _Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None
 ) -> tuple[int, float]:
-    """Fit, and write factors and errors to the cache; the number and the seconds."""
     (ended,) = _fit_stack(cache, [number], [job], [weight], [moment], [output_metric])
     return ended
 
 
 def _fit_stack(
-    cache: Cache,
-    numbers: Sequence[int],
+    cache: Cache, numbers: Sequence[int], jobs: Sequence[_Job], *tensors: Sequence[Any]
+) -> list[tuple[int, float]]:
+    """Fit several jobs of one family whose layers have equal shapes and ranks, and write to the cache."""
+    start = time.perf_counter()
+    for job, fits in zip(jobs, _fits(jobs, *tensors), strict=True):
+        _keep(cache, job, fits)
+    return [(number, (time.perf_counter() - start) / len(jobs)) for number in numbers]
+
+
+def _fits(
     jobs: Sequence[_Job],
     weights: Sequence[Tensor],
     moments: Sequence[Tensor | None],
     metrics: Sequence[Tensor | None],
-) -> list[tuple[int, float]]:
-    """The same for several jobs of one family whose layers have equal shapes and ranks."""
-    start = time.perf_counter()
+) -> list[list[Fit]]:
+    """The checked fits of each job."""
     layers, family, steps = [job.layer for job in jobs], jobs[0].family, jobs[0].steps
     names = ", ".join(repr(layer.name) for layer in layers)
     stack: list[list[Fit]] = [[] for _ in jobs]
@@ -365,9 +405,8 @@ def _fit_stack(
         raise
     except Exception as error:  # torch's, also those of linear algebra and out of memory, and other packages'
         raise RankoptError(f"fitting {family} to layer {names} failed: {error}") from error
-    for job, weight, moment, metric, fits in zip(jobs, weights, moments, metrics, stack, strict=True):
-        _keep(cache, job, checked_fits(family, job.layer, weight, job.ranks, moment, metric, fits))
-    return [(number, (time.perf_counter() - start) / len(jobs)) for number in numbers]
+    given = zip(jobs, weights, moments, metrics, stack, strict=True)
+    return [checked_fits(family, job.layer, w, job.ranks, s, h, fits) for job, w, s, h, fits in given]
 
 
 def _keep(cache: Cache, job: _Job, fits: Sequence[Fit]) -> None:

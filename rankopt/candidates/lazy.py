@@ -32,7 +32,7 @@ from rankopt.candidates.cache import VERSION
 from rankopt.candidates.calibration import Statistics
 from rankopt.candidates.effort import EFFORTS, SMALL, Effort
 from rankopt.candidates.estimate import estimated_errors, spread
-from rankopt.candidates.fit import Fitted, Request, as_candidates, fit, in_order, rough_seconds
+from rankopt.candidates.fit import Fitted, Pool, Request, as_candidates, fit, in_order, rough_seconds
 from rankopt.core.dual import Array, Positions, drop_impossible, maximise_dual, pick
 from rankopt.core.files import digest
 from rankopt.core.problem import Problem, ProblemTable
@@ -84,7 +84,7 @@ class LazyFits:
         statistics: Calibration statistics of the layers.
         requests: All fits that the search space allows.
         effort: How many of them to make.
-        workers: Processes that fit; None for the default.
+        workers: As of `rankopt.candidates.fit.fit`.
         limit: Seconds from a budget on, after which no further fits start.
         limited: The minutes that were asked for, of which `limit` is what was left; None for no limit. What was
             fitted in that time is kept in the cache, so that a search that goes on has the same candidates.
@@ -98,7 +98,7 @@ class LazyFits:
     statistics: Statistics
     requests: Sequence[Request]
     effort: Effort
-    workers: int | None = None
+    workers: int | Pool | None = None
     limit: float = math.inf
     limited: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)

@@ -27,7 +27,7 @@ from rankopt.candidates.calibration import (
     wide_layers,
     without_metric,
 )
-from rankopt.candidates.fit import Request, fit_candidates, in_each_form, whole_grid
+from rankopt.candidates.fit import Pool, Request, fit_candidates, in_each_form, whole_grid
 from rankopt.candidates.instruments import INSTRUMENTS
 from rankopt.candidates.latency import MeasuredCosts, measure_costs
 from rankopt.candidates.latency_table import Conditions
@@ -258,7 +258,7 @@ def prepare(
     space: SearchSpace | str = "default",
     cache: str | Path | None = None,
     progress: Progress = silent,
-    workers: int | None = None,
+    workers: int | Pool | None = None,
     budget: Budget | None = None,
     latency_on: Conditions | None = None,
 ) -> Prepared:
@@ -272,7 +272,7 @@ def prepare(
         space: Search space, or the name or path of one.
         cache: Folder for statistics, fits and sensitivities. Default: see `Cache`.
         progress: Progress callback.
-        workers: Processes that fit. Default: one per available core.
+        workers: Processes that fit, or a pool of other machines. Default: one process per available core.
         budget: Checked before anything is calibrated or fitted, as costs are known in advance. It decides which
             costs are measured: latency, energy, or memory and disk, only if it limits them.
         latency_on: Conditions under which latency and energy are measured.
@@ -295,7 +295,7 @@ def _prepare(
     space: SearchSpace | str,
     cache: str | Path | None,
     progress: Progress,
-    workers: int | None,
+    workers: int | Pool | None,
     budget: Budget | None,
     latency_on: Conditions | None,
 ) -> Prepared:

@@ -24,7 +24,7 @@ from rankopt.cli.app import (
 )
 from rankopt.cli.parameters import complete_strategy
 from rankopt.search.progress import console, show_progress
-from rankopt.search.runners import RunnerSettings, make_runner, session
+from rankopt.search.runners import RunnerSettings, make_runner, pool_of, session
 
 COMPARED = "What is compared"  # a panel of --help
 
@@ -60,9 +60,9 @@ def sweep(  # noqa: PLR0913  # a parameter for every option
         out = out or default_folder(task, "sweep")
         runner = make_runner(RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial), out)
         open_folder(out, resume=None)
-        with folder_lock(out):
+        with folder_lock(out), session(runner):
             adjusted = load_space(space).adjusted(effort=effort)
-            prepared = prepare(found, adjusted, cache, show_progress, budget=[loosest])
+            prepared = prepare(found, adjusted, cache, show_progress, pool_of(runner), [loosest])
             result = sweeps.sweep(prepared, budgets, evaluate, show_progress, runner)
             write(out, result)
         echo(table(result))
@@ -125,7 +125,7 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
 
         with folder_lock(out), session(runner):
             adjusted = load_space(space).adjusted(effort=effort)
-            prepared = prepare(load_task(task), adjusted, cache, show_progress, budget=budget[0].split(","))
+            prepared = prepare(load_task(task), adjusted, cache, show_progress, pool_of(runner), budget[0].split(","))
             data = benchmarks.benchmark(
                 prepared, budget, names, trials, seeds, out, resume, print_cell, show_progress, runner
             )

@@ -27,6 +27,7 @@ from rankopt.model.objective import call
 from rankopt.search.compress import open_run_folder, run_search
 from rankopt.search.loop import Runner
 from rankopt.search.result import Result
+from rankopt.search.runners import pool_of
 from rankopt.search.settings import SearchSettings
 from rankopt.search.train_run import train_run, untrained_network, with_training
 from rankopt.strategies.registry import read_options, strategy_options
@@ -250,7 +251,7 @@ def run_in_folder(
         resume = out.is_dir() and any(out.rglob("study.db"))
         settings = dataclasses.replace(experiment.search, resume=resume)
         open_run_folder(out, settings)
-        prepared = prepare(task, experiment.space, cache, display, budget=experiment.budget)
+        prepared = prepare(task, experiment.space, cache, display, pool_of(runner), experiment.budget)
         result = run_search(prepared, prepared.problem(experiment.budget), settings, out, runner, display)
         if result.info["trials"]["interrupted"]:
             return None

@@ -44,6 +44,7 @@ from rankopt.experiments.config import OBJECTIVES, StudyFile
 from rankopt.experiments.experiment import Experiment, run_experiment, run_in_folder
 from rankopt.search.loop import ALL_FAILED, Runner, RunUntil
 from rankopt.search.result import Result
+from rankopt.search.runners import pool_of
 from rankopt.search.storage.local import STUDY, create_study, load_study, storage_errors
 from rankopt.strategies.optuna import derived, make_sampler
 
@@ -208,7 +209,7 @@ class TuningStudy:
             try:
                 experiment = self.experiment(trial.params)
                 if prepared is None or prepared.space != experiment.space:
-                    prepared = prepare(untested, experiment.space, cache, progress, budget=experiment.budget)
+                    prepared = prepare(untested, experiment.space, cache, progress, pool_of(runner), experiment.budget)
                 result = run_experiment(experiment, prepared, runner)
                 found = {**measurements(result), "seconds": round(time.monotonic() - start, 3)}
                 self._record(trial, found, report)

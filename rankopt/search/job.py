@@ -21,7 +21,7 @@ from rankopt.search.loop import Runner
 from rankopt.search.max_drop import OPTIONS, check_max_drop, smallest_model
 from rankopt.search.multi_stage import run_multi_stage
 from rankopt.search.result import Result
-from rankopt.search.runners import RunnerSettings, make_runner, session
+from rankopt.search.runners import RunnerSettings, make_runner, pool_of, session
 from rankopt.search.settings import SearchSettings
 from rankopt.strategies.base import Strategy
 
@@ -181,8 +181,9 @@ def run_job(task: Task, job: Job, progress: bool | Progress | None = None) -> Re
             return run_multi_stage(
                 task, job.space, job.budget or {}, job.settings, job.out, job.cache, shown(runner, job.out), show
             )
-    prepared = prepare(task, job.space, job.cache, show, budget=job.budget, latency_on=job.conditions)
-    return _search(prepared, job, runner, show, shown)
+    with session(runner):
+        prepared = prepare(task, job.space, job.cache, show, pool_of(runner), job.budget, job.conditions)
+        return _search(prepared, job, runner, show, shown)
 
 
 def run_prepared(prepared: Prepared, job: Job, progress: bool | Progress | None = None) -> Result:

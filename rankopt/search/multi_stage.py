@@ -31,6 +31,7 @@ from rankopt.model.objective import Divergence, call
 from rankopt.search.compress import run_search
 from rankopt.search.loop import Runner, search
 from rankopt.search.result import Result, set_scores
+from rankopt.search.runners import pool_of
 from rankopt.search.settings import SearchSettings
 from rankopt.training.loop import search_batches, train_briefly
 
@@ -87,7 +88,7 @@ def run_multi_stage(  # noqa: PLR0913  # a search's arguments and its preparatio
         stage = dataclasses.replace(
             task, model=model, calibration=batches, objective=objective, score=task.score if last else None, test=None
         )
-        prepared = prepare(stage, space, cache, progress, workers, budget=goal)
+        prepared = prepare(stage, space, cache, progress, workers or pool_of(runner), budget=goal)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         round_settings = dataclasses.replace(settings, resume=bool(folder and (folder / "study.db").is_file()))

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankopt.candidates.fit import Pool
 from rankopt.core.errors import RankoptError
 from rankopt.search.loop import Runner
 from rankopt.search.loop import search as search_in_process
@@ -92,3 +93,18 @@ def session(runner: Runner) -> AbstractContextManager[object]:
     """
     opened: Callable[[], AbstractContextManager[object]] = getattr(runner, "session", nullcontext)
     return opened()
+
+
+def pool_of(runner: Runner) -> Pool | None:
+    """Where the candidates of a search are fitted.
+
+    Args:
+        runner: The search's runner.
+
+    Returns:
+        Its Ray cluster as a pool; None for the cores of this machine.
+    """
+    while inner := getattr(runner, "runner", None):  # LiveRunner and RunUntil wrap another
+        runner = inner
+    pool: Callable[[], Pool | None] = getattr(runner, "fit_pool", lambda: None)
+    return pool()

@@ -12,17 +12,19 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from rankopt.candidates.fit import Pool
 from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.files import available_cores
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal, Trial
 from rankopt.search.loop import WAIT, Evaluate, Outcome, Study, proposals
 from rankopt.search.ray.session import check_resources, keep_logs, line, quiet, started, surroundings
+from rankopt.search.ray.tasks import in_any_order
 from rankopt.search.ray.tune_options import TuneOptions
 from rankopt.search.ray.worker import Limits, Payload, Worker, WorkerError, pack
 
@@ -118,6 +120,18 @@ class RaySearch:
                 check_resources(self.gpus, self.cpus)
             self.folder = folder
         return self.folder
+
+    def fit_pool(self) -> Pool | None:
+        """The cluster as a pool for fits; None if Ray runs on this machine alone, whose cores need no Ray for them."""
+        import ray
+
+        return self._run_tasks if self.address or ray.is_initialized() else None
+
+    def _run_tasks(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], memory: int) -> Iterator[Any]:
+        """Run calls as Ray tasks; a `Pool`."""
+        with self.session():
+            self._start()
+            yield from in_any_order(function, calls, memory)
 
     @property
     def threads(self) -> int:

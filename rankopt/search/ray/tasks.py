@@ -8,7 +8,7 @@ from typing import Any
 
 
 def in_any_order(
-    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], cpus: float = 1.0, gpus: float = 0.0, ahead: int = 2
+    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], memory: int = 0, cpus: float = 1.0, ahead: int = 2
 ) -> Iterator[Any]:
     """Run calls as tasks of the Ray that this process is connected to.
 
@@ -18,8 +18,8 @@ def in_any_order(
     Args:
         function: What is called; workers import it.
         calls: Its arguments, call by call.
+        memory: Bytes that a call takes; of a machine with less, all that it has.
         cpus: CPUs of a call.
-        gpus: GPUs of a call.
         ahead: Calls that are sent for each that the cluster has room for.
 
     Yields:
@@ -30,7 +30,8 @@ def in_any_order(
     """
     import ray
 
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(function)
+    memory = min([memory, *(int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"])])
+    task = ray.remote(num_cpus=cpus, memory=memory or None, max_retries=3)(function)
     waiting = iter(calls)
     running: list[Any] = []
     while True:
@@ -39,4 +40,8 @@ def in_any_order(
         if not running:
             return
         (ended,), running = ray.wait(running, num_returns=1)
-        yield ray.get(ended)
+        try:
+            result = ray.get(ended)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None  # without the worker's traceback in its message
+        yield result

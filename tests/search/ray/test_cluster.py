@@ -1,4 +1,7 @@
-"""A search uses all nodes of a cluster, goes on when one dies, and uses one that joins. Two raylets on this machine."""
+"""A search uses all nodes of a cluster, goes on when one dies, and uses one that joins. Two raylets on this machine.
+
+So do its fits.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ import time
 import pytest
 
 from rankopt.candidates.prepare import prepare
+from rankopt.candidates.search_space import SearchSpace
 from rankopt.experiments.tasks import load_task
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.loop import Study
 from rankopt.search.ray.runner import RaySearch
+from rankopt.strategies.allocation import allocate
 from rankopt.strategies.registry import make_strategy
 from tests.search.ray.test_runner import SPACE
 
@@ -86,3 +91,36 @@ def test_a_node_that_joins_is_used(digits, cluster):
     found = search(digits, 100, 3.0, report)
     assert len({t.score for t in found[:2]}) == 1
     assert len({t.score for t in found}) == 2 and len(found) < 100
+
+
+FITS = SearchSpace(families=("svd_out", "cp_merged", "tucker2"), points=10, steps=200)
+
+
+def test_candidates_are_fitted_on_all_nodes_to_the_same_plan(cluster, tmp_path, monkeypatch):
+    """A node dies in the middle. None of them sees this process's cache."""
+    monkeypatch.setattr("rankopt.candidates.fit.START_UP", 0.0)
+    second = cluster.add_node(num_cpus=1)
+    ended = []
+
+    def pool(function, calls, memory):
+        calls = ((function, *arguments) for arguments in calls)
+        for number, result in enumerate(RaySearch(2).fit_pool()(on_node, calls, memory)):
+            ended.append(result[1])
+            if number == 4:
+                cluster.remove_node(second, allow_graceful=False)
+            yield result[0]
+
+    task = load_task("digits")
+    away = prepare(task, FITS, tmp_path / "away", workers=pool)
+    here = prepare(task, FITS, tmp_path / "here", workers=1)
+    assert len(set(ended)) == 2 and len(ended) > 8
+    assert away.candidates.keys() == here.candidates.keys()
+    for name, candidates in here.candidates.items():
+        assert [(c.method, c.rank) for c in away.candidates[name]] == [(c.method, c.rank) for c in candidates]
+        assert [c.error for c in away.candidates[name]] == pytest.approx([c.error for c in candidates], rel=1e-9)
+    problem = here.problem({"params": 0.3})
+    assert allocate(away.problem({"params": 0.3})).proposal == allocate(problem).proposal
+
+
+def on_node(function, *arguments):
+    return function(*arguments), ray.get_runtime_context().get_node_id()
