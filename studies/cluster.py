@@ -27,14 +27,13 @@ import torch
 from rankopt.candidates.fit import Pool
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import load_space
-from rankopt.core.budget import Budget
 from rankopt.experiments.tasks import load_task
 from rankopt.search.ray.runner import RaySearch
 from rankopt.strategies.allocation import allocate
 
 RESULTS = Path(__file__).parent / "results"
 TASK = str(Path(__file__).parent / "tasks" / "cifar10.py") + ":resnet20"
-BUDGET: Budget = {"params": 0.3}
+BUDGET = {"params": 0.3}
 
 
 def measure(task: str, effort: str, workers: int | Pool) -> dict[str, Any]:
@@ -75,8 +74,8 @@ def main() -> None:
     effort = "quick" if chosen.quick else "thorough"
     one, two = measure(chosen.task, effort, 1), on_two_nodes(chosen.task, effort)
     same = one["plan"] == two["plan"]
-    record: dict[str, Any] = {"date": str(date.today()), "machine": platform.processor() or platform.machine(), "effort": effort}
-    record |= {"task": Path(chosen.task).name, "one core": one, "two nodes": two, "same plan": same}
+    record: dict[str, Any] = {"date": str(date.today()), "machine": platform.processor() or platform.machine()}
+    record |= {"task": Path(chosen.task).name, "effort": effort, "one core": one, "two nodes": two, "same plan": same}
     print(text := table(record))
     RESULTS.joinpath("cluster.json").write_text(json.dumps(record, indent=1) + "\n")
     RESULTS.joinpath("cluster.md").write_text(text)
