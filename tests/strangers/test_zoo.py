@@ -12,7 +12,7 @@ import pytest
 STUDIES = Path(__file__).parents[2] / "studies"
 ZOO = runpy.run_path(str(STUDIES / "zoo.py"))
 
-FAST = ("timm convnext_atto", "timm vit_tiny_patch16_224", "hf ALBERT", "torch LSTM", "U-Net")
+FAST = ("timm convnext_atto", "hf ALBERT", "torch LSTM")
 """Those of `make test`; tests/strangers/test_12_hugging_face.py has others. `make slow` has all."""
 
 

@@ -9,6 +9,7 @@ import os
 import time
 
 import pytest
+import torch
 
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace
@@ -18,6 +19,7 @@ from rankopt.search.loop import Study
 from rankopt.search.ray.runner import RaySearch
 from rankopt.strategies.allocation import allocate
 from rankopt.strategies.registry import make_strategy
+from tests.helpers.problems import synthetic
 from tests.search.ray.test_runner import SPACE
 
 ray = pytest.importorskip("ray")
@@ -124,3 +126,25 @@ def test_candidates_are_fitted_on_all_nodes_to_the_same_plan(cluster, tmp_path, 
 
 def on_node(function, *arguments):
     return function(*arguments), ray.get_runtime_context().get_node_id()
+
+
+class Heavy:
+    """An evaluation that carries more bytes than the object store holds."""
+
+    def __init__(self):
+        self.ballast = torch.zeros(75_000_000)
+
+    def __call__(self, proposal):
+        return float(sum(proposal)), float(self.ballast[0])
+
+
+def test_a_search_goes_on_where_the_object_store_is_full():
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    small = {"object_store_memory": 80_000_000, "include_dashboard": False}
+    ray.init(address="local", num_cpus=2, log_to_driver=False, logging_level="ERROR", **small)
+    try:
+        problem, _ = synthetic()
+        trials = RaySearch(2)(Study(problem, make_strategy("random", problem, 0), 6), Heavy())
+    finally:
+        ray.shutdown()
+    assert [t.objective for t in trials] == [sum(t.proposal) for t in trials] and len(trials) == 6
