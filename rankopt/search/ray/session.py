@@ -158,7 +158,10 @@ def started(address: str | None, workers: int, folder: str, dashboard: bool = Fa
                 log.warning("Ray's dashboard: http://%s", context.dashboard_url)
         except (Exception, SystemExit) as error:  # Ray exits the process where something else answers
             problem = f"cannot be reached at {address}" if address else "does not start"
-            raise RankoptError(f"Ray {problem}: {line(error)}") from error
+            token = (
+                ". If the cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to it" if address else ""
+            )
+            raise RankoptError(f"Ray {problem}: {line(error)}{token}") from error
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, before)

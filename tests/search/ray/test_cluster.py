@@ -6,7 +6,15 @@ So do its fits.
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,3 +156,44 @@ def test_a_search_goes_on_where_the_object_store_is_full():
     finally:
         ray.shutdown()
     assert [t.objective for t in trials] == [sum(t.proposal) for t in trials] and len(trials) == 6
+
+
+def test_a_cluster_with_a_token_lets_in_whoever_has_it(tmp_path, quick_space):
+    """Without it, the error says what to set."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef"}
+    free = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+    free.close()
+    temporary = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's sockets have long paths
+    head = ("start", "--head", "--block", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats")
+    ray_command = [str(Path(sys.executable).with_name("ray")), *head, f"--temp-dir={temporary}"]
+    options = ("--budget=params=0.3", "--strategy=random", "--trials=2", "--workers=1", "--no-html")
+    search = [sys.executable, "-m", "rankopt.cli", "search", "digits", *options, "--space", str(quick_space)]
+
+    def searched(folder, **environment):
+        where = {**os.environ, "RANKOPT_CACHE": str(tmp_path / "cache"), **environment}
+        command = [*search, f"--ray-address={address}", f"--out={tmp_path / folder}"]
+        return subprocess.run(command, env=where, capture_output=True, text=True, check=False)
+
+    with subprocess.Popen(
+        [*ray_command, f"--port={address.rpartition(':')[2]}"], env={**os.environ, **token}
+    ) as started:
+        try:
+            wait_for_port(address)
+            assert searched("with", **token).returncode == 0
+            refused = searched("without", RAY_AUTH_MODE="disabled")
+            assert refused.returncode == 2 and "RAY_AUTH_TOKEN" in refused.stderr.strip().splitlines()[-1]
+        finally:
+            started.send_signal(signal.SIGTERM)
+            started.wait(60)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def wait_for_port(address):
+    host, port = address.split(":")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"nothing answers at {address}")
