@@ -1,0 +1,429 @@
+"""What the channels of bonds do: how the objective and the loss of each class change when a channel is switched off.
+
+A channel r of a bond adds the component W_r to its layer's weight (`rankopt.decompositions.channels`), and W_r x to the
+output at an input x. It is *ablated* by taking W_r x away, and *patched* by putting there what it adds for another
+example. Either changes the output by some δ_r, which is measured by running the model, and predicted for all channels
+at once, without running it for each, by the second-order expansion of the objective in the model's outputs z:
+
+    ΔD ≈ E[⟨∂D/∂y, δ_r⟩] + ½ E[δzᵀ F δz],    δz = (∂z/∂y) δ_r
+
+with F = diag(p) − p pᵀ of predictions p (Martens 2020, section 6; of outputs without classes F is a multiple of the
+identity). The first term takes one backward pass of the data. The second is the mean of ⟨∂(vᵀz)/∂y, δ_r⟩² over random
+v with covariance F, a backward pass each; unlike tr(H W_r S W_rᵀ) it counts that positions of an example act together.
+The negative log-likelihood of a class has the same F, so one further pass gives the change of every class's loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rankopt.core.errors import RankoptError
+from rankopt.core.records import Layer
+from rankopt.model.forward import batch_size, hooked, inference, outputs, run, take, to_device
+from rankopt.model.layer_kinds import as_matrix
+from rankopt.model.objective import Divergence, Part
+
+ABLATED, PATCHED = 0, 1
+"""Index of the two ways to change a channel."""
+
+
+PROBES = 8
+"""Random directions of the outputs, for each example."""
+
+
+CHUNK_BYTES = 2**29
+"""The most bytes of gradients that are held at once."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Channels of a bond, or other directions: what each adds to its layer.
+
+    Attributes:
+        layer: The layer.
+        module: The dense layer, which applies a component to the layer's input.
+        count: How many there are.
+        components: Makes their components, in the layer's own shape.
+    """
+
+    layer: Layer
+    module: nn.Module
+    count: int
+    components: Callable[[], Iterator[Tensor]]
+
+    def apply(self, component: Tensor, x: Tensor) -> Tensor:
+        """What a component adds to the layer's output.
+
+        Args:
+            component: A weight.
+            x: The layer's input.
+        """
+        given = {"weight": component.to(self.module.weight)}  # type: ignore[arg-type]
+        bias = getattr(self.module, "bias", None)
+        if bias is not None:
+            given["bias"] = torch.zeros_like(bias)
+        with torch.no_grad():
+            return functional_call(self.module, given, (x,))
+
+
+@dataclass
+class Effects:
+    """How the objective and classes change, in the order of the directions.
+
+    Attributes:
+        predicted: Predicted rise of the objective, (2, n): ablated, patched.
+        measured: Measured rise, (2, n); NaN where it was not measured.
+        class_predicted: Predicted rise of each class's loss when a direction is ablated, (n, classes).
+        class_measured: Measured rise, (n, classes).
+        responses: What drives them: for each example the component's strongest output, along its main direction and
+            with its sign, (examples, n). None where a layer's input has no row for each example.
+        places: At which position of the output, (examples, n).
+    """
+
+    predicted: Tensor
+    measured: Tensor
+    class_predicted: Tensor
+    class_measured: Tensor
+    responses: Tensor | None = None
+    places: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """How many directions there are."""
+        return self.predicted.shape[1]
+
+
+# --- the examples ------------------------------------------------------------------------------------
+
+
+class Examples:
+    """The examples on which channels are changed, and what the dense model says of them.
+
+    Args:
+        dense: The dense model.
+        batches: Inputs.
+        layers: The layers whose gradients are to fit into memory.
+    """
+
+    def __init__(self, dense: nn.Module, batches: Sequence[Any], layers: Sequence[Layer]) -> None:
+        size = _chunk(layers)
+        chunks = [take(x, slice(i, i + size)) for x in batches for i in range(0, batch_size(x), size)]
+        self.divergence = Divergence(dense, chunks)
+        self.references = list(self.divergence.references())
+        self.labels: list[Tensor] | None = None
+        main = self.divergence.parts[0]
+        if main.axis == 1 and all(zs[0].ndim == 2 for zs in self.references):
+            self.labels = [zs[0].argmax(1) for zs in self.references]
+        self.classes = self.references[0][0].shape[1] if self.labels is not None else 0
+
+    def __iter__(self) -> Iterator[tuple[int, Any, list[Tensor]]]:
+        """Number, input and the dense model's outputs of each chunk."""
+        pairs = zip(self.divergence.batches, self.references, strict=True)
+        return ((i, x, zs) for i, (x, zs) in enumerate(pairs))
+
+    @property
+    def count(self) -> int:
+        """The number of examples."""
+        return self.divergence.examples
+
+    @property
+    def class_sizes(self) -> Tensor:
+        """How many examples the dense model assigns to each class."""
+        labels = torch.cat(self.labels) if self.labels is not None else torch.zeros(0, dtype=torch.long)
+        return torch.bincount(labels, minlength=self.classes)
+
+    def by_class(self, chunk: int, values: Tensor) -> Tensor:
+        """Sum values of a chunk's examples over the examples of each class.
+
+        Args:
+            chunk: Number of the chunk.
+            values: (..., examples).
+        """
+        if self.labels is None:
+            return values.new_zeros(*values.shape[:-1], 0)
+        sums = values.new_zeros(*values.shape[:-1], self.classes)
+        return sums.index_add(-1, self.labels[chunk].to(values.device), values)
+
+
+def _chunk(layers: Sequence[Layer]) -> int:
+    """How many examples are taken at once: two at least, so that one can be patched into the other."""
+    numbers = sum(x.shape[0] * sum(c.maps * math.prod(c.size_out) for c in x.calls) for x in layers)
+    return max(2, CHUNK_BYTES // max(1, 4 * (PROBES + 2) * numbers))
+
+
+# --- predicted ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer: its input, and gradients of several scalars with respect to its output, stacked."""
+
+    x: Tensor
+    gradients: Tensor
+
+
+def predict(
+    model: nn.Module,
+    wanted: Mapping[str, Sequence[Directions]],
+    examples: Examples,
+    on_chunk: Callable[[], Any] = lambda: None,
+    seed: int = 0,
+) -> dict[str, list[Effects]]:
+    """Predict what ablating and patching does, of all directions of all layers from the same backward passes.
+
+    Args:
+        model: The compressed model.
+        wanted: By layer name, sets of directions.
+        examples: The examples.
+        on_chunk: Called after every chunk of examples.
+        seed: Of the random directions of the outputs.
+
+    Returns:
+        The effects by layer name, in the order of the sets; nothing is measured yet.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sums = {name: [_Sums(d, examples) for d in sets] for name, sets in wanted.items()}
+    for number, x, reference in examples:
+        calls = _gradients(
+            model, wanted, x, lambda zs, z0=reference, i=number: _scalars(zs, z0, examples, i, generator)
+        )
+        for name, found in calls.items():
+            for total in sums[name]:
+                total.add(number, batch_size(x), found)
+        on_chunk()
+    return {name: [total.effects() for total in totals] for name, totals in sums.items()}
+
+
+def _gradients(
+    model: nn.Module, names: Mapping[str, Any], batch: Any, scalars: Callable[[list[Tensor]], list[Tensor]]
+) -> dict[str, list[_Call]]:
+    """Run a batch and differentiate scalars of the model's outputs with respect to the outputs of layers."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+
+    def watch(name: str, args: tuple[Any, ...], _kwargs: Any, output: Tensor) -> Tensor:
+        y = output if output.requires_grad else output.detach().requires_grad_()
+        seen[name].append((args[0].detach().clone(), y))
+        return y.clone()  # which a later layer may change in place
+
+    try:
+        with (
+            inference(model),
+            hooked(model, names, on_output=watch),
+            torch.enable_grad(),
+            torch.backends.cudnn.flags(enabled=False),
+        ):
+            values = scalars(list(outputs(run(model, to_device(batch, model))).values()))
+            ys = [y for pairs in seen.values() for _, y in pairs]
+            rows = [torch.autograd.grad(v, ys, retain_graph=True, allow_unused=True) for v in values]
+    except RuntimeError as error:
+        raise RankoptError(
+            f"no gradients of the model's outputs can be taken, which predictions need: {type(error).__name__}: {error}"
+        ) from error
+    columns = iter(zip(*rows, strict=True))
+    return {name: [_Call(x, _stacked(next(columns), y)) for x, y in pairs] for name, pairs in seen.items()}
+
+
+def _stacked(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    return torch.stack([torch.zeros_like(like) if g is None else g for g in gradients]).detach()
+
+
+def _scalars(
+    zs: list[Tensor], reference: list[Tensor], examples: Examples, chunk: int, generator: torch.Generator
+) -> list[Tensor]:
+    """The objective, the loss of the examples' classes, and random directions of the outputs, over a chunk."""
+    parts = examples.divergence.parts
+    found = [_divergence(zs, reference, parts)]
+    found.append(_class_losses(zs[0], examples.labels[chunk]).sum() if examples.labels else zs[0].sum() * 0)
+    compared = [(part, z) for part, z in zip(parts, zs, strict=True) if part.size > 0]
+    for _ in range(PROBES):
+        found.append(torch.stack([(z * _probe(part, z.detach(), generator)).sum() for part, z in compared]).sum())
+    return found
+
+
+def _divergence(zs: Sequence[Tensor], reference: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
+    """The objective, summed over the examples of a chunk."""
+    total = zs[0].new_zeros((), dtype=torch.float64)
+    for part, z, z0 in zip(parts, zs, reference, strict=True):
+        if part.size == 0:
+            continue
+        a, b = z.double(), z0.to(z.device).double()
+        if part.axis is None:
+            total = total + (a - b).square().sum() / part.size
+            continue
+        log_p, log_p0 = F.log_softmax(a, part.axis), F.log_softmax(b, part.axis)
+        total = total + F.kl_div(log_p, log_p0, reduction="sum", log_target=True) / part.size
+    return total
+
+
+def _class_losses(z: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(z.double(), labels.to(z.device), reduction="none")
+
+
+def _probe(part: Part, z: Tensor, generator: torch.Generator) -> Tensor:
+    """A random direction of an output, with the covariance of the objective's second derivative."""
+    drawn = torch.randn(z.shape, generator=generator).to(z)
+    if part.axis is None:
+        return drawn * math.sqrt(2 / part.size)
+    p = F.softmax(z, part.axis)
+    return (p.sqrt() * drawn - p * (p.sqrt() * drawn).sum(part.axis, keepdim=True)) / math.sqrt(part.size)
+
+
+class _Sums:
+    """Sums over examples, of one set of directions."""
+
+    def __init__(self, directions: Directions, examples: Examples) -> None:
+        self.directions, self.examples = directions, examples
+        n = directions.count
+        self.rise = torch.zeros(2, n, dtype=torch.float64)
+        self.by_class = torch.zeros(n, examples.classes, dtype=torch.float64)
+        self.responses: list[Tensor] = []
+        self.places: list[Tensor] = []
+        self.complete, self.patched = True, False
+
+    def add(self, chunk: int, units: int, calls: Sequence[_Call]) -> None:
+        """Add a chunk of so many examples."""
+        rows = units if all(len(c.x) == units and c.x.ndim > 0 for c in calls) else 1
+        self.complete &= rows == units
+        self.patched |= rows > 1
+        responses, places = [], []
+        for r, component in enumerate(self.directions.components()):
+            ys = [self.directions.apply(component, c.x) for c in calls]
+            changes = sum(_changes(y, c.gradients, rows) for y, c in zip(ys, calls, strict=True))
+            assert isinstance(changes, Tensor)  # (scalars, 2, rows)
+            curvature = 0.5 * changes[2:].square().mean(0)
+            self.rise[:, r] += (changes[0] + curvature).sum(-1)
+            if rows == units:
+                self.by_class[r] += self.examples.by_class(chunk, changes[1, ABLATED] + curvature[ABLATED])
+                strongest = _strongest(self.directions.layer, component, ys, rows)
+                responses.append(strongest[0])
+                places.append(strongest[1])
+        if responses:
+            self.responses.append(torch.stack(responses, 1))
+            self.places.append(torch.stack(places, 1))
+
+    def effects(self) -> Effects:
+        """The means over all examples."""
+        rise = self.rise / self.examples.count
+        if not self.patched:
+            rise[PATCHED] = math.nan
+        by_class = self.by_class / self.examples.class_sizes
+        complete = self.complete and bool(self.responses)
+        return Effects(
+            rise,
+            torch.full_like(rise, math.nan),
+            by_class if complete else torch.full_like(by_class, math.nan),
+            torch.full_like(by_class, math.nan),
+            torch.cat(self.responses) if complete else None,
+            torch.cat(self.places) if complete else None,
+        )
+
+
+def _changes(y: Tensor, gradients: Tensor, rows: int) -> Tensor:
+    """First-order changes (scalars, 2, rows) of scalars when what a channel adds is ablated, and patched."""
+    flat = y.reshape(rows, -1)
+    both = torch.stack([-flat, flat.roll(1, 0) - flat])
+    return torch.einsum("snk,mnk->smn", gradients.reshape(len(gradients), rows, -1), both).double().cpu()
+
+
+def _strongest(layer: Layer, component: Tensor, ys: Sequence[Tensor], rows: int) -> tuple[Tensor, Tensor]:
+    """For each example the strongest response of all calls, along the component's main direction, and its position."""
+    u = main_output(layer, component)
+    axis = ys[0].ndim - 1 - max(0, len(layer.own_shape) - 2)
+    maps = [torch.tensordot(y, u.to(y), ([axis], [0])).reshape(rows, -1) for y in ys]
+    whole = torch.cat(maps, 1)
+    at = whole.abs().argmax(1, keepdim=True)
+    return whole.gather(1, at)[:, 0].cpu(), (at[:, 0] % maps[0].shape[1]).cpu()
+
+
+def main_output(layer: Layer, component: Tensor) -> Tensor:
+    """The output direction in which a component is strongest: its first left singular vector, by power iteration.
+
+    Args:
+        layer: The layer.
+        component: A weight in the layer's own shape.
+
+    Returns:
+        float64 (outputs of all groups,).
+    """
+    rows = as_matrix(layer, component.double())
+    rows = rows.reshape(-1, rows.shape[-1]) if layer.groups == 1 else torch.block_diag(*rows)
+    u = rows @ rows[rows.square().sum(1).argmax()]
+    for _ in range(20):
+        u = rows @ (rows.mT @ (u / u.norm().clamp_min(1e-300)))
+    return u / u.norm().clamp_min(1e-300)
+
+
+# --- measured ----------------------------------------------------------------------------------------
+
+
+def measure(
+    model: nn.Module,
+    directions: Directions,
+    effects: Effects,
+    chosen: Sequence[int],
+    examples: Examples,
+    unchanged: Losses,
+    on_pass: Callable[[], Any] = lambda: None,
+) -> None:
+    """Measure what ablating and patching some directions does, by running the model; `effects` is filled in.
+
+    Args:
+        model: The compressed model.
+        directions: The directions.
+        effects: Their effects.
+        chosen: Numbers of those to measure.
+        examples: The examples.
+        unchanged: The losses of the model as it is.
+        on_pass: Called after every run over the examples.
+    """
+    wanted = set(chosen)
+    for r, component in enumerate(directions.components()):
+        if r not in wanted:
+            continue
+        for way in (ABLATED, PATCHED):
+
+            def change(_: str, args: tuple[Any, ...], _kwargs: Any, out: Tensor) -> Tensor:
+                y = directions.apply(component, args[0])  # noqa: B023  # called within this turn of the loop
+                return out + ((y.roll(1, 0) if way == PATCHED else 0) - y)  # noqa: B023
+
+            if way == PATCHED and effects.predicted[way].isnan().any():
+                continue
+            with hooked(model, [directions.layer.name], on_output=change):
+                changed = losses(model, examples)
+            effects.measured[way, r] = changed.objective - unchanged.objective
+            if way == ABLATED:
+                effects.class_measured[r] = changed.by_class - unchanged.by_class
+            on_pass()
+
+
+class Losses(NamedTuple):
+    """The objective of a model, and the mean loss of each class; NaN for one without examples."""
+
+    objective: float
+    by_class: Tensor
+
+
+def losses(model: nn.Module, examples: Examples) -> Losses:
+    """Measure the objective, and the loss of each class.
+
+    Args:
+        model: A model.
+        examples: The examples.
+    """
+    total, by_class = 0.0, torch.zeros(examples.classes, dtype=torch.float64)
+    for number, x, reference in examples:
+        with inference(model):
+            zs = list(outputs(run(model, to_device(x, model))).values())
+            total += _divergence(zs, reference, examples.divergence.parts).item()
+            if examples.labels is not None:
+                by_class += examples.by_class(number, _class_losses(zs[0], examples.labels[number]).cpu())
+    return Losses(total / examples.count, by_class / examples.class_sizes)
