@@ -36,13 +36,13 @@ RESULTS = Path(__file__).parent / "results"
 
 def resnet20(measured: int, examples: int, seed: int, device: str, page: bool) -> dict[str, Any]:
     task = load_task(f"{Path(__file__).parent / 'tasks' / 'cifar10.py'}:resnet20")
-    result = rankopt.compress(task, budget={"params": 0.4}, seed=seed, progress=False)
+    result = rankopt.compress(task, budget={"params": 0.4}, seed=seed, progress=True)
     result.model.to(device)
     assert result.dense is not None
     result.dense.to(device)
     start = time.process_time()
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    found = rankopt.bonds(result, measured=measured, examples=examples, classes=names, seed=seed, progress=False)
+    found = rankopt.bonds(result, measured=measured, examples=examples, classes=names, seed=seed, progress=True)
     found.title = "ResNet-20 at 40 % of the parameters"
     seconds = time.process_time() - start
     if page:

@@ -60,8 +60,6 @@ class Bonds:
         classes: Sequence[str] | None = None,
         decode: Callable[[int], str] | None = None,
     ) -> None:
-        if classes is not None and len(classes) != len(latents.classes):
-            raise TaskError(f"there are {len(classes)} names for {len(latents.classes)} classes: give one for each")
         self.latents, self.layers, self.title = latents, list(layers), title
         latents.classes = list(classes or latents.classes)
         latents.decode = decode or latents.decode
@@ -88,9 +86,12 @@ class Bonds:
         """
         from rankopt.model.inputs import first_examples
         from rankopt.report.bond_analysis import inspect_bonds, with_pictures
+        from rankopt.report.bond_effects import class_count
         from rankopt.report.bond_latents import analyse
 
         batches = first_examples(subject.batches, effort.examples)
+        if classes is not None and len(classes) != (n := class_count(subject.dense, batches[0])):
+            raise TaskError(f"there are {len(classes)} names for {n} classes: give one for each")
         latents = analyse(*subject._replace(batches=batches), effort, progress)
         return cls(latents, with_pictures(inspect_bonds(*subject), latents), title, classes, decode)
 
@@ -383,7 +384,7 @@ def bonds(  # noqa: PLR0913  # a public entry point: everything after `calibrati
     dense: nn.Module | None = None,
     layers: str | Sequence[str] = "*",
     examples: int = 128,
-    measured: int | None = 4,
+    measured: int | None = 8,
     controls: bool = True,
     classes: Sequence[str] | None = None,
     decode: Callable[[int], str] | None = None,
@@ -404,7 +405,8 @@ def bonds(  # noqa: PLR0913  # a public entry point: everything after `calibrati
         dense: The dense model. Default: that of the result.
         layers: Names or patterns of layers to analyse, such as "layer3.*".
         examples: How many examples channels are changed on.
-        measured: Channels of each bond that are measured, too, spread over the predicted ones; None: all.
+        measured: Channels of each bond that are measured, too: half of them those with the largest predicted effects,
+            the others spread over the rest; None: all.
         controls: Also measure as many directions of a randomly rotated bond, and random directions of the output.
         classes: Names of the model's classes. Default: their numbers.
         decode: Token id -> text, such as a tokenizer's `decode`, for models of text.

@@ -299,10 +299,10 @@ class Decomposition(ABC):
             layer: Layer to decompose.
             rank: A valid rank.
         """
-        found = [b for b in self.bonds(layer, rank) if b.factor is not None]
         stages = self.stages(layer, rank) if len(layer.shape) == 4 else ()
-        same = {i for i, s in enumerate(stages) if s.blocks == s.in_channels == s.out_channels and not s.shared}
-        return tuple(b for b in found if b.factor not in same)
+        depthwise = [s.blocks == s.in_channels == s.out_channels and not s.shared for s in stages]
+        same = {None, *(i for i, found in enumerate(depthwise) if found and i > 0)}
+        return tuple(b for b in self.bonds(layer, rank) if b.factor not in same)
 
     def tensor(self, layer: Layer, weight: Tensor) -> tuple[tuple[str, ...], Tensor]:
         """A weight as a tensor over the modes that the bonds separate.

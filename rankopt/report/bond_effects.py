@@ -15,6 +15,7 @@ The negative log-likelihood of a class has the same F, so one further pass gives
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,10 +121,9 @@ class Examples:
         self.divergence = Divergence(dense, chunks)
         self.references = list(self.divergence.references())
         self.labels: list[Tensor] | None = None
-        main = self.divergence.parts[0]
-        if main.axis == 1 and all(zs[0].ndim == 2 for zs in self.references):
+        self.classes = class_count(dense, chunks[0])
+        if self.classes:
             self.labels = [zs[0].argmax(1) for zs in self.references]
-        self.classes = self.references[0][0].shape[1] if self.labels is not None else 0
 
     def __iter__(self) -> Iterator[tuple[int, Any, list[Tensor]]]:
         """Number, input and the dense model's outputs of each chunk."""
@@ -152,6 +152,18 @@ class Examples:
             return values.new_zeros(*values.shape[:-1], 0)
         sums = values.new_zeros(*values.shape[:-1], self.classes)
         return sums.index_add(-1, self.labels[chunk].to(values.device), values)
+
+
+def class_count(model: nn.Module, batch: Any) -> int:
+    """The number of classes, where a model's main output is a vector of classes for each example; 0 elsewhere.
+
+    Args:
+        model: The model.
+        batch: A batch of inputs.
+    """
+    divergence = Divergence(model, [take(batch, slice(2))])
+    z = next(divergence.references())[0]
+    return z.shape[1] if divergence.parts[0].axis == 1 and z.ndim == 2 else 0
 
 
 def _chunk(layers: Sequence[Layer]) -> int:
@@ -193,9 +205,8 @@ def predict(
     generator = torch.Generator().manual_seed(seed)
     sums = {name: [_Sums(d, examples) for d in sets] for name, sets in wanted.items()}
     for number, x, reference in examples:
-        calls = _gradients(
-            model, wanted, x, lambda zs, z0=reference, i=number: _scalars(zs, z0, examples, i, generator)
-        )
+        scalars = functools.partial(_scalars, reference, examples, number, generator)
+        calls = _gradients(model, wanted, x, scalars)
         for name, found in calls.items():
             for total in sums[name]:
                 total.add(number, batch_size(x), found)
@@ -237,7 +248,7 @@ def _stacked(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
 
 
 def _scalars(
-    zs: list[Tensor], reference: list[Tensor], examples: Examples, chunk: int, generator: torch.Generator
+    reference: list[Tensor], examples: Examples, chunk: int, generator: torch.Generator, zs: list[Tensor]
 ) -> list[Tensor]:
     """The objective, the loss of the examples' classes, and random directions of the outputs, over a chunk."""
     parts = examples.divergence.parts

@@ -33,13 +33,14 @@ class Effort:
 
     Attributes:
         examples: Calibration examples.
-        measured: Channels of each bond whose effects are measured, spread over the predicted ones; None: all.
+        measured: Channels of each bond whose effects are measured, half of them those with the largest predicted
+            effects, the others spread over the rest; None: all.
         controls: Whether as many rotated and random directions are measured, too.
         seed: Of everything random.
     """
 
     examples: int = 128
-    measured: int | None = 4
+    measured: int | None = 8
     controls: bool = True
     seed: int = 0
 
@@ -145,13 +146,13 @@ def analyse(
     latents = []
     for bond in bonds:
         ours = [effects[bond.layer.name].pop(0) for _ in bond.directions]
-        chosen = spread(ours[0].predicted[0], bond.measured)
+        which = chosen(ours[0].predicted[0], bond.measured)
         for directions, effect in zip(bond.directions.values(), ours, strict=True):
-            measure(small, directions, effect, chosen, examples, unchanged, lambda: next(steps, None))
+            measure(small, directions, effect, which, examples, unchanged, lambda: next(steps, None))
         shares = bond.shares(*statistics[bond.layer.name])
         controls = dict(zip(list(bond.directions)[1:], ours[1:], strict=True))
         latents.append(
-            LatentBond(bond.layer.name, bond.method, bond.text, bond.number, shares, ours[0], tuple(chosen), controls)
+            LatentBond(bond.layer.name, bond.method, bond.text, bond.number, shares, ours[0], tuple(which), controls)
         )
     next(steps, None)
     labels = torch.cat(examples.labels) if examples.labels is not None else None
@@ -160,16 +161,17 @@ def analyse(
     )
 
 
-def spread(values: Tensor, count: int) -> list[int]:
-    """Numbers of some values, evenly spread over their order, the largest among them.
+def chosen(values: Tensor, count: int) -> list[int]:
+    """Numbers of some values: the largest half of them, and the others evenly spread over the order of the rest.
 
     Args:
         values: The values.
         count: How many are chosen.
     """
-    order = values.argsort(descending=True)
-    at = torch.linspace(0, len(order) - 1, count).round().long().unique()
-    return sorted(order[at].tolist())
+    order = values.argsort(descending=True).tolist()
+    top, rest = order[: (count + 1) // 2], order[(count + 1) // 2 :]
+    at = torch.linspace(0, max(0, len(rest) - 1), count - len(top)).round().int().tolist() if rest else []
+    return sorted({*top, *(rest[i] for i in at)})
 
 
 @dataclass(frozen=True)

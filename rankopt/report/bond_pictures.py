@@ -23,6 +23,9 @@ MOST_CLASSES = 20
 RISE = "rise of the objective"
 
 
+SUPERSCRIPTS = dict(zip("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹", strict=True))
+
+
 def strongest(bond: LatentBond) -> list[int]:
     """The channels that matter most when they are ablated, the first one most.
 
@@ -61,7 +64,10 @@ def agreement(ax: Any, latents: Latents) -> None:
         lw=0.8,
     )
     ticks = _decades(bend, top)
-    ax.set(xlabel=f"predicted {RISE}", ylabel=f"measured {RISE}", xticks=ticks, yticks=ticks)
+    names = ["0", *(f"10{''.join(SUPERSCRIPTS[c] for c in str(round(np.log10(t))))}" for t in ticks[1:])]
+    ax.set(xlabel=f"predicted {RISE}", ylabel=f"measured {RISE}")
+    ax.set_xticks(ticks, names)
+    ax.set_yticks(ticks, names)
     ax.minorticks_off()
     if handles := ax.get_legend_handles_labels()[0]:
         ax.legend(handles[::-1], [h.get_label() for h in handles[::-1]], loc="upper left", fontsize=9)
@@ -70,8 +76,8 @@ def agreement(ax: Any, latents: Latents) -> None:
 def _decades(low: float, high: float) -> list[float]:
     """Zero and at most four powers of ten."""
     first, last = int(np.ceil(np.log10(low))), int(np.floor(np.log10(max(high, low))))
-    step = max(1, -(-(last - first) // 3))
-    return [0.0, *(10.0**k for k in range(last, first - 1, -step))][: 5 + 1]
+    step = max(1, -(-(last - first + 1) // 4))
+    return [0.0, *(10.0**k for k in range(last, first - 1, -step))]
 
 
 def effects(ax: Any, bond: LatentBond) -> None:
@@ -84,9 +90,8 @@ def effects(ax: Any, bond: LatentBond) -> None:
     shown = strongest(bond)
     for i, r in enumerate(shown):
         for way, colour, at in ((ABLATED, POINT, i - 0.18), (PATCHED, ACCENT, i + 0.18)):
-            names = ("ablated", "patched")
-            ax.barh(at, bond.effects.predicted[way, r], 0.34, color=colour, alpha=0.35, lw=0)
-            ax.plot(bond.effects.measured[way, r], at, "o", color=colour, ms=4, label=None if i else names[way])
+            ax.barh(at, bond.effects.predicted[way, r].item(), 0.34, color=colour, alpha=0.35, lw=0)
+            ax.plot(bond.effects.measured[way, r].item(), at, "o", color=colour, ms=4)
     ax.set_yticks(range(len(shown)), [str(r) for r in shown])
     ax.set(ylim=(len(shown) - 0.4, -0.6), xlabel=RISE, ylabel="channel")
     ax.tick_params(axis="y", length=0)
@@ -157,7 +162,7 @@ def flow(ax: Any, steps: Sequence[Step]) -> None:
     ax.plot([s.chance for s in steps], y, "|", color=ACCENT, ms=9, mew=1.5, label="chance")
     names = labels([s.layer for s in steps])
     ax.set_yticks(y, [f"{name} · {s.channel}" for name, s in zip(names, steps, strict=True)], fontsize=9)
-    ax.set(xlim=(0, 1), ylim=(len(steps) - 0.4, -0.6), xlabel="|correlation| of responses", ylabel="layer · channel")
+    ax.set(xlim=(0, 1), ylim=(len(steps) - 0.4, -0.6), xlabel="|correlation| of responses", ylabel="later channel")
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
     ax.legend(loc="lower right", fontsize=9)

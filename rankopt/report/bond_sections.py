@@ -132,7 +132,7 @@ def _flow(latents: Latents) -> tuple[str, int, Markup] | None:
     steps = follow(latents, bond, channel)[:FOLLOWED]
     if not steps:
         return None
-    return bond.layer, channel, Markup(draw(flow, steps, height=0.9 + 0.24 * len(steps), name="flow"))
+    return bond.layer, channel, Markup(draw(flow, steps, height=1.3 + 0.22 * len(steps), name="flow"))
 
 
 def by_layer(latents: Latents | None) -> dict[str, list[BondSection]]:
