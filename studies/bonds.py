@@ -36,7 +36,10 @@ RESULTS = Path(__file__).parent / "results"
 
 def resnet20(measured: int, examples: int, seed: int, device: str, page: bool) -> dict[str, Any]:
     task = load_task(f"{Path(__file__).parent / 'tasks' / 'cifar10.py'}:resnet20")
-    result = rankopt.compress(task, budget={"params": 0.4}, seed=seed, progress=True)
+    families = ["cp_merged", "svd_out", "tucker2"]
+    result = rankopt.compress(
+        task, budget={"params": 0.4}, families=families, effort="quick", trials=4, seed=seed, progress=True
+    )
     result.model.to(device)
     assert result.dense is not None
     result.dense.to(device)

@@ -207,9 +207,9 @@ def predict(
     for number, x, reference in examples:
         scalars = functools.partial(_scalars, reference, examples, number, generator)
         calls = _gradients(model, wanted, x, scalars)
-        for name, found in calls.items():
-            for total in sums[name]:
-                total.add(number, batch_size(x), found)
+        for name, totals in sums.items():
+            for total in totals:
+                total.add(number, batch_size(x), calls.get(name, []))
         on_chunk()
     return {name: [total.effects() for total in totals] for name, totals in sums.items()}
 
@@ -234,6 +234,8 @@ def _gradients(
         ):
             values = scalars(list(outputs(run(model, to_device(batch, model))).values()))
             ys = [y for pairs in seen.values() for _, y in pairs]
+            if not ys:
+                return {}
             rows = [torch.autograd.grad(v, ys, retain_graph=True, allow_unused=True) for v in values]
     except RuntimeError as error:
         raise RankoptError(
@@ -301,7 +303,10 @@ class _Sums:
         self.complete, self.patched = True, False
 
     def add(self, chunk: int, units: int, calls: Sequence[_Call]) -> None:
-        """Add a chunk of so many examples."""
+        """Add a chunk of so many examples; a layer that they do not reach is not called."""
+        if not calls:
+            self.complete = False
+            return
         rows = units if all(len(c.x) == units and c.x.ndim > 0 for c in calls) else 1
         self.complete &= rows == units
         self.patched |= rows > 1

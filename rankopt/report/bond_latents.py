@@ -154,7 +154,7 @@ def analyse(
         latents.append(
             LatentBond(bond.layer.name, bond.method, bond.text, bond.number, shares, ours[0], tuple(which), controls)
         )
-    next(steps, None)
+    list(steps)  # effects that cannot be measured count as done
     labels = torch.cat(examples.labels) if examples.labels is not None else None
     return Latents(
         latents, examples.divergence.batches, labels, [str(i) for i in range(examples.classes)], unchanged.objective

@@ -188,6 +188,49 @@ def test_the_channels_of_one_feature_are_followed_from_layer_to_layer():
         assert abs(step.correlation) > 0.98 and step.chance < 0.6 and step.layer == "1"
 
 
+class Experts(nn.Module):
+    """Sends batches of positive inputs to one layer and all others to another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.one(x) if x.min() > 0 else self.other(x)
+
+
+def test_a_layer_that_some_batches_do_not_reach_is_analysed_on_those_that_do():
+    torch.manual_seed(0)
+    x = torch.rand(12, 6) + 0.1
+    dense = Experts().eval()
+    _, latents = analysed(dense, [x, -x], {"one": ("svd_out", (2,))})
+    (bond,) = latents.bonds
+    assert bond.effects.responses is None and bond.effects.class_predicted.isnan().all()
+    assert (bond.effects.predicted > 0).all() and (bond.effects.measured > 0).all()
+    assert follow(latents, bond, 0) == []
+
+
+class PerToken(nn.Module):
+    """Looks at flat tokens, so that a layer's rows are not the examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(self.inner(x.flatten(0, 1)).tanh().view(*x.shape[:2], -1).mean(1))
+
+
+def test_a_layer_whose_rows_are_not_the_examples_has_effects_but_no_responses():
+    torch.manual_seed(0)
+    x = torch.randn(200, 5, 6)
+    _, latents = analysed(PerToken().eval(), [x[:100], x[100:]], {"inner": ("svd_out", (4,))})
+    (bond,) = latents.bonds
+    assert bond.effects.responses is None and bond.effects.predicted[PATCHED].isnan().all()
+    torch.testing.assert_close(bond.effects.predicted[0], bond.effects.measured[0], rtol=1.5, atol=1e-3)
+    assert bond.effects.predicted[0].argmax() == bond.effects.measured[0].argmax()
+
+
 def test_components_respond_along_their_main_direction():
     torch.manual_seed(0)
     dense = nn.Linear(6, 5)
