@@ -42,6 +42,9 @@ EXAMPLES = 512
 """Calibration examples that statistics and pictures are taken from."""
 
 
+NO_PICTURES = "no pictures"
+
+
 LayerStatistics = Mapping[str, tuple[Tensor | None, Tensor | None]]
 """By layer, the input moment S and the output metric H of `rankopt.candidates.calibration`."""
 
@@ -225,14 +228,14 @@ def inspect_bonds(
             factors = tuple(f.detach() for f in module.factors)  # type: ignore[union-attr]
             watches[layer.name] = Watch(layer, factors[0], channel_shares(layer, method, factors, *statistic))
         elif len(layer.shape) == 4:
-            row.note = "no pictures: it does not start with a 1 x 1 convolution"
+            row.note = f"{NO_PICTURES}: it does not start with a 1 x 1 convolution"
     images = as_images(batches)
     channels = find_channels(small, watches, images) if images is not None else {}
     for row in found:
         row.channels = channels.get(row.name, ())
         if row.name in watches and not row.channels:
             what = "the model's inputs are not images of one size with 1 or 3 channels"
-            row.note = f"no pictures: {what if images is None else 'it does not see one map per image'}"
+            row.note = f"{NO_PICTURES}: {what if images is None else 'it does not see one map per image'}"
     return found
 
 
@@ -252,5 +255,6 @@ def with_pictures(rows: list[LayerBonds], latents: Latents) -> list[LayerBonds]:
         bond = first.get(row.name)
         if images is None or row.channels or bond is None or bond.effects.responses is None:
             continue
-        row.channels, row.note = channels_of_responses(images, bond.effects.responses, bond.shares), ""
+        row.channels = channels_of_responses(images, bond.effects.responses, bond.shares)
+        row.note = "" if row.note.startswith(NO_PICTURES) else row.note
     return rows

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from rankopt.core.result_record import CorrelationEntry
+from rankopt.model.forward import batch_size
 from rankopt.report.bond_effects import PATCHED
 from rankopt.report.bond_latents import (
     CHANNELS,
@@ -111,11 +112,10 @@ def whole_model(latents: Latents) -> WholeModel:
         name: (agreement(latents, of, way), agreement(latents, of, way, within=True))
         for name, (of, way) in names.items()
     }
-    examples = sum(len(b.effects.responses) for b in latents.bonds[:1] if b.effects.responses is not None)
     measured = any(b.measured for b in latents.bonds)
     return WholeModel(
         latents.objective,
-        examples,
+        sum(map(batch_size, latents.batches)),
         sum(b.effects.count for b in latents.bonds),
         Markup(draw(agreement_picture, latents, height=3.4, name="agreement")) if measured else None,
         found,

@@ -104,7 +104,7 @@ def verdict(rows: Sequence[LayerBonds]) -> str:
     """
     bonds = [s for row in rows for s in row.spectra]
     if not bonds:
-        return "No layer has a bond."
+        return "No layer has a bond that bounds its rank."
     used = statistics.median(s.used for s in bonds)
     kept = statistics.median(s.kept for s in bonds)
     layers = sum(bool(row.spectra) for row in rows)
