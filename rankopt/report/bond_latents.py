@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -203,7 +204,8 @@ def _bonds_of(
     weight = family.weight(layer, factors)
     names = family.tensor(layer, weight)[0] if family.bonds(layer, rank) else ()
     for number, bond in enumerate(family.latent_bonds(layer, rank)):
-        generator = torch.Generator().manual_seed(effort.seed + number)
+        seed = zlib.crc32(f"{effort.seed} {layer.name} {number}".encode())  # layers have directions of their own
+        generator = torch.Generator().manual_seed(seed)
         n = channel_count(factors, bond)
         make = functools.partial(components, layer, method, factors, bond)
         sets = {CHANNELS: torch.eye(n, dtype=torch.float64)}
@@ -211,7 +213,6 @@ def _bonds_of(
             sets[ROTATED] = rotation(layer, method, rank, n, generator)
         directions = {name: Directions(layer, module, n, functools.partial(make, q)) for name, q in sets.items()}
         if effort.controls:
-            seed = effort.seed + number
             directions[RANDOM] = Directions(layer, module, n, functools.partial(_random, layer, weight, n, seed))
         outside = " ".join(x for x in names if x not in bond.inside) or "other indices"
         text = f"{' '.join(bond.inside)} | {outside}"

@@ -89,6 +89,7 @@ def page(title: str, rows: Sequence[LayerBonds], latents: Latents | None = None)
         plain="plain" in metrics,
         whole=whole_model(latents) if latents else None,
         channels=channels,
+        pictured=any(row.channels for row in shown),
     )
 
 

@@ -79,20 +79,20 @@ def test_the_page_is_written(found, tmp_path):
 def test_planted_features_are_recovered_and_no_control_does():
     g = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(24, 24, generator=g))[0]
-    present = (torch.rand(384, 5, generator=g) < 0.3).float()
-    x = present @ basis[:5] + 0.15 * torch.randn(384, 24, generator=g)
+    present = (torch.rand(384, 8, generator=g) < 0.3).float()
+    x = present @ basis[:8] + 0.15 * torch.randn(384, 24, generator=g)
     model = nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
     with torch.no_grad():
-        mixing = torch.linalg.qr(torch.randn(16, 5, generator=g))[0]
-        model[0].weight.copy_(mixing @ torch.diag(torch.linspace(2, 1, 5)) @ basis[:5])
+        mixing = torch.linalg.qr(torch.randn(16, 8, generator=g))[0]
+        model[0].weight.copy_(mixing @ torch.diag(torch.linspace(2, 1, 8)) @ basis[:8])
     small = rankopt.compress(
-        model, x.split(128), {"params": 0.9}, families=["svd_out"], ranks={"0": [5]}, keep_dense=["2"], progress=False
+        model, x.split(128), {"params": 0.95}, families=["svd_out"], ranks={"0": [8]}, keep_dense=["2"], progress=False
     )
-    bond = rankopt.bonds(small, examples=384, measured=5, progress=False).bond("0")
+    bond = rankopt.bonds(small, examples=384, measured=2, progress=False).bond("0")
 
     def auc(responses):
-        """The least over features of the best channel's area under the curve."""
-        scores = [[roc_auc_score(present[:, f], responses[:, r]) for r in range(5)] for f in range(5)]
+        """The least over features of the best channel's area under the curve; the sign of a channel is arbitrary."""
+        scores = [[roc_auc_score(present[:, f], responses[:, r]) for r in range(8)] for f in range(8)]
         return min(max(max(s, 1 - s) for s in row) for row in scores)
 
     assert auc(bond.effects.responses) >= 0.95
