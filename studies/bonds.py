@@ -1,7 +1,7 @@
 """What the channels of a compressed network's bonds do: predicted against measured ablation, with controls.
 
     python studies/bonds.py                         # ResNet-20 at 40 % of the parameters, planted features
-    python studies/bonds.py --device cuda --measured 64    # the same, more channels, in about two minutes on a GPU
+    python studies/bonds.py --device cuda --measured 64 --examples 512    # more of both, on a GPU
 
 The network is compressed by `rankopt.compress` and analysed by `rankopt.bonds`. Every measured channel is ablated and
 patched on the same images, and so are as many directions of a randomly rotated bond and random directions of the
@@ -14,6 +14,7 @@ Written: studies/results/bonds.{json,md}, and the page studies/results/bonds.htm
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import platform
@@ -34,12 +35,23 @@ RESULTS = Path(__file__).parent / "results"
 # --- ResNet-20 ---------------------------------------------------------------------------------------
 
 
-def resnet20(measured: int, examples: int, seed: int, device: str, page: bool) -> dict[str, Any]:
+def compressed(seed: int, folder: Path | None) -> rankopt.Result:
+    """ResNet-20 at 40 % of the parameters; read from a run folder if it is there, and written to it if it is not."""
     task = load_task(f"{Path(__file__).parent / 'tasks' / 'cifar10.py'}:resnet20")
+    if folder and (folder / "result.json").is_file():
+        result = rankopt.load_run(task.model, folder)
+        result.dense, result.inputs = task.model, list(task.calibration)
+        return result
+    task = dataclasses.replace(task, score=None, test=None)  # only the channels are of interest here
     families = ["cp_merged", "svd_out", "tucker2"]
-    result = rankopt.compress(
-        task, budget={"params": 0.4}, families=families, effort="quick", trials=4, seed=seed, progress=True
-    )
+    result = rankopt.compress(task, budget={"params": 0.4}, families=families, effort="quick", seed=seed, progress=True)
+    if folder:
+        result.save(folder)
+    return result
+
+
+def resnet20(measured: int, examples: int, seed: int, device: str, page: bool, folder: Path | None) -> dict[str, Any]:
+    result = compressed(seed, folder)
     result.model.to(device)
     assert result.dense is not None
     result.dense.to(device)
@@ -183,10 +195,11 @@ def _interval(entry: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measured", type=int, default=12)
-    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--measured", type=int, default=6)
+    parser.add_argument("--examples", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--run", type=Path, help="folder that the compressed network is kept in, to analyse it again")
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "bonds")
     given = parser.parse_args()
@@ -200,7 +213,7 @@ def main() -> None:
         "planted": planted_features(given.seed),
     }
     print(record["planted"], flush=True)
-    record["resnet20"] = resnet20(given.measured, given.examples, given.seed, given.device, given.page)
+    record["resnet20"] = resnet20(given.measured, given.examples, given.seed, given.device, given.page, given.run)
     given.out.with_suffix(".json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     given.out.with_suffix(".md").write_text(text(record))
     print(text(record))

@@ -405,8 +405,8 @@ def bonds(  # noqa: PLR0913  # a public entry point: everything after `calibrati
         dense: The dense model. Default: that of the result.
         layers: Names or patterns of layers to analyse, such as "layer3.*".
         examples: How many examples channels are changed on.
-        measured: Channels of each bond that are measured, too: half of them those with the largest predicted effects,
-            the others spread over the rest; None: all.
+        measured: Channels of each bond that are measured, too, evenly spread over the order of the predicted effects;
+            None: all.
         controls: Also measure as many directions of a randomly rotated bond, and random directions of the output.
         classes: Names of the model's classes. Default: their numbers.
         decode: Token id -> text, such as a tokenizer's `decode`, for models of text.

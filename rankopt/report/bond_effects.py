@@ -2,15 +2,22 @@
 
 A channel r of a bond adds the component W_r to its layer's weight (`rankopt.decompositions.channels`), and W_r x to the
 output at an input x. It is *ablated* by taking W_r x away, and *patched* by putting there what it adds for another
-example. Either changes the output by some δ_r, which is measured by running the model, and predicted for all channels
-at once, without running it for each, by the second-order expansion of the objective in the model's outputs z:
+example. Either changes the layer's output y by some δ_r. What follows is measured by running the model, and predicted
+for all channels from a few backward passes of the data, without running the model for each:
 
-    ΔD ≈ E[⟨∂D/∂y, δ_r⟩] + ½ E[δzᵀ F δz],    δz = (∂z/∂y) δ_r
+*Vectors of classes.* The network is linearised, δz = (∂z/∂y) δ_r for the logits z of the most likely classes, a
+backward pass each; objective and losses are then computed of z + δz exactly, as a confident prediction that is
+overturned costs far more than its curvature says.
+
+*Other outputs*, and layers that do not keep examples apart, by the second-order expansion
+
+    ΔD ≈ E[⟨∂D/∂y, δ_r⟩] + ½ E[δzᵀ F δz]
 
 with F = diag(p) − p pᵀ of predictions p (Martens 2020, section 6; of outputs without classes F is a multiple of the
-identity). The first term takes one backward pass of the data. The second is the mean of ⟨∂(vᵀz)/∂y, δ_r⟩² over random
-v with covariance F, a backward pass each; unlike tr(H W_r S W_rᵀ) it counts that positions of an example act together.
-The negative log-likelihood of a class has the same F, so one further pass gives the change of every class's loss.
+identity). The first term takes one backward pass. The second is the mean of ⟨∂(vᵀz)/∂y, δ_r⟩² over random v with
+covariance F, a backward pass each.
+
+Unlike tr(H W_r S W_rᵀ), both count that the positions of an example act together.
 """
 
 from __future__ import annotations
@@ -37,8 +44,12 @@ ABLATED, PATCHED = 0, 1
 """Index of the two ways to change a channel."""
 
 
+CLASSES = 10
+"""The most likely classes of each example, whose logits are linearised; the other logits count as unchanged."""
+
+
 PROBES = 8
-"""Random directions of the outputs, for each example."""
+"""Random directions of other outputs, for each example."""
 
 
 CHUNK_BYTES = 2**29
@@ -169,7 +180,7 @@ def class_count(model: nn.Module, batch: Any) -> int:
 def _chunk(layers: Sequence[Layer]) -> int:
     """How many examples are taken at once: two at least, so that one can be patched into the other."""
     numbers = sum(x.shape[0] * sum(c.maps * math.prod(c.size_out) for c in x.calls) for x in layers)
-    return max(2, CHUNK_BYTES // max(1, 4 * (PROBES + 2) * numbers))
+    return max(2, CHUNK_BYTES // max(1, 4 * max(PROBES + 1, CLASSES) * numbers))
 
 
 # --- predicted ---------------------------------------------------------------------------------------
@@ -205,18 +216,25 @@ def predict(
     generator = torch.Generator().manual_seed(seed)
     sums = {name: [_Sums(d, examples) for d in sets] for name, sets in wanted.items()}
     for number, x, reference in examples:
-        scalars = functools.partial(_scalars, reference, examples, number, generator)
-        calls = _gradients(model, wanted, x, scalars)
+        expand = functools.partial(_expand, reference, examples, number, generator)
+        calls, rises = _gradients(model, wanted, x, expand)
         for name, totals in sums.items():
             for total in totals:
-                total.add(number, batch_size(x), calls.get(name, []))
+                total.add(number, batch_size(x), calls.get(name, []), rises)
         on_chunk()
     return {name: [total.effects() for total in totals] for name, totals in sums.items()}
 
 
+Rises = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Changes of scalars (scalars, 2, examples) -> rises of the objective and of the examples' losses, (2, examples)."""
+
+
 def _gradients(
-    model: nn.Module, names: Mapping[str, Any], batch: Any, scalars: Callable[[list[Tensor]], list[Tensor]]
-) -> dict[str, list[_Call]]:
+    model: nn.Module,
+    names: Mapping[str, Any],
+    batch: Any,
+    expand: Callable[[list[Tensor], bool], tuple[list[Tensor], Rises]],
+) -> tuple[dict[str, list[_Call]], Rises]:
     """Run a batch and differentiate scalars of the model's outputs with respect to the outputs of layers."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
@@ -232,34 +250,73 @@ def _gradients(
             torch.enable_grad(),
             torch.backends.cudnn.flags(enabled=False),
         ):
-            values = scalars(list(outputs(run(model, to_device(batch, model))).values()))
-            ys = [y for pairs in seen.values() for _, y in pairs]
-            if not ys:
-                return {}
-            rows = [torch.autograd.grad(v, ys, retain_graph=True, allow_unused=True) for v in values]
+            zs = list(outputs(run(model, to_device(batch, model))).values())
+            xs, ys = ([pair[i] for pairs in seen.values() for pair in pairs] for i in (0, 1))
+            values, rises = expand(zs, all(_by_example(x, batch_size(batch)) for x in xs))
+            rows = [torch.autograd.grad(v, ys, retain_graph=True, allow_unused=True) for v in values if ys]
     except RuntimeError as error:
         raise RankoptError(
             f"no gradients of the model's outputs can be taken, which predictions need: {type(error).__name__}: {error}"
         ) from error
     columns = iter(zip(*rows, strict=True))
-    return {name: [_Call(x, _stacked(next(columns), y)) for x, y in pairs] for name, pairs in seen.items()}
+    return {name: [_Call(x, _stacked(next(columns), y)) for x, y in pairs] for name, pairs in seen.items()}, rises
+
+
+def _by_example(x: Tensor, examples: int) -> bool:
+    """Whether a layer's input has a row for each example."""
+    return x.ndim > 0 and len(x) == examples
 
 
 def _stacked(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(like) if g is None else g for g in gradients]).detach()
 
 
-def _scalars(
-    reference: list[Tensor], examples: Examples, chunk: int, generator: torch.Generator, zs: list[Tensor]
-) -> list[Tensor]:
-    """The objective, the loss of the examples' classes, and random directions of the outputs, over a chunk."""
+def _expand(
+    reference: list[Tensor],
+    examples: Examples,
+    chunk: int,
+    generator: torch.Generator,
+    zs: list[Tensor],
+    by_example: bool,
+) -> tuple[list[Tensor], Rises]:
+    """The scalars whose changes are predicted to first order, and what these say of the objective."""
+    if examples.labels is not None and by_example and len(zs) == 1:
+        return _linearised(zs[0], reference[0], examples.labels[chunk])
+    return _second_order(zs, reference, examples, generator)
+
+
+def _linearised(z: Tensor, z0: Tensor, labels: Tensor) -> tuple[list[Tensor], Rises]:
+    top = z.detach().topk(min(CLASSES, z.shape[1]), 1).indices
+    base, log_p0 = z.detach().double().cpu(), F.log_softmax(z0.double().cpu(), 1)
+    where = top.cpu().expand(2, -1, -1)
+
+    def losses(logits: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = F.log_softmax(logits, -1)
+        divergence = (log_p0.exp() * (log_p0 - log_p)).sum(-1)
+        return divergence, -log_p.gather(-1, labels.cpu().expand(len(logits), -1).unsqueeze(-1))[..., 0]
+
+    def rises(changes: Tensor) -> tuple[Tensor, Tensor]:
+        moved = losses(base.expand(2, -1, -1).scatter_add(2, where, changes.movedim(0, -1)))
+        before = losses(base[None])
+        return moved[0] - before[0], moved[1] - before[1]
+
+    return [z.gather(1, top[:, [k]]).sum() for k in range(top.shape[1])], rises
+
+
+def _second_order(
+    zs: list[Tensor], reference: list[Tensor], examples: Examples, generator: torch.Generator
+) -> tuple[list[Tensor], Rises]:
     parts = examples.divergence.parts
-    found = [_divergence(zs, reference, parts)]
-    found.append(_class_losses(zs[0], examples.labels[chunk]).sum() if examples.labels else zs[0].sum() * 0)
     compared = [(part, z) for part, z in zip(parts, zs, strict=True) if part.size > 0]
+    found = [_divergence(zs, reference, parts)]
     for _ in range(PROBES):
         found.append(torch.stack([(z * _probe(part, z.detach(), generator)).sum() for part, z in compared]).sum())
-    return found
+
+    def rises(changes: Tensor) -> tuple[Tensor, Tensor]:
+        rise = changes[0] + 0.5 * changes[1:].square().mean(0)
+        return rise, torch.full_like(rise, math.nan)
+
+    return found, rises
 
 
 def _divergence(zs: Sequence[Tensor], reference: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
@@ -302,23 +359,23 @@ class _Sums:
         self.places: list[Tensor] = []
         self.complete, self.patched = True, False
 
-    def add(self, chunk: int, units: int, calls: Sequence[_Call]) -> None:
+    def add(self, chunk: int, units: int, calls: Sequence[_Call], rises: Rises) -> None:
         """Add a chunk of so many examples; a layer that they do not reach is not called."""
         if not calls:
             self.complete = False
             return
-        rows = units if all(len(c.x) == units and c.x.ndim > 0 for c in calls) else 1
+        rows = units if all(_by_example(c.x, units) for c in calls) else 1
         self.complete &= rows == units
         self.patched |= rows > 1
         responses, places = [], []
         for r, component in enumerate(self.directions.components()):
             ys = [self.directions.apply(component, c.x) for c in calls]
             changes = sum(_changes(y, c.gradients, rows) for y, c in zip(ys, calls, strict=True))
-            assert isinstance(changes, Tensor)  # (scalars, 2, rows)
-            curvature = 0.5 * changes[2:].square().mean(0)
-            self.rise[:, r] += (changes[0] + curvature).sum(-1)
+            assert isinstance(changes, Tensor)
+            rise, loss = rises(changes)
+            self.rise[:, r] += rise.sum(-1)
             if rows == units:
-                self.by_class[r] += self.examples.by_class(chunk, changes[1, ABLATED] + curvature[ABLATED])
+                self.by_class[r] += self.examples.by_class(chunk, loss[ABLATED])
                 strongest = _strongest(self.directions.layer, component, ys, rows)
                 responses.append(strongest[0])
                 places.append(strongest[1])
@@ -388,6 +445,7 @@ def measure(
     chosen: Sequence[int],
     examples: Examples,
     unchanged: Losses,
+    ways: Sequence[int] = (ABLATED, PATCHED),
     on_pass: Callable[[], Any] = lambda: None,
 ) -> None:
     """Measure what ablating and patching some directions does, by running the model; `effects` is filled in.
@@ -399,13 +457,14 @@ def measure(
         chosen: Numbers of those to measure.
         examples: The examples.
         unchanged: The losses of the model as it is.
+        ways: How they are changed.
         on_pass: Called after every run over the examples.
     """
     wanted = set(chosen)
     for r, component in enumerate(directions.components()):
         if r not in wanted:
             continue
-        for way in (ABLATED, PATCHED):
+        for way in ways:
 
             def change(_: str, args: tuple[Any, ...], _kwargs: Any, out: Tensor) -> Tensor:
                 y = directions.apply(component, args[0])  # noqa: B023  # called within this turn of the loop

@@ -22,7 +22,7 @@ from rankopt.decompositions.types import Bond, Factors
 from rankopt.decompositions.variable_projection import full_target
 from rankopt.model.forward import batch_size, input_tensors
 from rankopt.model.quantization import dequantize_all
-from rankopt.report.bond_effects import ABLATED, Directions, Effects, Examples, losses, measure, predict
+from rankopt.report.bond_effects import ABLATED, PATCHED, Directions, Effects, Examples, losses, measure, predict
 
 CHANNELS, ROTATED, RANDOM = "channels", "rotated", "random"
 """The directions of a bond: its channels, and as controls a random rotation of them and random output directions."""
@@ -34,8 +34,8 @@ class Effort:
 
     Attributes:
         examples: Calibration examples.
-        measured: Channels of each bond whose effects are measured, half of them those with the largest predicted
-            effects, the others spread over the rest; None: all.
+        measured: Channels of each bond whose effects are measured, evenly spread over the order of the predicted ones;
+            None: all.
         controls: Whether as many rotated and random directions are measured, too.
         seed: Of everything random.
     """
@@ -58,7 +58,7 @@ class LatentBond:
         shares: Energy of what each channel adds to the output, over the sum of all channels'; (channels,).
         effects: What the channels do.
         measured: Numbers of the channels whose effects were measured.
-        controls: The same of as many rotated and random directions, by name; only those of `measured` are filled in.
+        controls: The same of as many rotated and random directions, by name; they are only ablated.
     """
 
     layer: str
@@ -140,16 +140,17 @@ def analyse(
     wanted: dict[str, list[Directions]] = {}
     for bond in bonds:
         wanted.setdefault(bond.layer.name, []).extend(bond.directions.values())
-    runs = sum(2 * len(b.directions) * b.measured for b in bonds)
+    runs = sum((1 + len(b.directions)) * b.measured for b in bonds)
     steps = iter(progress(range(total := len(examples.references) + runs), "ablating channels", total))
     effects = predict(small, wanted, examples, lambda: next(steps, None), effort.seed)
     unchanged = losses(small, examples)
     latents = []
     for bond in bonds:
         ours = [effects[bond.layer.name].pop(0) for _ in bond.directions]
-        which = chosen(ours[0].predicted[0], bond.measured)
-        for directions, effect in zip(bond.directions.values(), ours, strict=True):
-            measure(small, directions, effect, which, examples, unchanged, lambda: next(steps, None))
+        which = spread(ours[0].predicted[0], bond.measured)
+        for (name, directions), effect in zip(bond.directions.items(), ours, strict=True):
+            ways = (ABLATED, PATCHED) if name == CHANNELS else (ABLATED,)
+            measure(small, directions, effect, which, examples, unchanged, ways, lambda: next(steps, None))
         shares = bond.shares(*statistics[bond.layer.name])
         controls = dict(zip(list(bond.directions)[1:], ours[1:], strict=True))
         latents.append(
@@ -162,17 +163,16 @@ def analyse(
     )
 
 
-def chosen(values: Tensor, count: int) -> list[int]:
-    """Numbers of some values: the largest half of them, and the others evenly spread over the order of the rest.
+def spread(values: Tensor, count: int) -> list[int]:
+    """Numbers of some values, evenly spread over their order: the largest and the smallest are among them.
 
     Args:
         values: The values.
         count: How many are chosen.
     """
     order = values.argsort(descending=True).tolist()
-    top, rest = order[: (count + 1) // 2], order[(count + 1) // 2 :]
-    at = torch.linspace(0, max(0, len(rest) - 1), count - len(top)).round().int().tolist() if rest else []
-    return sorted({*top, *(rest[i] for i in at)})
+    at = torch.linspace(0, len(order) - 1, count).round().int().tolist()
+    return sorted({order[i] for i in at})
 
 
 @dataclass(frozen=True)
