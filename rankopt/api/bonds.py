@@ -396,7 +396,7 @@ def bonds(  # noqa: PLR0913  # a public entry point: everything after `calibrati
     Where two factors of a layer meet there is a bond, whose index numbers latent channels that a dense network does not
     have. For each channel: its share of the energy; the examples and classes that it responds to; and how much the
     objective and each class's loss rise when it is ablated (taken away) or patched (replaced by what it is for another
-    example). The rises are predicted for all channels, from one forward and ten backward passes over the examples, and
+    example). The rises are predicted for all channels, from one forward and about ten backward passes over the examples, and
     measured for some.
 
     Args:
