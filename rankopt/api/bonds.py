@@ -396,8 +396,8 @@ def bonds(  # noqa: PLR0913  # a public entry point: everything after `calibrati
     Where two factors of a layer meet there is a bond, whose index numbers latent channels that a dense network does not
     have. For each channel: its share of the energy; the examples and classes that it responds to; and how much the
     objective and each class's loss rise when it is ablated (taken away) or patched (replaced by what it is for another
-    example). The rises are predicted for all channels, from one forward and about ten backward passes over the examples, and
-    measured for some.
+    example). The rises are predicted for all channels, from one forward and about ten backward passes over the
+    examples, and measured for some.
 
     Args:
         result: What `rankopt.compress` returned; or a compressed model, with `dense` and `calibration`.
