@@ -1,6 +1,7 @@
 """rankopt: which tensor decomposition, at which rank, for every layer, under one budget."""
 
 from rankopt import data, tensorly
+from rankopt.api.bonds import Bonds, bonds
 from rankopt.api.compress import compress
 from rankopt.api.inspection import Inspection, inspect
 from rankopt.api.plugins import register
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DECOMPOSITIONS",
     "STRATEGIES",
+    "Bonds",
     "BudgetError",
     "Candidate",
     "Choice",
@@ -47,6 +49,7 @@ __all__ = [
     "Task",
     "TaskError",
     "Trial",
+    "bonds",
     "compress",
     "count",
     "data",

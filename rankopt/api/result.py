@@ -31,6 +31,8 @@ class Result(search_result.Result):
         info: The content of [result.json](result-json.md).
         trials: The plans that were evaluated, in the order in which they ended.
         sensitivities: Layer name -> measured (relative error, rise of the objective), one layer at a time.
+        dense: The model that was compressed, and
+        inputs: the calibration batches, as the model takes them; None where they are not known, as in a run folder.
     """
 
     @classmethod
@@ -124,7 +126,7 @@ class Result(search_result.Result):
         Raises:
             RankoptError: If pandas is not installed.
         """
-        return _pandas().DataFrame([dict(row) for row in self.info["layers"]])
+        return import_pandas().DataFrame([dict(row) for row in self.info["layers"]])
 
     def trials_dataframe(self) -> DataFrame:
         """The trials as a pandas DataFrame: number, state, objective, score, prediction, seconds, costs and error.
@@ -137,7 +139,7 @@ class Result(search_result.Result):
             row = [(k, getattr(t, k)) for k in ("number", "state", "objective", "score", "predicted", "seconds")]
             costs = [(m, t.cost[m]) for m in BUDGETS if t.cost[m]]
             rows.append(dict([*row, *costs, ("error", t.error)]))
-        return _pandas().DataFrame(rows)
+        return import_pandas().DataFrame(rows)
 
     # --- as pictures ---
 
@@ -201,7 +203,12 @@ class Result(search_result.Result):
         return [t.row for t in self.trials]
 
 
-def _pandas() -> Any:
+def import_pandas() -> Any:
+    """The pandas module.
+
+    Raises:
+        RankoptError: If it is not installed.
+    """
     try:
         import pandas
     except ImportError:

@@ -53,21 +53,24 @@ def inspect(
 
 def _inspect_bonds(what: str, task: str | None, space: str, out: Path | None, cache: Path | None) -> None:
     """`rankopt inspect --bonds` of a run folder, or of a task."""
+    from rankopt.api.bonds import Bonds
     from rankopt.candidates.search_space import load_space
     from rankopt.experiments.tasks import load_task
-    from rankopt.report.bond_analysis import bonds_of_run, bonds_of_space
-    from rankopt.report.bonds_page import FILE, table, write_bonds
+    from rankopt.report.bond_analysis import subject_of_run, subject_of_space
+    from rankopt.report.bond_latents import Effort
+    from rankopt.report.bonds_page import FILE, table
 
     if Path(what).is_dir():
         if task is None:
             raise RankoptError(f"{what} is a run folder: give the task whose model it was with --task")
-        rows, folder = bonds_of_run(Path(what), load_task(task), show_progress), Path(what)
+        subject, folder = subject_of_run(Path(what), load_task(task), show_progress), Path(what)
     else:
         if task is not None:
             raise RankoptError(f"--task goes with a run folder, and there is no folder {what}")
-        rows, folder = (
-            bonds_of_space(load_task(what), load_space(space), cache, show_progress),
-            default_folder(what, "bonds"),
-        )
-    echo(table(rows))
-    echo(f"page: {write_bonds(out or folder / FILE, what, rows)}")
+        subject = subject_of_space(load_task(what), load_space(space), cache, show_progress)
+        folder = default_folder(what, "bonds")
+    found = Bonds.of(subject, Effort(), show_progress, what)
+    echo(table(found.layers))
+    if found.latents.bonds:
+        echo(repr(found)[1:-1])
+    echo(f"page: {found.report(out or folder / FILE)}")

@@ -284,10 +284,25 @@ class Decomposition(ABC):
         """
         inside: tuple[str, ...] = ("C",)
         found = []
-        for stage in self.stages(layer, rank)[:-1]:
+        for i, stage in enumerate(self.stages(layer, rank)[:-1]):
             inside += tuple(stage.axes) if len(layer.shape) == 4 else ()
-            found.append(Bond(stage.out_channels, inside))
+            found.append(Bond(stage.out_channels, inside, i))
         return tuple(found)
+
+    def latent_bonds(self, layer: Layer, rank: Rank) -> tuple[Bond, ...]:
+        """The bonds whose index runs along an axis of one of the factors: their channels can be switched off.
+
+        Of a stage whose blocks share a kernel, these are the kernel's outputs, each in all blocks. A depthwise stage
+        has the same channels before and after it, which are listed once.
+
+        Args:
+            layer: Layer to decompose.
+            rank: A valid rank.
+        """
+        stages = self.stages(layer, rank) if len(layer.shape) == 4 else ()
+        depthwise = [s.blocks == s.in_channels == s.out_channels and not s.shared for s in stages]
+        same = {None, *(i for i, found in enumerate(depthwise) if found and i > 0)}
+        return tuple(b for b in self.bonds(layer, rank) if b.factor not in same)
 
     def tensor(self, layer: Layer, weight: Tensor) -> tuple[tuple[str, ...], Tensor]:
         """A weight as a tensor over the modes that the bonds separate.

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import RECONSTRUCTED, Layer, Rank
 from rankopt.decompositions.joint_fit import Joint
-from rankopt.decompositions.types import Factors
+from rankopt.decompositions.types import Bond, Factors
 from rankopt.decompositions.variable_projection import leading_basis
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -188,6 +188,26 @@ class WeightGenerator(Joint):
         q = self.indices(layer)
         cores = [c for level in self.levels(q) for c in level if not c.idle]
         return tuple(tuple(bond(rank[0], s) for s in c.into + c.out) for c in (Core((), halves(q)), *cores))
+
+    def latent_bonds(self, layer: Layer, rank: Rank) -> tuple[Bond, ...]:
+        """The bonds into the cores that split them. Being followed by an activation, none bounds a rank of the weight.
+
+        Their modes are the binary indices of an entry, 1 to Q.
+
+        Args:
+            layer: Layer to decompose.
+            rank: A valid rank.
+        """
+        found, number = [], 1  # the top core is the first factor
+        for level in self.levels(self.indices(layer)):
+            first = 1
+            for core in level:
+                last = first + sum(core.into) - 1
+                if core.splits:
+                    found.append(Bond(bond(rank[0], core.into[0]), (f"i{first}…i{last}",), number))
+                number += not core.idle
+                first = last + 1
+        return tuple(found)
 
     # --- cores -> weight ---
 

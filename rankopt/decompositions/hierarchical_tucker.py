@@ -130,7 +130,7 @@ class HierarchicalTucker(CoreNetwork):
 
     def linear_bonds(self, rank: Rank) -> tuple[Bond, ...]:
         leaves = (("C1",), ("C2",), ("C1", "C2"), ("C1", "C2", "T2"), ("C1", "C2", "T1"))
-        return tuple(map(Bond, rank, leaves))
+        return tuple(map(Bond, rank, leaves, (0, 1, 2, 4, 3)))
 
     def linear_macs(self, layer: Layer, rank: Rank) -> int:
         modes = linear_modes(layer)

@@ -133,8 +133,10 @@ class TensorRing(CoreNetwork):
         return (r0 * r1, a), (r2, r1, b), (r3, r2, c), (d, r0 * r3)
 
     def linear_bonds(self, rank: Rank) -> tuple[Bond, ...]:
-        # every split of the ring also cuts R0
-        return tuple(Bond(rank[0] * r, inside) for r, inside in zip(rank[1:], TRAIN, strict=True))
+        # Every split of the ring also cuts R0. The index of the middle one runs along R2 alone.
+        places = ((0, 0), (1, 0), (3, 1))
+        bonds = zip(rank[1:], TRAIN, places, strict=True)
+        return tuple(Bond(rank[0] * r, inside, *place) for r, inside, place in bonds)
 
     def linear_macs(self, layer: Layer, rank: Rank) -> int:
         modes = self.modes(layer)

@@ -136,7 +136,7 @@ class TensorTrain(CoreNetwork):
         return (r1, a), (r2, r1, b), (r3, r2, c), (d, r3)
 
     def linear_bonds(self, rank: Rank) -> tuple[Bond, ...]:
-        return tuple(map(Bond, rank, TRAIN))
+        return tuple(map(Bond, rank, TRAIN, range(3)))
 
     def linear_macs(self, layer: Layer, rank: Rank) -> int:
         modes = self.modes(layer)

@@ -111,7 +111,7 @@ class TensorTrainMatrix(Joint):
     def bonds(self, layer: Layer, rank: Rank) -> tuple[Bond, ...]:
         """The bonds between the cores; the modes include padded channels."""
         names = self.names(layer)
-        return tuple(Bond(r, names[:k]) for k, r in enumerate(rank, 1))
+        return tuple(Bond(r, names[:k], k - 1, -1) for k, r in enumerate(rank, 1))
 
     def tensor(self, layer: Layer, weight: Tensor) -> tuple[tuple[str, ...], Tensor]:
         return self.names(layer), self.tensorise(layer, weight).reshape(1, *self.modes(layer))

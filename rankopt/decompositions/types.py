@@ -72,10 +72,14 @@ class Bond(NamedTuple):
     Attributes:
         size: Dimension of the bond.
         inside: Names of the modes on the input's side.
+        factor: Number of the factor along one of whose axes the bond's index runs; None if no axis is known.
+        axis: This axis; along the first one, the indices of all groups follow each other.
     """
 
     size: int
     inside: tuple[str, ...]
+    factor: int | None = None
+    axis: int = 0
 
 
 class Fit(NamedTuple):

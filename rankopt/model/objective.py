@@ -97,7 +97,8 @@ class Divergence:
                 )
             yield found
 
-    def _references(self) -> Iterator[list[Tensor]]:
+    def references(self) -> Iterator[list[Tensor]]:
+        """The dense model's outputs on each batch, the main output first."""
         for batch, kept in zip(self.batches, self.reference, strict=True):
             if kept is None:
                 assert self.dense is not None
@@ -149,7 +150,7 @@ class Divergence:
 
     def _compared(self, model: nn.Module) -> Iterator[list[tuple[Part, Tensor, Tensor]]]:
         """For each batch the outputs that are compared, and the dense model's."""
-        for found, reference in zip(self._outputs(model), self._references(), strict=True):
+        for found, reference in zip(self._outputs(model), self.references(), strict=True):
             if len(found) != len(reference):
                 raise TaskError(f"the compressed model returns {len(found)} outputs, the dense one {len(reference)}")
             triples = list(zip(self.parts, found.values(), reference, strict=True))
@@ -207,7 +208,7 @@ class Divergence:
     def keeping(self) -> Divergence:
         """The same with all outputs of the dense model in memory."""
         same = copy.copy(self)
-        same.reference = list(self._references())
+        same.reference = list(self.references())
         return same
 
     def expected(self) -> Tensor:
@@ -224,7 +225,7 @@ class Divergence:
         if not self.divisible:
             return total
         entropies: dict[str, list[Tensor]] = {part.name: [] for part in self.parts if part.axis is not None}
-        for zs in self._references():
+        for zs in self.references():
             for part, z in zip(self.parts, zs, strict=True):
                 if part.axis is not None:
                     entropies[part.name].append(_by_example(_entropies, part.axis, z))

@@ -140,8 +140,7 @@ def find_channels(model: nn.Module, watches: Mapping[str, Watch], images: Tensor
     for part in images.split(128):
         for name, maps in _responses(model, part, watches).items():
             seen[name].append(torch.stack([maps.amax(2), maps.amin(2), maps.argmax(2), maps.argmin(2)]))
-    low, high = (f(images.flatten(2).transpose(0, 1).flatten(1), 1)[:, None, None] for f in (torch.amin, torch.amax))
-    shown = (images - low) / (high - low).clamp_min(1e-12)
+    shown = _visible(images)
     found = {}
     for name, parts in seen.items():
         if not parts:
@@ -157,6 +156,30 @@ def find_channels(model: nn.Module, watches: Mapping[str, Watch], images: Tensor
             for k, row in enumerate(watch.rows)
         )
     return found
+
+
+def _visible(images: Tensor) -> Tensor:
+    """Images with each colour scaled to [0, 1]."""
+    low, high = (f(images.flatten(2).transpose(0, 1).flatten(1), 1)[:, None, None] for f in (torch.amin, torch.amax))
+    return (images - low) / (high - low).clamp_min(1e-12)
+
+
+def channels_of_responses(images: Tensor, responses: Tensor, shares: Tensor) -> tuple[Channel, ...]:
+    """The strongest channels of a bond with whole images.
+
+    Args:
+        images: Images (n, c, h, w).
+        responses: (n, channels).
+        shares: Energy shares (channels,).
+    """
+    whole = (0, images.shape[2] - 1, 0, images.shape[3] - 1)
+    shown, found = _visible(images), []
+    for k in shares.argsort(descending=True)[:CHANNELS].tolist():
+        order = responses[:, k].argsort(descending=True)
+        picked = torch.cat([order[:IMAGES], order.flip(0)[:IMAGES]])
+        values = tuple(responses[picked, k].tolist())
+        found.append(Channel(k, shares[k].item(), shown[picked], (whole,) * len(picked), values))
+    return tuple(found)
 
 
 def _responses(model: nn.Module, x: Tensor, watches: Mapping[str, Watch]) -> dict[str, Tensor]:

@@ -62,6 +62,11 @@ class BondSpectrum:
         return effective_rank(self.small)
 
     @property
+    def used(self) -> float:
+        """The effective rank over the possible one; at most 1, though cutting off a train's padding adds directions."""
+        return min(1.0, self.effective / max(self.possible, 1))
+
+    @property
     def kept(self) -> float:
         """The share of the dense layer's energy that the compressed layer reproduces, 0 to 1.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from rankopt.core.files import write_beside
 from rankopt.report.bond_analysis import LayerBonds
 from rankopt.report.bond_channels import ENERGY, IMAGES, Channel
+from rankopt.report.bond_latents import Latents
+from rankopt.report.bond_sections import by_layer, whole_model
 from rankopt.report.bond_spectra import BondSpectrum, effective_rank
 from rankopt.report.html import environment
 from rankopt.report.pictures import ACCENT, FAINT, INK, POINT, draw, labels
@@ -35,50 +38,63 @@ FLOOR = 1e-6
 """The least share of energy that is drawn."""
 
 
-def write_bonds(path: Path, title: str, rows: Sequence[LayerBonds]) -> Path:
+def write_bonds(path: Path, title: str, rows: Sequence[LayerBonds], latents: Latents | None = None) -> Path:
     """Write the page.
 
     Args:
         path: The file to write; its folder is made.
         title: Name of the run or task.
         rows: The layers.
+        latents: Their latent channels.
 
     Returns:
         The path.
     """
-    source = page(title, rows)
+    source = page(title, rows, latents)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_beside(path, lambda p: p.write_text(source, encoding="utf-8", errors="replace"))
     return path
 
 
-def page(title: str, rows: Sequence[LayerBonds]) -> str:
+def page(title: str, rows: Sequence[LayerBonds], latents: Latents | None = None) -> str:
     """Render the page. Names and reasons come from users' files; the template escapes them.
 
     Args:
         title: Name of the run or task.
         rows: The layers.
+        latents: Their latent channels; None leaves out what these do.
 
     Returns:
         The page's source.
     """
-    shown = [row for row in rows if row.spectra]
+    channels = by_layer(latents)
+    shown = [row for row in rows if row.spectra or row.name in channels]
+    spectral = [row for row in shown if row.spectra]
     pictures = [_pictures(row, i) for i, row in enumerate(shown)]
     env = environment()
     env.filters["bond"] = lambda text: text.replace(" ", "\u00a0").replace("|", "│")
+    env.filters |= {"rise": lambda x: "–" if math.isnan(x) else f"{x:.2g}", "corr": _correlation}
     metrics = {s.metric for row in shown for s in row.spectra}
+    height = 0.7 + 0.17 * sum(len(r.spectra) for r in spectral)
     return env.get_template(TEMPLATE).render(
         title=title,
         verdict=verdict(rows),
         layers=list(zip(shown, pictures, strict=True)),
-        others=[row for row in rows if not row.spectra],
-        overview=Markup(draw(overview, shown, height=0.7 + 0.17 * sum(len(r.spectra) for r in shown))) if shown else "",
+        others=[row for row in rows if not row.spectra and row.name not in channels],
+        overview=Markup(draw(overview, spectral, height=height)) if spectral else "",
         effective=effective_rank,
         energy=ENERGY,
         images=IMAGES,
         output="output" in metrics,
         plain="plain" in metrics,
+        whole=whole_model(latents) if latents else None,
+        channels=channels,
+        pictured=any(row.channels for row in shown),
     )
+
+
+def _correlation(value: float | None) -> str:
+    return "too few" if value is None else f"{value:.2f}"
 
 
 def verdict(rows: Sequence[LayerBonds]) -> str:
@@ -89,8 +105,8 @@ def verdict(rows: Sequence[LayerBonds]) -> str:
     """
     bonds = [s for row in rows for s in row.spectra]
     if not bonds:
-        return "No layer has a bond."
-    used = statistics.median(s.effective / s.possible for s in bonds)
+        return "No layer has a bond that bounds its rank."
+    used = statistics.median(s.used for s in bonds)
     kept = statistics.median(s.kept for s in bonds)
     layers = sum(bool(row.spectra) for row in rows)
     return (
@@ -130,8 +146,10 @@ def table(rows: Sequence[LayerBonds]) -> str:
 
 
 def _pictures(row: LayerBonds, number: int) -> dict[str, Markup]:
-    lines = -(-len(row.spectra) // 3)
-    drawn = {"spectra": draw(spectra, row.spectra, height=1.75 * lines, name=f"spectra{number}")}
+    drawn = {}
+    if row.spectra:
+        lines = -(-len(row.spectra) // 3)
+        drawn["spectra"] = draw(spectra, row.spectra, height=1.75 * lines, name=f"spectra{number}")
     if row.channels:
         drawn["channels"] = draw(channels, row.channels, height=2.05, name=f"channels{number}")
     return {name: Markup(svg) for name, svg in drawn.items()}
@@ -170,7 +188,7 @@ def spectra(ax: Any, bonds: Sequence[BondSpectrum]) -> None:
     ax.remove()
     panels = figure.subplots(-(-len(bonds) // columns), columns, sharey=True, squeeze=False).flat
     for panel, s in zip(panels, bonds, strict=False):
-        total = max(sum(v * v for v in s.dense), 1e-300)
+        total = max(*(sum(v * v for v in values) for values in (s.dense, s.small)), 1e-300)  # no share is above 1
         dense, small = (np.array([v * v / total for v in values]) for values in (s.dense, s.small))
         panel.fill_between(np.arange(1, len(dense) + 1), FLOOR, np.maximum(dense, FLOOR), color=FAINT, alpha=0.3, lw=0)
         panel.plot(np.arange(1, len(small) + 1), np.maximum(small, FLOOR), color=POINT, lw=1.6)

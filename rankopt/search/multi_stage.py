@@ -113,6 +113,7 @@ def run_multi_stage(  # noqa: PLR0913  # a search's arguments and its preparatio
         if folder:
             result.save(folder)
         model = multiplied_out(task.model, result.model)
+    result.dense = task.model
     return result
 
 

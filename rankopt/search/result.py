@@ -72,6 +72,8 @@ class Result:
         trials: The trials within the limits, in the order in which they ended.
         problem: The layers' frontiers that the search chose from; None where that is not known, as in a run folder.
         sensitivities: Layer name -> measured (relative error, rise of the objective), one layer at a time.
+        dense: The model that was compressed, and
+        inputs: the calibration batches, as the model takes them; None where they are not known, as in a run folder.
     """
 
     model: nn.Module
@@ -81,6 +83,8 @@ class Result:
     trials: Sequence[Trial] = field(default=(), repr=False)
     problem: Problem | None = field(default=None, repr=False)
     sensitivities: Mapping[str, Curve] = field(default_factory=dict, repr=False)
+    dense: nn.Module | None = field(default=None, repr=False)
+    inputs: Sequence[Any] | None = field(default=None, repr=False)
 
     def summary(self) -> str:
         """The result as text, at most 100 columns wide."""
@@ -243,7 +247,15 @@ def build_result(
     rebuilt = _Rebuilt(model, dataclasses.replace(plan, cost=achieved), changes, score)
     info = _assemble(prepared, outcome, metadata, settings, rebuilt)
     return Result(
-        model, rebuilt.plan, outcome.problem.limits, info, tuple(outcome.trials), outcome.problem, prepared.curves
+        model,
+        rebuilt.plan,
+        outcome.problem.limits,
+        info,
+        tuple(outcome.trials),
+        outcome.problem,
+        prepared.curves,
+        prepared.task.model,
+        prepared.statistics.batches,
     )
 
 

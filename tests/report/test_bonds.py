@@ -19,7 +19,7 @@ from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.records import Layer
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import Bond
-from rankopt.report.bond_analysis import LayerBonds, bonds_of_run, bonds_of_space
+from rankopt.report.bond_analysis import LayerBonds, bonds_of_run, bonds_of_space, subject_of_run
 from rankopt.report.bond_channels import (
     IMAGES,
     Channel,
@@ -29,8 +29,11 @@ from rankopt.report.bond_channels import (
     find_channels,
     first_channels,
 )
+from rankopt.report.bond_latents import Effort, analyse
 from rankopt.report.bond_spectra import BondSpectrum, effective_rank, inner_moment, spectra
-from rankopt.report.bonds_page import page, table
+from rankopt.report.bonds_page import page, table, verdict
+from rankopt.report.bonds_page import spectra as draw_spectra
+from rankopt.report.pictures import Figure
 from rankopt.search.compress import run_search
 from rankopt.search.settings import SearchSettings
 from tests.helpers.browser import PHONE, Page, measure
@@ -106,6 +109,17 @@ def test_a_bonds_input_moment_is_averaged_over_the_kernel_positions_beyond_it():
     expected = sum(r @ r.mT for r in rows) / 80
     torch.testing.assert_close(inner_moment(layer, Bond(1, ("C", "h")), moment)[0], expected)
     torch.testing.assert_close(inner_moment(layer, Bond(1, ("C", "h", "w")), moment), moment)
+
+
+def test_no_share_is_above_the_whole():
+    """A compressed layer may have more energy than the dense one, and a cropped train more directions than its bond."""
+    bond = BondSpectrum("C | T", 2, "plain", (1.0, 0.5, 0.1), (3.0, 2.9, 2.8, 2.7), 9.0)
+    assert bond.effective > bond.size and bond.used == 1 and bond.kept == 0
+    assert "below 100 % of the possible" in verdict([LayerBonds("a", "tt_matrix", (2,), (bond,))])
+    figure = Figure()
+    draw_spectra(figure.add_subplot(), [bond])
+    drawn = [y for line in figure.axes[0].lines for y in line.get_ydata() if len(line.get_ydata()) > 2]
+    assert len(drawn) == 4 and max(drawn) <= 1
 
 
 # --- channels ----------------------------------------------------------------------------------------
@@ -207,7 +221,10 @@ def test_inspect_shows_the_bonds_of_a_run(folder, rows):
     assert used <= set(seen.ids)
     factorised = [row for row in rows if row.spectra]
     assert len(factorised) >= 3 and any(row.channels for row in rows)
-    pictures = 1 + len(factorised) + sum(bool(row.channels) for row in rows)
+    bonds = source.count("what its strongest channels do")
+    assert bonds >= len(factorised)
+    # The overview, predictions and a followed channel; spectra and images by layer; effects, and those on classes.
+    pictures = 3 + 2 * len(factorised) + 2 * bonds
     assert source.count("<svg") == pictures
     for row in rows:
         assert row.name in seen.text and (row.spectra or row.note in seen.text)
@@ -233,9 +250,16 @@ def test_options_that_exclude_each_other_are_refused(folder):
         assert message in " ".join(stderr.split())
 
 
+@pytest.fixture(scope="module")
+def latents(folder, digits):
+    subject = subject_of_run(folder, digits.task)
+    few = subject._replace(batches=[x[:24] for x in subject.batches[:1]])
+    return analyse(*few, Effort(measured=2))
+
+
 @pytest.mark.parametrize("width", [PHONE, 1280])
-def test_the_page_is_not_wider_than_the_screen(rows, chromium, tmp_path, width):
-    frame = measure(page("a/" + "long_name" * 12, rows), width, tmp_path)
+def test_the_page_is_not_wider_than_the_screen(rows, latents, chromium, tmp_path, width):
+    frame = measure(page("a/" + "long_name" * 12, rows, latents), width, tmp_path)
     dom = chromium(frame, "--dump-dom", "--window-size=1400,900", "--virtual-time-budget=10000")
     title = re.search(r"<title>(.*?)</title>", dom, re.S)
     assert title and title[1], "the page did not load"
