@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rankopt.core.errors import RankoptError
@@ -145,12 +145,38 @@ def read_bytes(path: Path, most: int) -> bytes:
         ValueError: It is larger, or no regular file: reading a pipe or a device may never end.
     """
     with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is no regular file")
+        _check_regular(os.fstat(file.fileno()))
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it is larger than {most:,} bytes, the most that is read")
     return content
+
+
+def _check_regular(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no regular file")
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Context: a file of tensors that may come from elsewhere.
+
+    Args:
+        path: A safetensors file.
+
+    Yields:
+        The file, as `safetensors.safe_open` gives it.
+
+    Raises:
+        OSError: It is missing or cannot be read.
+        ValueError: It is damaged, or no regular file.
+    """
+    _check_regular(path.stat())
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 def available_memory() -> int | None:
