@@ -446,6 +446,8 @@ def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path, strict:
         expected = sum(t.numel() * t.element_size() for t in (*small.parameters(), *small.buffers()))
         if path.stat().st_size > 2 * expected + LARGEST:
             raise PlanError(f"{path} is larger than the plan's model: it is from elsewhere")
+        if not path.is_file():
+            raise PlanError(f"{path} is no regular file")
         if _sha256(path) != checksum:
             raise PlanError(f"{path} is damaged or from another run: its checksum is not the one in {PLAN}")
         if not strict:
