@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import sqlite3
+import struct
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -409,6 +410,29 @@ def test_a_study_that_computes_is_refused(tmp_path, statement):
             use(tmp_path)
 
 
+def test_a_journal_beside_a_study_does_not_delete_another_file(tmp_path):
+    """SQLite plays a journal back that a killed writer left, and deletes the file that is named at its end."""
+    run, private, magic = tmp_path / "run", tmp_path / "private", bytes.fromhex("d9d505f920a163d7")
+    run.mkdir()
+    private.write_text("secret")
+    create_study(run / "study.db", "rankopt", {})
+    name, size = os.fsencode(private), (run / "study.db").stat().st_size
+    header = (magic + struct.pack(">5I", 0, 1, size // 4096, 512, 4096)).ljust(512, b"\0")
+    end = struct.pack(">I", 2**30 // 4096 + 1) + name + struct.pack(">2I", len(name), sum(name)) + magic
+    (run / "study.db-journal").write_bytes(header + end)
+    for use in (read_trials, check_folder):
+        with pytest.raises(RankoptError, match=r"study\.db-journal names another file"):
+            use(run)
+    assert private.read_text() == "secret"
+    (run / "study.db-journal").write_bytes(header)  # as of a writer that was killed
+    assert read_trials(run) == [] and not (run / "study.db-journal").exists()
+    for end in ("-journal", "-wal", "-shm"):
+        os.mkfifo(run / f"study.db{end}")
+        with no_hang(), pytest.raises(RankoptError, match="no regular file"):
+            read_trials(run)
+        (run / f"study.db{end}").unlink()
+
+
 def test_a_long_text_in_a_result_takes_no_time(tmp_path):
     info = json.loads((RESULTS / "digits_hyperparameters/search-9/result.json").read_bytes())
     info["warnings"] = ["word " * 40_000, "y" * 400_000]
@@ -446,6 +470,14 @@ def test_a_number_without_end_in_a_study_is_refused(tmp_path):
         _study(tmp_path / "study.toml")
 
 
+def test_weights_that_are_no_file_are_refused(tmp_path):
+    _own_weights(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(RankoptError, match="no regular file"):
+        rankopt.load(_small_model(), tmp_path)
+
+
 def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
     for name, read in (
         ("result.json", _result),
@@ -455,6 +487,8 @@ def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
         ("benchmark.json", _benchmark),
         ("cases.json", _cases),
         ("table.json", _table),
+        ("checkpoint.safetensors", checkpoint.load),
+        ("policy.safetensors", load_policy),
     ):
         os.mkfifo(tmp_path / name)
         with pytest.raises(RankoptError, match="no regular file"):
