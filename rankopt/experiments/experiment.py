@@ -20,7 +20,7 @@ from rankopt.core.files import without_folder, write_beside
 from rankopt.core.progress import Display, StopCondition, graceful_interrupt
 from rankopt.core.records import METRICS, Task
 from rankopt.core.result_record import TrainingSource
-from rankopt.core.run_folder import RESULT
+from rankopt.core.run_folder import RESULT, check_no_links
 from rankopt.core.schema import checked, read_json
 from rankopt.core.text import reason
 from rankopt.experiments.tasks import load_task
@@ -241,8 +241,9 @@ def run_in_folder(
         The folder that holds the result: `out`, or `trained` in it. None if it was stopped before there was one.
 
     Raises:
-        StudyError: If the folder holds a search or a training with other settings.
+        StudyError: If the folder holds a search or a training with other settings, or a link.
     """
+    check_no_links(out)
     trained, settings_file = out / TRAINED, out / EXPERIMENT_FILE
     asked = experiment.as_json(task.name)
     if not trained.is_dir():
