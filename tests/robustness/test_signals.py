@@ -42,7 +42,7 @@ STAGES = {
     "calibration": "rankopt.candidates.calibration:Statistics.ensure_cached",
     "fitting": "rankopt.candidates.prepare:fit_candidates",
     "sensitivity": "rankopt.candidates.probing:Prober.curves",
-    "evaluation": "rankopt.search.evaluator:Evaluator.__call__",
+    "evaluation": "rankopt.search.evaluator:Evaluator.stages",
     "storing": "rankopt.search.storage.local:Store.add",
     "saving": "rankopt.search.result:Result.save",
     "reporting": "rankopt.report.html:write_report",
