@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -13,13 +14,12 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from rankopt.core.errors import RankoptError
-from rankopt.core.files import digest, write_beside
+from rankopt.core.files import digest, open_tensors, write_beside
 from rankopt.core.schema import checked, parse_json, read_json
 from rankopt.core.text import reason
 from rankopt.decompositions.types import Factors
@@ -35,6 +35,10 @@ SPARED = 86400
 """Seconds for which an entry stays after its last use."""
 
 
+_OWN = re.compile(r"\.?([\w-]+-)?[0-9a-f]{32}(-\d+)?\.(json|safetensors)(\.\w+\.part)?")
+"""Names of entries, and of what a process leaves that is killed while it writes one."""
+
+
 def crc(tensor: Tensor) -> int:
     """Compute a CRC-32 checksum of a tensor's bytes: far cheaper than a digest, enough against silent damage.
 
@@ -45,8 +49,8 @@ def crc(tensor: Tensor) -> int:
 
 
 def _sound(file: Any, name: str, tensor: Tensor) -> bool:
-    """Whether a tensor matches its checksum; entries of earlier versions have none."""
-    return (file.metadata() or {}).get(f"crc.{name}") in (None, str(crc(tensor)))
+    """Whether a tensor matches its checksum."""
+    return (file.metadata() or {}).get(f"crc.{name}") == str(crc(tensor))
 
 
 class _Entry(TypedDict):
@@ -120,9 +124,9 @@ class Cache:
         return len(sizes), sum(sizes)
 
     def _entries(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """The cache's own files, of which another process may remove some meanwhile."""
+        """The cache's own files, of which another process may remove some meanwhile; others may lie beside them."""
         for path in self.folder.iterdir():
-            if path.suffix in (".json", ".safetensors", ".part"):
+            if _OWN.fullmatch(path.name):
                 with suppress(OSError):
                     yield path, path.lstat()
 
@@ -210,9 +214,10 @@ class Cache:
             The value, or None if the entry is missing or damaged.
         """
         try:
-            with safe_open(self.used(key, "safetensors"), "pt") as file:
-                return parse_json((file.metadata() or {})[name], kind)
-        except (OSError, SafetensorError, KeyError, ValueError):
+            with open_tensors(self.used(key, "safetensors")) as file:
+                found = file.metadata() or {}
+            return parse_json(found[name], kind) if found[f"crc.{name}"] == digest(found[name]) else None
+        except (OSError, KeyError, ValueError):
             return None
 
     def read_tensors(self, key: str, names: Collection[str] | None = None) -> dict[str, Tensor] | None:
@@ -226,23 +231,25 @@ class Cache:
             Tensors by name, or None if the entry is missing or damaged.
         """
         try:
-            with safe_open(self.used(key, "safetensors"), "pt") as file:
+            with open_tensors(self.used(key, "safetensors")) as file:
                 wanted = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118
                 found = {name: file.get_tensor(name) for name in wanted}
                 return found if all(_sound(file, name, t) for name, t in found.items()) else None
-        except (OSError, SafetensorError):
+        except (OSError, ValueError):
             return None
 
     def write_tensors(self, key: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        """Write an entry of tensors, with a checksum for each.
+        """Write an entry of tensors, with a checksum for each, and for each text beside them.
 
         Args:
             key: The entry's key.
             tensors: Contiguous tensors by name, on the CPU.
             metadata: Further entries for the file's header.
         """
-        metadata = {**(metadata or {}), **{f"crc.{name}": str(crc(t)) for name, t in tensors.items()}}
-        self._write(self.path(key, "safetensors"), lambda p: save_file(tensors, p, metadata))
+        texts = metadata or {}
+        sums = {f"crc.{name}": str(crc(t)) for name, t in tensors.items()}
+        sums |= {f"crc.{name}": digest(text) for name, text in texts.items()}
+        self._write(self.path(key, "safetensors"), lambda p: save_file(tensors, p, texts | sums))
 
 
 class FactorStore:
@@ -263,11 +270,11 @@ class FactorStore:
             return self.kept[key]
         file_key, index = key.rsplit("/", 1)
         try:
-            with safe_open(self.cache.used(file_key, "safetensors"), "pt") as file:
+            with open_tensors(self.cache.used(file_key, "safetensors")) as file:
                 count = sum(n.startswith(f"{index}.") for n in file.keys())  # noqa: SIM118
                 found = {name: file.get_tensor(name) for name in (f"{index}.{i}" for i in range(count))}
                 damaged = [name for name, tensor in found.items() if not _sound(file, name, tensor)]
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             raise RankoptError(f"the candidate cache lost an entry ({reason(error)}): run the search again") from error
         if damaged:
             path = self.cache.path(file_key, "safetensors")

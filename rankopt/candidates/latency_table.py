@@ -387,7 +387,7 @@ class Measurements:
         models: By hash of a model, its times.
 
     Raises:
-        RankoptError: A time is not above 0, or that of a dense layer is missing.
+        RankoptError: A time is not above 0, or that of a dense layer or of a model's plans is missing.
     """
 
     layers: dict[str, dict[str, Timing]] = dataclasses.field(default_factory=dict)
@@ -400,6 +400,8 @@ class Measurements:
             raise RankoptError("times are whole numbers of nanoseconds, from 1 on")
         if not all("dense" in found for found in self.layers.values()):
             raise RankoptError("the time of a dense layer is missing")
+        if not all(m["plans"] for m in self.models.values()):
+            raise RankoptError("the times of a model's plans are missing")
 
 
 @dataclass(kw_only=True)

@@ -12,10 +12,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rankopt.core.errors import RankoptError
@@ -144,13 +144,50 @@ def read_bytes(path: Path, most: int) -> bytes:
         OSError: It is missing or cannot be read.
         ValueError: It is larger, or no regular file: reading a pipe or a device may never end.
     """
-    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is no regular file")
+    with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it is larger than {most:,} bytes, the most that is read")
     return content
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file that may come from elsewhere for reading.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It is missing or cannot be read.
+        ValueError: It is no regular file: reading a pipe or a device may never end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Context: a file of tensors that may come from elsewhere.
+
+    Args:
+        path: A safetensors file.
+
+    Yields:
+        The file, as `safetensors.safe_open` gives it.
+
+    Raises:
+        OSError: It is missing or cannot be read.
+        ValueError: It is damaged, or no regular file.
+    """
+    open_regular(path).close()
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 def available_memory() -> int | None:

@@ -156,11 +156,23 @@ def open_folder(out: Path, resume: bool | None, kept: str = "study.db") -> None:
             raise StudyError(f"{out} is not empty: {go_on}choose another --out")
         if full and not any(out.rglob(kept)):
             raise StudyError(f"there is nothing to resume in {out}: it holds files, but no {kept}")
-        for path in out.rglob("*") if full else ():
-            check_no_link(path, StudyError)
+        check_no_links(out)
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StudyError(f"{out} cannot be used: {error}") from error
+
+
+def check_no_links(folder: Path) -> None:
+    """Check that nothing in a folder to be written to is a symbolic link.
+
+    Args:
+        folder: The folder, which may itself be a link, and need not exist.
+
+    Raises:
+        StudyError: Something is.
+    """
+    for path in folder.rglob("*"):
+        check_no_link(path, StudyError)
 
 
 def process_alive(pid: int) -> bool:

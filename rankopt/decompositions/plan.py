@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 
 FORMAT, VERSION = "rankopt-plan", 4
 SHOWN = 5  # names in a message
+LONGEST_TEXT = 250  # characters of a layer's name in a file, and numbers of its shape
 EARLIER = "replaced in the model that was compressed"
 
 
@@ -242,6 +243,8 @@ def _parsed(content: Any) -> _Content:
     found: _Content = checked(content, _Content)
     if version == 1:
         found = dataclasses.replace(found, layers=tuple(map(_with_form, found.layers)))
+    if len(found.latency_on) > LONGEST_TEXT:
+        raise ValueError(f"its latency_on is longer than {LONGEST_TEXT} characters")
     for choice in (*found.layers, *found.before):
         _check(choice)
     return found
@@ -255,6 +258,10 @@ def _with_form(choice: Choice) -> Choice:
 
 def _check(choice: Choice) -> None:
     """Raise ValueError for a choice that no plan can hold."""
+    if max(map(len, (choice.name, choice.kind, choice.shape, choice.rank))) > LONGEST_TEXT:
+        raise ValueError(f"a layer has a name, a shape or a rank that is longer than {LONGEST_TEXT}")
+    if not choice.kind.isprintable():
+        raise ValueError(f"layer {choice.name!r}: no class is called {choice.kind!r}")
     if min(*choice.shape, *choice.rank, choice.params, choice.macs) < 0:
         raise ValueError(f"layer {choice.name!r}: shapes, ranks and costs must be whole numbers from 0 on")
     if choice.precision not in PRECISIONS:
@@ -446,6 +453,8 @@ def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path, strict:
         expected = sum(t.numel() * t.element_size() for t in (*small.parameters(), *small.buffers()))
         if path.stat().st_size > 2 * expected + LARGEST:
             raise PlanError(f"{path} is larger than the plan's model: it is from elsewhere")
+        if not path.is_file():
+            raise PlanError(f"{path} is no regular file")
         if _sha256(path) != checksum:
             raise PlanError(f"{path} is damaged or from another run: its checksum is not the one in {PLAN}")
         if not strict:

@@ -376,7 +376,7 @@ class _Search:
         device = self.target.weight.device
         output_ranks = None if solver.output_rank is None else torch.tensor([c[1] for c in constraints if c])
         sizes = [s.numel() for s in shapes]
-        scales = solver.scales.clamp_min(1e-300).unsqueeze(-1)
+        scales = solver.scales.where(solver.scales > 0, 1.0).unsqueeze(-1)  # where no input comes, no loss is left
 
         def evaluate(points: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
             flat = points.detach().requires_grad_()
@@ -384,7 +384,7 @@ class _Search:
             rows = self.family.rows(self.layer, tuple(t.reshape(-1, *s) for t, s in zip(parts, shapes, strict=True)))
             own = None if output_ranks is None else output_ranks[columns].to(device)
             losses, _, gradient = solver.solve(rows.detach().unflatten(0, points.shape[:2]), own)
-            gradient = gradient / scales[..., None, None].to(gradient.dtype)
+            gradient = (gradient / scales[..., None, None]).to(gradient.dtype)
             (found,) = torch.autograd.grad(rows, flat, gradient.flatten(0, 1))
             return losses / scales, found
 

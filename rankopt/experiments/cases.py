@@ -35,7 +35,7 @@ from rankopt.core.files import write_beside
 from rankopt.core.progress import Display, StopCondition
 from rankopt.core.records import Task
 from rankopt.core.result_record import Bounds, Part
-from rankopt.core.run_folder import RESULT, folder_lock, read_result
+from rankopt.core.run_folder import RESULT, check_no_links, folder_lock, read_result
 from rankopt.core.schema import read_json
 from rankopt.core.text import reason
 from rankopt.experiments.config import Case, StudyFile
@@ -133,11 +133,12 @@ def run_cases(
 
     Raises:
         RankoptError: If no case has one of the names.
-        StudyError: If cases.json is damaged, or a case's folder holds other settings.
+        StudyError: If cases.json is damaged, or a case's folder holds other settings or a link.
     """
     names = [case.name for case in study.cases]
     if unknown := [name for name in only if name not in names]:
         raise RankoptError(f"unknown case {unknown[0]!r}; the cases are {', '.join(names)}")
+    check_no_links(out)
     load = cache(load_task)  # several cases may share a task
     rows = read_rows(out)
     for case in study.cases:

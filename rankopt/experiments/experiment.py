@@ -20,8 +20,9 @@ from rankopt.core.files import without_folder, write_beside
 from rankopt.core.progress import Display, StopCondition, graceful_interrupt
 from rankopt.core.records import METRICS, Task
 from rankopt.core.result_record import TrainingSource
-from rankopt.core.run_folder import RESULT
-from rankopt.core.schema import checked
+from rankopt.core.run_folder import RESULT, check_no_links
+from rankopt.core.schema import checked, read_json
+from rankopt.core.text import reason
 from rankopt.experiments.tasks import load_task
 from rankopt.model.objective import call
 from rankopt.search.compress import open_run_folder, run_search
@@ -170,12 +171,10 @@ def read_settings(out: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
+        settings: dict[str, Any] = read_json(path, dict[str, Any])
     except (OSError, ValueError) as error:
-        raise StudyError(f"{path} is damaged ({error}): remove the folder") from error
-    if not isinstance(content, dict):
-        raise StudyError(f"{path} is damaged: remove the folder")
-    return content
+        raise StudyError(f"{path} is damaged ({reason(error)}): remove the folder") from error
+    return settings
 
 
 def run_experiment(experiment: Experiment, prepared: Prepared, runner: Runner) -> Result:
@@ -243,8 +242,9 @@ def run_in_folder(
         The folder that holds the result: `out`, or `trained` in it. None if it was stopped before there was one.
 
     Raises:
-        StudyError: If the folder holds a search or a training with other settings.
+        StudyError: If the folder holds a search or a training with other settings, or a link.
     """
+    check_no_links(out)
     trained, settings_file = out / TRAINED, out / EXPERIMENT_FILE
     asked = experiment.as_json(task.name)
     if not trained.is_dir():

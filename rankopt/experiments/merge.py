@@ -65,6 +65,8 @@ def _check(case: Case, folder: Path) -> None:
     """Raise StudyError unless a folder may be taken over."""
     for number, path in enumerate(folder.rglob("*")):
         check_no_link(path, StudyError)
+        if not (path.is_file() or path.is_dir()):
+            raise StudyError(f"{path} is no file and no folder: {folder} is no folder of a case")
         if number > LARGEST:
             raise StudyError(f"{folder} holds more than {LARGEST:,} files: it is no folder of a case")
     settings = read_settings(folder)
@@ -80,8 +82,8 @@ def _progress(case: Case, folder: Path) -> tuple[int, ...]:
         return (4,)
     stopped = folder / TRAINED / checkpoint.FILE
     if stopped.is_file():
-        metadata, _ = checkpoint.load(stopped)
-        return (3, int(metadata["stage"]), int(metadata["step"]))
+        metadata = checkpoint.load(stopped).metadata
+        return (3, metadata["stage"], metadata["step"])
     return (2,) if (folder / PLAN).is_file() else (1,)
 
 

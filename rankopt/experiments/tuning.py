@@ -33,6 +33,7 @@ import optuna
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import rankdata
+from typing_extensions import TypedDict
 
 from rankopt.candidates.prepare import Prepared, prepare
 from rankopt.core.errors import RankoptError, StudyError
@@ -40,6 +41,7 @@ from rankopt.core.files import write_beside
 from rankopt.core.progress import Display, Progress, StopCondition
 from rankopt.core.records import METRICS, Task
 from rankopt.core.run_folder import RESULT, check_same, folder_lock, open_folder
+from rankopt.core.schema import checked
 from rankopt.experiments.config import OBJECTIVES, StudyFile
 from rankopt.experiments.experiment import Experiment, run_experiment, run_in_folder
 from rankopt.search.loop import ALL_FAILED, Runner, RunUntil
@@ -58,6 +60,23 @@ MIN_RANDOM = 10  # searches with random settings, before the sampler learns; at 
 
 
 LOST = "lost"  # attribute of the Optuna study: trials whose process was killed; they do not count
+
+
+class Measured(TypedDict, total=False):
+    """What a study keeps of a search; see `measurements`."""
+
+    error: str
+    score: float
+    objective: float
+    params: float
+    macs: float
+    bytes: float
+    latency: float
+    memory: float
+    disk: float
+    energy: float
+    milliseconds: float
+    seconds: float
 
 
 Report = Callable[[str], None]
@@ -112,6 +131,18 @@ class TuningStudy:
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.set_user_attr(LOST, [*self.study.user_attrs.get(LOST, ()), trial.number])
             self.study.tell(trial.number, state=TrialState.FAIL)
+        for trial in self.done():
+            self._check(trial)
+
+    def _check(self, trial: FrozenTrial) -> None:
+        """Raise ValueError for a search that is not what `run` writes: the file may be damaged, or from elsewhere."""
+        found = trial.distributions, len(trial.values or ()), all(map(math.isfinite, trial.values or ()))
+        if found != (self.distributions, len(self.objectives) * (trial.state == TrialState.COMPLETE), True):
+            raise ValueError(f"search {trial.number} has other hyperparameters or objectives")
+        for h in self.study_file.hyperparameters:
+            if h.to_optuna(h.from_optuna(trial.params[h.name])) != trial.params[h.name]:
+                raise ValueError(f"search {trial.number} has {h.name} = {trial.params[h.name]!r}")
+        checked(trial.user_attrs, Measured)
 
     def metadata(self) -> dict[str, Any]:
         """Describe the study, as its database keeps it: a study can be resumed if all of this is the same."""

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankopt.core.errors import RankoptError
-from rankopt.core.files import write_beside
+from rankopt.core.files import open_tensors, write_beside
+from rankopt.core.text import one_line, reason
 
 VERSION = "1"  # of policy files: it changes with the features or the network
 
@@ -206,19 +206,18 @@ def load_policy(path: Path) -> Policy:
     """
     remedy = "train one by --strategy rl --option save=FILE"
     try:
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             version = (file.metadata() or {}).get("rankopt_policy")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise RankoptError(f"policy {path} cannot be read ({error}): {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise RankoptError(f"policy {path} cannot be read ({reason(error)}): {remedy}") from error
     if version is None:
         raise RankoptError(f"{path} is no policy of strategy 'rl': {remedy}")
     policy = Policy()
     if version != VERSION:
-        raise RankoptError(f"policy {path} is of version {version}, this rankopt reads {VERSION}: {remedy}")
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in policy.state_dict().items()} or not all(
-        math.isfinite(v.sum()) for v in weights.values()
-    ):
+        raise RankoptError(f"policy {path} is of version {one_line(version)}, this rankopt reads {VERSION}: {remedy}")
+    own, found = ({k: (v.shape, v.dtype) for k, v in x.items()} for x in (policy.state_dict(), weights))
+    if found != own or not all(math.isfinite(v.sum()) for v in weights.values()):
         raise RankoptError(f"policy {path} is damaged (other weights than a policy has): {remedy}")
     policy.load_state_dict(weights)
     return policy

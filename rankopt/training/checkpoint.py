@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from typing_extensions import TypedDict
 
-from rankopt.core.errors import StudyError
-from rankopt.core.files import write_beside
+from rankopt.core.errors import RankoptError, StudyError
+from rankopt.core.files import open_tensors, write_beside
 from rankopt.core.result_record import EpochRow
-from rankopt.core.run_folder import check_same
+from rankopt.core.run_folder import DAMAGE, check_same
+from rankopt.core.schema import parse_json
 from rankopt.core.text import reason
+from rankopt.training.precision import Chosen
 
 FILE = "checkpoint.safetensors"
+
+
+STATES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
+"""What an optimizer keeps of a parameter, by its type."""
 
 
 @dataclass
@@ -47,7 +57,7 @@ class State:
     losses: list[list[float]] = field(default_factory=list)
     epochs: list[EpochRow] = field(default_factory=list)
     best: dict[str, Tensor] | None = None
-    chosen: dict[str, Any] = field(default_factory=dict)
+    chosen: Chosen = field(default_factory=Chosen)
     seconds: float = 0.0
 
     def modules(self) -> dict[str, nn.Module]:
@@ -55,25 +65,47 @@ class State:
         return {"model": self.model} | ({} if self.average is None else {"average": self.average})
 
 
-def write(path: Path, state: State, optimizer: Any, schedule: Any, fingerprint: str) -> None:
+class Metadata(TypedDict):
+    """What a checkpoint's header holds: the training's fingerprint ("question"), and all of its state but tensors."""
+
+    question: str
+    before: float | None
+    stage: int
+    step: int
+    epochs: list[EpochRow]
+    chosen: Chosen
+    seconds: float
+
+
+class Checkpoint(NamedTuple):
+    """The content of a checkpoint.
+
+    Attributes:
+        metadata: Its metadata.
+        tensors: Its tensors by name.
+        path: The file.
+    """
+
+    metadata: Metadata
+    tensors: dict[str, Tensor]
+    path: Path
+
+
+def write(path: Path, state: State, optimizer: Any, fingerprint: str) -> None:
     """Write everything that is needed to resume a training.
 
     Args:
         path: The file.
         state: State of the training.
         optimizer: Optimizer of the current stage.
-        schedule: Learning rate schedule of the current stage.
         fingerprint: Content hash of the training's recipe and inputs, which `read` compares.
     """
     tensors = {f"{k}.{name}": t for k, m in state.modules().items() for name, t in m.state_dict().items()}
     tensors |= {f"best.{name}": t for name, t in (state.best or {}).items()}
     tensors |= {f"losses.{i}": torch.tensor(x, dtype=torch.float64) for i, x in enumerate(state.losses)}
-    kept = optimizer.state_dict()
-    numbers: dict[str, dict[str, Any]] = {}
-    for index, values in kept["state"].items():
-        numbers[str(index)] = {k: v for k, v in values.items() if not isinstance(v, Tensor)}
-        tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
-    metadata = {
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
+    metadata: Metadata = {
         "question": fingerprint,
         "before": state.before,
         "stage": state.stage,
@@ -81,98 +113,122 @@ def write(path: Path, state: State, optimizer: Any, schedule: Any, fingerprint: 
         "epochs": state.epochs,
         "chosen": state.chosen,
         "seconds": state.seconds,
-        "groups": kept["param_groups"],
-        "numbers": numbers,
-        "schedule": schedule.state_dict(),
     }
     # Copies, as safetensors supports neither shared memory nor strides.
     copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     write_beside(path, lambda p: save_file(copies, p, {"rankopt": json.dumps(metadata)}))
 
 
-def read(path: Path, fingerprint: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path, fingerprint: str) -> Checkpoint:
     """Read a checkpoint of a certain training.
 
     Args:
         path: The file.
         fingerprint: Content hash of the training's recipe and inputs.
 
-    Returns:
-        Metadata, and tensors by name.
-
     Raises:
         StudyError: The file is damaged, or belongs to another training.
     """
-    metadata, tensors = load(path)
-    kept, asked = {"fingerprint": metadata.get("question")}, {"fingerprint": fingerprint}
+    found = load(path)
+    kept, asked = {"fingerprint": found.metadata["question"]}, {"fingerprint": fingerprint}
     what = "training (another recipe, model, teacher or task)"
     check_same(kept, asked, path, what, "Go on with the same settings, or choose another folder")
-    return metadata, tensors
+    return found
 
 
-def load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load(path: Path) -> Checkpoint:
     """Read any checkpoint.
 
     Args:
         path: The file.
 
-    Returns:
-        Metadata, and tensors by name.
-
     Raises:
         StudyError: The file is damaged.
     """
+    with _damage(path), open_tensors(path) as file:
+        metadata: Metadata = parse_json(file.metadata()["rankopt"], Metadata)
+        if min(metadata["stage"], metadata["step"]) < 0:
+            raise ValueError("it has a stage or a step below 0")
+        return Checkpoint(metadata, {name: file.get_tensor(name) for name in file.keys()}, path)  # noqa: SIM118
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Context: errors of a damaged checkpoint, also of torch where a tensor does not fit, are a StudyError."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = json.loads(file.metadata()["rankopt"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        yield
+    except (*DAMAGE, OSError, RuntimeError) as error:
+        if isinstance(error, RankoptError):
+            raise
         raise StudyError(f"{path} is damaged ({reason(error)}): remove it, and train again from the start") from error
-    return metadata, tensors
 
 
-def restore(state: State, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def restore(state: State, kept: Checkpoint) -> None:
     """Restore the state of a training in place.
 
     Args:
         state: The state.
-        metadata: Metadata of a checkpoint.
-        tensors: Its tensors.
+        kept: A checkpoint of the training.
+
+    Raises:
+        StudyError: The checkpoint does not fit the training.
     """
-    for kind, module in state.modules().items():
-        module.load_state_dict(under(kind, tensors))
-    state.stage, state.step, state.epochs = metadata["stage"], metadata["step"], metadata["epochs"]
-    state.before, state.seconds = metadata["before"], metadata["seconds"]
-    state.chosen = metadata["chosen"]
-    state.best = under("best", tensors) or None
-    losses = under("losses", tensors)
-    state.losses = [losses[str(i)].tolist() for i in range(len(losses))]
+    metadata, tensors = kept.metadata, kept.tensors
+    with _damage(kept.path):
+        for kind, module in state.modules().items():
+            module.load_state_dict(under(kind, tensors))
+        state.stage, state.step, state.epochs = metadata["stage"], metadata["step"], metadata["epochs"]
+        state.before, state.seconds = metadata["before"], metadata["seconds"]
+        state.chosen = metadata["chosen"]
+        if state.chosen and not {"precision", "channels_last"} <= state.chosen.keys():
+            raise ValueError("what was chosen is not complete")
+        state.best = under("best", tensors) or None
+        if state.best and _shapes(state.best) != _shapes(state.model.state_dict()):
+            raise ValueError("the weights of the best epoch do not fit the model")
+        losses = under("losses", tensors)
+        state.losses = [losses[str(i)].double().tolist() for i in range(len(losses))]
+        if [len(x) for x in state.losses[state.stage :]] != [state.step]:
+            raise ValueError("it does not have the loss of every step")
 
 
-def restore_optimizer(optimizer: Any, schedule: Any, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: t.shape for name, t in tensors.items()}
+
+
+def restore_optimizer(optimizer: Any, schedule: Any, kept: Checkpoint, steps: int) -> None:
     """Restore the optimizer and the schedule of the current stage in place.
 
     Args:
-        optimizer: The optimizer.
+        optimizer: The new optimizer of the stage.
         schedule: Its learning rate schedule.
-        metadata: Metadata of a checkpoint.
-        tensors: Its tensors.
+        kept: A checkpoint of the training.
+        steps: Steps of the stage.
+
+    Raises:
+        StudyError: The checkpoint does not fit the stage.
     """
-    kept: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in metadata["numbers"].items()}
-    for name, tensor in under("optimizer", tensors).items():
-        index, key = name.split(".", 1)
-        kept[int(index)][key] = tensor
-    own = optimizer.state_dict()["param_groups"]  # how to compute is not kept: the device may be another one
-    groups = [
-        old | {k: v for k, v in new.items() if k in ("fused", "foreach", "capturable")}
-        for new, old in zip(own, metadata["groups"], strict=True)
-    ]
-    optimizer.load_state_dict({"state": kept, "param_groups": groups})
-    for parameter, values in optimizer.state.items():  # in the memory format of the parameter, as fused steps need
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
-                values[key] = torch.empty_like(parameter).copy_(value)
-    schedule.load_state_dict(metadata["schedule"])
+    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    with _damage(kept.path), warnings.catch_warnings():
+        if (done := kept.metadata["step"]) > steps:
+            raise ValueError(f"it has {done} steps of {steps}")
+        warnings.simplefilter("ignore", UserWarning)  # these steps of the optimizer were made before
+        for _ in range(done):
+            schedule.step()
+        for name, tensor in under("optimizer", kept.tensors).items():
+            index, key = name.split(".", 1)
+            state[int(index)][key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for parameter, values in optimizer.state.items():
+            if values.keys() != STATES[type(optimizer)] or not all(_fits(t, parameter) for t in values.values()):
+                raise ValueError("the state of its optimizer does not fit the model")
+            for key, value in values.items():  # in the memory format of the parameter, as fused steps need
+                if value.ndim:
+                    values[key] = torch.empty_like(parameter).copy_(value)
+
+
+def _fits(value: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor can be a parameter's moment, or its number of steps."""
+    return value.shape == parameter.shape if value.ndim else bool(value >= 0)
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -157,7 +157,7 @@ class _Training:
         self.stages = [self._layerwise] * (recipe.layerwise > 0) + [self._whole] * (recipe.epochs > 0)
         self.captures: list[Capture | None] = []
         self.path: Path | None = None
-        self.kept: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
+        self.kept: checkpoint.Checkpoint | None = None
         self.start = self.written = time.monotonic()
         self.steps_done, self.steps_seconds = 0, 0.0
 
@@ -219,7 +219,7 @@ class _Training:
         for index in range(state.stage, len(self.stages)):
             stage = self.stages[index]()
             if self.kept is not None:
-                checkpoint.restore_optimizer(stage.optimizer, stage.schedule, *self.kept)
+                checkpoint.restore_optimizer(stage.optimizer, stage.schedule, self.kept, stage.steps)
                 self.kept = None
             else:
                 state.stage, state.step = index, 0
@@ -282,7 +282,7 @@ class _Training:
         if self.path is not None and (stops or last or time.monotonic() - self.written >= SECONDS):
             losses.read()
             state.seconds, self.start = self._seconds(), time.monotonic()
-            checkpoint.write(self.path, state, stage.optimizer, stage.schedule, self.fingerprint)
+            checkpoint.write(self.path, state, stage.optimizer, self.fingerprint)
             self.written = time.monotonic()
         if stops:
             raise KeyboardInterrupt
@@ -361,7 +361,7 @@ class _Training:
         if not resume:
             raise StudyError(f"{self.path} is of a training that stopped: go on with resume, or remove it")
         self.kept = checkpoint.read(self.path, self.fingerprint)
-        checkpoint.restore(self.state, *self.kept)
+        checkpoint.restore(self.state, self.kept)
 
 
 def _fused(capture: Capture | None) -> bool | None:

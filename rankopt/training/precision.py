@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import TypedDict
 
 from rankopt.core.errors import TaskError
 from rankopt.model.forward import device_of
@@ -50,9 +51,23 @@ def lay_out(model: nn.Module, recipe: Recipe, in_place: bool = False) -> nn.Modu
     return model
 
 
+class Chosen(TypedDict, total=False):
+    """What was chosen for a recipe that leaves it open.
+
+    Attributes:
+        precision: As in a recipe.
+        channels_last: As in a recipe.
+        milliseconds: Of a step, by choice.
+    """
+
+    precision: str
+    channels_last: bool
+    milliseconds: dict[str, float]
+
+
 def fastest(
     model: nn.Module, batches: Iterable[Any], recipe: Recipe, make_loss: Callable[[Recipe, nn.Module], Loss]
-) -> dict[str, Any]:
+) -> Chosen:
     """Time some steps in each precision and memory format, on a copy of the model.
 
     Args:
@@ -74,7 +89,7 @@ def fastest(
 
 def time_choices(
     model: nn.Module, batches: Iterable[Any], recipe: Recipe, make_loss: Callable[[Recipe, nn.Module], Loss]
-) -> dict[str, Any]:
+) -> Chosen:
     """As `fastest`, on any device.
 
     Args:

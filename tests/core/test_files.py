@@ -53,6 +53,15 @@ def test_a_run_folder_with_a_link_is_not_resumed(folder, private, name):
         open_folder(folder, resume=True, kept="*")
 
 
+@pytest.mark.parametrize("name", ["logs", "logs/ray.out", ".a.part"])
+def test_what_a_command_leaves_behind_and_begins_again_with_holds_no_link(folder, private, name):
+    """`rankopt sweep` goes on in a folder that holds nothing but logs."""
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(private)
+    with pytest.raises(StudyError, match="symbolic link"):
+        open_folder(folder, resume=None)
+
+
 def test_a_study_and_a_log_that_are_links_are_left_alone(folder, private):
     (folder / "search.log").symlink_to(private)
     LiveRunner(lambda study, evaluate: [], folder)._note("a line")

@@ -65,6 +65,19 @@ def test_half_precision_and_zero_and_dead_inputs(family, name):
     assert np.isfinite(fit.error) and all(torch.isfinite(f).all() for f in fit.factors)
 
 
+@pytest.mark.parametrize("family", [family for family, name in PAIRS if name == "grouped same reflect"])
+def test_a_group_whose_inputs_are_always_zero(family):
+    """Its weights do not matter; the others are fitted as ever."""
+    dead, case = make("grouped same reflect"), make("grouped same reflect")
+    dead.moment[0] = 0
+    rank = DECOMPOSITIONS[family].ranks(case.layer, [0.5])[0]
+    fits = {steps: build(family, dead, rank, steps=steps)[1] for steps in (0, 20)}
+    assert all(torch.isfinite(f).all() for f in fits[20].factors)
+    assert 0 < fits[20].error <= fits[0].error
+    if not DECOMPOSITIONS[family].closed_form:
+        assert fits[20].error < fits[0].error
+
+
 @pytest.mark.parametrize("family", [f for f in DECOMPOSITIONS if isinstance(DECOMPOSITIONS[f], OutputSolved)])
 @pytest.mark.parametrize("name", ["conv3x3", "linear", "grouped same reflect"])
 def test_gradient_of_the_projected_loss(family, name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -112,7 +113,13 @@ def test_folders_that_are_refused(study, tmp_path):
     (done / "30%" / "link").symlink_to("/etc/hostname")
     with pytest.raises(StudyError, match="is a symbolic link"):
         merge(study, done, out)
+    with pytest.raises(StudyError, match="is a symbolic link"):
+        run(study, done)
     (done / "30%" / "link").unlink()
+    os.mkfifo(done / "30%" / "pipe")
+    with pytest.raises(StudyError, match="no file and no folder"):
+        merge(study, done, out)
+    (done / "30%" / "pipe").unlink()
     (done / "30%" / "trained" / "checkpoint.safetensors").write_bytes(b"half")
     with pytest.raises(StudyError, match="is damaged"):
         merge(study, done, out)

@@ -41,12 +41,15 @@ STAGES = {
     "loading": "rankopt.experiments.tasks:load_task",
     "calibration": "rankopt.candidates.calibration:Statistics.ensure_cached",
     "fitting": "rankopt.candidates.prepare:fit_candidates",
-    "sensitivity": "rankopt.candidates.prepare:measure",
-    "evaluation": "rankopt.search.evaluator:Evaluator.__call__",
+    "sensitivity": "rankopt.candidates.probing:Prober.curves",
+    "evaluation": "rankopt.search.evaluator:Evaluator.stages",
     "storing": "rankopt.search.storage.local:Store.add",
     "saving": "rankopt.search.result:Result.save",
     "reporting": "rankopt.report.html:write_report",
 }
+
+PREPARING = {"calibration", "fitting", "sensitivity"}
+"""Stages that a search leaves out where the cache has what they make."""
 
 QUICKLY = {("fitting", signal.SIGTERM), ("saving", signal.SIGHUP)}
 
@@ -56,12 +59,19 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache that all searches of this module use, which prepare the same."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "number"), CASES)
-def test_a_signal_at_any_stage_ends_a_search_that_then_goes_on(stage, number, tmp_path, quick_space):
+def test_a_signal_at_any_stage_ends_a_search_that_then_goes_on(stage, number, tmp_path, quick_space, cache):
     out = tmp_path / "run"
+    cache = tmp_path / "cache" if stage in PREPARING else cache
     search = ["search", "digits", "--budget", "params=0.5", "--strategy", "random", "--trials", "3"]
-    search += ["--space", str(quick_space), "--out", str(out), "--cache", str(tmp_path / "cache")]
+    search += ["--space", str(quick_space), "--out", str(out), "--cache", str(cache)]
     command = [sys.executable, "-c", SIGNALLED, STAGES[stage], str(int(number)), *search]
     stopped = subprocess.run(command, capture_output=True, text=True, check=False)
     assert stopped.returncode == 128 + number and "Traceback" not in stopped.stderr, stopped.stderr

@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from typing_extensions import TypedDict
 
 from rankopt.core.errors import StudyError
-from rankopt.core.files import check_no_link, digest, is_disk_full, temporary_beside, write_beside
+from rankopt.core.files import check_no_link, digest, is_disk_full, open_regular, temporary_beside, write_beside
 from rankopt.core.problem import Problem
 from rankopt.core.records import BUDGETS, Cost, Proposal, Trial
 from rankopt.core.result_record import TrialRow
@@ -50,6 +50,10 @@ NAMES = {state: name for name, state in STATES.items()}
 
 COMPUTED = re.compile(r"\b(GENERATED|AS|VIRTUAL|COLLATE)\b|\bCHECK\s*\((?!\w+ ?= ?1\))", re.IGNORECASE)
 """What no definition of Optuna's holds; its one check is of a version's number."""
+
+
+NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")
+"""The end of an SQLite journal that names a further file, which SQLite deletes once it has used the journal."""
 
 
 LONGEST_VALUE = 2**26
@@ -349,6 +353,7 @@ def load_study(path: Path) -> optuna.Study:
         ValueError: If it is empty or damaged.
     """
     check_no_link(path, StudyError)
+    _check_beside(path)
     if path.stat().st_size == 0:
         raise ValueError("it is empty")
     if not path.is_file():
@@ -365,6 +370,17 @@ def load_study(path: Path) -> optuna.Study:
         warnings.simplefilter("ignore")
         storage = RDBStorage(sqlite_url(path), engine_kwargs={"connect_args": {"factory": _LimitedConnection}})
         return optuna.load_study(study_name=STUDY, storage=storage)
+
+
+def _check_beside(path: Path) -> None:
+    """Raise where SQLite's own files beside a study would make it touch others: a killed writer leaves a plain one."""
+    for beside in (Path(f"{path}{end}") for end in ("-journal", "-wal", "-shm")):
+        check_no_link(beside, StudyError)
+        if beside.exists():
+            with open_regular(beside) as file:
+                file.seek(max(0, beside.stat().st_size - len(NAMES_ANOTHER)))
+                if file.read() == NAMES_ANOTHER:
+                    raise ValueError(f"{beside.name} names another file, which SQLite would delete")
 
 
 class _LimitedConnection(sqlite3.Connection):
