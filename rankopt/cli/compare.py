@@ -84,7 +84,7 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
     strategies: Annotated[
         str,
         typer.Option(
-            help="all, or names as in knapsack,random,optuna:sampler=gp",
+            help="all, or a list as knapsack,optuna:sampler=gp,MODULE:CLASS,FILE.py:CLASS:KEY=VALUE",
             rich_help_panel=COMPARED,
             autocompletion=complete_strategy,
         ),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rankopt.candidates.prepare import Prepared
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import digest
+from rankopt.core.options import text_of
 from rankopt.core.problem import Problem
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Proposal, Trial
@@ -66,7 +67,7 @@ def run_search(
         "task": prepared.task.name,
         "strategy": settings.strategy,
         "seed": settings.seed,
-        "options": {k: str(v) for k, v in sorted(settings.options.items())},
+        "options": {k: text_of(v) for k, v in sorted(settings.options.items())},
     }
     store = None if out is None else _open_store(out, prepared, problem, metadata, settings)
     if settings.timeout is not None:
