@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, ABCMeta, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -41,7 +41,7 @@ class _StrategyMeta(ABCMeta):
         return found.replace(parameters=list(found.parameters.values())[1:])
 
 
-class Strategy(ABC, metaclass=_StrategyMeta):
+class Strategy(metaclass=_StrategyMeta):
     """Base class of search strategies.
 
     A strategy proposes plans as positions on the layers' frontiers. The search projects each proposal onto the budget,
@@ -75,7 +75,7 @@ class Strategy(ABC, metaclass=_StrategyMeta):
         self.n_asked = 0
         self.notes: dict[str, str] = {}
 
-    def measure(self, prepared: Any, progress: Any) -> None:  # noqa: B027  (most see numbers only)
+    def measure(self, prepared: Any, progress: Any) -> None:
         """Use the model and its data before the first ask, for strategies that train or calibrate.
 
         The outcome may depend only on these, the options and the seed, so that a resumed study arrives at the same.
@@ -118,7 +118,7 @@ class Strategy(ABC, metaclass=_StrategyMeta):
             One frontier index per layer, or None for nothing.
         """
 
-    def tell(self, trial: Trial) -> None:  # noqa: B027  (one-shot strategies learn nothing)
+    def tell(self, trial: Trial) -> None:
         """Learn from an evaluated plan.
 
         Args:
