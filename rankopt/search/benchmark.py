@@ -550,6 +550,26 @@ def curve(cell: Cell, trials: int) -> list[float]:
     return [float(v) for v in np.minimum.accumulate(values)]
 
 
+def results(data: Benchmark) -> dict[str, list[float]]:
+    """Collect the best objectives in every budget and seed that all strategies have run.
+
+    Args:
+        data: The content of benchmark.json.
+
+    Returns:
+        Strategy -> its objectives, infinite where no evaluation finished; in the same order for all.
+    """
+    settings = data["settings"]
+    names: list[str] = settings["strategies"]
+    last = {(c["budget"], c["seed"], c["strategy"]): curve(c, settings["trials"])[-1] for c in data["cells"]}
+    problems = [
+        (budget, seed)
+        for budget, seed in product(settings["budgets"], range(settings["seeds"]))
+        if all((budget, seed, name) in last for name in names)
+    ]
+    return {name: [last[budget, seed, name] for budget, seed in problems] for name in names}
+
+
 def ranks(data: Benchmark) -> dict[str, list[float]]:
     """Rank the strategies in every budget and seed that all of them have run.
 
@@ -561,13 +581,6 @@ def ranks(data: Benchmark) -> dict[str, list[float]]:
     """
     from scipy.stats import rankdata
 
-    settings = data["settings"]
-    names: list[str] = settings["strategies"]
-    found: dict[str, list[float]] = {name: [] for name in names}
-    last = {(c["budget"], c["seed"], c["strategy"]): curve(c, settings["trials"])[-1] for c in data["cells"]}
-    for budget, seed in product(settings["budgets"], range(settings["seeds"])):
-        values = [last.get((budget, seed, name)) for name in names]
-        if None not in values:
-            for name, rank in zip(names, rankdata(values), strict=True):
-                found[name].append(float(rank))
-    return found
+    found = results(data)
+    ranked = rankdata(list(found.values()), axis=0)
+    return {name: [float(x) for x in row] for name, row in zip(found, ranked, strict=True)}

@@ -139,6 +139,8 @@ def _search_once(
     strategy proposes once more.
     """
     strategy = make_strategy(settings.strategy, problem, settings.seed, settings.options)
+    if strategy.prunes and not settings.fidelities.names[1:]:
+        raise RankoptError("a pruner stops trials at low fidelities: give some, as --fidelities 0.1,0.5")
     study = Study(problem, strategy, trial_limit(strategy, settings.trials), store, callbacks=settings.callbacks)
     study.resume()
     if limits_changed:

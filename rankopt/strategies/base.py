@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABCMeta, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -60,6 +60,7 @@ class Strategy(metaclass=_StrategyMeta):
         name: Name in the registry, class attribute.
         one_shot: Whether the strategy proposes a single plan; class attribute.
         needs_model: Whether `measure` must be called before the first ask; class attribute.
+        prunes: Whether `promote` decides; a search without fidelities then makes no sense.
         problem: The candidates of every layer, and the limits.
         seed: The same seed gives the same proposals.
         n_asked: Number of proposals made.
@@ -69,6 +70,7 @@ class Strategy(metaclass=_StrategyMeta):
     name: ClassVar[str]
     one_shot: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
+    prunes: bool = False
 
     def __init__(self, problem: Problem, seed: int = 0) -> None:
         self.problem, self.seed = problem, seed
@@ -125,6 +127,18 @@ class Strategy(metaclass=_StrategyMeta):
             trial: The trial. Its proposal is the one that was evaluated, within the budget. Trials come in any order,
                 and failed and stopped ones are included.
         """
+
+    def promote(self, proposal: Proposal, rungs: Sequence[float]) -> bool | None:
+        """Decide whether a trial goes on to the next fidelity.
+
+        Args:
+            proposal: The plan.
+            rungs: Its objective at each fidelity so far; the last one is new.
+
+        Returns:
+            None leaves it to the search, which takes the best third of trials (ASHA).
+        """
+        return None
 
     def note(self, proposal: Proposal) -> tuple[float, ...]:
         """Numbers to store with a trial, if `tell` needs more than the proposal itself.
