@@ -41,8 +41,9 @@ PAIRED_HEAD = ("strategy", "better / equal / worse", "p", "p, adjusted")
 
 
 PAIRED_NOTE = (
-    "Two-sided p-values of Wilcoxon's signed-rank test on the best objectives, problem by problem, and adjusted for their "
-    "number (Holm). Strategies that do not use their seed give the same in all seeds: against two of them p is too small."
+    "Two-sided p-values of Wilcoxon's signed-rank test on the best objectives, problem by problem, and adjusted for "
+    "their number (Holm). Strategies that do not use their seed give the same in all seeds: between two of them p is "
+    "too small."
 )
 
 
@@ -170,8 +171,8 @@ def verdict(data: Benchmark) -> list[str]:
     if len(means) < 2:
         return []
     said = [
-        f"Mean ranks over {count} problems (budgets × seeds), with 95 % bootstrap intervals. Strategies whose mean ranks "
-        f"differ by less than {critical_difference(len(means), count):.2f} do not differ (Nemenyi's test, 5 %)."
+        f"Mean ranks over {count} problems (budgets × seeds), with 95 % bootstrap intervals. Strategies whose mean "
+        f"ranks differ by less than {critical_difference(len(means), count):.2f} do not differ (Nemenyi's test, 5 %)."
     ]
     if REFERENCE in means:
         behind = [name for name, r in means.items() if r.mean > means[REFERENCE].mean]
