@@ -265,7 +265,8 @@ def test_the_command(tmp_path, quick_space):
     stdout, stderr = run(*command, "--seeds", 1)
     assert "mean rank" in stdout and "params=0.3 random seed 0: best objective" in stderr
     assert max(map(len, stdout.splitlines()[:-1])) <= 100
-    assert {p.name for p in out.iterdir()} == {f"benchmark.{x}" for x in ("json", "md", "csv", "png")}
+    files = {f"benchmark.{x}" for x in ("json", "md", "csv", "png")}
+    assert {p.name for p in out.iterdir()} == files | {"benchmark_ranks.png"}
     assert "is not empty" in run(*command, "--seeds", 1, code=2)[1]
     _, stderr = run(*command, "--seeds", 2, "--resume")
     assert "seed 1" in stderr and "seed 0" not in stderr
