@@ -36,6 +36,11 @@ from rankopt.strategies.registry import STRATEGIES, make_strategy, read_options,
 FILE = "benchmark.json"
 
 
+OPPONENT = "optuna:parametrisation=joint"
+"""The script that an Optuna user would write, at its best: type and rank of each layer by multivariate TPE in groups,
+plans projected onto the budget, and a warm start."""
+
+
 LARGEST_BENCHMARK = 2**28  # bytes; it holds all trials of all strategies
 
 
@@ -218,7 +223,7 @@ def read_strategies(text: str) -> list[str]:
     """Read a list of strategies.
 
     Args:
-        text: "all", or for example "knapsack,random,optuna:sampler=gp".
+        text: "all" for all and the usual script of an Optuna user, or for example "knapsack,random,optuna:sampler=gp".
 
     Returns:
         Each strategy with its options, as text.
@@ -226,7 +231,11 @@ def read_strategies(text: str) -> list[str]:
     Raises:
         RankoptError: For an unknown strategy or option, or an empty list.
     """
-    labels = list(STRATEGIES) if text == "all" else list(dict.fromkeys(x.strip() for x in text.split(",") if x.strip()))
+    labels = (
+        [*STRATEGIES, OPPONENT]
+        if text == "all"
+        else list(dict.fromkeys(x.strip() for x in text.split(",") if x.strip()))
+    )
     if not labels:
         raise RankoptError(f"no strategies: give all, or some of {', '.join(STRATEGIES)}")
     for label in labels:

@@ -250,7 +250,7 @@ def test_a_plan_that_failed_is_tried_again(digits, tmp_path):
 
 
 def test_names_of_strategies():
-    assert read_strategies("all") == list(STRATEGIES)
+    assert read_strategies("all") == [*STRATEGIES, "optuna:parametrisation=joint"]
     assert read_strategies("random, knapsack,random") == ["random", "knapsack"]
     for bad, message in [("magic", "unknown strategy"), ("random:x=1", "has no option"), (" , ", "no strategies")]:
         with pytest.raises(RankoptError, match=message):
