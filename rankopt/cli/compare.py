@@ -131,7 +131,7 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
             )
             write(out, data)
         echo(text(data))
-        echo(f"written: {', '.join(str(p) for p in sorted(out.glob('benchmark.*')))}")
+        echo(f"written: {', '.join(str(p) for p in sorted(out.glob('benchmark*.*')))}")
 
 
 @app.command(rich_help_panel=COMPARE)
