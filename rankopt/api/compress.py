@@ -20,7 +20,7 @@ from rankopt.model.inputs import first_example, peek
 from rankopt.search.job import Job, run_job
 from rankopt.search.loop import Study
 from rankopt.search.runners import RunnerSettings
-from rankopt.strategies.base import Strategy
+from rankopt.strategies.registry import StrategyLike
 
 
 @in_python_words
@@ -35,7 +35,7 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
     test: Callable[[nn.Module], float] | None = None,
     max_drop: float | None = None,
     minimize: str | None = None,
-    strategy: str | type[Strategy] = "knapsack",
+    strategy: StrategyLike = "knapsack",
     trials: int | None = None,
     timeout: float | None = None,
     callbacks: Sequence[Callable[[Study, Trial], None]] = (),
@@ -84,7 +84,8 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
         max_drop: Instead of a budget: the smallest model is searched that loses at most this much score; 0.01 is one
             percentage point.
         minimize: With `max_drop`: what is to be small: "params", "macs" or "bytes". Default: "params".
-        strategy: Name of the search strategy, one of `rankopt.STRATEGIES`, "module:Class", or a subclass of `Strategy`.
+        strategy: Name of the search strategy, one of `rankopt.STRATEGIES`, "module:Class" or "FILE.py:Class"; or a
+            subclass of `Strategy`, also with its options, as `Mine(depth=3)`.
         trials: Distinct plans to evaluate. Default: 30, or 1 for strategies that propose a single plan.
         timeout: Seconds after the start of the first trial from which no further one starts.
         callbacks: Called as callback(study, trial) after every trial, as Optuna's are. `study.stop()` ends the search,

@@ -14,6 +14,7 @@ from rankopt.core.files import write_beside
 from rankopt.core.records import BUDGETS, Candidate, Trial
 from rankopt.core.result_record import TrialRow
 from rankopt.search import result as search_result
+from rankopt.search.front import Front
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -119,6 +120,19 @@ class Result(search_result.Result):
         if found is None:
             raise RankoptError("this result holds no trials: it was not made by a search here")
         return found
+
+    def front(self, *metrics: str) -> Front:
+        """The trials that no other beats in the objective and in these metrics.
+
+        Args:
+            metrics: Such as "macs", "latency". Default: the metrics among the search's `objectives`, else those of the
+                budget.
+
+        Raises:
+            RankoptError: There is no such metric.
+        """
+        searched = str(self.info["options"].get("objectives", "")).split(",")
+        return Front.of(self.trials, metrics or [m for m in searched if m in BUDGETS] or list(self.info["budget"]))
 
     def to_pandas(self) -> DataFrame:
         """The layers as a pandas DataFrame: name, kind, method, rank, costs, error and reason.

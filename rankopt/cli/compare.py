@@ -84,7 +84,7 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
     strategies: Annotated[
         str,
         typer.Option(
-            help="all, or names as in knapsack,random,optuna:sampler=gp",
+            help="all, or a list as knapsack,optuna:sampler=gp,MODULE:CLASS,FILE.py:CLASS:KEY=VALUE",
             rich_help_panel=COMPARED,
             autocompletion=complete_strategy,
         ),
@@ -131,7 +131,7 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
             )
             write(out, data)
         echo(text(data))
-        echo(f"written: {', '.join(str(p) for p in sorted(out.glob('benchmark.*')))}")
+        echo(f"written: {', '.join(str(p) for p in sorted(out.glob('benchmark*.*')))}")
 
 
 @app.command(rich_help_panel=COMPARE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from typing import Any
 
 from rankopt.core.errors import RankoptError
@@ -28,7 +29,7 @@ def parse_pairs(texts: Iterable[str]) -> dict[str, str]:
 
 
 def typed_options(options: Mapping[str, Any], known: Mapping[str, Any], whose: str) -> dict[str, Any]:
-    """Convert options to the types of their defaults.
+    """Convert options to the types of their defaults. Objects stay what they are where that is text or None.
 
     Args:
         options: Name -> value, or its text.
@@ -48,9 +49,26 @@ def typed_options(options: Mapping[str, Any], known: Mapping[str, Any], whose: s
             raise RankoptError(f"{whose} has no option {key!r}; its options: {valid}")
         kind = type(known[key])
         if isinstance(value, type):  # a class goes by its name, which result.json and study.db can hold
-            value = f"{value.__module__}:{value.__qualname__}"  # noqa: PLW2901
+            value = text_of(value)  # noqa: PLW2901
+        if kind is type(None) or (kind is str and not isinstance(value, (str, int, float, PathLike))):
+            typed[key] = value
+            continue
         try:
             typed[key] = {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
         except (ArithmeticError, KeyError, TypeError, ValueError):
             raise RankoptError(f"{whose}: option {key}={value} is no {kind.__name__}") from None
     return typed
+
+
+def text_of(value: Any) -> str:
+    """Write an option's value as text that is the same in every process, for result.json and study.db.
+
+    Args:
+        value: The value. Of an object only its class is written, of a class its name.
+    """
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(text_of, value))
+    if value is None or isinstance(value, (str, int, float, PathLike)):
+        return str(value)
+    kind = value if isinstance(value, type) else type(value)
+    return f"{kind.__module__}:{kind.__qualname__}"

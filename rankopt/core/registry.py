@@ -11,29 +11,32 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rankopt.core.errors import RankoptError
+from rankopt.core.errors import RankoptError, TaskError
+from rankopt.core.task_file import file_module
 
 T = TypeVar("T")
 
 
 def imported(name: str, what: str) -> Any:
-    """Import what a user names, from an installed package or a module in the working directory.
+    """Import what a user names, from an installed package, a module in the working directory or a file.
 
     Args:
-        name: "module:Class", or "module:object.attribute".
+        name: "module:Class", "FILE.py:Class", or "module:object.attribute".
         what: What it is to be, for messages.
 
     Raises:
         RankoptError: It cannot be imported.
     """
-    module, _, attributes = name.partition(":")
+    module, _, attributes = name.rpartition(":")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     try:
-        return attrgetter(attributes)(import_module(module))
+        found = file_module(Path(module)) if module.endswith(".py") else import_module(module)
+        return attrgetter(attributes)(found)
     except Exception as error:  # whatever another module's import raises
+        said = str(error) if isinstance(error, TaskError) else f"{type(error).__name__}: {error}"
         raise RankoptError(
-            f"{what} {name!r} cannot be imported ({type(error).__name__}: {error}): give MODULE:CLASS"
+            f"{what} {name!r} cannot be imported ({said}): give MODULE:CLASS or FILE.py:CLASS"
         ) from error
 
 

@@ -255,12 +255,12 @@ class FidelityRow(TypedDict):
 
 
 class FrontRow(TypedDict):
-    """A trial on the front of a search with a second objective (option `also`).
+    """A trial on the front of a search with several objectives (option `objectives`).
 
     Attributes:
         trial: Number of the trial.
         objective: Its objective.
-        params, macs, bytes, latency, memory, disk, energy: Its cost, under the one metric that `also` names.
+        params, macs, bytes, latency, memory, disk, energy: Its cost under the metrics that are objectives.
     """
 
     trial: int

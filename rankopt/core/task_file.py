@@ -98,6 +98,21 @@ def load_file(path: Path) -> ModuleType:
     return module
 
 
+def file_module(path: Path) -> ModuleType:
+    """The module of a file, which is run unless it was already, as it is now.
+
+    Args:
+        path: The file.
+
+    Raises:
+        TaskError: If its code raises an error or ends the program.
+    """
+    name = module_name(path)
+    if (known := LOADED.get(name)) and name in sys.modules and known.source == path.read_bytes():
+        return sys.modules[name]
+    return load_file(path)
+
+
 def module_name(path: Path) -> str:
     """The name that a file's module gets: readable, and no other file's, since pickles refer to it in all processes.
 

@@ -30,7 +30,6 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import rankdata
 from typing_extensions import TypedDict
@@ -48,7 +47,8 @@ from rankopt.search.loop import ALL_FAILED, Runner, RunUntil
 from rankopt.search.result import Result
 from rankopt.search.runners import pool_of
 from rankopt.search.storage.local import STUDY, create_study, load_study, storage_errors
-from rankopt.strategies.optuna import derived, make_sampler
+from rankopt.strategies.optuna import derived
+from rankopt.strategies.optuna_plugins import SamplerFactory
 
 FILE = "hyperparameters.db"
 
@@ -204,7 +204,7 @@ class TuningStudy:
         number = len(self.done())
         n_random = max(MIN_RANDOM, 2 * len(self.distributions))
         seed = derived(self.study_file.experiment.search.seed, number)
-        self.study.sampler = make_sampler(TPESampler, seed, n_startup_trials=n_random)
+        self.study.sampler = SamplerFactory("tpe", n_startup_trials=n_random).make(seed)
         usual = self.study_file.experiment.tunable()
         own = {h.name: h.to_optuna(usual[h.name]) for h in self.study_file.hyperparameters}
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))  # of a process that was killed

@@ -15,10 +15,15 @@ from rankopt.core.records import METRICS
 from rankopt.core.statistics import difference
 from rankopt.report import pictures
 from rankopt.report.tables import write_csv
-from rankopt.search.benchmark import Benchmark, Cell, ScoreRow, curve, ranks
+from rankopt.search.benchmark import Benchmark, Cell, ScoreRow, curve, ranks, results
+from rankopt.search.comparison import critical_difference, groups, holm, mean_ranks, paired
 from rankopt.search.summary import percent, render, with_interval
 
-MARKDOWN, CSV, PNG = "benchmark.md", "benchmark.csv", "benchmark.png"
+MARKDOWN, CSV, PNG, RANKS = "benchmark.md", "benchmark.csv", "benchmark.png", "benchmark_ranks.png"
+
+
+REFERENCE = "knapsack"
+"""The strategy that the others are compared with: the exact allocation, which takes one evaluation."""
 
 
 COLUMNS = ("budget", "strategy", "seed", "trial", "objective", "best_so_far", "predicted", *METRICS)
@@ -31,12 +36,23 @@ HEAD = ("strategy", "mean rank", "evaluations", "seconds before", "proposing", "
 """Columns of the table over all budgets."""
 
 
+PAIRED_HEAD = ("strategy", "better / equal / worse", "p", "p, adjusted")
+"""Columns of the table of paired comparisons."""
+
+
+PAIRED_NOTE = (
+    "Two-sided p-values of Wilcoxon's signed-rank test on the best objectives, problem by problem, and adjusted for "
+    "their number (Holm). Strategies that do not use their seed give the same in all seeds: between two of them p is "
+    "too small."
+)
+
+
 PROBLEM_HEAD = ("strategy", "objective, median", "least to most", "score of the best")
 """Columns of the table of one budget."""
 
 
 def write(folder: Path, data: Benchmark) -> None:
-    """Write benchmark.md, benchmark.csv (one row a trial) and benchmark.png.
+    """Write benchmark.md, benchmark.csv (one row a trial), benchmark.png and benchmark_ranks.png.
 
     Args:
         folder: Where to write them.
@@ -47,6 +63,8 @@ def write(folder: Path, data: Benchmark) -> None:
     budgets, strategies = len(data["settings"]["budgets"]), len(data["settings"]["strategies"])
     size = (7.6, 0.6 + max(2.9 * budgets, 0.25 * strategies + 1))
     write_beside(folder / PNG, lambda p: pictures.png(p, _paint, data, size))
+    size = (7.6, 0.9 + 0.28 * strategies)
+    write_beside(folder / RANKS, lambda p: pictures.png(p, _paint_ranks, data, size))
 
 
 def _rows(data: Benchmark) -> Iterator[Sequence[Any]]:
@@ -71,16 +89,16 @@ def overall(data: Benchmark) -> list[tuple[str, ...]]:
         data: The content of benchmark.json.
 
     Returns:
-        Rows under HEAD, best mean rank first; evaluations and seconds are means of one run.
+        Rows under HEAD, best mean rank first, with its 95 % interval; evaluations and seconds are means of one run.
     """
-    found = ranks(data)
+    found = mean_ranks(ranks(data))
     rows = []
     for name in data["settings"]["strategies"]:
         cells = [c for c in data["cells"] if c["strategy"] == name]
-        shown = f"{fmean(r):.2f} ({min(r):g} to {max(r):g})" if (r := found[name]) else "–"
+        shown = f"{r.mean:.2f} ({r.low:.2f} to {r.high:.2f})" if (r := found.get(name)) else "–"
         count = f"{fmean(len(c['trials']) for c in cells):.4g}" if cells else "0"
         seconds = [f"{fmean(c['seconds'][k] for c in cells):.2f}" for k in ("measure", "strategy", "evaluation")]
-        rows.append((fmean(r) if r else math.inf, (name, shown, count, *seconds)))
+        rows.append((r.mean if r else math.inf, (name, shown, count, *seconds)))
     return [row for _, row in sorted(rows, key=lambda x: x[0])]
 
 
@@ -118,6 +136,50 @@ def _score_text(row: ScoreRow, top: float | None) -> str:
     return with_interval(row["score"], row["interval"]) + (" =" if gap and gap[0] <= 0 else "")
 
 
+def against(data: Benchmark, reference: str) -> list[tuple[str, ...]]:
+    """The table of paired comparisons with one strategy.
+
+    Args:
+        data: The content of benchmark.json.
+        reference: The strategy.
+
+    Returns:
+        Rows under PAIRED_HEAD, in the order of the strategies.
+    """
+    found = results(data)
+    others = {name: paired(values, found[reference]) for name, values in found.items() if name != reference}
+    adjusted = holm({name: x.p for name, x in others.items()})
+    return [
+        (
+            name,
+            f"{x.better} / {len(found[name]) - x.better - x.worse} / {x.worse}",
+            f"{x.p:.2g}",
+            f"{adjusted[name]:.2g}",
+        )
+        for name, x in others.items()
+    ]
+
+
+def verdict(data: Benchmark) -> list[str]:
+    """Sentences on what the ranks say: the critical difference, and what loses to the exact allocation.
+
+    Args:
+        data: The content of benchmark.json.
+    """
+    found = results(data)
+    means, count = mean_ranks(ranks(data)), len(next(iter(found.values()), []))
+    if len(means) < 2:
+        return []
+    said = [
+        f"Mean ranks over {count} problems (budgets × seeds), with 95 % bootstrap intervals. Strategies whose mean "
+        f"ranks differ by less than {critical_difference(len(means), count):.2f} do not differ (Nemenyi's test, 5 %)."
+    ]
+    if REFERENCE in means:
+        behind = [name for name, r in means.items() if r.mean > means[REFERENCE].mean]
+        said.append(f"Behind {REFERENCE}, which takes one evaluation: {', '.join(behind) or 'none'}.")
+    return said
+
+
 def notes(data: Benchmark) -> list[str]:
     """Sentences that explain the tables, and the failed runs.
 
@@ -149,6 +211,12 @@ def notes(data: Benchmark) -> list[str]:
     return [*found, *(f"FAILED {text}" for text in failed)]
 
 
+def _compared(data: Benchmark) -> list[str]:
+    """The strategies that others are compared with: the exact allocation, and the best by mean rank."""
+    means = mean_ranks(ranks(data))
+    return [name for name in dict.fromkeys([REFERENCE, *list(means)[:1]]) if name in means and len(means) > 1]
+
+
 def text(data: Benchmark) -> str:
     """The benchmark as text for the terminal, at most 100 columns wide.
 
@@ -157,7 +225,7 @@ def text(data: Benchmark) -> str:
     """
     tables = [_table(f"{data['settings']['task'] or 'model'}: strategies, mean of a run", HEAD, overall(data))]
     tables += [_table(b, PROBLEM_HEAD, problem_rows(data, b)) for b in data["settings"]["budgets"]]
-    return render(*tables, *notes(data))
+    return render(*tables, *verdict(data), *notes(data))
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -176,7 +244,10 @@ def markdown(data: Benchmark) -> str:
         data: The content of benchmark.json.
     """
     parts = [f"# Strategies on {data['settings']['task'] or 'a model'}", _markdown_table(HEAD, overall(data))]
+    parts += [*verdict(data), f"![mean ranks; bars join what does not differ]({RANKS})"]
     parts += [f"![best objective so far]({PNG})", *notes(data)]
+    for name in _compared(data):
+        parts += [f"## Paired with {name}", PAIRED_NOTE, _markdown_table(PAIRED_HEAD, against(data, name))]
     for budget in data["settings"]["budgets"]:
         parts += [f"## {budget}", _markdown_table(PROBLEM_HEAD, problem_rows(data, budget))]
     return "\n\n".join(parts) + "\n"
@@ -224,6 +295,26 @@ def _panel(ax: Any, data: Benchmark, budget: str) -> None:
         )
         seen += [v for v in middle if math.isfinite(v)]
     pictures.objective_axis(ax, "y", seen)
+
+
+def _paint_ranks(figure: Any, data: Benchmark) -> None:
+    """Draw the mean ranks with their intervals; bars join strategies that do not differ (Demšar 2006, figure 1)."""
+    means = mean_ranks(ranks(data))
+    problems = len(next(iter(results(data).values()), []))
+    difference = critical_difference(len(means), problems)
+    ax = figure.subplots()
+    at = {name: i for i, name in enumerate(means)}
+    for name, r in means.items():
+        ax.plot([r.low, r.high], [at[name]] * 2, color=pictures.POINT, lw=1.5)
+        ax.plot(r.mean, at[name], "o", color=pictures.POINT, ms=5)
+    right = len(means) + 0.3
+    for i, (best, worst) in enumerate(groups(means, difference)):
+        ax.plot([right + 0.25 * i] * 2, [at[best], at[worst]], color=pictures.INK, lw=3, solid_capstyle="butt")
+    ax.set_yticks(list(at.values()), list(at))
+    ax.invert_yaxis()
+    ax.set_xlim(left=0.7)
+    shown = f"{difference:.2f}" if math.isfinite(difference) else "–"
+    ax.set_xlabel(f"mean rank over {problems} problems, 95 % interval; critical difference {shown}")
 
 
 def cell_line(cell: Cell) -> str:

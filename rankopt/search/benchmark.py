@@ -36,6 +36,11 @@ from rankopt.strategies.registry import STRATEGIES, make_strategy, read_options,
 FILE = "benchmark.json"
 
 
+OPPONENT = "optuna:parametrisation=joint"
+"""The script that an Optuna user would write, at its best: type and rank of each layer by multivariate TPE in groups,
+plans projected onto the budget, and a warm start."""
+
+
 LARGEST_BENCHMARK = 2**28  # bytes; it holds all trials of all strategies
 
 
@@ -218,7 +223,7 @@ def read_strategies(text: str) -> list[str]:
     """Read a list of strategies.
 
     Args:
-        text: "all", or for example "knapsack,random,optuna:sampler=gp".
+        text: "all" for all and the usual script of an Optuna user, or for example "knapsack,random,optuna:sampler=gp".
 
     Returns:
         Each strategy with its options, as text.
@@ -226,7 +231,11 @@ def read_strategies(text: str) -> list[str]:
     Raises:
         RankoptError: For an unknown strategy or option, or an empty list.
     """
-    labels = list(STRATEGIES) if text == "all" else list(dict.fromkeys(x.strip() for x in text.split(",") if x.strip()))
+    labels = (
+        [*STRATEGIES, OPPONENT]
+        if text == "all"
+        else list(dict.fromkeys(x.strip() for x in text.split(",") if x.strip()))
+    )
     if not labels:
         raise RankoptError(f"no strategies: give all, or some of {', '.join(STRATEGIES)}")
     for label in labels:
@@ -550,6 +559,26 @@ def curve(cell: Cell, trials: int) -> list[float]:
     return [float(v) for v in np.minimum.accumulate(values)]
 
 
+def results(data: Benchmark) -> dict[str, list[float]]:
+    """Collect the best objectives in every budget and seed that all strategies have run.
+
+    Args:
+        data: The content of benchmark.json.
+
+    Returns:
+        Strategy -> its objectives, infinite where no evaluation finished; in the same order for all.
+    """
+    settings = data["settings"]
+    names: list[str] = settings["strategies"]
+    last = {(c["budget"], c["seed"], c["strategy"]): curve(c, settings["trials"])[-1] for c in data["cells"]}
+    problems = [
+        (budget, seed)
+        for budget, seed in product(settings["budgets"], range(settings["seeds"]))
+        if all((budget, seed, name) in last for name in names)
+    ]
+    return {name: [last[budget, seed, name] for budget, seed in problems] for name in names}
+
+
 def ranks(data: Benchmark) -> dict[str, list[float]]:
     """Rank the strategies in every budget and seed that all of them have run.
 
@@ -561,13 +590,6 @@ def ranks(data: Benchmark) -> dict[str, list[float]]:
     """
     from scipy.stats import rankdata
 
-    settings = data["settings"]
-    names: list[str] = settings["strategies"]
-    found: dict[str, list[float]] = {name: [] for name in names}
-    last = {(c["budget"], c["seed"], c["strategy"]): curve(c, settings["trials"])[-1] for c in data["cells"]}
-    for budget, seed in product(settings["budgets"], range(settings["seeds"])):
-        values = [last.get((budget, seed, name)) for name in names]
-        if None not in values:
-            for name, rank in zip(names, rankdata(values), strict=True):
-                found[name].append(float(rank))
-    return found
+    found = results(data)
+    ranked = rankdata(list(found.values()), axis=0)
+    return {name: [float(x) for x in row] for name, row in zip(found, ranked, strict=True)}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rankopt.candidates.prepare import Prepared
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import digest
+from rankopt.core.options import text_of
 from rankopt.core.problem import Problem
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Proposal, Trial
@@ -66,7 +67,7 @@ def run_search(
         "task": prepared.task.name,
         "strategy": settings.strategy,
         "seed": settings.seed,
-        "options": {k: str(v) for k, v in sorted(settings.options.items())},
+        "options": {k: text_of(v) for k, v in sorted(settings.options.items())},
     }
     store = None if out is None else _open_store(out, prepared, problem, metadata, settings)
     if settings.timeout is not None:
@@ -138,6 +139,8 @@ def _search_once(
     strategy proposes once more.
     """
     strategy = make_strategy(settings.strategy, problem, settings.seed, settings.options)
+    if strategy.prunes and not settings.fidelities.names[1:]:
+        raise RankoptError("a pruner stops trials at low fidelities: give some, as --fidelities 0.1,0.5")
     study = Study(problem, strategy, trial_limit(strategy, settings.trials), store, callbacks=settings.callbacks)
     study.resume()
     if limits_changed:

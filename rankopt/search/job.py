@@ -23,7 +23,7 @@ from rankopt.search.multi_stage import run_multi_stage
 from rankopt.search.result import Result
 from rankopt.search.runners import RunnerSettings, make_runner, pool_of, session
 from rankopt.search.settings import SearchSettings
-from rankopt.strategies.base import Strategy
+from rankopt.strategies.registry import StrategyLike
 
 ShowTrials = Callable[[Runner, Path | None], Runner]
 """Wraps the runner of a search in a run folder, so that its trials are shown."""
@@ -64,7 +64,7 @@ class Job:
         max_drop: float | None = None,
         minimize: str | None = None,
         latency_on: str | None = None,
-        strategy: str | type[Strategy] = "knapsack",
+        strategy: StrategyLike = "knapsack",
         options: Mapping[str, Any] | None = None,
         trials: int | None = None,
         seed: int = 0,

@@ -209,7 +209,7 @@ class Study:
             self.strategy.tell(self.trials[-1])
 
     def promote(self, proposal: Proposal, rungs: tuple[float, ...]) -> bool:
-        """Decide whether a trial goes on to the next fidelity, by asynchronous successive halving.
+        """Decide whether a trial goes on to the next fidelity: the strategy does, or asynchronous successive halving.
 
         It goes on if it is among the best 1/ETA (rounded up) of the trials that reached this rung so far, or among the
         first ETA. This is ASHA (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning") in the variant
@@ -220,6 +220,8 @@ class Study:
             rungs: Its objective at each fidelity so far; the last one is new.
         """
         self.reached[proposal] = rungs
+        if (decided := self.strategy.promote(proposal, rungs)) is not None:
+            return decided
         level = len(rungs) - 1
         values = [r[level] for r in self.reached.values() if len(r) > level]
         return len(values) <= ETA or sum(value < rungs[-1] for value in values) < math.ceil(len(values) / ETA)
@@ -358,24 +360,6 @@ def best(trials: list[Trial]) -> Trial:
         said = f"; the first said: {first}. Mend it, then" if first else ":"
         raise StudyError(f"no evaluation finished{said} go on with --resume (rankopt run: the same command)")
     return min(finished, key=lambda t: (t.objective, t.number))
-
-
-def front(trials: Sequence[Trial], metric: str) -> list[Trial]:
-    """Find the finished trials that no other beats in both objective and cost.
-
-    Args:
-        trials: The trials of a study.
-        metric: The metric of the cost.
-
-    Returns:
-        The trials by rising cost.
-    """
-    finished = [t for t in trials if t.objective is not None]
-    kept: list[Trial] = []
-    for trial in sorted(finished, key=lambda t: (t.cost[metric], t.objective, t.number)):
-        if not kept or trial.objective < kept[-1].objective:  # type: ignore[operator]
-            kept.append(trial)
-    return kept
 
 
 PlanKey = tuple[tuple[str, Rank, str, str, str | None], ...]

@@ -20,7 +20,7 @@ from rankopt.core.budget import Limit
 from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.progress import Progress, silent
-from rankopt.core.records import MEASURED, SAME, Candidate, Choice, Cost, Layer, Plan, Proposal, Task, Trial
+from rankopt.core.records import BUDGETS, MEASURED, SAME, Candidate, Choice, Cost, Layer, Plan, Proposal, Task, Trial
 from rankopt.core.result_record import (
     PARTS,
     BudgetEntry,
@@ -51,8 +51,8 @@ from rankopt.model.objective import call
 from rankopt.model.speed import forward_times
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.fidelity import fidelity_rows
+from rankopt.search.front import Front
 from rankopt.search.latency_check import Checks, measured_entries, measured_limits, with_target
-from rankopt.search.loop import front
 from rankopt.search.settings import SearchSettings
 from rankopt.strategies.allocation import allocate, relative_gap
 from rankopt.training.batch_norm import recalibrate
@@ -418,7 +418,7 @@ def _assemble(
         "examples": scores["examples"],
         "intervals": scores["intervals"],
         "proxy": proxy(trials),
-        "front": front_rows(trials, settings.options.get("also")),
+        "front": front_rows(trials, settings.options.get("objectives", "")),
         "tie": tie(trials, chosen, task.examples),
         "milliseconds": time_forward(task.model, rebuilt.model, task.example_input),
         "energy": of_models([task.model, rebuilt.model], task.example_input),
@@ -513,22 +513,16 @@ def set_scores(info: ResultInfo, task: Task, score: ScoresEntry) -> None:
     info["score"], info["examples"], info["intervals"] = record["score"], record["examples"], record["intervals"]
 
 
-def front_rows(trials: Sequence[Trial], metric: Any) -> list[FrontRow]:
-    """The front of a search with a second objective.
+def front_rows(trials: Sequence[Trial], objectives: str | Sequence[str]) -> list[FrontRow]:
+    """The front of a search with several objectives.
 
     Args:
         trials: The trials of the search.
-        metric: The second objective, a metric of the cost; without one there is no front.
+        objectives: The strategy's option; without another metric there is no front.
     """
-    if not metric:
-        return []
-    name: Metric = metric
-    rows: list[FrontRow] = []
-    for t in front(trials, name):
-        row: FrontRow = {"trial": t.number, "objective": _measured(t.objective)}
-        row[name] = t.cost[name]
-        rows.append(row)
-    return rows
+    names = objectives.split(",") if isinstance(objectives, str) else objectives
+    metrics = [name.strip() for name in names if name.strip() in BUDGETS]
+    return Front.of(trials, metrics).rows if metrics else []
 
 
 def time_forward(

@@ -9,8 +9,7 @@ from typing import Any
 from rankopt.core.errors import RankoptError
 from rankopt.search.fidelity import FULL_FIDELITY, FidelitySchedule
 from rankopt.search.loop import Callback
-from rankopt.strategies.base import Strategy
-from rankopt.strategies.registry import read_options, strategy_name
+from rankopt.strategies.registry import StrategyLike, configured
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class SearchSettings:
     @classmethod
     def parse(
         cls,
-        strategy: str | type[Strategy] = "knapsack",
+        strategy: StrategyLike = "knapsack",
         options: Mapping[str, Any] | None = None,
         fidelities: str | None = None,
         **others: Any,
@@ -61,7 +60,7 @@ class SearchSettings:
         """Build settings from options and fidelities as a user writes them.
 
         Args:
-            strategy: Name of the strategy, "module:Class", or the class.
+            strategy: Name of the strategy, "module:Class", "FILE.py:Class", the class, or the class with its options.
             options: The strategy's own options, as values or as text.
             fidelities: A schedule as `FidelitySchedule.parse` reads it; None for full fidelity.
             others: The remaining fields, as they are.
@@ -69,7 +68,6 @@ class SearchSettings:
         Raises:
             RankoptError: For an unknown strategy or option, or for fidelities that are not understood.
         """
-        name = strategy_name(strategy)
-        read = read_options(name, options or {})
+        name, read = configured(strategy, options)
         schedule = FULL_FIDELITY if fidelities is None else FidelitySchedule.parse(fidelities)
         return cls(name, options=read, fidelities=schedule, **others)

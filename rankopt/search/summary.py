@@ -10,7 +10,7 @@ from rich.console import Console, JustifyMethod, RenderableType
 from rich.table import Table
 
 from rankopt.core.budget import amount
-from rankopt.core.records import RECONSTRUCTED, SAME
+from rankopt.core.records import BUDGETS, RECONSTRUCTED, SAME
 from rankopt.core.result_record import (
     MEASURED_KEYS,
     PARTS,
@@ -436,15 +436,17 @@ def front_table(info: ResultInfo) -> Table:
     """The trials that no other beats in both objective and cost; which of them to use is the reader's choice.
 
     Args:
-        info: The content of result.json of a search with the option `also`.
+        info: The content of result.json of a search with the option `objectives`.
     """
-    metric = cast(Metric, info["options"]["also"])
-    table = Table(title=f"front: for one of these plans, search again with --budget {metric}=N", title_justify="left")
-    for column in ("trial", "objective", metric, "of dense"):
+    metrics: list[Metric] = [m for m in BUDGETS if m in info["front"][0]]
+    budgets = " ".join(f"--budget {m}=N" for m in metrics)
+    table = Table(title=f"front: for one of these plans, search again with {budgets}", title_justify="left")
+    for column in ("trial", "objective", *(x for m in metrics for x in (m, "of dense"))):
         table.add_column(column, justify="right")
     for row in info["front"]:
-        share = percent(row[metric] / info["cost"]["dense"][metric], 1)
-        table.add_row(str(row["trial"]), f"{row['objective']:.4g}", f"{row[metric]:,}", share)
+        dense = info["cost"]["dense"]
+        costs = [x for m in metrics for x in (f"{row[m]:,}", percent(row[m] / dense[m], 1))]
+        table.add_row(str(row["trial"]), f"{row['objective']:.4g}", *costs)
     return table
 
 

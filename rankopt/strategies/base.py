@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import inspect
+from abc import ABCMeta, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rankopt.core.errors import RankoptError
@@ -10,7 +13,35 @@ from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal, Trial
 
 
-class Strategy(ABC):
+@dataclass(frozen=True)
+class ConfiguredStrategy:
+    """A strategy with its options, without a problem yet: what `Mine(depth=3)` gives. Every search makes its own.
+
+    Attributes:
+        strategy: The class.
+        options: Its options, as values.
+    """
+
+    strategy: type[Strategy]
+    options: Mapping[str, Any]
+
+
+class _StrategyMeta(ABCMeta):
+    """Lets strategies be configured before their problem is known, which a search makes from model and budget."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        if args or "problem" in options:
+            return super().__call__(*args, **options)
+        return ConfiguredStrategy(cls, options)  # type: ignore[arg-type]  # the metaclass of strategies alone
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of `__init__`, which help() and editors show; without it they would show that of `__call__`."""
+        found = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return found.replace(parameters=list(found.parameters.values())[1:])
+
+
+class Strategy(metaclass=_StrategyMeta):
     """Base class of search strategies.
 
     A strategy proposes plans as positions on the layers' frontiers. The search projects each proposal onto the budget,
@@ -19,13 +50,17 @@ class Strategy(ABC):
     What `ask` returns must depend only on the problem, the seed, the options, the number of earlier asks and the
     trials passed to `tell`. Then a study that was stopped can be continued by telling the stored trials again.
 
-    A strategy's own options are the keyword-only parameters of its `__init__`. Each has a default, which is a number,
-    a string or a bool; options given as text are converted to the default's type.
+    A strategy's own options are the keyword-only parameters of its `__init__`. Each has a default. Where that is a
+    number, a string or a bool, options given as text are converted to its type; where it is None, any object is taken.
+
+    `Mine(problem, seed, depth=3)` is a strategy at work. `Mine(depth=3)`, without a problem, is one with its options,
+    for `rankopt.compress(strategy=...)`: each search makes its own from it.
 
     Attributes:
         name: Name in the registry, class attribute.
         one_shot: Whether the strategy proposes a single plan; class attribute.
         needs_model: Whether `measure` must be called before the first ask; class attribute.
+        prunes: Whether `promote` decides; a search without fidelities then makes no sense.
         problem: The candidates of every layer, and the limits.
         seed: The same seed gives the same proposals.
         n_asked: Number of proposals made.
@@ -35,13 +70,14 @@ class Strategy(ABC):
     name: ClassVar[str]
     one_shot: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
+    prunes: bool = False
 
     def __init__(self, problem: Problem, seed: int = 0) -> None:
         self.problem, self.seed = problem, seed
         self.n_asked = 0
         self.notes: dict[str, str] = {}
 
-    def measure(self, prepared: Any, progress: Any) -> None:  # noqa: B027  (most see numbers only)
+    def measure(self, prepared: Any, progress: Any) -> None:
         """Use the model and its data before the first ask, for strategies that train or calibrate.
 
         The outcome may depend only on these, the options and the seed, so that a resumed study arrives at the same.
@@ -67,8 +103,9 @@ class Strategy(ABC):
             len(proposal) == len(sizes) and all(0 <= i < n for i, n in zip(proposal, sizes, strict=True))
         ):
             return proposal
+        name = getattr(self, "name", type(self).__name__)
         raise RankoptError(
-            f"the strategy {type(self).name!r} proposed {proposal!r}: a proposal has an index for each of the "
+            f"the strategy {name!r} proposed {proposal!r}: a proposal has an index for each of the "
             f"{len(sizes)} layers, from 0 to below the length of its frontier"
         )
 
@@ -83,13 +120,25 @@ class Strategy(ABC):
             One frontier index per layer, or None for nothing.
         """
 
-    def tell(self, trial: Trial) -> None:  # noqa: B027  (one-shot strategies learn nothing)
+    def tell(self, trial: Trial) -> None:
         """Learn from an evaluated plan.
 
         Args:
             trial: The trial. Its proposal is the one that was evaluated, within the budget. Trials come in any order,
                 and failed and stopped ones are included.
         """
+
+    def promote(self, proposal: Proposal, rungs: Sequence[float]) -> bool | None:
+        """Decide whether a trial goes on to the next fidelity.
+
+        Args:
+            proposal: The plan.
+            rungs: Its objective at each fidelity so far; the last one is new.
+
+        Returns:
+            None leaves it to the search, which takes the best third of trials (ASHA).
+        """
+        return None
 
     def note(self, proposal: Proposal) -> tuple[float, ...]:
         """Numbers to store with a trial, if `tell` needs more than the proposal itself.

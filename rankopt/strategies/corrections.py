@@ -36,41 +36,44 @@ class Corrections:
         size: Number of coordinates.
     """
 
-    def __init__(self, problem: Problem, blocks: int = BLOCKS, width: float = WIDTH, also: str | None = None) -> None:
+    def __init__(
+        self, problem: Problem, blocks: int = BLOCKS, width: float = WIDTH, metrics: Sequence[str] = ()
+    ) -> None:
         """Divide the layers that have a choice into blocks.
 
         Args:
             problem: The candidates of every layer, and the limits.
             blocks: Largest number of blocks.
             width: Coordinates lie within ± width.
-            also: A further metric to keep small; the last coordinate is then its price.
+            metrics: Further metrics to keep small; the last coordinates are their prices.
         """
-        self.problem, self.low, self.high, self.also = problem, -width, width, also
+        self.problem, self.low, self.high, self.metrics = problem, -width, width, tuple(metrics)
         free = [i for i, f in enumerate(problem.frontiers) if len(f) > 1]
         self.blocks = [b for b in np.array_split(free, min(blocks, max(len(free), 1))) if len(b)]
-        self.size = len(self.blocks) + int(also is not None)
+        self.size = len(self.blocks) + len(self.metrics)
 
     def plan(self, point: Sequence[float]) -> Proposal:
         """Allocate exactly under multiplied losses.
 
         Args:
-            point: Log-multipliers, and the price's coordinate if there is one: (size,).
+            point: Log-multipliers, and the coordinates of the prices: (size,).
         """
         factors = np.ones(len(self.problem.layers))
         for block, x in zip(self.blocks, point, strict=False):
             factors[block] = np.exp(x)
         losses = [[w * c.loss for c in f] for w, f in zip(factors, self.problem.frontiers, strict=True)]
-        if self.also is not None:
-            price = self.exchange * np.expm1(PRICES * (point[-1] - self.low) / (self.high - self.low))
-            costs = [[c.cost[self.also] for c in f] for f in self.problem.frontiers]
+        for metric, x in zip(self.metrics, point[len(self.blocks) :], strict=True):
+            price = self.exchange[metric] * np.expm1(PRICES * (x - self.low) / (self.high - self.low))
+            costs = [[c.cost[metric] for c in f] for f in self.problem.frontiers]
             losses = [[x + price * c for x, c in zip(*both, strict=True)] for both in zip(losses, costs, strict=True)]
         return allocate(self.problem, losses).proposal
 
     @cached_property
-    def exchange(self) -> float:
-        """The exact plan's predicted loss per cost in `also`: the unit of prices."""
+    def exchange(self) -> dict[str, float]:
+        """For each metric the exact plan's predicted loss per cost: the unit of prices."""
         chosen = self.problem.candidates(allocate(self.problem).proposal)
-        return sum(c.loss for c in chosen) / max(sum(c.cost[str(self.also)] for c in chosen), 1)
+        loss = sum(c.loss for c in chosen)
+        return {m: loss / max(sum(c.cost[m] for c in chosen), 1) for m in self.metrics}
 
     def representative(self, plan: Proposal, point: Sequence[float]) -> tuple[float, ...]:
         """The point at which a sampler learns a plan's result: the one that it came from.

@@ -8,9 +8,9 @@ The sampler searches one of three spaces (`parametrisation`):
 - *joint*: for each layer a categorical `LAYER.method`, and for the method drawn an integer `LAYER.METHOD.rank`
   (define-by-run): what a script for Optuna usually searches. Plans beyond the budget are projected, or penalised.
 
-With `also`, a metric such as macs, there are two objectives: the loss, and that metric's share of dense, which gets a
-price among the corrections. The search still chooses the plan of least loss within the budget; the report shows the
-front.
+With several `objectives`, such as the loss, macs and latency, the metrics are minimised as shares of dense, and each
+gets a price among the corrections. The search still chooses the plan of least loss within the budget; the report and
+`Result.front` show the front.
 
 The sampler knows no constraints, only points and objectives. A result is reported to it at the point that represents
 the plan that was evaluated, so its knowledge depends on the trials alone.
@@ -18,8 +18,6 @@ the plan that was evaluated, so its knowledge depends on the trials alone.
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -27,31 +25,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import optuna
-from optuna import samplers
+from optuna import pruners, samplers
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
-from rankopt.core.records import METRICS, RECONSTRUCTED, SAME, Candidate, Proposal, Trial
-from rankopt.core.registry import imported
+from rankopt.core.records import BUDGETS, RECONSTRUCTED, SAME, Candidate, Proposal, Trial
 from rankopt.strategies.allocation import fill, project
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.corrections import BLOCKS, CONTENDERS, WIDTH, Corrections
-
-NEEDS = {"CmaEsSampler": ("cmaes",), "GPSampler": ("scipy", "torch"), "QMCSampler": ("scipy",)}
-
-
-NOT_ASKABLE = {"BaseSampler", "BaseGASampler", "BruteForceSampler", "GridSampler", "PartialFixedSampler"}
-
-
-SETTINGS: dict[str, dict[str, Any]] = {  # deviations from Optuna's defaults, for searches of tens of trials
-    "TPESampler": {"multivariate": True, "constant_liar": True, "n_startup_trials": CONTENDERS},
-    "GPSampler": {"n_startup_trials": CONTENDERS},
-    "NSGAIISampler": {"population_size": 10},
-    "NSGAIIISampler": {"population_size": 10},
-}
-
+from rankopt.strategies.optuna_plugins import Pruning, SamplerFactory
 
 MEMORYLESS = {"TPESampler", "GPSampler", "RandomSampler"}
 """Samplers that read only points and values; the others store notes with the trials that they proposed."""
@@ -61,6 +45,10 @@ SINGLE = {"CmaEsSampler"}  # samplers for one objective only
 
 
 FIXED = {"CmaEsSampler", "GPSampler", "QMCSampler"}  # samplers that know no parameters that depend on others
+
+
+OBJECTIVE = "objective"
+"""Name of the loss among several objectives."""
 
 
 ATTEMPTS = 10  # points drawn per ask in search of a new plan
@@ -76,22 +64,24 @@ class Optuna(Strategy):
         problem: Problem,
         seed: int = 0,
         *,
-        sampler: str = "",
+        sampler: str | samplers.BaseSampler = "",
         parametrisation: str = "corrections",
         infeasible: str = "project",
         warm: int = CONTENDERS,
         n_startup_trials: int = 0,
         blocks: int = BLOCKS,
         width: float = WIDTH,
-        also: str = "",
+        objectives: str | Sequence[str] = OBJECTIVE,
+        pruner: str | pruners.BasePruner = "",
     ) -> None:
         """Set up the search space.
 
         Args:
             problem: The candidates of every layer, and the limits.
             seed: The same seed gives the same proposals.
-            sampler: tpe, gp, cmaes, random, qmc, nsgaii, ..., the name of a class in `optuna.samplers`, or
-                "module:Class" of any other. Default: gp, with "joint" tpe.
+            sampler: tpe, gp, cmaes, random, qmc, nsgaii, ..., the name of a class in `optuna.samplers`,
+                "module:Class" of any other, or an object; a copy of it is seeded for each ask. Default: gp, with
+                "joint" tpe.
             parametrisation: "corrections", "positions" or "joint".
             infeasible: What becomes of points beyond the budget, of positions and joint: "project" evaluates the
                 nearest plan within it; "penalise" tells the sampler a bad value instead, and draws again.
@@ -100,7 +90,10 @@ class Optuna(Strategy):
                 of samplers that take this number. 0: 8 for tpe and gp, the others' own default.
             blocks: Largest number of corrections; with more layers, neighbours share one.
             width: Log-multipliers lie within ± width.
-            also: A second metric to minimise: params, macs or bytes. Needs a sampler for several objectives.
+            objectives: What to minimise: "objective", and metrics with a budget, as "objective,macs,latency" or a
+                list. Several need a sampler for several objectives.
+            pruner: median, hyperband, successivehalving, ..., the name of a class in `optuna.pruners`, "module:Class"
+                of any other, or an object. It stops trials at low fidelities; by default the search does, by ASHA.
 
         Raises:
             RankoptError: For an unknown sampler or parametrisation, an option out of range or a missing package.
@@ -114,18 +107,19 @@ class Optuna(Strategy):
             raise RankoptError(f"unknown infeasible={infeasible}: choose from project, penalise")
         if min(warm, n_startup_trials) < 0:
             raise RankoptError(f"warm is {warm}, n_startup_trials is {n_startup_trials}: give 0 or more of each")
-        self.sampler = sampler_class(sampler or ("tpe" if parametrisation == "joint" else "gp"))
-        self.also, self.warm = also, warm
-        self.startup = {"n_startup_trials": n_startup_trials} if n_startup_trials else {}
+        joint = parametrisation == "joint"
+        startup = {"n_startup_trials": n_startup_trials} if n_startup_trials else {}
+        self.samplers = SamplerFactory(sampler or ("tpe" if joint else "gp"), group=joint, **startup)
+        self.sampler = self.samplers.kind
+        self.pruning = Pruning(pruner) if pruner else None
+        self.prunes = bool(pruner)
+        self.metrics, self.warm = _metrics(objectives, problem), warm
         self.penalise = infeasible == "penalise"
-        if parametrisation == "joint" and self.sampler.__name__ in FIXED:
+        if joint and self.samplers.name in FIXED:
             raise RankoptError(f"sampler {sampler!r} takes no parameters that depend on others: for joint choose tpe")
-        if also and also not in {limit.metric for limit in problem.limits}:
-            known = ", ".join(METRICS)
-            raise RankoptError(f"also={also!r}: give one of {known}, and a budget for it (--budget {also}=100%)")
-        if also and self.sampler.__name__ in SINGLE:
-            raise RankoptError(f"sampler {sampler!r} takes one objective: with also={also}, choose gp, tpe or nsgaii")
-        self.points = _parametrisation(parametrisation, problem, blocks, width, also or None)
+        if self.metrics and self.samplers.name in SINGLE:
+            raise RankoptError(f"sampler {sampler!r} takes one objective: for several choose gp, tpe or nsgaii")
+        self.points = _parametrisation(parametrisation, problem, blocks, width, self.metrics)
         self.results: dict[Proposal, float | None] = {}  # plan -> objective, None if it failed
         self.pending: dict[Proposal, None] = {}  # proposed, without a result yet; in order
         self.points_of: dict[Proposal, tuple[float, ...]] = {}  # plan -> the point that represents it
@@ -178,7 +172,12 @@ class Optuna(Strategy):
         wanted[moved] += rng.integers(-far, far + 1, len(moved))
         return fill(self.problem, project(self.problem, tuple(map(int, wanted))))
 
+    def promote(self, proposal: Proposal, rungs: Sequence[float]) -> bool | None:
+        return None if self.pruning is None else self.pruning.promote(proposal, rungs)
+
     def tell(self, trial: Trial) -> None:
+        if self.pruning is not None:
+            self.pruning.tell(trial)
         plan = trial.proposal
         self.results[plan] = trial.objective
         self.pending.pop(plan, None)
@@ -196,10 +195,10 @@ class Optuna(Strategy):
 
         A new study for every ask makes the answer a function of these alone, also for samplers with a memory.
         """
-        study = optuna.create_study(directions=["minimize"] * (1 + bool(self.also)))
+        study = optuna.create_study(directions=["minimize"] * (1 + len(self.metrics)))
         # QMC draws one sequence: the seed stays the same, and the number of the ask is the position in it.
         seed = self.seed if self.sampler is samplers.QMCSampler else derived(self.seed, number)
-        study.sampler = make_sampler(self.sampler, seed, group=self._conditional, **self.startup)
+        study.sampler = self.samplers.make(seed)
         for point in self.beyond:
             self._replay(study, point, self._penalty(self.points.excess(point)))
         for plan in (*self.results, *self.pending):
@@ -208,17 +207,13 @@ class Optuna(Strategy):
                 self._replay(study, self.points_of[plan], values, plan in self.pending)
         return study
 
-    @property
-    def _conditional(self) -> bool:
-        return isinstance(self.points, Joint)
-
     def _penalty(self, excess: float) -> list[float] | None:
         """The objectives of a point beyond the budget: worse than all results, the more the further it is beyond."""
         finished = [x for x in self.results.values() if x is not None]
         if not finished:
             return None
         worst = max(finished) + (max(finished) - min(finished) + abs(max(finished))) * excess
-        return [worst, 1 + excess] if self.also else [worst]
+        return [worst, *[1 + excess] * len(self.metrics)]
 
     def _values(self, plan: Proposal) -> list[float] | None:
         """The plan's objectives. A failure counts as the worst objective so far, so that it is avoided."""
@@ -228,13 +223,13 @@ class Optuna(Strategy):
         if worst is None:
             return None
         cost, dense = self.problem.cost(plan), self.problem.dense
-        return [worst, cost[self.also] / dense[self.also]] if self.also else [worst]
+        return [worst, *(cost[m] / max(dense[m], 1) for m in self.metrics)]
 
     def _replay(
         self, study: optuna.Study, point: Sequence[float], values: list[float] | None, pending: bool = False
     ) -> None:
         params, axes = self.points.params(point), self.points.axes(point)
-        if self.sampler.__name__ in MEMORYLESS:
+        if self.samplers.name in MEMORYLESS:
             state = TrialState.RUNNING if pending else _state(values)
             study.add_trial(create_trial(state=state, values=values, params=params, distributions=axes))
             return
@@ -270,59 +265,28 @@ def derived(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
-# --- samplers ------------------------------------------------------------------------------------
-
-
-def sampler_class(name: str) -> type[samplers.BaseSampler]:
-    """Look up a sampler of Optuna.
-
-    Args:
-        name: "gp", "GPSampler", ...; case, dashes and underscores do not matter. Or "module:Class".
-
-    Returns:
-        The class.
-
-    Raises:
-        RankoptError: If there is none of that name, or a package that it needs is missing.
-    """
-    if ":" in name:
-        found = imported(name, "sampler")
-        if not (isinstance(found, type) and issubclass(found, samplers.BaseSampler)):
-            raise RankoptError(f"sampler {name!r} is {found!r}: give a subclass of optuna.samplers.BaseSampler")
-        return found
-    known = {x.lower().removesuffix("sampler"): x for x in samplers.__all__ if x.endswith("Sampler")}
-    known = {short: x for short, x in known.items() if x not in NOT_ASKABLE}
-    full = known.get(name.lower().replace("-", "").replace("_", "").removesuffix("sampler"))
-    if full is None:
-        raise RankoptError(f"unknown sampler {name!r}: choose from {', '.join(sorted(known))}")
-    missing = [x for x in NEEDS.get(full, ()) if importlib.util.find_spec(x) is None]
-    if missing:
-        raise RankoptError(f"sampler {name!r} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    return getattr(samplers, full)
-
-
-def make_sampler(sampler: type[samplers.BaseSampler], seed: int, **options: Any) -> samplers.BaseSampler:
-    """Make a sampler with settings for tens of trials.
-
-    Args:
-        sampler: Its class.
-        seed: Its seed, if it takes one.
-        options: Further arguments, of which its class is given those that it takes.
-    """
-    taken = inspect.signature(sampler.__init__).parameters
-    given = {k: v for k, v in {**options, "seed": seed}.items() if k in taken}
-    settings = {**SETTINGS.get(sampler.__name__, {}), **given}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return sampler(**settings)
-
-
 # --- what is searched ------------------------------------------------------------------------------
 
 
-def _parametrisation(name: str, problem: Problem, blocks: int, width: float, also: str | None) -> Parametrisation:
+def _metrics(objectives: str | Sequence[str], problem: Problem) -> tuple[str, ...]:
+    """The metrics that are minimised beside the objective."""
+    names = [x.strip() for x in (objectives.split(",") if isinstance(objectives, str) else objectives)]
+    limited = {limit.metric for limit in problem.limits}
+    if names.count(OBJECTIVE) != 1 or len(set(names)) < len(names):
+        raise RankoptError(f"objectives={','.join(names)}: give {OBJECTIVE} and other metrics, each once")
+    for name in names:
+        if name not in (OBJECTIVE, *BUDGETS):
+            raise RankoptError(f"unknown objective {name!r}: choose from {OBJECTIVE}, {', '.join(BUDGETS)}")
+        if name != OBJECTIVE and name not in limited:
+            raise RankoptError(f"objective {name!r} needs a budget: --budget {name}=100%, if it is not to be limited")
+    return tuple(x for x in names if x != OBJECTIVE)
+
+
+def _parametrisation(
+    name: str, problem: Problem, blocks: int, width: float, metrics: tuple[str, ...]
+) -> Parametrisation:
     if name == "corrections":
-        return NamedCorrections(problem, blocks, width, also)
+        return NamedCorrections(problem, blocks, width, metrics)
     if name == "positions":
         return Positions(problem)
     if name == "joint":
@@ -397,7 +361,7 @@ class NamedCorrections(Corrections, _Fixed):
     def names(self) -> list[str]:  # type: ignore[override]
         """Names of the coordinates."""
         of_blocks = [f"{self.problem.layers[b[0]].name}.correction" for b in self.blocks]
-        return of_blocks + [f"{self.also}.price"] * (self.size - len(self.blocks))
+        return of_blocks + [f"{metric}.price" for metric in self.metrics]
 
     def excess(self, point: Sequence[float]) -> float:
         """None: the plan of every point is within the budget.

@@ -14,7 +14,7 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.options import typed_options
 from rankopt.core.problem import Problem
 from rankopt.core.registry import Registry, imported
-from rankopt.strategies.base import Strategy
+from rankopt.strategies.base import ConfiguredStrategy, Strategy
 
 
 def _fault(name: str, found: Any) -> str | None:  # noqa: ARG001
@@ -22,6 +22,10 @@ def _fault(name: str, found: Any) -> str | None:  # noqa: ARG001
     if isinstance(found, type) and issubclass(found, Strategy):
         return None
     return f"it is {found!r}, not a subclass of Strategy"
+
+
+StrategyLike = str | type[Strategy] | ConfiguredStrategy
+"""Name of a strategy, "module:Class", "FILE.py:Class", the class, or the class with its options: `Mine(depth=3)`."""
 
 
 STRATEGIES: Registry[str | type[Strategy]] = Registry(
@@ -48,7 +52,7 @@ def strategy_class(name: str) -> type[Strategy]:
     """Look up a strategy's class.
 
     Args:
-        name: Name in the registry, or "module:Class".
+        name: Name in the registry, "module:Class" or "FILE.py:Class".
 
     Raises:
         RankoptError: If there is no such strategy; the message lists all names.
@@ -73,7 +77,8 @@ def strategy_name(strategy: str | type[Strategy]) -> str:
         return strategy
     if not (isinstance(strategy, type) and issubclass(strategy, Strategy)):
         raise RankoptError(
-            f"strategy {strategy!r} is no class: give a subclass of rankopt.Strategy, and what it takes as options"
+            f"strategy {strategy!r} is no class: give a subclass of rankopt.Strategy, or one with its options "
+            "and without a problem, as Mine(depth=3)"
         )
     registered: str = getattr(strategy, "name", "")
     if registered in STRATEGIES and strategy_class(registered) is strategy:
@@ -86,6 +91,28 @@ def strategy_name(strategy: str | type[Strategy]) -> str:
     if imported(name, "strategy") is not strategy:
         raise RankoptError(f"strategy {name!r} is another class than the one given: define it once, in a module")
     return name
+
+
+def configured(strategy: StrategyLike, options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """Read a strategy as users give it.
+
+    Args:
+        strategy: The strategy.
+        options: Its own options, as values or text.
+
+    Returns:
+        Its name, by which `strategy_class` finds it, and its options in the types of their defaults.
+
+    Raises:
+        RankoptError: If there is no such strategy or option, or options are given twice.
+    """
+    if not isinstance(strategy, ConfiguredStrategy):
+        name = strategy_name(strategy)
+        return name, read_options(name, options or {})
+    if options:
+        raise RankoptError(f"options {', '.join(options)} are given beside a strategy that has its own: give it these")
+    name = strategy_name(strategy.strategy)
+    return name, read_options(name, strategy.options)
 
 
 def register_strategy(strategy: type[Strategy]) -> str:
@@ -117,7 +144,16 @@ def make_strategy(name: str, problem: Problem, seed: int = 0, options: Mapping[s
     """
     if seed < 0:
         raise RankoptError(f"seed is {seed}: give 0 or more")
-    return strategy_class(name)(problem, seed, **read_options(name, options or {}))
+    found, read = strategy_class(name), read_options(name, options or {})
+    if inspect.isabstract(found):
+        raise RankoptError(f"strategy {name!r} lacks {' and '.join(sorted(found.__abstractmethods__))}: write it")
+    try:
+        inspect.signature(found).bind(problem, seed, **read)
+    except TypeError as error:
+        raise RankoptError(
+            f"strategy {name!r} cannot be made ({error}): begin __init__(self, problem, seed=0, *, OPTION=DEFAULT, ...)"
+        ) from None
+    return found(problem, seed, **read)
 
 
 def strategy_options(name: str) -> dict[str, Any]:

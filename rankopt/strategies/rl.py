@@ -6,7 +6,8 @@ through a model of them are many and cheap. The model is a weighted sum of the l
 1. *Before the first ask* PPO trains the policy on the predicted losses, under random budgets and random weights of the
    layers, so that it learns to react to both. A saved policy takes the place of this training; it may come from another
    budget or network.
-2. *An ask* draws weights from their posterior given the trials, and lets the policy walk under them.
+2. *An ask* draws weights from their posterior given the trials, lets the policy make some walks under them, and takes
+   the one of the least loss under these weights (sampling decoding: Bello et al. 2017, arXiv 1611.09940).
 3. *After every batch of trials* PPO goes on under weights from the posterior, at the search's own budget.
 
 Neither plans of `knapsack` nor filling up are used: what the agent proposes first, it has learned by itself. Everything
@@ -40,7 +41,7 @@ ADAPTATIONS = 4  # updates after a batch of trials
 GENTLE = 0.3  # learning rate of these, in that of the training before
 
 
-TRIES = 10  # walks per ask in search of a new plan; from the second on they are drawn, ever more evenly
+TRIES = 10  # rounds of walks per ask in search of a new plan, drawn ever more evenly
 
 
 SPREAD, NOISE = 0.4, 0.03  # prior of the weights, and of the objective's model, as in `thompson`
@@ -114,15 +115,15 @@ class Agent(WeighsLosses):
         with threads(1):
             self._adapt()
             mean, root = self._posterior(len(self.results))
+            drawn = mean + (BOLDNESS * root @ rng.standard_normal(len(mean)) if number else 0)
+            context = self._context(np.repeat(drawn[None], WALKS, 0))
             for attempt in range(TRIES):
-                drawn = mean + (BOLDNESS * root @ rng.standard_normal(len(mean)) if number else 0)
-                context = self._context(drawn[None])
-                chance, temperature = (generator, 2.0 ** (attempt - 2)) if attempt else (None, 1.0)
-                walk, _ = self.environment.run(self.policy, context, chance, temperature)
-                plan = tuple(walk[0].tolist())
-                if plan not in self.seen:
-                    break
-        return plan
+                walks, steps = self.environment.run(self.policy, context, generator, 2.0 ** (attempt - 1))
+                best = steps.reward.double().sum(0).argsort(descending=True, stable=True)
+                plans = [tuple(walk) for walk in walks[best].tolist()]
+                if plan := next((p for p in plans if p not in self.seen), None):
+                    return plan
+        return plans[0]
 
     def _adapt(self) -> None:
         """Learn from the batches of trials that were told since."""

@@ -7,7 +7,7 @@ network and budget.
 
 The reward is minus the logarithm of the walk's loss. It is paid out along the walk by potential shaping (Ng, Harada,
 Russell 1999), which leaves the best policy what it is: the potential is minus the logarithm of the loss so far plus
-what the layers ahead would lose at equal shares of the budget left.
+what the layers ahead would lose if all paid the same price for cost, the one that the budget left allows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from rankopt.core.problem import padded
 from rankopt.strategies.layer_walk import LayerMdp, shape_features
 from rankopt.strategies.policy import POSITION_FEATURES, STATE_FEATURES, Policy, Steps, choose
 
-SHARES = 48  # points of the curves "loss of the layers ahead, if each gets this share of its cost"
+PRICES = 48  # points of the curves "loss of the layers ahead, if each pays this price for its cost"
+
+
+FINE = 8  # prices between two of these, at which layers' choices are looked up
 
 
 NEAR = 0.5  # share of the walks in training that have the problem's own budget; the others' are drawn
@@ -63,19 +66,40 @@ class Walks:
         self.dense, self.room = (torch.from_numpy(x).double() for x in (mdp.dense, mdp.room))
         self.completions = [torch.from_numpy(c).double() for c in mdp.completions]
         self.shapes = torch.tensor([shape_features(x) for x in mdp.problem.layers])
-        self.equal_loss, self.ahead_cost = self._equal_shares()
+        self.prices, self.choices = self._choices()
 
-    def _equal_shares(self) -> tuple[Tensor, Tensor]:
-        """Per layer the loss at each share (layers, shares); the costs of each layer and all after it at it."""
-        share = torch.logspace(-3, 0, SHARES, dtype=torch.float64)
-        within = self.costs[:, None] <= share[None, :, None, None] * self.dense[:, None, None, :]
-        within = within.all(3) & self.valid[:, None]
-        best = torch.where(within, self.losses[:, None], torch.inf).argmin(2)
-        relative = (self.costs / self.dense.clamp(min=1)[:, None]).sum(2)
-        cheapest = torch.where(self.valid, relative, torch.inf).argmin(1)
-        best = torch.where(within.any(2), best, cheapest[:, None])  # (layers, shares)
-        cost = torch.stack([c[at] for c, at in zip(self.costs, best, strict=True)]).cummax(1).values
-        return self.losses.gather(1, best), _summed_from(cost, 0)
+    def _choices(self) -> tuple[Tensor, Tensor]:
+        """Logarithmic prices, falling, and each layer's position of least loss + price * cost at them."""
+        relative = (self.costs / self.dense.sum(0).clamp(min=1)).sum(2)  # the cost that is priced
+        slopes = self._slopes(relative)
+        ends = (slopes.min().log() - 1, slopes.max().log() + 1) if len(slopes) else (torch.zeros(()), torch.ones(()))
+        prices = torch.linspace(float(ends[1]), float(ends[0]), (PRICES - 1) * FINE + 1, dtype=torch.float64)
+        value = self.losses[:, None] + prices.exp()[None, :, None] * relative[:, None]
+        return prices, torch.where(self.valid[:, None], value, torch.inf).argmin(2)
+
+    def _slopes(self, relative: Tensor) -> Tensor:
+        """Losses per cost between neighbouring positions of all layers, as far as they are above 0."""
+        both = self.valid[:, 1:]
+        saved, paid = self.losses[:, :-1] - self.losses[:, 1:], relative[:, 1:] - relative[:, :-1]
+        return (saved / paid.clamp(min=1e-12))[both & (saved > 0) & (paid > 0)]
+
+    def ahead(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layers from each one on lose and cost at falling prices, under weights of their losses.
+
+        Args:
+            weights: Weights, (walks, layers).
+
+        Returns:
+            Losses (walks, layers + 1, prices), and costs, which rise (walks, layers + 1, prices, limits).
+        """
+        layers, step = torch.arange(len(self.sizes)), self.prices[0] - self.prices[1]
+        # A layer of weight w at a price p chooses as one of weight 1 at p / w.
+        shift = (weights.log() / step).round().long() if len(self.prices) > 1 else torch.zeros_like(weights).long()
+        at = (FINE * torch.arange(PRICES) + shift[..., None]).clamp(0, len(self.prices) - 1)
+        chosen = self.choices[layers[:, None], at]  # (walks, layers, prices)
+        losses = weights[..., None] * self.losses[layers[:, None], chosen]
+        costs = self.costs[layers[:, None], chosen]
+        return _summed_from(losses, 1), _summed_from(costs, 1).cummax(2).values
 
     def training_context(self, walks: int, generator: torch.Generator) -> Context:
         """Draw weights and budgets to train under.
@@ -105,8 +129,7 @@ class Walks:
         Returns:
             The positions (walks, layers), and all steps for training, layer after layer.
         """
-        weighted = context.weights[:, :, None] * self.equal_loss
-        state = _State(self, context, _summed_from(weighted, 1))
+        state = _State(self, context)
         steps: list[Steps] = []
         for layer in range(len(self.sizes)):
             positions, described, mask, potential = state.look(layer)
@@ -121,10 +144,11 @@ class Walks:
 class _State:
     """Where a batch of walks stands."""
 
-    def __init__(self, walks: Walks, context: Context, ahead_loss: Tensor) -> None:
-        """Begin at the first layer; `ahead_loss` is (walks, layers + 1, shares)."""
+    def __init__(self, walks: Walks, context: Context) -> None:
+        """Begin at the first layer."""
         count = len(context.weights)
-        self.walks, self.context, self.ahead_loss = walks, context, ahead_loss
+        self.walks, self.context = walks, context
+        self.ahead_loss, self.ahead_cost = walks.ahead(context.weights)
         self.spent, self.lost = torch.zeros_like(context.room), torch.zeros(count, dtype=torch.float64)
         self.last = torch.ones(count)
         expected, self.share = self._expected(0, context.room[:, None], self.lost[:, None])
@@ -154,7 +178,7 @@ class _State:
                 own / expected.clamp(min=1e-300),
                 gap.clamp(0, 4),
                 (8 * gap).clamp(0, 4),
-                share / SHARES,
+                share / PRICES,
             ],
             2,
         ).float()
@@ -183,7 +207,7 @@ class _State:
             (left / self.context.room.clamp(min=1)).amin(1),
             (self.context.room / total).amin(1),
             ((walks.dense[:layer].sum(0) - self.spent) / total).amax(1),
-            self.share[:, 0] / SHARES,
+            self.share[:, 0] / PRICES,
             self.last,
             (self.potential - self.start).clamp(-4, 4),
             self.lost / torch.exp(self.potential),
@@ -191,14 +215,14 @@ class _State:
         return torch.cat([torch.tensor(numbers).expand(count, -1), torch.stack(moving, 1).float()], 1)
 
     def _expected(self, layer: int, left: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss so far plus that of the layers ahead at equal shares of what is left (walks, positions, limits)."""
-        curve = self.walks.ahead_cost[layer]  # (shares, limits)
-        at = torch.full_like(lost, SHARES - 1)
-        for limit, costs in enumerate(curve.T.contiguous()):
-            low = (torch.searchsorted(costs, left[..., limit].contiguous(), right=True) - 1).clamp(0, SHARES - 2)
-            part = (left[..., limit] - costs[low]) / (costs[low + 1] - costs[low]).clamp(min=1e-9)
-            at = torch.minimum(at, low + part.clamp(0, 1))
-        low = at.long().clamp(max=SHARES - 2)
+        """Loss so far plus that of the layers ahead at one price (walks, positions), and where among the prices."""
+        at = torch.full_like(lost, PRICES - 1)
+        for limit in range(left.shape[-1]):
+            costs = self.ahead_cost[:, layer, :, limit].contiguous()
+            low = (torch.searchsorted(costs, left[..., limit].contiguous(), right=True) - 1).clamp(0, PRICES - 2)
+            below, above = costs.gather(1, low), costs.gather(1, low + 1)
+            at = torch.minimum(at, low + ((left[..., limit] - below) / (above - below).clamp(min=1e-9)).clamp(0, 1))
+        low = at.long().clamp(max=PRICES - 2)
         ahead = self.ahead_loss[:, layer]
         first, second = ahead.gather(1, low), ahead.gather(1, low + 1)
         return lost + first + (second - first) * (at - low), at

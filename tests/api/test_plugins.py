@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -89,6 +90,65 @@ def test_strategies_as_classes(model, batches, registered):
         model, batches, {"params": 0.6}, strategy=strategy, families=["svd_out"], space=SPACE, progress=False
     )
     assert result.plan.cost.params <= result.limits[0].target
+
+
+class Weighted(Exact):
+    """The exact allocation under the losses of an object."""
+
+    name = "own_weighted"
+
+    def __init__(self, problem, seed=0, *, weigh=None, power=1.0):
+        super().__init__(problem, seed)
+        self.weigh, self.power = weigh, power
+
+    def propose(self, number):
+        return allocate(self.problem, self.weigh(self.problem, self.power)).proposal if number == 0 else None
+
+
+class Weigh:
+    """What an option may be."""
+
+    def __call__(self, problem, power):
+        self.seen = problem, power
+        return [[c.loss**power for c in frontier] for frontier in problem.frontiers]
+
+
+def test_a_strategy_with_objects_as_its_options(model, batches, tmp_path):
+    """Without a problem it waits; each search makes one of its own, and a stopped one goes on."""
+    prepared = rankopt.prepare(model, batches, families=["svd_out"], space=SPACE, progress=False)
+    weigh = Weigh()
+    strategy = Weighted(weigh=weigh, power="2")
+    for share in (0.6, 0.8):
+        result = prepared.compress(params=share, strategy=strategy, out=tmp_path / str(share))
+        assert weigh.seen == (result.problem, 2.0)
+        assert result.info["strategy"] == f"{__name__}:Weighted"
+        assert result.info["options"] == {"power": "2.0", "weigh": f"{__name__}:Weigh"}
+    prepared.compress(params=0.8, strategy=strategy, out=tmp_path / "0.8", resume=True)
+    with pytest.raises(RankoptError, match=r"no option 'depth'; its options: weigh=None, power=1\.0"):
+        prepared.compress(params=0.6, strategy=Weighted(depth=3))
+    with pytest.raises(RankoptError, match="options power are given beside a strategy that has its own"):
+        prepared.compress(params=0.6, strategy=strategy, options={"power": 3})
+    assert list(inspect.signature(Weighted).parameters) == ["problem", "seed", "weigh", "power"]
+
+
+class Unfinished(rankopt.Strategy):
+    name = "unfinished"
+
+
+class Free(Exact):
+    def __init__(self, depth=3):
+        self.depth = depth
+
+
+def test_classes_that_make_no_strategy(model, batches):
+    for strategy, message in (
+        (Unfinished, "Unfinished' lacks propose: write it"),
+        (Free, r"Free' cannot be made \(.*\): begin __init__\(self, problem, seed=0, "),
+    ):
+        with pytest.raises(RankoptError, match=message):
+            rankopt.compress(
+                model, batches, {"params": 0.6}, strategy=strategy, families=["svd_out"], space=SPACE, progress=False
+            )
 
 
 def test_a_class_within_a_function(model, batches):

@@ -12,8 +12,8 @@ import pytest
 import rankopt.search.benchmark as benchmarks
 from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.run_folder import folder_lock
-from rankopt.report.benchmark import overall, problem_rows, text, write
-from rankopt.search.benchmark import FILE, benchmark, curve, ranks, read_strategies
+from rankopt.report.benchmark import against, overall, problem_rows, text, verdict, write
+from rankopt.search.benchmark import FILE, benchmark, curve, ranks, read_strategies, results
 from rankopt.search.loop import plan_key, search
 from rankopt.strategies.baselines import Random
 from rankopt.strategies.registry import STRATEGIES
@@ -125,7 +125,12 @@ def test_ranks_and_curves(data):
 
 def test_the_tables_the_csv_and_the_picture(data, tmp_path):
     write(tmp_path, data)
-    assert {p.name for p in tmp_path.iterdir()} == {"benchmark.md", "benchmark.csv", "benchmark.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "benchmark.md",
+        "benchmark.csv",
+        "benchmark.png",
+        "benchmark_ranks.png",
+    }
     assert max(map(len, text(data).splitlines())) <= 100
     rows = list(csv.DictReader((tmp_path / "benchmark.csv").open()))
     assert len(rows) == sum(len(c["trials"]) for c in data["cells"])
@@ -139,6 +144,18 @@ def test_the_tables_the_csv_and_the_picture(data, tmp_path):
             assert all(float(r["best_so_far"]) <= float(r["objective"]) for r in mine)
     page = (tmp_path / "benchmark.md").read_text()
     assert all(f"| {name} |" in page for name in NAMES) and "![best objective so far](benchmark.png)" in page
+    assert "(benchmark_ranks.png)" in page and "## Paired with knapsack" in page
+
+
+def test_what_loses_to_the_exact_allocation_is_said(data):
+    means = {name: fmean(r) for name, r in ranks(data).items()}
+    behind = sorted((n for n in NAMES if means[n] > means["knapsack"]), key=means.__getitem__)
+    assert f"Behind knapsack, which takes one evaluation: {', '.join(behind)}." in verdict(data)[1]
+    ends = results(data)
+    for name, counts, p, adjusted in against(data, "knapsack"):
+        pairs = list(zip(ends[name], ends["knapsack"], strict=True))
+        found = [sum(a < b for a, b in pairs), sum(a == b for a, b in pairs), sum(a > b for a, b in pairs)]
+        assert counts == " / ".join(map(str, found)) and 0 < float(p) <= float(adjusted) <= 1
 
 
 @pytest.mark.slow
@@ -233,7 +250,7 @@ def test_a_plan_that_failed_is_tried_again(digits, tmp_path):
 
 
 def test_names_of_strategies():
-    assert read_strategies("all") == list(STRATEGIES)
+    assert read_strategies("all") == [*STRATEGIES, "optuna:parametrisation=joint"]
     assert read_strategies("random, knapsack,random") == ["random", "knapsack"]
     for bad, message in [("magic", "unknown strategy"), ("random:x=1", "has no option"), (" , ", "no strategies")]:
         with pytest.raises(RankoptError, match=message):
@@ -248,7 +265,8 @@ def test_the_command(tmp_path, quick_space):
     stdout, stderr = run(*command, "--seeds", 1)
     assert "mean rank" in stdout and "params=0.3 random seed 0: best objective" in stderr
     assert max(map(len, stdout.splitlines()[:-1])) <= 100
-    assert {p.name for p in out.iterdir()} == {f"benchmark.{x}" for x in ("json", "md", "csv", "png")}
+    files = {f"benchmark.{x}" for x in ("json", "md", "csv", "png")}
+    assert {p.name for p in out.iterdir()} == files | {"benchmark_ranks.png"}
     assert "is not empty" in run(*command, "--seeds", 1, code=2)[1]
     _, stderr = run(*command, "--seeds", 2, "--resume")
     assert "seed 1" in stderr and "seed 0" not in stderr

@@ -132,6 +132,31 @@ def test_a_strategy_may_lie_in_the_working_directory(tmp_path, monkeypatch):
     assert make_strategy("of_mine_20:Mine", synthetic(0.3)[0]).ask()
 
 
+def test_a_strategy_may_lie_in_a_file(tmp_path, monkeypatch):
+    """It is run once, with what lies beside it, and again when it has changed."""
+    (tmp_path / "beside_20.py").write_text("from rankopt.strategies.baselines import Random\n")
+    file = tmp_path / "my agents.py"
+    file.write_text("from beside_20 import Random\nclass Mine(Random): ...\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    problem = synthetic(0.3)[0]
+    name = f"{file}:Mine"
+    assert make_strategy(name, problem).ask() and strategy_class(name) is strategy_class(name)
+    assert strategy_class(strategy_name(strategy_class(name))) is strategy_class(name)
+    assert read_strategy(name) == (name, {}), "in a benchmark"
+    file.write_text("from beside_20 import Random\nclass Mine(Random): depth = 2\n")
+    assert strategy_class(name).depth == 2
+    for text, message in (
+        ("class Other: ...\n", "has no attribute 'Mine'"),
+        ("class Mine: ...\n", "give a subclass of rankopt.strategies.base.Strategy"),
+        ("1 / 0\n", r"cannot be imported \(.*my agents.py does not run: ZeroDivisionError"),
+    ):
+        file.write_text(text)
+        with pytest.raises(RankoptError, match=message):
+            strategy_class(name)
+    with pytest.raises(RankoptError, match=r"cannot be imported \(FileNotFoundError.*or FILE.py:CLASS"):
+        strategy_class(f"{tmp_path}/nowhere.py:Mine")
+
+
 def test_unknown_strategy_lists_the_valid_ones():
     with pytest.raises(RankoptError, match=r"unknown strategy 'magic': choose from knapsack, uniform"):
         strategy_class("magic")

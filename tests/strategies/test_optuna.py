@@ -7,21 +7,26 @@ import importlib.util
 import json
 import subprocess
 import sys
+import warnings
 from itertools import product
 
 import numpy as np
 import optuna
 import pytest
 
+from rankopt.api.result import Result
 from rankopt.candidates.pareto import frontier
 from rankopt.core.budget import Limit
 from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.records import Trial
-from rankopt.search.loop import Study, front, search
+from rankopt.search.compress import run_search
+from rankopt.search.front import Front
+from rankopt.search.loop import Study, search
+from rankopt.search.settings import SearchSettings
 from rankopt.search.storage.local import Store
 from rankopt.strategies.allocation import allocate, fill
-from rankopt.strategies.optuna import sampler_class
+from rankopt.strategies.optuna_plugins import sampler_class
 from rankopt.strategies.registry import make_strategy
 from tests.helpers.problems import synthetic
 
@@ -255,10 +260,9 @@ def two_metrics(seed=0):
 @pytest.mark.parametrize("sampler", [pytest.param("gp", marks=pytest.mark.slow), "tpe", "nsgaii", "nsgaiii"])
 def test_a_second_objective_gives_a_front(sampler):
     problem, truth = two_metrics()
-    trials = search(
-        Study(problem, make_strategy("optuna", problem, 0, {"sampler": sampler, "also": "macs"}), 24), truth
-    )
-    found = front(trials, "macs")
+    options = {"sampler": sampler, "objectives": "objective,macs"}
+    trials = search(Study(problem, make_strategy("optuna", problem, 0, options), 24), truth)
+    found = Front.of(trials, ["macs"])
     assert trials[0].proposal == allocate(problem).proposal and all(problem.fits(t.proposal) for t in trials)
     assert len(found) >= 4 and found[0].cost.macs < 0.8 * trials[0].cost.macs
     assert [t.cost.macs for t in found] == sorted(t.cost.macs for t in found)
@@ -270,9 +274,9 @@ def test_a_second_objective_gives_a_front(sampler):
 def test_a_second_objective_wants_a_budget_and_a_sampler_for_it():
     problem, _ = two_metrics()
     with pytest.raises(RankoptError, match="--budget macs=100%"):
-        make_strategy("optuna", synthetic()[0], 0, {"also": "macs"})
+        make_strategy("optuna", synthetic()[0], 0, {"objectives": "objective,macs"})
     with pytest.raises(RankoptError, match="takes one objective"):
-        make_strategy("optuna", problem, 0, {"also": "macs", "sampler": "cmaes"})
+        make_strategy("optuna", problem, 0, {"objectives": ["macs", "objective"], "sampler": "cmaes"})
 
 
 # --- a method and its rank for each layer ---
@@ -340,6 +344,35 @@ def test_points_beyond_the_budget_are_told_as_worse_than_all_results(monkeypatch
     assert again.beyond == strategy.beyond, "a resumed search knows them, too"
 
 
+def test_three_objectives(monkeypatch):
+    made = studies(monkeypatch)
+    problem, truth = two_metrics()
+    strategy = make_strategy("optuna", problem, 0, {"sampler": "tpe", "objectives": ["objective", "macs", "params"]})
+    trials = search(Study(problem, strategy, 16), truth)
+    assert strategy.ask() is not None
+    assert strategy.points.names[-2:] == ["macs.price", "params.price"]
+    for trial, frozen in zip(trials, made[-1].trials, strict=False):
+        shares = [trial.cost[m] / problem.dense[m] for m in ("macs", "params")]
+        assert frozen.values == [trial.objective, *shares]
+    found = Front.of(trials, ["macs", "params"])
+    assert found.metrics == ("macs", "params") and {t.number for t in found} <= {t.number for t in trials}
+    assert len(found) >= len(Front.of(trials, ["macs"])) and found[0].cost.macs < 0.9 * trials[0].cost.macs
+
+
+@pytest.mark.parametrize(
+    ("objectives", "message"),
+    [
+        ("macs", "objectives=macs: give objective and other metrics, each once"),
+        ("objective,macs,macs", "each once"),
+        (["objective", "speed"], "unknown objective 'speed': choose from objective, params, macs"),
+        ("objective,latency", "objective 'latency' needs a budget: --budget latency=100%"),
+    ],
+)
+def test_objectives_that_are_refused(objectives, message):
+    with pytest.raises(RankoptError, match=message):
+        make_strategy("optuna", two_metrics()[0], 0, {"objectives": objectives})
+
+
 class Backwards(optuna.samplers.RandomSampler):
     """A sampler of somebody else."""
 
@@ -353,8 +386,146 @@ def test_samplers_of_any_module_by_name_or_class():
 def test_parameters_are_named_after_layers():
     problem, _ = two_metrics()
     for options, names_of_first in (
-        ({"also": "macs"}, {"l0.correction", "macs.price"}),
+        ({"objectives": ("objective", "macs")}, {"l0.correction", "macs.price"}),
         ({"parametrisation": "positions"}, {"l0.position"}),
     ):
         points = make_strategy("optuna", problem, 0, options).points
         assert names_of_first <= points.axes([0.0] * points.size).keys()
+
+
+# --- samplers and pruners as objects ---
+
+
+def fixed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.PartialFixedSampler({"l0.position": 1.0}, optuna.samplers.RandomSampler())
+
+
+@pytest.mark.parametrize(
+    ("sampler", "parametrisation"),
+    [
+        (optuna.samplers.TPESampler(n_startup_trials=3), "joint"),
+        (optuna.samplers.RandomSampler(), "positions"),
+        (optuna.samplers.GPSampler(seed=1), "corrections"),
+        (optuna.samplers.NSGAIISampler(population_size=4), "corrections"),
+        (fixed(), "positions"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
+)
+def test_a_sampler_object_is_copied_and_seeded_for_each_ask(sampler, parametrisation):
+    """So plans follow from the search's seed, and a stopped search goes on, as with samplers by name."""
+    problem, truth = synthetic(0.3, n=6)
+    options = {"sampler": sampler, "parametrisation": parametrisation, "warm": 2}
+
+    def study(seed, limit, trials=()):
+        return Study(problem, make_strategy("optuna", problem, seed, options), limit, trials=list(trials))
+
+    def plans(found):
+        return [t.proposal for t in search(found, truth)]
+
+    whole = plans(study(5, 7))
+    first = study(5, 4)
+    search(first, truth)
+    second = study(5, 7, first.trials)
+    second.strategy.restore(first.trials, first.strategy.n_asked)
+    assert whole == plans(study(5, 7)) == plans(second) and len(set(whole)) == 7
+    assert plans(study(6, 7)) != whole
+
+
+class Staged:
+    """Evaluates at two low fidelities first, which are near the truth."""
+
+    def __init__(self, truth):
+        self.truth = truth
+
+    def stages(self, plan):
+        value = self.truth(plan)[0]
+        yield value + 0.1
+        yield value * (1.2 if sum(plan) % 2 else 1.0)
+        yield value, None
+
+
+class Merciless(optuna.pruners.BasePruner):
+    """Stops all trials but the first three."""
+
+    def prune(self, study, trial):
+        return trial.number >= 3
+
+
+def pruning(pruner, limit, trials=()):
+    problem, _ = synthetic(0.3, n=6)
+    strategy = make_strategy("optuna", problem, 3, {"pruner": pruner, "parametrisation": "joint"})
+    return Study(problem, strategy, limit, trials=list(trials))
+
+
+def ends(pruner, limit=12):
+    return [(t.state, len(t.rungs)) for t in search(pruning(pruner, limit), Staged(synthetic(0.3, n=6)[1]))]
+
+
+def test_pruners_stop_trials_at_low_fidelities():
+    for name in ("nop", "NopPruner", optuna.pruners.NopPruner()):
+        assert ends(name) == [("finished", 2)] * 12
+    for name in (Merciless, f"{__name__}:Merciless", Merciless()):
+        assert ends(name) == [("finished", 2)] * 3 + [("stopped", 1)] * 9
+    assert set(ends(optuna.pruners.ThresholdPruner(upper=1e-9), 5)) == {("stopped", 1)}
+    for name in ("median", "successive-halving", "hyperband", optuna.pruners.PercentilePruner(30.0)):
+        found = ends(name)
+        assert {state for state, _ in found} == {"finished", "stopped"} and found == ends(name)
+
+
+def test_successive_halving_has_a_rung_for_each_fidelity():
+    assert {("stopped", 1), ("stopped", 2), ("finished", 2)} == set(ends("successivehalving", 30))
+
+
+@pytest.mark.parametrize("pruner", ["median", "successivehalving", "hyperband"])
+def test_a_resumed_search_prunes_alike(pruner):
+    evaluate = Staged(synthetic(0.3, n=6)[1])
+    whole, first = search(pruning(pruner, 16), evaluate), pruning(pruner, 9)
+    search(first, evaluate)
+    second = pruning(pruner, 16, first.trials)
+    second.strategy.restore(first.trials, first.strategy.n_asked)
+    second.reached = {t.proposal: t.rungs for t in first.trials}
+    resumed = search(second, evaluate)
+    assert [(t.proposal, t.state, t.rungs) for t in resumed] == [(t.proposal, t.state, t.rungs) for t in whole]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pruner": "best"}, "unknown pruner 'best': choose from hyperband, median, nop, successivehalving, wilcoxon"),
+        (
+            {"pruner": "optuna.pruners:PatientPruner"},
+            "pruner PatientPruner cannot be made .*give an object in Python",
+        ),
+        ({"pruner": "optuna.pruners:ThresholdPruner"}, "pruner ThresholdPruner cannot be made .*: give an object"),
+        ({"pruner": "nowhere:P"}, "pruner 'nowhere:P' cannot be imported"),
+        ({"pruner": "optuna:Study"}, r"give a subclass of optuna.pruners.BasePruner"),
+        ({"pruner": [3]}, "no pruner of Optuna: give a name, MODULE:CLASS or an object"),
+        ({"sampler": [3]}, "no sampler of Optuna: give a name, MODULE:CLASS or an object"),
+        ({"sampler": optuna.samplers.GridSampler({"x": [1]})}, "GridSampler needs a finite space"),
+        ({"sampler": optuna.samplers.TPESampler(), "n_startup_trials": 3}, "give it to the object"),
+        ({"sampler": optuna.samplers.GPSampler(), "parametrisation": "joint"}, "takes no parameters that depend"),
+    ],
+)
+def test_samplers_and_pruners_that_are_refused(options, message):
+    with pytest.raises(RankoptError, match=message):
+        make_strategy("optuna", synthetic(0.3, n=4)[0], 0, options)
+
+
+def test_a_pruner_wants_fidelities(digits):
+    settings = SearchSettings.parse("optuna", {"pruner": "median"}, trials=2)
+    with pytest.raises(RankoptError, match=r"a pruner stops trials at low fidelities: .*--fidelities 0.1,0.5"):
+        run_search(digits, digits.problem({"params": 0.5}), settings)
+
+
+def test_the_front_of_a_search_in_python(digits):
+    options = {"objectives": ["objective", "macs"], "sampler": optuna.samplers.TPESampler()}
+    settings = SearchSettings.parse("optuna", options, trials=9)
+    result = Result.of(run_search(digits, digits.problem({"params": 0.5, "macs": 1.0}), settings))
+    found = result.front()
+    assert found.metrics == ("macs",) and found.rows == result.info["front"] and "front: for one" in result.summary()
+    assert result.info["options"]["sampler"].endswith(":TPESampler")
+    assert result.front("params", "macs").metrics == ("params", "macs")
+    with pytest.raises(RankoptError, match="unknown metric 'speed'"):
+        result.front("speed")

@@ -58,6 +58,13 @@ def test_the_learning_curve_rises_to_near_the_exact_allocation(trained):
     assert problem.loss(agent.ask()) < 1.1 * allocate(problem).loss < problem.loss(Agent(problem, walks=0).ask())
 
 
+@pytest.mark.parametrize("metric", ["params", "macs"])
+def test_on_frontiers_of_a_network_it_comes_near_the_exact_allocation(digits, metric):
+    """Their steps are uneven, and a layer may have a great share of the budget."""
+    problem = digits.problem({metric: 0.3})
+    assert problem.loss(Agent(problem).ask()) < 1.05 * allocate(problem).loss
+
+
 def test_with_permuted_rewards_nothing_is_learned(trained, monkeypatch):
     """What the policy knows it has from the rewards: untrained, all positions that fit are drawn alike."""
     problem, _ = synthetic(0.3, LAYERS)

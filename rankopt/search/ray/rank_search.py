@@ -24,7 +24,7 @@ from rankopt.core.problem import Problem
 from rankopt.core.records import RECONSTRUCTED, Candidate, Proposal, Trial
 from rankopt.decompositions.plan import apply
 from rankopt.search.loop import Outcome, Study, trial_limit
-from rankopt.strategies.registry import make_strategy
+from rankopt.strategies.registry import StrategyLike, configured, make_strategy
 
 PLAN = "plan"
 """The key of a trial's config."""
@@ -78,7 +78,7 @@ class RankSearch(Searcher):  # type: ignore[misc]
         self,
         prepared: Any,
         budget: Budget,
-        strategy: str = "optuna",
+        strategy: StrategyLike = "optuna",
         trials: int | None = None,
         *,
         metric: str,
@@ -106,7 +106,8 @@ class RankSearch(Searcher):  # type: ignore[misc]
         super().__init__(metric=metric, mode=mode)
         found: Prepared = getattr(prepared, "_prepared", prepared)
         self.problem = found.problem(budget)
-        self.asked = strategy, seed, dict(options or {})
+        name, read = configured(strategy, options)
+        self.asked = name, seed, read
         self.limit = trials
         self.running: dict[str, Proposal] = {}
         # The same on every machine, and with all that a plan needs: trials may run anywhere.
