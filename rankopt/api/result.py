@@ -31,6 +31,8 @@ class Result(search_result.Result):
         info: The content of [result.json](result-json.md).
         trials: The plans that were evaluated, in the order in which they ended.
         sensitivities: Layer name -> measured (relative error, rise of the objective), one layer at a time.
+        as_fast: The result within the same budget whose model is not slower than dense, if `as_fast` asked for it and
+            there is one; `info["as_fast"]` says why there is none.
     """
 
     @classmethod
@@ -40,7 +42,8 @@ class Result(search_result.Result):
         Args:
             found: The result.
         """
-        return cls(**{f.name: getattr(found, f.name) for f in dataclasses.fields(found)})
+        fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+        return cls(**fields | {"as_fast": None if found.as_fast is None else cls.of(found.as_fast)})
 
     # --- as text ---
 
