@@ -87,7 +87,8 @@ class Result(search_result.Result):
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        page = render(self.info, self._rows(), str(path.parent))
+        found = None if self.problem is None else search_result.frontiers(self.problem, self.plan)
+        page = render(self.info, self._rows(), str(path.parent), found)
         write_beside(path, lambda p: p.write_text(page, encoding="utf-8", errors="replace"))
         return path
 

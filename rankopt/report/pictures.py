@@ -314,6 +314,29 @@ def layers(ax: Any, rows: Sequence[LayerRow]) -> None:
     ax.grid(visible=False, axis="y")
 
 
+def modules(ax: Any, groups: Sequence[Any]) -> None:
+    """Draw a bar per module of a long model: dense parameters (light), and those kept, by method.
+
+    Args:
+        ax: Matplotlib axes.
+        groups: The modules, as `layer_groups` returns them.
+    """
+    colour = colours([x["method"] for group in groups for x in group.layers])
+    for y, group in enumerate(groups):
+        dense, end = sum(x["dense_params"] for x in group.layers), 0
+        ax.barh(y, dense, 0.68, color=FAINT, alpha=0.28, lw=0)
+        for method in colour:
+            kept = sum(x["params"] for x in group.layers if x["method"] == method)
+            ax.barh(y, kept, 0.68, left=end, color=colour[method], lw=0)
+            end += kept
+        ax.annotate(f"{end / max(dense, 1):.0%}", (max(dense, end), y), (4, 0), textcoords="offset points", va="center")
+    _length_axis(ax, "linear", 1, max(sum(x["dense_params"] for x in group.layers) for group in groups))
+    ax.set_yticks(range(len(groups)), labels([group.name for group in groups]))
+    ax.set(ylim=(len(groups) - 0.4, -0.6), xlabel="parameters")
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False, axis="y")
+
+
 def layers_with_methods(ax: Any, rows: Sequence[LayerRow]) -> None:
     """Draw `layers`, with a legend of the methods: a page has its table for that.
 
@@ -359,11 +382,11 @@ def frontier(ax: Any, layer: str, metric: str, candidates: Sequence[Candidate], 
     _legend(ax, 4)
 
 
-def layers_height(rows: Sequence[LayerRow]) -> float:
+def layers_height(rows: Sequence[Any]) -> float:
     """Height in inches of the picture of the layers.
 
     Args:
-        rows: The layers of result.json.
+        rows: The layers of result.json, or modules.
     """
     return 0.6 + 0.235 * len(rows)
 

@@ -14,6 +14,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from rankopt.candidates.search_space import space_names
 from rankopt.core.budget import AS_FAST, amount
 from rankopt.core.names import LONGEST_NAME, groups, labels
 from rankopt.core.records import RECONSTRUCTED, SAME
@@ -88,6 +89,15 @@ def percent(value: float | None, digits: int = 2) -> str:
         digits: Digits after the point.
     """
     return "–" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def unbroken(text: str) -> str:
+    """A text with no-break spaces between numbers and their units.
+
+    Args:
+        text: The text.
+    """
+    return re.sub(r" (?=[%×])|(?<=×) ", "\u00a0", text)
 
 
 def with_interval(score: float | None, interval: Bounds | None) -> str:
@@ -192,8 +202,8 @@ def summary(info: ResultInfo) -> str:
 
 def _wrapped(text: str) -> str:
     """A line broken between words, what follows beneath the first words of a line such as "budget  params"."""
-    held = re.sub(r" (?=[%×])|(?<=×) ", "\u00a0", text)  # a line does not end between a number and its unit
-    lines = textwrap.wrap(held, WIDTH, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
+    style = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
+    lines = style.wrap(unbroken(text))
     return "\n".join(lines).replace("\u00a0", " ")
 
 
@@ -293,7 +303,7 @@ def faster_command(info: ResultInfo) -> str:
     if info["seed"]:
         words += ["--seed", str(info["seed"])]
     if (space := info.get("space", {}).get("name", "default")) != "default":
-        words += ["--space", str(space)]
+        words += ["--space", str(space) if space in space_names() else f"{space}.toml"]
     return shlex.join([*words, "--out", "runs/as-fast"])
 
 
