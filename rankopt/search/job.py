@@ -8,11 +8,12 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rankopt.candidates.calibration import WithinMemory
 from rankopt.candidates.latency_table import Conditions
 from rankopt.candidates.prepare import Budget, Prepared, prepare
 from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.budget import limited_metrics
-from rankopt.core.errors import BudgetError, RankoptError, TaskError
+from rankopt.core.errors import BudgetError, RankoptError
 from rankopt.core.progress import Progress
 from rankopt.core.records import MEASURED, Task
 from rankopt.core.result_record import AsFastEntry
@@ -184,8 +185,8 @@ def run_job(task: Task, job: Job, progress: bool | Progress | None = None) -> Re
     Raises:
         RankoptError: If an argument is wrong or the search cannot be done; see `rankopt.compress`.
     """
-    if job.as_fast and isinstance(task.calibration, Iterator):
-        raise TaskError("as_fast reads the calibration data twice: give a list or a DataLoader, not a generator")
+    if job.as_fast and isinstance(task.calibration, Iterator):  # it is read twice
+        task = dataclasses.replace(task, calibration=list(WithinMemory(task.calibration)))
     result = _run(task, job, progress)
     return _with_as_fast(result, task, job, progress) if job.as_fast and not result.interrupted else result
 

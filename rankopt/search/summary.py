@@ -193,16 +193,21 @@ def summary(info: ResultInfo) -> str:
     ]
     return render(
         head,
-        *("\n".join(map(_wrapped, line.split("\n"))) for line in facts),
+        *("\n".join(map(wrapped, line.split("\n"))) for line in facts),
         *([front_table(info)] if info.get("front") else []),
         "\nlayers",
         layer_text(info["layers"]),
     )
 
 
-def _wrapped(text: str) -> str:
-    """A line broken between words, what follows beneath the first words of a line such as "budget  params"."""
-    style = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
+def wrapped(text: str, indent: int = 8) -> str:
+    """A line broken between words. What follows stands beneath the first words of a line such as "budget  params".
+
+    Args:
+        text: The line.
+        indent: By how much what follows is indented.
+    """
+    style = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
     lines = style.wrap(unbroken(text))
     return "\n".join(lines).replace("\u00a0", " ")
 
@@ -608,7 +613,7 @@ def layer_text(layers: Sequence[LayerRow]) -> str:
     found = groups([x["name"] for x in layers])
     if len(found) == 1:
         rows = [(x["method"], rank_text(x["rank"]), *_sizes([x])) for x in layers]
-        return _columns(
+        return columns(
             ("layer", "method", "rank", "params", "of dense", "error"),
             [x["name"] for x in layers],
             rows,
@@ -620,7 +625,7 @@ def layer_text(layers: Sequence[LayerRow]) -> str:
         methods = ", ".join(f"{n} {method}" for method, n in Counter(x["method"] for x in members).most_common())
         rows.append((shortened(methods, LONGEST_METHODS), str(len(members)), *_sizes(members)))
     head = ("module", "methods", "layers", "params", "of dense", "error up to")
-    text = _columns(head, [group.name for group in found], rows)
+    text = columns(head, [group.name for group in found], rows)
     return f"{text}\nEach of the {len(layers)} layers is in report.html, in result.json and in result.to_pandas()."
 
 
@@ -631,10 +636,15 @@ def _sizes(layers: Sequence[LayerRow]) -> tuple[str, str, str]:
     return f"{params:,}", f"{params / dense:.0%}" if dense else "–", f"{error:.3g}" if error else "0"
 
 
-def _columns(
-    head: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[str]], below: Sequence[str] = ()
-) -> str:
-    """A table of names, a column of text and columns of numbers, with a paragraph below each row."""
+def columns(head: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[str]], below: Sequence[str] = ()) -> str:
+    """Write a table of names, a column of text and columns of numbers, with a paragraph below each row.
+
+    Args:
+        head: What the columns are called.
+        names: The names, which are shortened where the line would be too long.
+        rows: The other columns.
+        below: The paragraphs; empty for none.
+    """
     widths = [max(map(cell_len, column)) for column in zip(head[1:], *rows, strict=True)]
     shown = labels(names, max(LONGEST_NAME, WIDTH - sum(widths) - 2 * len(widths)))
     lines = []
