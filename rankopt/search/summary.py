@@ -16,7 +16,7 @@ from rich.table import Table
 
 from rankopt.candidates.search_space import space_names
 from rankopt.core.budget import AS_FAST, amount
-from rankopt.core.names import LONGEST_NAME, groups, labels
+from rankopt.core.names import groups, labels
 from rankopt.core.records import RECONSTRUCTED, SAME
 from rankopt.core.result_record import (
     MEASURED_KEYS,
@@ -37,12 +37,16 @@ WIDTH = 80
 """Columns of a terminal that text is written for."""
 
 
-LONGEST_METHODS = 24
+LONGEST_METHODS = 22
 """Characters of the methods of a module's layers."""
 
 
 FUSED = "cpu,fused=yes"
 """Conditions of the advice where a smaller model is slower."""
+
+
+SHORTEST_LABEL = 12
+"""Characters of a name that are left where the numbers take the rest of the line."""
 
 
 UNITS: Mapping[Metric, str] = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
@@ -339,8 +343,8 @@ def as_fast_lines(info: ResultInfo) -> list[str]:
     scores = "".join(f", {part} score {percent(score[part])}" for part in PARTS if score[part] is not None)
     low, high = found["interval"]
     lines = [
-        f"smaller and as fast: {found['run']}/ in the run folder has {kept}{scores}, and takes {found['ratio']:.2f} "
-        f"({low:.2f}–{high:.2f}) of the dense model's time, both fused ({found['conditions']})"
+        f"smaller and as fast: a second plan ({found['run']}/ in the run folder) has {kept}{scores}, and takes "
+        f"{found['ratio']:.2f} ({low:.2f}–{high:.2f}) of the dense model's time, both fused ({found['conditions']})"
     ]
     if n := found["reconstructed"]:
         lines.append(
@@ -624,9 +628,10 @@ def layer_text(layers: Sequence[LayerRow]) -> str:
         members = [layers[i] for i in group.members]
         methods = ", ".join(f"{n} {method}" for method, n in Counter(x["method"] for x in members).most_common())
         rows.append((shortened(methods, LONGEST_METHODS), str(len(members)), *_sizes(members)))
-    head = ("module", "methods", "layers", "params", "of dense", "error up to")
+    head = ("module", "methods", "layers", "params", "of dense", "error ≤")
     text = columns(head, [group.name for group in found], rows)
-    return f"{text}\nEach of the {len(layers)} layers is in report.html, in result.json and in result.to_pandas()."
+    end = f"Each of the {len(layers)} layers is in report.html, in result.json and in result.to_pandas()."
+    return f"{text}\n{wrapped(end, 0)}"
 
 
 def _sizes(layers: Sequence[LayerRow]) -> tuple[str, str, str]:
@@ -646,7 +651,7 @@ def columns(head: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[s
         below: The paragraphs; empty for none.
     """
     widths = [max(map(cell_len, column)) for column in zip(head[1:], *rows, strict=True)]
-    shown = labels(names, max(LONGEST_NAME, WIDTH - sum(widths) - 2 * len(widths)))
+    shown = labels(names, max(SHORTEST_LABEL, WIDTH - sum(widths) - 2 * len(widths)))
     lines = []
     width = max(map(cell_len, [head[0], *shown]))
     for name, row, text in zip([head[0], *shown], [head[1:], *rows], ["", *(below or [""] * len(rows))], strict=True):

@@ -40,7 +40,7 @@ def test_the_second_model_is_within_the_budget_and_not_slower(tmp_path):
     again = rankopt.load(lambda: make_task().model, tmp_path / "run" / "as-fast")
     assert rankopt.count(again, make_task().example_input).params == fast.plan.cost.params
     for text in (Page(write_report(tmp_path / "run").read_text()).text, " ".join(result.summary().split())):
-        assert "maller and as fast: as-fast/ in the run folder has" in text
+        assert "maller and as fast: a second plan (as-fast/ in the run folder) has" in text
 
 
 def test_where_there_is_none_the_report_says_so(tmp_path, monkeypatch):
