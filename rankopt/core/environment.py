@@ -23,7 +23,7 @@ def environment(device: torch.device) -> EnvironmentEntry:
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "rankopt": _version("rankopt"),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": f"{device} ({torch.cuda.get_device_name(device)})" if on_gpu else str(device),

@@ -736,7 +736,7 @@ class AsFastEntry(TypedDict):
         cost: Cost of its model.
         score: Scores of its model.
         ratio: Its time as a share of the dense model's.
-        interval: 95 % interval of that share.
+        interval: Its 95 % interval.
         reconstructed: Layers that it stores as factors and runs as one dense operation.
     """
 
