@@ -156,10 +156,10 @@ def verdict(info: ResultInfo) -> str:
 
 def _speed(info: ResultInfo) -> str:
     """How the times compare, in a sentence without a full stop; under a budget on latency as that was measured."""
-    found = [(what, speed_text(times).lower()) for what, times in speeds(info)]
-    if "latency" in info["budget"]:
-        return f"one forward pass {found[-1][0]} is {found[-1][1]}" if len(found) > 1 else ""
-    return f"{', '.join(f'{what} is {text}' for what, text in found)} here"
+    found = speeds(info)
+    if "latency" in info.get("latency", {}):
+        found = found[-1:]
+    return f"{', '.join(f'{what} is {speed_text(times).lower()}' for what, times in found)} here"
 
 
 def _budget_row(metric: Metric, b: BudgetEntry) -> dict[str, str]:

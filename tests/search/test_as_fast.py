@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
 import rankopt
 from rankopt.core.run_folder import read_result
-from rankopt.report.html import write_report
+from rankopt.report.html import verdict, write_report
 from rankopt.search import compress as job
 from rankopt.search.latency_check import Measured
 from tests.helpers.browser import Page
@@ -35,6 +36,11 @@ def test_the_second_model_is_within_the_budget_and_not_slower(tmp_path):
     assert fast.info["latency"]["met"] and fast.info["latency"]["conditions"].endswith("fused=yes")
     assert entry["ratio"] <= entry["interval"][1] <= 1.05
     assert entry["cost"]["params"] == fast.plan.cost.params
+    assert re.search(
+        r"budget met; one pass, fused is (as fast|[\d.]+\u00a0×\u00a0faster \(.*\)) here\.$", verdict(fast.info)
+    )
+    del fast.info["latency"]["latency"]  # as with a table of another machine
+    assert "; one forward pass is " in verdict(fast.info)
     assert entry["reconstructed"] == sum(c.form == "reconstructed" for c in fast.plan.choices)
     assert read_result(tmp_path / "run")["as_fast"] == entry
     again = rankopt.load(lambda: make_task().model, tmp_path / "run" / "as-fast")
