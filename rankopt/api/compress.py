@@ -61,6 +61,7 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
     gpus_per_trial: float = 0.0,
     cpus_per_trial: float = 1.0,
     ray_address: str | None = None,
+    as_fast: bool = False,
 ) -> Result:
     """Compress a model to a budget by low-rank decompositions of its layers.
 
@@ -120,6 +121,8 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
         gpus_per_trial: GPUs of one worker, may be a fraction.
         cpus_per_trial: CPUs of one worker; its torch uses as many threads.
         ray_address: Address of a running Ray cluster, or "auto".
+        as_fast: Whether to search a second time, within the same budget and for a model that is not slower than dense
+            where both are fused. That is `result.as_fast`; the report shows it beside the first, or why there is none.
 
     Returns:
         The result: the compressed model, an ordinary `nn.Module`, as `result.model`; its plan as `result.plan`; a
@@ -166,6 +169,7 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
         storage=storage,
         cache=cache,
         runner=RunnerSettings(workers, ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial),
+        as_fast=as_fast,
     )
     return Result.of(run_job(task, job, progress))
 

@@ -15,7 +15,7 @@ R = TypeVar("R")
 ARGUMENTS = (
     *("budget", "max-drop", "minimize", "latency-on", "strategy", "trials", "seed", "space", "families", "ranks"),
     *("keep-dense", "fidelities", "refine", "out", "storage", "cache", "workers", "ray-address", "gpus-per-trial"),
-    *("trial-timeout", "trial-memory", "evaluate", "task", "batch"),
+    *("trial-timeout", "trial-memory", "evaluate", "task", "batch", "as-fast", "effort", "minutes"),
 )
 """Options that are arguments in Python, with underscores."""
 

@@ -35,9 +35,9 @@ class Inspection:
     dense: Cost
 
     def __repr__(self) -> str:
-        from rankopt.search.summary import render
+        from rankopt.search.summary import wrapped
 
-        return render(_table(self), self._total())
+        return f"{_table(self)}\n{wrapped(self._total(), 0)}"
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(repr(self))}</pre>"
@@ -77,16 +77,28 @@ def inspect(model: nn.Module, example_input: Any, space: SearchSpace | str | Pat
     return Inspection(layers, options, count(model, example_input))
 
 
-def _table(found: Inspection) -> Any:
-    from rich.table import Table
+def _table(found: Inspection) -> str:
+    """Every layer in a line, and below it why it stays dense; decompositions by a letter, which stands below."""
+    from rankopt.search.summary import columns, wrapped
 
-    table = Table()
-    for name in ("layer", "kind", "weight", "params", "MACs"):
-        table.add_column(name, justify="left" if name in ("layer", "kind") else "right", overflow="fold")
-    table.add_column("may become, or why not", overflow="fold", ratio=1)
-    for x in found.layers:
-        may = ", ".join(found.options.get(x.name, [])) if x.reason is None else f"dense: {x.reason}"
+    options = [", ".join(found.options.get(x.name, [])) or "nothing" for x in found.layers]
+    letters = {text: _letter(i) for i, text in enumerate(dict.fromkeys(_of_free(found, options)))}
+    rows, below = [], []
+    for x, text in zip(found.layers, options, strict=True):
         shape = "×".join(map(str, x.own_shape)) + (f" g{x.groups}" if x.groups > 1 else "")
-        name = x.name + (f" (also {', '.join(x.aliases)})" if x.aliases else "")
-        table.add_row(name or "(the model)", x.kind, shape, f"{x.cost.params:,}", f"{x.cost.macs:,}", may)
-    return table
+        may = letters[text] if x.reason is None else "dense"
+        rows.append((x.kind, shape, f"{x.cost.params:,}", f"{x.cost.macs:,}", may))
+        also = [f"also {', '.join(x.aliases)}"] if x.aliases else []
+        below.append("; ".join([*also, *([f"dense: {x.reason}"] if x.reason else [])]))
+    head = ("layer", "kind", "weight", "params", "MACs", "may become")
+    legend = [wrapped(f"{letter}: {text}", 3) for text, letter in letters.items()]
+    return "\n".join([columns(head, [x.name for x in found.layers], rows, below), "", *legend])
+
+
+def _of_free(found: Inspection, options: Sequence[str]) -> list[str]:
+    return [text for x, text in zip(found.layers, options, strict=True) if x.reason is None]
+
+
+def _letter(i: int) -> str:
+    """a, b, ..., z, a1, b1, ..."""
+    return chr(ord("a") + i % 26) + (str(i // 26) if i >= 26 else "")

@@ -34,6 +34,8 @@ class Result(search_result.Result):
         sensitivities: Layer name -> measured (relative error, rise of the objective), one layer at a time.
         dense: The model that was compressed, and
         inputs: the calibration batches, as the model takes them; None where they are not known, as in a run folder.
+        as_fast: The result within the same budget whose model is not slower than dense, if `as_fast` asked for it and
+            there is one; `info["as_fast"]` says why there is none.
     """
 
     @classmethod
@@ -43,7 +45,8 @@ class Result(search_result.Result):
         Args:
             found: The result.
         """
-        return cls(**{f.name: getattr(found, f.name) for f in dataclasses.fields(found)})
+        fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+        return cls(**fields | {"as_fast": None if found.as_fast is None else cls.of(found.as_fast)})
 
     # --- as text ---
 
@@ -87,7 +90,8 @@ class Result(search_result.Result):
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        page = render(self.info, self._rows(), str(path.parent))
+        found = None if self.problem is None else search_result.frontiers(self.problem, self.plan)
+        page = render(self.info, self._rows(), str(path.parent), found)
         write_beside(path, lambda p: p.write_text(page, encoding="utf-8", errors="replace"))
         return path
 

@@ -43,14 +43,14 @@ from rankopt.candidates.model_layers import ModelLayers
 from rankopt.candidates.pareto import dense_candidate
 from rankopt.candidates.quantize import in_each_precision
 from rankopt.candidates.search_space import SearchSpace
-from rankopt.core.errors import RankoptError, TaskError
-from rankopt.core.files import available_memory, digest, gigabytes
+from rankopt.core.errors import RankoptError
+from rankopt.core.files import digest
 from rankopt.core.records import DENSE, MEASURED, RECONSTRUCTED, SAME, Candidate, Layer
 from rankopt.core.result_record import Metric
 from rankopt.decompositions.plan import assemble
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.model.forward import Undivided, hooked, inference, map_batched, map_tensors, run, to_device
-from rankopt.model.inputs import UNDIVIDED
+from rankopt.model.forward import hooked, inference, run, to_device
+from rankopt.model.inputs import expanded
 from rankopt.model.quantization import quantize_
 
 CHUNK, CHUNK_WEIGHTS = 8, 2**26  # candidates, and dense weights, timed side by side
@@ -263,36 +263,6 @@ def _default_path(cache: Cache, conditions: Conditions, here: str) -> Path:
 
 def _without_table(conditions: Conditions) -> str:
     return str(dataclasses.replace(conditions, table=""))
-
-
-def expanded(example_input: Any, batch: int) -> Any:
-    """Repeat the first example of an input.
-
-    Args:
-        example_input: An input with the batch dimension first.
-        batch: How many examples the result has.
-
-    Raises:
-        TaskError: The input cannot be repeated, as it has no axis of examples, or takes more than a quarter of the
-            memory that is free.
-    """
-    if isinstance(example_input, Undivided) and batch > 1:
-        raise TaskError(f"{UNDIVIDED}; it cannot be timed with batch={batch}: say batch=1")
-
-    tensors: list[Tensor] = []
-    map_tensors(example_input, tensors.append)
-    size, free = batch * sum(t[:1].nbytes for t in tensors if t.ndim), available_memory()
-    if free is not None and size > free / 4:
-        raise TaskError(
-            f"batch={batch}: this input takes {gigabytes(size)}, {gigabytes(free)} are free; lower the batch"
-        )
-
-    def repeat(rows: Any) -> Any:
-        if isinstance(rows, list):
-            return type(rows)(rows[:1] * batch)
-        return rows[:1].expand(batch, *rows.shape[1:]).contiguous()
-
-    return map_batched(example_input, repeat)
 
 
 def layer_inputs(model: nn.Module, layers: Sequence[Layer], x: Any) -> dict[str, list[Tensor]]:

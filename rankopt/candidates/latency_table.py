@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import io
 import json
-import platform
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -20,12 +19,14 @@ from typing_extensions import TypedDict
 
 from rankopt.candidates.instruments import LATENCY, Instrument
 from rankopt.candidates.search_space import search_spaces_folder
+from rankopt.core.environment import processor
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import write_beside
 from rankopt.core.schema import read_json
 from rankopt.core.text import escaped, reason, shortened
 from rankopt.core.timing import in_turn, threads
 from rankopt.export.export import first_line
+from rankopt.export.fuse import fuse
 from rankopt.export.onnx_session import onnxruntime_version, open_session, quiet_exporter
 from rankopt.model.forward import call_arguments, inference, input_tensors, map_tensors, run
 
@@ -39,6 +40,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+FUSED = ("no", "yes")
 
 
 WARM_UP = 2  # calls before one is captured
@@ -73,6 +77,7 @@ class Conditions:
             kernels takes) or "onnxruntime" (needs the extra `export`).
         dtype: "float32", "bfloat16" or "float16".
         layout: Memory format of images and kernels, "contiguous" or "channels_last".
+        fused: "yes" to measure what `rankopt.fuse` makes of the dense and of the compressed model.
         table: A file of times, or its name in search_spaces/hardware. If it was measured on another machine, its
             times are trusted and nothing is measured here.
 
@@ -86,10 +91,11 @@ class Conditions:
     runtime: str = "eager"
     dtype: str = "float32"
     layout: str = "contiguous"
+    fused: str = "no"
     table: str = ""
 
     def __post_init__(self) -> None:
-        known = {"runtime": RUNTIMES, "dtype": DTYPES, "layout": LAYOUTS}
+        known = {"runtime": RUNTIMES, "dtype": DTYPES, "layout": LAYOUTS, "fused": FUSED}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise RankoptError(f"latency conditions: {name}={getattr(self, name)!r}, choose from {list(values)}")
@@ -134,13 +140,14 @@ class Conditions:
     def __str__(self) -> str:
         default = Conditions()
         shown = ["batch", "threads", "runtime"]
-        shown += [k for k in ("dtype", "layout", "table") if getattr(self, k) != getattr(default, k)]
+        shown += [k for k in ("dtype", "layout", "fused", "table") if getattr(self, k) != getattr(default, k)]
         return ",".join([self.device, *(f"{k}={getattr(self, k)}" for k in shown)])
 
     @property
     def measured(self) -> dict[str, Any]:
         """The conditions that times depend on: all but the table."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "table"}
+        found = {k: v for k, v in dataclasses.asdict(self).items() if k != "table"}
+        return found if self.fused == "yes" else {k: v for k, v in found.items() if k != "fused"}  # as in older tables
 
     @property
     def on(self) -> torch.device:
@@ -190,12 +197,7 @@ def machine(conditions: Conditions) -> str:
             return f"a machine without {conditions.device}"
         name = torch.cuda.get_device_name(conditions.on)
     else:
-        try:
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-        except OSError:
-            lines = []
-        models = [x.partition(":")[2].strip() for x in lines if x.startswith(("model name", "Model"))]
-        name = models[0] if models else platform.processor() or platform.machine()
+        name = processor()
     runtime = f", onnxruntime {onnxruntime_version()}" if conditions.runtime == "onnxruntime" else ""
     return f"{name}, torch {torch.__version__.partition('+')[0]}{runtime}"
 
@@ -341,7 +343,12 @@ def passes(modules: Sequence[nn.Module], x: Any, conditions: Conditions, count: 
     if conditions.runtime == "compile":
         torch._dynamo.reset()
     x = conditions.of_input(x)
-    return [_one_pass(conditions.of_module(module), x, conditions, count) for module in modules]
+    return [_one_pass(_prepared(module, x, conditions), x, conditions, count) for module in modules]
+
+
+def _prepared(module: nn.Module, x: Any, conditions: Conditions) -> nn.Module:
+    module = conditions.of_module(module)
+    return fuse(module, x, channels_last=conditions.layout == "channels_last") if conditions.fused == "yes" else module
 
 
 def _one_pass(module: nn.Module, x: Any, conditions: Conditions, count: int) -> Timed:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -205,6 +205,15 @@ class SearchSpace:
             minutes=self.minutes if minutes is None else minutes,
         )
 
+    def content(self) -> dict[str, Any]:
+        """The space as JSON content, with the keys of its TOML file and its name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+        rules = {
+            rule.pattern: {key: value for key in ("families", "ranks") if (value := getattr(rule, key))}
+            for rule in reversed(self.layers)  # of several rules for a pattern the first counts
+        }
+        return cast(dict[str, Any], _as_json({**found, "layers": rules}))
+
     def families_of(self, layer: Layer) -> tuple[str, ...]:
         """The decompositions that may be used for a layer.
 
@@ -289,6 +298,13 @@ class SearchSpace:
             if hit:
                 return f"search space {self.name!r} keeps {pattern} dense"
         return None
+
+
+def _as_json(value: Any) -> Any:
+    """Tuples within a value as lists."""
+    if isinstance(value, dict):
+        return {key: _as_json(x) for key, x in value.items()}
+    return [_as_json(x) for x in value] if isinstance(value, tuple) else value
 
 
 def _own_ranks(family: str, layer: Layer, ranks: Sequence[int | Rank]) -> list[Rank]:

@@ -158,11 +158,12 @@ def exported(made: Exported) -> str:
         f"largest difference from PyTorch's outputs, {p.examples} calibration examples: {p.absolute:.2g} "
         f"({p.relative:.2g} of the largest)",
     ]
-    if made.milliseconds:
+    for found in made.times:
         times = "; ".join(
-            f"{name} {value:.2f} ms" + ("" if not r else f" ({r[0]:.2f}–{r[1]:.2f} of dense)")
-            for name, value in made.milliseconds.items()
-            for r in [made.ratios.get(name)]
+            f"{name} {value:.2f} ms" + (f" ({low:.2f}–{high:.2f} of dense)" if i else "")
+            for i, (name, value, (low, high)) in enumerate(
+                zip(made.programs, found.milliseconds, found.ratios, strict=True)
+            )
         )
-        lines.append(f"one forward pass here, one thread, batch {made.batch}: {times}")
+        lines.append(f"one forward pass here, one thread, batch {found.examples}: {times}")
     return "\n".join(lines)

@@ -77,6 +77,14 @@ def search(  # noqa: PLR0913  # a parameter for every option
         str | None,
         typer.Option(help="with --max-drop: params, macs or bytes", show_default="params", rich_help_panel=BUDGET),
     ] = None,
+    as_fast: Annotated[
+        bool,
+        typer.Option(
+            "--as-fast",
+            help="search again within the same budget, for a model that is not slower than dense, both fused",
+            rich_help_panel=BUDGET,
+        ),
+    ] = False,
     strategy: Annotated[
         str,
         typer.Option(
@@ -234,6 +242,7 @@ def search(  # noqa: PLR0913  # a parameter for every option
             resume=resume,
             storage=storage,
             cache=cache,
+            as_fast=as_fast,
             runner=RunnerSettings(
                 workers,
                 ray_address,

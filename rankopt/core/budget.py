@@ -26,6 +26,10 @@ PREFIXES = {"N": 1, "U": 10**3, "M": 10**6, "": 10**9}
 """Prefixes of these units, in billionths."""
 
 
+AS_FAST = 0.05
+"""Times, and energies, that differ by this share at most count as equal: so much their measurements may differ, too."""
+
+
 HELP = (
     "give a fraction of dense (0.5, 50%) or an absolute number (150000, 2M, 500KB; latency: 5ms, 800us; "
     "energy: 20mJ, 500uJ)"
@@ -39,7 +43,8 @@ class Limit:
     Attributes:
         metric: One of BUDGETS.
         requested: What the user gave: a fraction of the dense model's cost, or an absolute number.
-        target: The limit in absolute numbers, in the unit of `Cost`.
+        target: The limit in absolute numbers, in the unit of `Cost`. 100 % of a time or an energy is
+            AS_FAST more.
     """
 
     metric: str
@@ -110,6 +115,8 @@ def _limit(metric: str, value: Any, dense: Cost) -> Limit:
             "rankopt.compress and prepare(budget=...) do"
         )
     target = math.floor(number * dense[metric] + 1e-9) if is_fraction else math.floor(number)
+    if metric in MEASURED and is_fraction and number == 1:  # not slower
+        return Limit(metric, number, math.floor((1 + AS_FAST) * dense[metric]))
     if number <= 0:
         raise BudgetError(f"budget {metric}={value} is not above 0: {HELP}")
     if target > dense[metric]:

@@ -390,9 +390,10 @@ class RoundEntry(TypedDict):
 
 
 class MillisecondsEntry(TypedDict):
-    """Time of a forward pass of one example on the machine of the search.
+    """Time of a forward pass on the machine of the search.
 
     Attributes:
+        examples: Examples of the pass; absent in files of earlier versions, where it is 1.
         dense: Median milliseconds of the dense model.
         compressed: Median milliseconds of the compressed model.
         ratio: The 95 % interval of the median ratio of the compressed model's time to the dense one's; absent in files
@@ -401,6 +402,7 @@ class MillisecondsEntry(TypedDict):
         threads: Threads used.
     """
 
+    examples: NotRequired[int]
     dense: float
     compressed: float
     ratio: NotRequired[Bounds]
@@ -559,6 +561,38 @@ class LayerRow(TypedDict):
     dense_macs: int
 
 
+class FrontierPoint(TypedDict):
+    """A candidate of a layer that no other beats in both cost and loss.
+
+    Attributes:
+        method: Decomposition family, or "dense".
+        rank: Its rank.
+        cost: What the layer costs with it.
+        loss: Predicted rise of the objective.
+        form: As in `LayerRow`.
+        precision: As in `LayerRow`.
+    """
+
+    method: str
+    rank: list[int]
+    cost: int
+    loss: float
+    form: str
+    precision: str
+
+
+class FrontiersFile(TypedDict):
+    """The whole of frontiers.json.
+
+    Attributes:
+        metric: The metric of the costs: the budget's first.
+        layers: Layer name -> its candidates, cheapest first. Of a model of many layers only some of each.
+    """
+
+    metric: Metric
+    layers: dict[str, list[FrontierPoint]]
+
+
 # --- training ----------------------------------------------------------------------------------------
 
 
@@ -692,6 +726,54 @@ class FittingEntry(TypedDict):
 # --- the whole ---------------------------------------------------------------------------------------
 
 
+class AsFastEntry(TypedDict):
+    """What a second search found, within the same budget and for a model that is not slower than dense, both fused.
+
+    Attributes:
+        conditions: Conditions of the times, as `latency_on` takes them.
+        refused: Why there is no such model; absent if there is one, as are the other keys if there is none.
+        run: Where it is within the run folder.
+        cost: Cost of its model.
+        score: Scores of its model.
+        ratio: Its time as a share of the dense model's.
+        interval: Its 95 % interval.
+        reconstructed: Layers that it stores as factors and runs as one dense operation.
+    """
+
+    conditions: str
+    refused: NotRequired[str]
+    run: NotRequired[str]
+    cost: NotRequired[CostEntry]
+    score: NotRequired[ScoreEntry]
+    ratio: NotRequired[float]
+    interval: NotRequired[Bounds]
+    reconstructed: NotRequired[int]
+
+
+class EnvironmentEntry(TypedDict):
+    """What a result was made with.
+
+    Attributes:
+        date: Date and time with the time zone, ISO 8601.
+        rankopt: Version of rankopt.
+        torch: Version of PyTorch.
+        python: Version of Python.
+        system: Operating system and architecture.
+        device: The device of the model, as "cuda:0 (NVIDIA H100)".
+        processor: Name of the CPU.
+        cores: Cores that the process may use.
+    """
+
+    date: str
+    rankopt: str
+    torch: str
+    python: str
+    system: str
+    device: str
+    processor: str
+    cores: int
+
+
 class SearchMetadata(TypedDict):
     """What was searched, and with which settings.
 
@@ -722,6 +804,10 @@ class ResultInfo(SearchMetadata):
         family_seconds: Seconds of fitting by family, all workers together; empty if all fits came from the cache.
         forward_passes: Forward passes of all calibration examples that the sensitivities took; 0 if they came from the
             cache. Absent in results of earlier versions.
+        environment: Versions, date and machine; absent in files of earlier versions.
+        space: The search space, with the keys of its TOML file; absent in files of earlier versions.
+        settings: Settings of the search that have no key of their own, by the names of `rankopt.compress`'s arguments;
+            those at their default are left out. Absent in files of earlier versions.
         effort: The search space's effort: "quick", "normal" or "thorough"; absent in files of earlier versions.
         fitting: What was fitted for the budget, and why not more; absent if everything was.
         trials: How many plans were proposed and evaluated.
@@ -739,10 +825,13 @@ class ResultInfo(SearchMetadata):
         proxy: How well predictions rank objectives, and objectives scores.
         front: The front of a search with a second objective; else empty.
         tie: The chosen plan against the runner-up; None if there is nothing to compare, or after a training.
-        milliseconds: Time of a forward pass on the machine of the search.
+        milliseconds: Time of a forward pass of one example on the machine of the search.
+        batch_milliseconds: The same of a batch that fills the device; absent where one example does, where the model
+            takes no larger batch, and in files of earlier versions.
         energy: Energy of an inference.
         latency: What a latency budget came to; absent without one.
         energy_budget: What an energy budget came to; absent without one.
+        as_fast: What `as_fast` found; absent if it was not asked for.
         layers: One row for each layer, in the model's order.
         training: The training of the result; absent without one.
         rounds: The rounds of multi-stage compression so far; absent without them.
@@ -751,6 +840,9 @@ class ResultInfo(SearchMetadata):
     seconds: dict[str, float]
     family_seconds: dict[str, float]
     forward_passes: NotRequired[float]
+    environment: NotRequired[EnvironmentEntry]
+    space: NotRequired[dict[str, Any]]
+    settings: NotRequired[dict[str, str]]
     effort: NotRequired[str]
     fitting: NotRequired[FittingEntry]
     trials: TrialsEntry
@@ -768,9 +860,11 @@ class ResultInfo(SearchMetadata):
     front: NotRequired[list[FrontRow]]
     tie: NotRequired[TieEntry | None]
     milliseconds: MillisecondsEntry
+    batch_milliseconds: NotRequired[MillisecondsEntry]
     energy: NotRequired[EnergyEntry]
     latency: NotRequired[LatencyEntry]
     energy_budget: NotRequired[EnergyBudgetEntry]
+    as_fast: NotRequired[AsFastEntry]
     layers: list[LayerRow]
     training: NotRequired[TrainingEntry]
     rounds: NotRequired[list[RoundEntry]]

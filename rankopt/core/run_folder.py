@@ -15,11 +15,19 @@ from typing import Any
 
 from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.files import check_no_link, write_beside
-from rankopt.core.result_record import ResultInfo
+from rankopt.core.result_record import FrontiersFile, ResultInfo
 from rankopt.core.schema import read_json
 from rankopt.core.text import in_one_line, reason
 
 PLAN, WEIGHTS, RESULT, REPORT = "plan.json", "model.safetensors", "result.json", "report.html"
+
+
+FRONTIERS = "frontiers.json"
+"""The layers' candidates, for the report."""
+
+
+AS_FAST = "as-fast"
+"""The run folder, within one, of the model that is not slower than dense."""
 
 
 WEIGHTS_BESIDE = "rankopt.safetensors"
@@ -44,6 +52,37 @@ def write_result(folder: str | Path, info: ResultInfo) -> None:
         RankoptError: The file cannot be written.
     """
     write_beside(Path(folder) / RESULT, lambda path: path.write_text(json.dumps(info, indent=1)))
+
+
+def write_frontiers(folder: str | Path, frontiers: FrontiersFile) -> None:
+    """Write a run's frontiers.json.
+
+    Args:
+        folder: The run folder.
+        frontiers: Its content.
+
+    Raises:
+        RankoptError: The file cannot be written.
+    """
+    write_beside(Path(folder) / FRONTIERS, lambda path: path.write_text(json.dumps(frontiers)))
+
+
+def read_frontiers(folder: str | Path) -> FrontiersFile | None:
+    """Read a run's frontiers.json; None where there is none, as in runs of earlier versions.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        StudyError: The file is damaged.
+    """
+    path = Path(folder) / FRONTIERS
+    try:
+        return in_one_line(read_json(path, FrontiersFile))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} is damaged ({reason(error)}): delete it, or run the search again") from error
 
 
 def read_result(folder: str | Path) -> ResultInfo:

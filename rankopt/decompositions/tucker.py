@@ -22,9 +22,11 @@ from rankopt.decompositions.variable_projection import (
     Parameters,
     balanced,
     balanced_bond,
-    hooi,
     leading_rows,
 )
+
+SWEEPS = 20
+"""Passes of HOOI over all modes."""
 
 
 class Tucker2(OutputSolved):
@@ -61,10 +63,9 @@ class Tucker2(OutputSolved):
         return ()
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
-        channels = input_start(layer, target, rank[0])
         if target.plain:
-            (channels,) = hooi(target.weight.unflatten(-1, (layer.in_channels, -1)), (channels,), rank[1])
-        return (channels,)
+            return plain_bases(target.weight.unflatten(-1, (layer.in_channels, -1)), rank[:1], rank[1])
+        return (input_start(layer, target, rank[0]),)
 
     def rows(self, layer: Layer, theta: Parameters) -> Tensor:
         return input_rows(layer, theta[0])
@@ -128,8 +129,7 @@ class Tucker(OutputSolved):
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         weight = target.weight.unflatten(-1, (layer.in_channels, *layer.kernel))
-        bases = mode_bases(weight, rank[:3])
-        return hooi(weight, bases, rank[3]) if target.plain else bases
+        return plain_bases(weight, rank[:3], rank[3]) if target.plain else mode_bases(weight, rank[:3])
 
     def rows(self, layer: Layer, theta: Parameters) -> Tensor:
         return kronecker(theta)
@@ -165,6 +165,28 @@ def mode_bases(weight: Tensor, ranks: Sequence[int]) -> Parameters:
         One basis (g, rank, mode) per rank.
     """
     return tuple(leading_rows(weight.movedim(i + 2, -1).flatten(1, -2), r) for i, r in enumerate(ranks))
+
+
+def plain_bases(weight: Tensor, ranks: Sequence[int], output_rank: int) -> Parameters:
+    """The best basis of each input mode for a fit without data: HOOI (De Lathauwer 2000), by tensorly.
+
+    With a moment the best bases have no closed form.
+
+    Args:
+        weight: Tensor (g, T, *modes).
+        ranks: One rank per leading input mode.
+        output_rank: Rank over T.
+
+    Returns:
+        One basis (g, rank, mode) per rank.
+    """
+    import tensorly
+    from tensorly.decomposition import partial_tucker
+
+    rank, modes = [output_rank, *ranks], list(range(len(ranks) + 1))
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        fits = [partial_tucker(w, rank, modes=modes, n_iter_max=SWEEPS, tol=0)[0][1][1:] for w in weight]
+    return tuple(torch.stack([basis.mT for basis in bases]) for bases in zip(*fits, strict=True))
 
 
 def kronecker(factors: Sequence[Tensor]) -> Tensor:

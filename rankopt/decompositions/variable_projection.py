@@ -581,36 +581,3 @@ def leading_basis(matrix: Tensor, rank: int) -> Tensor:
     if matrix.shape[0] <= matrix.shape[1]:
         return torch.linalg.eigh(matrix @ matrix.mT)[1].flip(-1)[:, :rank]
     return torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank]
-
-
-def hooi(weight: Tensor, bases: Parameters, output_rank: int, sweeps: int = 20) -> Parameters:
-    """Higher-order orthogonal iteration (De Lathauwer 2000): optimise the basis of one mode after the other.
-
-    Only for fits without data; with a moment the best bases have no closed form.
-
-    Args:
-        weight: Tensor (g, T, *modes).
-        bases: Initial basis (g, rank, mode) of each mode.
-        output_rank: Rank over T.
-        sweeps: Number of passes over all modes.
-
-    Returns:
-        The improved bases.
-    """
-    best = list(bases)
-    for _ in range(sweeps):
-        inside = _projected(weight, best)
-        output = leading_rows(inside.flatten(2).mT, output_rank)
-        seen = torch.einsum("gt...,grt->gr...", weight, output)
-        for i in range(len(best)):
-            others = _projected(seen, [None if j == i else b for j, b in enumerate(best)])
-            best[i] = leading_rows(others.movedim(i + 2, -1).flatten(1, -2), best[i].shape[1])
-    return tuple(best)
-
-
-def _projected(weight: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
-    """The weight (g, T, *modes) in the given bases of its modes; None leaves a mode as it is."""
-    for i, basis in enumerate(bases):
-        if basis is not None:
-            weight = torch.einsum("g...m,grm->g...r", weight.movedim(i + 2, -1), basis).movedim(-1, i + 2)
-    return weight

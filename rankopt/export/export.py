@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import write_beside
 from rankopt.core.records import Task
-from rankopt.core.statistics import interval
 from rankopt.decompositions.plan import multiplied_out
 from rankopt.export.fuse import fuse
 from rankopt.export.onnx_session import check_exporter, open_session, quiet_exporter
 from rankopt.model.forward import batch_size, call_arguments, hooked, inference, map_tensors, run, take
 from rankopt.model.inputs import collect_batches, one_example
 from rankopt.model.recurrent import Recurrent
-from rankopt.model.speed import forward_times
+from rankopt.model.speed import ForwardTimes, batch_times, forward_times
 
 SUFFIXES = {"onnx": ".onnx", "torch.export": ".pt2", "state_dict": ".safetensors"}
 """Formats and the suffixes of their files."""
@@ -69,17 +68,15 @@ class Exported:
         path: The file.
         parity: Difference of its outputs from the model's.
         forward: The program loaded from the file.
-        milliseconds: Median time of a forward pass of `batch` examples on one thread, by program.
-        ratios: 95 % interval of the median ratio of each program's time to that of the first, the dense model.
-        batch: Number of examples that were timed.
+        programs: What was timed: the dense and the compressed model, and the file.
+        times: Their times, in this order; one entry for each batch.
     """
 
     path: Path
     parity: Parity
     forward: Forward
-    milliseconds: dict[str, float] = field(default_factory=dict)
-    ratios: dict[str, tuple[float, float]] = field(default_factory=dict)
-    batch: int = 1
+    programs: tuple[str, ...] = ()
+    times: tuple[ForwardTimes, ...] = ()
 
 
 def check_request(to: str, fuse: bool, batch: str, dense: bool) -> int | str:
@@ -129,16 +126,13 @@ def export_run(
     if to == "state_dict":
         return export_weights(task.model, small, path, inputs, multiply)
     made = export(small, to, path, inputs, batch, fused)
-    x = first_examples(inputs, 1 if batch == "dynamic" else int(batch))
-    times = latencies([task.model, small], made.forward, x)
+    models = [copy.deepcopy(model).cpu() for model in (task.model, small)]
     runs = f"{'onnxruntime' if to == 'onnx' else to}{', fused' if fused else ''}"
-    names = ("PyTorch, dense", "PyTorch, compressed", runs)
-    spent = {name: sorted(t)[len(t) // 2] / 1e6 for name, t in zip(names, times, strict=True)}
-    ratios = {
-        name: interval([b / a for a, b in zip(times[0], t, strict=True)])
-        for name, t in zip(names[1:], times[1:], strict=True)
-    }
-    return dataclasses.replace(made, milliseconds=spent, ratios=ratios, batch=batch_size(x))
+    if batch == "dynamic":
+        times = forward_times(models, first_examples(inputs, 1), [made.forward], seconds=1.0)
+    else:
+        times = [batch_times(models, first_examples(inputs, int(batch)), int(batch), [made.forward], seconds=1.0)]
+    return dataclasses.replace(made, programs=("PyTorch, dense", "PyTorch, compressed", runs), times=tuple(times))
 
 
 def export(
@@ -373,19 +367,3 @@ def compare(outputs: Any, expected: Any, examples: int) -> Parity:
         relative = absolute / largest if largest else absolute and torch.inf
         worst = Parity(max(worst.absolute, absolute), max(worst.relative, relative), examples)
     return worst
-
-
-def latencies(models: Sequence[nn.Module], exported: Forward, x: Any, seconds: float = 2.0) -> list[list[int]]:
-    """Time forward passes of models and of an exported program, in turns, on one thread.
-
-    Args:
-        models: Models, run eagerly.
-        exported: The program.
-        x: Input of all of them.
-        seconds: Least duration of the measurement.
-
-    Returns:
-        Nanoseconds of each model and, last, of the program, in every round.
-    """
-    x = map_tensors(x, lambda t: t.cpu())
-    return forward_times([copy.deepcopy(m).cpu() for m in models], x, [lambda: exported(x)], seconds)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.core.errors import TaskError
+from rankopt.core.files import available_memory, gigabytes
 from rankopt.model.forward import (
     Examples,
     Undivided,
@@ -26,6 +27,7 @@ from rankopt.model.forward import (
     find_output,
     inference,
     input_tensors,
+    map_batched,
     map_tensors,
     model_input,
     run,
@@ -380,3 +382,33 @@ def _rows(model: nn.Module, x: Any) -> int | None:
     with inference(model):
         z = find_output(run(model, to_device(x, model)))
     return len(z) if z is not None and z.ndim else None
+
+
+def expanded(example_input: Any, batch: int) -> Any:
+    """Repeat the first example of an input.
+
+    Args:
+        example_input: An input with the batch dimension first.
+        batch: How many examples the result has.
+
+    Raises:
+        TaskError: The input cannot be repeated, as it has no axis of examples, or takes more than a quarter of the
+            memory that is free.
+    """
+    if isinstance(example_input, Undivided) and batch > 1:
+        raise TaskError(f"{UNDIVIDED}; it cannot be timed with batch={batch}: say batch=1")
+
+    tensors: list[Tensor] = []
+    map_tensors(example_input, tensors.append)
+    size, free = batch * sum(t[:1].nbytes for t in tensors if t.ndim), available_memory()
+    if free is not None and size > free / 4:
+        raise TaskError(
+            f"batch={batch}: this input takes {gigabytes(size)}, {gigabytes(free)} are free; lower the batch"
+        )
+
+    def repeat(rows: Any) -> Any:
+        if isinstance(rows, list):
+            return type(rows)(rows[:1] * batch)
+        return rows[:1].expand(batch, *rows.shape[1:]).contiguous()
+
+    return map_batched(example_input, repeat)

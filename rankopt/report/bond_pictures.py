@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from rankopt.core.names import labels
 from rankopt.report.bond_effects import ABLATED, PATCHED
 from rankopt.report.bond_latents import CHANNELS, RANDOM, ROTATED, LatentBond, Latents, Step, compared
-from rankopt.report.pictures import ACCENT, FAINT, POINT, labels
+from rankopt.report.pictures import ACCENT, FAINT, POINT
 
 STRONGEST = 10
 """Channels of a bond that are drawn, those with the largest predicted effects."""

@@ -14,13 +14,14 @@ from rich.table import Table
 from torch.nn.functional import adaptive_avg_pool2d
 
 from rankopt.core.files import write_beside
+from rankopt.core.names import labels
 from rankopt.report.bond_analysis import LayerBonds
 from rankopt.report.bond_channels import ENERGY, IMAGES, Channel
 from rankopt.report.bond_latents import Latents
 from rankopt.report.bond_sections import by_layer, whole_model
 from rankopt.report.bond_spectra import BondSpectrum, effective_rank
 from rankopt.report.html import environment
-from rankopt.report.pictures import ACCENT, FAINT, INK, POINT, draw, labels
+from rankopt.report.pictures import ACCENT, FAINT, INK, POINT, draw
 from rankopt.search.summary import counted, percent, render
 
 FILE, TEMPLATE = "bonds.html", "bonds.html.j2"

@@ -15,12 +15,13 @@ import numpy as np
 from markupsafe import Markup
 
 from rankopt.core.files import write_beside
+from rankopt.core.names import short
 from rankopt.core.records import METRICS
 from rankopt.experiments.config import OBJECTIVES, Hyperparameter
 from rankopt.experiments.tuning import TuningStudy
 from rankopt.report import pictures
 from rankopt.report.html import environment
-from rankopt.report.pictures import ACCENT, FAINT, INK, NAMES, POINT, short
+from rankopt.report.pictures import ACCENT, FAINT, INK, NAMES, POINT
 from rankopt.report.tables import write_csv
 
 PAGE, CSV, TEMPLATE = "hyperparameters.html", "hyperparameters.csv", "hyperparameters.html.j2"

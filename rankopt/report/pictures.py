@@ -9,7 +9,6 @@ import io
 import math
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from rankopt.core.budget import SCALES
+from rankopt.core.names import labels
 from rankopt.core.records import BUDGETS, DENSE, Candidate
 from rankopt.core.result_record import LayerRow, ResultInfo, TrialRow
 from rankopt.decompositions.registry import DECOMPOSITIONS
@@ -57,10 +57,6 @@ COLOURS = (
     *("#3b6ea5", "#5fb3ce", "#2a9d8f", "#8ab17d", "#e9a23b", "#d1603d", "#8e5ea2", "#c77dba", "#6b705c"),
     *("#1d3557", "#b5a642", "#7f4f24", "#e5989b", "#4d908e", "#9a031e"),
 )
-
-
-LONGEST_NAME = 19
-"""Characters of a layer's name that are shown in a picture."""
 
 
 Number = Literal["objective", "predicted", "score"]
@@ -318,6 +314,29 @@ def layers(ax: Any, rows: Sequence[LayerRow]) -> None:
     ax.grid(visible=False, axis="y")
 
 
+def modules(ax: Any, groups: Sequence[Any]) -> None:
+    """Draw a bar per module of a long model: dense parameters (light), and those kept, by method.
+
+    Args:
+        ax: Matplotlib axes.
+        groups: The modules, as `layer_groups` returns them.
+    """
+    colour = colours([x["method"] for group in groups for x in group.layers])
+    for y, group in enumerate(groups):
+        dense, end = sum(x["dense_params"] for x in group.layers), 0
+        ax.barh(y, dense, 0.68, color=FAINT, alpha=0.28, lw=0)
+        for method in colour:
+            kept = sum(x["params"] for x in group.layers if x["method"] == method)
+            ax.barh(y, kept, 0.68, left=end, color=colour[method], lw=0)
+            end += kept
+        ax.annotate(f"{end / max(dense, 1):.0%}", (max(dense, end), y), (4, 0), textcoords="offset points", va="center")
+    _length_axis(ax, "linear", 1, max(sum(x["dense_params"] for x in group.layers) for group in groups))
+    ax.set_yticks(range(len(groups)), labels([group.name for group in groups]))
+    ax.set(ylim=(len(groups) - 0.4, -0.6), xlabel="parameters")
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False, axis="y")
+
+
 def layers_with_methods(ax: Any, rows: Sequence[LayerRow]) -> None:
     """Draw `layers`, with a legend of the methods: a page has its table for that.
 
@@ -363,11 +382,11 @@ def frontier(ax: Any, layer: str, metric: str, candidates: Sequence[Candidate], 
     _legend(ax, 4)
 
 
-def layers_height(rows: Sequence[LayerRow]) -> float:
+def layers_height(rows: Sequence[Any]) -> float:
     """Height in inches of the picture of the layers.
 
     Args:
-        rows: The layers of result.json.
+        rows: The layers of result.json, or modules.
     """
     return 0.6 + 0.235 * len(rows)
 
@@ -456,42 +475,3 @@ def _legend(ax: Any, columns: int) -> None:
         ax.figure.legend(loc="outside upper left", ncols=columns)
     else:
         ax.legend()
-
-
-def short(name: str) -> str:
-    """Shorten a name to its end.
-
-    Args:
-        name: The full name.
-    """
-    name = (name or "(the model)").encode(errors="replace").decode()  # lone surrogates have no glyph
-    return name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :]
-
-
-def labels(names: Sequence[str]) -> list[str]:
-    """Shorten layers' names such that they stay different.
-
-    The modules that hold all of them are left out. In names that are still long, modules are cut to their first letter
-    and number, from the left: `e.l.11.a.self.query`.
-
-    Args:
-        names: The full names, all different.
-    """
-    paths = [name.split(".") for name in names]
-    least = min(map(len, paths)) - 1 if len(paths) > 1 else 0
-    shared = next((i for i in range(least) if len({path[i] for path in paths}) > 1), least)
-    found = [short(_initials(path[shared:])) for path in paths]
-    seen: Counter[str] = Counter()
-    for i, label in enumerate(found):
-        seen[label] += 1
-        found[i] += f" ({seen[label]})" * (seen[label] > 1)
-    return found
-
-
-def _initials(path: list[str]) -> str:
-    """A dotted name with as few modules cut to their first letter and number as make it short enough."""
-    for i in range(len(path) - 1):
-        if len(".".join(path)) <= LONGEST_NAME:
-            break
-        path = [*path[:i], re.sub(r"^(\D).*?(\d*)$", r"\1\2", path[i]), *path[i + 1 :]]
-    return ".".join(path)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rankopt.candidates.calibration import WithinMemory
 from rankopt.candidates.latency_table import Conditions
 from rankopt.candidates.prepare import Budget, Prepared, prepare
 from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.budget import limited_metrics
-from rankopt.core.errors import RankoptError
+from rankopt.core.errors import BudgetError, RankoptError
 from rankopt.core.progress import Progress
 from rankopt.core.records import MEASURED, Task
+from rankopt.core.result_record import AsFastEntry
+from rankopt.core.run_folder import AS_FAST, write_result
 from rankopt.decompositions.registry import FamilyLike
+from rankopt.model.forward import device_of
 from rankopt.search.compress import open_run_folder, run_search
 from rankopt.search.loop import Runner
 from rankopt.search.max_drop import OPTIONS, check_max_drop, smallest_model
 from rankopt.search.multi_stage import run_multi_stage
-from rankopt.search.result import Result
+from rankopt.search.result import Result, as_fast_entry
 from rankopt.search.runners import RunnerSettings, make_runner, pool_of, session
 from rankopt.search.settings import SearchSettings
 from rankopt.strategies.registry import StrategyLike
@@ -43,6 +47,7 @@ class Job:
         runner: Where trials are evaluated.
         out: The run folder; None keeps nothing on disk.
         cache: Folder for fitted candidates; None for the default one.
+        as_fast: Whether to search a second time, within the same budget, for a model that is not slower than dense.
     """
 
     budget: Budget | None = None
@@ -55,6 +60,7 @@ class Job:
     runner: RunnerSettings = field(default_factory=RunnerSettings)
     out: Path | None = None
     cache: str | Path | None = None
+    as_fast: bool = False
 
     @classmethod
     def parse(  # noqa: PLR0913  (a parameter for every option)
@@ -83,6 +89,7 @@ class Job:
         storage: str | None = None,
         cache: str | Path | None = None,
         runner: RunnerSettings | None = None,
+        as_fast: bool = False,
     ) -> Job:
         """Read a job as users write it; the parameters are those of `rankopt.compress`.
 
@@ -112,6 +119,7 @@ class Job:
             runner=runner or RunnerSettings(),
             out=None if out is None else Path(out),
             cache=cache,
+            as_fast=as_fast,
         )
         job.check()
         return job
@@ -131,6 +139,10 @@ class Job:
             raise RankoptError("--minimize goes with --max-drop")
         if (self.max_drop is None) == (self.budget is None):
             raise RankoptError("give --budget (how small) or --max-drop (how good), and not both")
+        if self.as_fast and (self.max_drop is not None or self.space.rounds > 1 or self.settings.storage):
+            raise RankoptError("--as-fast searches a second time: not with --max-drop, --storage, or rounds of a space")
+        if self.as_fast and "latency" in limited_metrics(self.budget):
+            raise RankoptError("--as-fast adds latency=100%: give a budget without latency")
         if self.latency_on and not limited_metrics(self.budget) & set(MEASURED):
             raise RankoptError("--latency-on goes with --budget latency=... or energy=...")
         if self.runner.scheduler and len(self.settings.fidelities.names) == 1:
@@ -163,7 +175,7 @@ class Job:
 
 
 def run_job(task: Task, job: Job, progress: bool | Progress | None = None) -> Result:
-    """Compress a task's model.
+    """Compress a task's model, and once more to be as fast as dense if the job asks for it.
 
     Args:
         task: The task.
@@ -173,6 +185,35 @@ def run_job(task: Task, job: Job, progress: bool | Progress | None = None) -> Re
     Raises:
         RankoptError: If an argument is wrong or the search cannot be done; see `rankopt.compress`.
     """
+    if job.as_fast and isinstance(task.calibration, Iterator):  # it is read twice
+        task = dataclasses.replace(task, calibration=list(WithinMemory(task.calibration)))
+    result = _run(task, job, progress)
+    return _with_as_fast(result, task, job, progress) if job.as_fast and not result.interrupted else result
+
+
+def _with_as_fast(result: Result, task: Task, job: Job, progress: bool | Progress | None) -> Result:
+    """The result with what a search for a model that is not slower found, kept in the run folder, too."""
+    limits = job.budget or {}
+    budget: Budget = {**limits, "latency": "100%"} if isinstance(limits, Mapping) else [*limits, "latency=100%"]
+    out = None if job.out is None else job.out / AS_FAST
+    settings = dataclasses.replace(job.settings, resume=job.settings.resume and out is not None and out.is_dir())
+    conditions = Conditions(device_of(task.model).type, fused="yes")
+    again = dataclasses.replace(
+        job, budget=budget, settings=settings, out=out, latency_on=str(conditions), as_fast=False
+    )
+    entry: AsFastEntry = {"conditions": str(conditions)}
+    try:
+        result.as_fast = _run(task, again, progress)
+        entry = {**entry, **as_fast_entry(result.as_fast)}
+    except BudgetError as error:
+        entry["refused"] = str(error)
+    result.info["as_fast"] = entry
+    if job.out is not None:
+        write_result(job.out, result.info)
+    return result
+
+
+def _run(task: Task, job: Job, progress: bool | Progress | None) -> Result:
     if job.max_drop is not None:
         check_max_drop(task, job.max_drop, job.minimize or "params")
     runner, show, shown = _opened(job, progress)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from rankopt.candidates.instruments import INSTRUMENTS, LATENCY, Instrument
-from rankopt.candidates.latency import MeasuredCosts, expanded, layer_inputs, ratio, sample_modules, signature
+from rankopt.candidates.latency import MeasuredCosts, layer_inputs, ratio, sample_modules, signature
 from rankopt.candidates.latency_table import Conditions, Timing, interleaved, passes
 from rankopt.candidates.prepare import Prepared
 from rankopt.core.budget import Limit, amount
@@ -27,6 +27,7 @@ from rankopt.core.progress import Progress
 from rankopt.core.records import MEASURED, Candidate, Layer, Proposal, Trial
 from rankopt.core.result_record import MEASURED_KEYS, Metric
 from rankopt.core.statistics import interval
+from rankopt.model.inputs import expanded
 from rankopt.search.loop import Study
 
 ATTEMPTS = 8  # checks, each after a search

@@ -17,16 +17,33 @@ from rankopt.candidates.pareto import dense_candidate
 from rankopt.candidates.prepare import Prepared
 from rankopt.candidates.sensitivity import Curve
 from rankopt.core.budget import Limit
+from rankopt.core.environment import environment
 from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.progress import Progress, silent
-from rankopt.core.records import BUDGETS, MEASURED, SAME, Candidate, Choice, Cost, Layer, Plan, Proposal, Task, Trial
+from rankopt.core.records import (
+    BUDGETS,
+    MEASURED,
+    RECONSTRUCTED,
+    SAME,
+    Candidate,
+    Choice,
+    Cost,
+    Layer,
+    Plan,
+    Proposal,
+    Task,
+    Trial,
+)
 from rankopt.core.result_record import (
     PARTS,
+    AsFastEntry,
     BudgetEntry,
     ChangeRecord,
     CostEntry,
     ExamplesEntry,
+    FrontierPoint,
+    FrontiersFile,
     FrontRow,
     IntervalEntry,
     IntervalsEntry,
@@ -40,12 +57,12 @@ from rankopt.core.result_record import (
     SearchMetadata,
     TrialsEntry,
 )
-from rankopt.core.run_folder import write_result
-from rankopt.core.statistics import interval, misread_score, proxy, tie, wilson
+from rankopt.core.run_folder import AS_FAST, write_frontiers, write_result
+from rankopt.core.statistics import misread_score, proxy, tie, wilson
 from rankopt.decompositions.plan import apply, replaced_layers, save
 from rankopt.model.counting import count
 from rankopt.model.energy import of_models
-from rankopt.model.forward import to_device
+from rankopt.model.forward import device_of, to_device
 from rankopt.model.inputs import one_example
 from rankopt.model.objective import call
 from rankopt.model.speed import forward_times
@@ -58,6 +75,9 @@ from rankopt.strategies.allocation import allocate, relative_gap
 from rankopt.training.batch_norm import recalibrate
 from rankopt.training.loop import train_briefly
 from rankopt.training.refine import refine as refine_layers
+
+MOST_POINTS = 20_000
+"""Candidates in frontiers.json, of all layers together."""
 
 
 @dataclass
@@ -74,6 +94,8 @@ class Result:
         sensitivities: Layer name -> measured (relative error, rise of the objective), one layer at a time.
         dense: The model that was compressed, and
         inputs: the calibration batches, as the model takes them; None where they are not known, as in a run folder.
+        as_fast: The result within the same budget whose model is not slower than dense; None if that was not asked for,
+            or if there is none (`info["as_fast"]` says why).
     """
 
     model: nn.Module
@@ -85,9 +107,15 @@ class Result:
     sensitivities: Mapping[str, Curve] = field(default_factory=dict, repr=False)
     dense: nn.Module | None = field(default=None, repr=False)
     inputs: Sequence[Any] | None = field(default=None, repr=False)
+    as_fast: Result | None = field(default=None, repr=False)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the search was stopped before all its trials were done."""
+        return self.info["trials"].get("interrupted", False)
 
     def summary(self) -> str:
-        """The result as text, at most 100 columns wide."""
+        """The result as text, at most 80 columns wide."""
         from rankopt.search.summary import summary
 
         return summary(self.info)
@@ -106,6 +134,10 @@ class Result:
         """
         save(folder, self.model, self.plan)
         write_result(folder, self.info)
+        if self.problem is not None:
+            write_frontiers(folder, frontiers(self.problem, self.plan))
+        if self.as_fast is not None:
+            self.as_fast.save(Path(folder) / AS_FAST)
 
 
 @dataclass(frozen=True)
@@ -206,6 +238,34 @@ def _reason(layer: Layer, candidates: Sequence[Candidate], at: int, metric: str)
         f"best of {len(candidates)} on its frontier ({', '.join(families)})"
     )
     return text if at == 0 else f"{text}; the next cheaper would cost {candidates[at - 1].loss:.2g}"
+
+
+def frontiers(problem: Problem, plan: Plan) -> FrontiersFile:
+    """The layers' frontiers, for frontiers.json. Of a model of many layers some candidates of each are left out.
+
+    Args:
+        problem: The problem that was searched.
+        plan: The chosen plan, whose candidates are never left out.
+    """
+    metric = cast(Metric, problem.limits[0].metric)
+    each = max(2, MOST_POINTS // max(len(problem.layers), 1))
+    chosen = {c.name: (c.method, c.rank, c.form, c.precision) for c in plan.choices}
+    found: dict[str, list[FrontierPoint]] = {}
+    for layer, frontier in zip(problem.layers, problem.frontiers, strict=True):
+        kept = {round(i * (len(frontier) - 1) / (each - 1)) for i in range(each)}
+        found[layer.name] = [
+            {
+                "method": c.method,
+                "rank": list(c.rank),
+                "cost": c.cost[metric],
+                "loss": c.loss,
+                "form": c.form,
+                "precision": c.precision,
+            }
+            for i, c in enumerate(frontier)
+            if i in kept or c.label == chosen.get(layer.name)
+        ]
+    return {"metric": metric, "layers": found}
 
 
 def _label(candidate: Candidate) -> str:
@@ -390,6 +450,7 @@ def _assemble(
     """The record of result.json."""
     task, problem, trials, chosen = prepared.task, outcome.problem, outcome.trials, outcome.chosen
     plan, dense, scores = rebuilt.plan, prepared.dense, with_intervals(task, rebuilt.score)
+    times = time_forward(task.model, rebuilt.model, task.example_input)
     info: ResultInfo = {
         "task": metadata["task"],
         "strategy": metadata["strategy"],
@@ -400,6 +461,9 @@ def _assemble(
         "seconds": {k: round(v, 3) for k, v in prepared.clock.items()},
         "forward_passes": round(prepared.passes, 2),
         "family_seconds": {k: round(v, 3) for k, v in prepared.family_seconds.items()},
+        "environment": environment(device_of(task.model)),
+        "space": prepared.space.content(),
+        "settings": settings.changed(),
         "effort": prepared.space.effort,
         "trials": _trials_entry(outcome),
         "budget": {cast(Metric, x.metric): _budget_entry(x, plan.cost, dense) for x in problem.limits},
@@ -420,10 +484,12 @@ def _assemble(
         "proxy": proxy(trials),
         "front": front_rows(trials, settings.options.get("objectives", "")),
         "tie": tie(trials, chosen, task.examples),
-        "milliseconds": time_forward(task.model, rebuilt.model, task.example_input),
+        "milliseconds": times[0],
         "energy": of_models([task.model, rebuilt.model], task.example_input),
         "layers": [_layer_row(c, layer) for c, layer in zip(plan.choices, prepared.layers, strict=True)],
     }
+    if len(times) > 1:
+        info["batch_milliseconds"] = times[1]
     if problem.fitting:
         info["fitting"] = problem.fitting
     if "question" in metadata:
@@ -501,6 +567,25 @@ def with_intervals(task: Task, score: ScoresEntry) -> ScoreRecord:
     return {"score": score, "examples": examples, "intervals": both}
 
 
+def as_fast_entry(found: Result) -> AsFastEntry:
+    """The entry of result.json about a second result that is not slower than dense.
+
+    Args:
+        found: The second result.
+    """
+    checked, limit = found.info["latency"], found.info["budget"]["latency"]
+    low, high = checked["low"] / limit["dense"], checked["high"] / limit["dense"]
+    return {
+        "conditions": checked["conditions"],
+        "run": AS_FAST,
+        "cost": found.info["cost"]["compressed"],
+        "score": found.info["score"]["compressed"],
+        "ratio": limit["achieved"] / limit["dense"],
+        "interval": [low, high],
+        "reconstructed": sum(row.get("form") == RECONSTRUCTED for row in found.info["layers"]),
+    }
+
+
 def set_scores(info: ResultInfo, task: Task, score: ScoresEntry) -> None:
     """Replace the entries of a record about scores.
 
@@ -525,21 +610,26 @@ def front_rows(trials: Sequence[Trial], objectives: str | Sequence[str]) -> list
     return Front.of(trials, metrics).rows if metrics else []
 
 
-def time_forward(
-    dense: nn.Module, compressed: nn.Module, example_input: Any, seconds: float = 1.0
-) -> MillisecondsEntry:
-    """Time a forward pass of one example, both models in turns, on one thread.
+def time_forward(dense: nn.Module, compressed: nn.Module, example_input: Any) -> list[MillisecondsEntry]:
+    """Time forward passes of both models, in turns: of one example, and of a batch that fills the device.
 
     Args:
         dense: The dense model.
         compressed: The compressed model.
         example_input: The input; of a batch only the first example is used.
-        seconds: Go on for at least this long.
 
     Returns:
-        Median milliseconds, and the interval of the median of their ratios.
+        Median milliseconds, and the interval of the median of their ratios, as of `forward_times`.
     """
-    times = forward_times([dense, compressed], to_device(one_example(dense, example_input), dense), seconds=seconds)
-    before, after = (sorted(t)[len(t) // 2] / 1e6 for t in times)
-    ratio = [*interval([b / a for a, b in zip(*times, strict=True)])]
-    return {"dense": before, "compressed": after, "ratio": ratio, "repeats": len(times[0]), "threads": 1}
+    example = to_device(one_example(dense, example_input), dense)
+    return [
+        {
+            "examples": found.examples,
+            "dense": found.milliseconds[0],
+            "compressed": found.milliseconds[1],
+            "ratio": [*found.ratios[1]],
+            "repeats": found.rounds,
+            "threads": 1,
+        }
+        for found in forward_times([dense, compressed], example)
+    ]

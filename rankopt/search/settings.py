@@ -49,6 +49,12 @@ class SearchSettings:
         if not all(map(callable, self.callbacks)):
             raise RankoptError(f"callbacks are {self.callbacks!r}: give functions of the study and a trial")
 
+    def changed(self) -> dict[str, str]:
+        """The settings that have no key of their own in result.json, as text; those at their default are left out."""
+        default = SearchSettings()
+        names = ("trials", "refine", "fidelities", "timeout")
+        return {name: str(value) for name in names if (value := getattr(self, name)) != getattr(default, name)}
+
     @classmethod
     def parse(
         cls,

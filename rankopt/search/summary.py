@@ -1,20 +1,28 @@
-"""A result as text for the terminal, at most 100 columns wide. Pages and tables of `rankopt.report` share the parts."""
+"""A result as text for the terminal, at most 80 columns wide. Pages and tables of `rankopt.report` share the parts."""
 
 from __future__ import annotations
 
 import io
+import re
+import shlex
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from rich.console import Console, JustifyMethod, RenderableType
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, RenderableType
 from rich.table import Table
 
-from rankopt.core.budget import amount
+from rankopt.candidates.search_space import space_names
+from rankopt.core.budget import AS_FAST, amount
+from rankopt.core.names import groups, labels
 from rankopt.core.records import BUDGETS, RECONSTRUCTED, SAME
 from rankopt.core.result_record import (
     MEASURED_KEYS,
     PARTS,
     Bounds,
+    BudgetEntry,
     CorrelationEntry,
     LayerRow,
     MeasuredEntry,
@@ -23,9 +31,22 @@ from rankopt.core.result_record import (
     ResultInfo,
     TieEntry,
 )
+from rankopt.core.text import shortened
 
-WIDTH = 100
+WIDTH = 80
 """Columns of a terminal that text is written for."""
+
+
+LONGEST_METHODS = 22
+"""Characters of the methods of a module's layers."""
+
+
+FUSED = "cpu,fused=yes"
+"""Conditions of the advice where a smaller model is slower."""
+
+
+SHORTEST_LABEL = 12
+"""Characters of a name that are left where the numbers take the rest of the line."""
 
 
 UNITS: Mapping[Metric, str] = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
@@ -74,6 +95,15 @@ def percent(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
+def unbroken(text: str) -> str:
+    """A text with no-break spaces between numbers and their units.
+
+    Args:
+        text: The text.
+    """
+    return re.sub(r" (?=[%×])|(?<=×) ", "\u00a0", text)
+
+
 def with_interval(score: float | None, interval: Bounds | None) -> str:
     """A score with its interval, in per cent.
 
@@ -91,9 +121,9 @@ def speed_text(found: MillisecondsEntry) -> str:
         found: The times.
     """
     dense, compressed, ratio = found["dense"], found["compressed"], found.get("ratio")
-    if compressed > 1.05 * dense:
+    if compressed > (1 + AS_FAST) * dense:
         return f"{compressed / dense:.2f} × SLOWER" + (f" ({ratio[0]:.2f}–{ratio[1]:.2f})" if ratio else "")
-    if compressed < 0.95 * dense:
+    if compressed < (1 - AS_FAST) * dense:
         return f"{dense / compressed:.2f} × faster" + (f" ({1 / ratio[1]:.2f}–{1 / ratio[0]:.2f})" if ratio else "")
     return "as fast"
 
@@ -152,19 +182,44 @@ def summary(info: ResultInfo) -> str:
         head.add_column(column, justify="right")
     for row in comparison_rows(info):
         head.add_row(*row)
-    answer = max_drop_text(info)
-    return render(
-        head,
-        *([answer] if answer else []),
-        budget_text(info),
+    advice = slower(info)
+    facts = [
+        *(text.splitlines() if (text := max_drop_text(info)) else []),
+        *([f"slower  {advice}; for a model that is not:"] if advice else []),
+        *([_continued(faster_command(info))] if advice else []),
+        *as_fast_lines(info),
+        *budget_text(info).splitlines(),
         *fitting_lines(info),
         *measured_lines(info),
         *energy_lines(info),
         *change_lines(info),
         *(f"{'WARNING ' * warns}{text}" for text, warns in reliability_notes(info)),
+    ]
+    return render(
+        head,
+        *("\n".join(map(wrapped, line.split("\n"))) for line in facts),
         *([front_table(info)] if info.get("front") else []),
-        layer_table(info["layers"]),
+        "\nlayers",
+        layer_text(info["layers"]),
     )
+
+
+def wrapped(text: str, indent: int = 8) -> str:
+    """A line broken between words. What follows stands beneath the first words of a line such as "budget  params".
+
+    Args:
+        text: The line.
+        indent: By how much what follows is indented.
+    """
+    style = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    lines = style.wrap(unbroken(text))
+    return "\n".join(lines).replace("\u00a0", " ")
+
+
+def _continued(command: str) -> str:
+    """A command in lines that a shell reads as one."""
+    lines = textwrap.wrap(command, WIDTH - 10, break_long_words=False, break_on_hyphens=False)
+    return " \\\n".join(f"        {line}" for line in lines)
 
 
 def comparison_rows(info: ResultInfo) -> list[tuple[str, str, str, str]]:
@@ -189,9 +244,114 @@ def comparison_rows(info: ResultInfo) -> list[tuple[str, str, str, str]]:
     for metric, unit in UNITS.items():
         whole, cost = info["cost"]["dense"][metric], info["cost"]["compressed"][metric]
         rows.append((unit, f"{whole:,}", f"{cost:,}", f"{percent(cost / whole, 1)} of dense" if whole else "–"))
-    slow, fast = info["milliseconds"]["dense"], info["milliseconds"]["compressed"]
-    rows.append(("one forward pass here", f"{slow:.2f} ms", f"{fast:.2f} ms", speed_text(info["milliseconds"])))
+    for what, found in speeds(info):
+        rows.append((what, f"{found['dense']:.2f} ms", f"{found['compressed']:.2f} ms", speed_text(found)))
     return rows
+
+
+def speeds(info: ResultInfo) -> list[tuple[str, MillisecondsEntry]]:
+    """The times of forward passes that were measured on the machine of the search.
+
+    Args:
+        info: The content of result.json.
+
+    Returns:
+        What was timed, and the times of both models: of one example, of a batch that fills the device, and under the
+        conditions of a latency budget.
+    """
+    found = [("one forward pass", info["milliseconds"])]
+    if batch := info.get("batch_milliseconds"):
+        found.append((f"a batch of {batch.get('examples', 1)}", batch))
+    if (checked := info.get("latency")) and "latency" in checked:
+        dense = info["budget"]["latency"]["dense"] if info["budget"]["latency"]["requested"] <= 1 else checked["dense"]
+        entry: MillisecondsEntry = {
+            "dense": dense / 1e6,
+            "compressed": checked["latency"] / 1e6,
+            "ratio": [checked["low"] / dense, checked["high"] / dense],
+            "repeats": checked["rounds"],
+            "threads": 1,
+        }
+        found.append(("one pass, fused" if "fused=yes" in checked["conditions"] else "one pass, as asked", entry))
+    return found
+
+
+def slower(info: ResultInfo) -> str | None:
+    """What is slower in the compressed model than in the dense one; None where the budget was on time.
+
+    Args:
+        info: The content of result.json.
+
+    Returns:
+        Text such as "one forward pass is 2.50 × slower"; None if nothing is.
+    """
+    if "latency" in info["budget"]:
+        return None
+    found = ((what, speed_text(times).lower()) for what, times in speeds(info))
+    return ", ".join(f"{what} is {text}" for what, text in found if "slower" in text) or None
+
+
+def faster_command(info: ResultInfo) -> str:
+    """The same search for a model that is not slower than dense, as a command, or as Python where there was no task.
+
+    Args:
+        info: The content of result.json.
+    """
+    limits = {metric: _asked(b) for metric, b in info["budget"].items()}
+    if not info["task"]:
+        return f"rankopt.compress(model, calibration, {limits | {'latency': '100%'}}, latency_on='{FUSED}')"
+    words = ["rankopt", "search", info["task"]]
+    for metric, value in {**limits, "latency": "100%"}.items():
+        words += ["--budget", f"{metric}={value}"]
+    words += ["--latency-on", FUSED]
+    if info["strategy"] != "knapsack":
+        words += ["--strategy", info["strategy"]]
+    for key, value in info.get("options", {}).items():
+        words += ["--option", f"{key}={value}"]
+    if trials := info.get("settings", {}).get("trials"):
+        words += ["--trials", trials]
+    if info["seed"]:
+        words += ["--seed", str(info["seed"])]
+    if (space := info.get("space", {}).get("name", "default")) != "default":
+        words += ["--space", str(space) if space in space_names() else f"{space}.toml"]
+    return shlex.join([*words, "--out", "runs/as-fast"])
+
+
+def _asked(b: BudgetEntry) -> float | int:
+    """A limit as a budget takes it: a fraction, or an absolute number."""
+    return b["requested"] if b["requested"] <= 1 else round(b["requested"])
+
+
+def as_fast_lines(info: ResultInfo) -> list[str]:
+    """What the second search, for a model that is not slower than dense, came to.
+
+    Args:
+        info: The content of result.json.
+
+    Returns:
+        Sentences without a full stop; none where it was not asked for.
+    """
+    found = info.get("as_fast")
+    if not found:
+        return []
+    if "refused" in found:
+        return [
+            "no model of this search space is within the budget and not slower than the dense one, both fused "
+            f"({found['conditions']}): {found['refused']}"
+        ]
+    cost, dense, score = found["cost"], info["cost"]["dense"], found["score"]
+    kept = ", ".join(f"{percent(cost[m] / dense[m], 1)} of the {UNITS[m]}" for m in UNITS if m in info["budget"])
+    scores = "".join(f", {part} score {percent(score[part])}" for part in PARTS if score[part] is not None)
+    low, high = found["interval"]
+    lines = [
+        f"smaller and as fast: a second plan ({found['run']}/ in the run folder) has {kept}{scores}, and takes "
+        f"{found['ratio']:.2f} ({low:.2f}–{high:.2f}) of the dense model's time, both fused ({found['conditions']})"
+    ]
+    if n := found["reconstructed"]:
+        lines.append(
+            f"it stores {counted(n, 'layer')} as factors and runs each as one dense operation: that is smaller in "
+            "files and on the way to a device, and not in memory once it runs"
+        )
+    return lines
 
 
 # --- what was asked, and how it was met --------------------------------------------------------------
@@ -450,27 +610,54 @@ def front_table(info: ResultInfo) -> Table:
     return table
 
 
-def layer_table(layers: Sequence[LayerRow]) -> Table:
-    """Every layer with its method, rank, parameters, error, and the reason for the choice.
+def layer_text(layers: Sequence[LayerRow]) -> str:
+    """Every layer with its method, rank, parameters and error, and below it the reason; a long model by its modules.
 
     Args:
         layers: The rows of result.json.
     """
-    table = Table(title="layers", title_justify="left")
-    columns: tuple[tuple[str, JustifyMethod], ...] = (
-        ("layer", "left"),
-        ("method", "left"),
-        ("rank", "right"),
-        ("params", "right"),
-    )
-    for name, side in columns:
-        table.add_column(name, justify=side, overflow="fold")
-    table.add_column("of dense", justify="right")
-    table.add_column("error", justify="right")
-    table.add_column("reason", overflow="fold", ratio=1)
-    for x in layers:
-        share = f"{x['params'] / x['dense_params']:.0%}" if x["dense_params"] else "–"
-        error = f"{x['error']:.3g}" if x["error"] else "0"
-        texts = str(x["name"]), method_text(x), rank_text(x["rank"]), f"{x['params']:,}", share, error, str(x["reason"])
-        table.add_row(*texts)
-    return table
+    found = groups([x["name"] for x in layers])
+    if len(found) == 1:
+        rows = [(x["method"], rank_text(x["rank"]), *_sizes([x])) for x in layers]
+        return columns(
+            ("layer", "method", "rank", "params", "of dense", "error"),
+            [x["name"] for x in layers],
+            rows,
+            ["; ".join([*method_text(x).split(", ")[1:], str(x["reason"])]) for x in layers],
+        )
+    rows = []
+    for group in found:
+        members = [layers[i] for i in group.members]
+        methods = ", ".join(f"{n} {method}" for method, n in Counter(x["method"] for x in members).most_common())
+        rows.append((shortened(methods, LONGEST_METHODS), str(len(members)), *_sizes(members)))
+    head = ("module", "methods", "layers", "params", "of dense", "error ≤")
+    text = columns(head, [group.name for group in found], rows)
+    end = f"Each of the {len(layers)} layers is in report.html, in result.json and in result.to_pandas()."
+    return f"{text}\n{wrapped(end, 0)}"
+
+
+def _sizes(layers: Sequence[LayerRow]) -> tuple[str, str, str]:
+    """Parameters of some layers together, their share of the dense ones, and the largest error."""
+    params, dense = sum(x["params"] for x in layers), sum(x["dense_params"] for x in layers)
+    error = max(x["error"] for x in layers)
+    return f"{params:,}", f"{params / dense:.0%}" if dense else "–", f"{error:.3g}" if error else "0"
+
+
+def columns(head: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[str]], below: Sequence[str] = ()) -> str:
+    """Write a table of names, a column of text and columns of numbers, with a paragraph below each row.
+
+    Args:
+        head: What the columns are called.
+        names: The names, which are shortened where the line would be too long.
+        rows: The other columns.
+        below: The paragraphs; empty for none.
+    """
+    widths = [max(map(cell_len, column)) for column in zip(head[1:], *rows, strict=True)]
+    shown = labels(names, max(SHORTEST_LABEL, WIDTH - sum(widths) - 2 * len(widths)))
+    lines = []
+    width = max(map(cell_len, [head[0], *shown]))
+    for name, row, text in zip([head[0], *shown], [head[1:], *rows], ["", *(below or [""] * len(rows))], strict=True):
+        numbers = (" " * (w - cell_len(x)) + x for x, w in zip(row[1:], widths[1:], strict=True))
+        lines.append("  ".join([set_cell_size(name, width), set_cell_size(row[0], widths[0]), *numbers]).rstrip())
+        lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    return "\n".join(lines)

@@ -10,11 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankopt.candidates.latency import expanded, fit_line, key
+from rankopt.candidates.latency import fit_line, key
 from rankopt.candidates.latency_table import Conditions, read_table
 from rankopt.candidates.prepare import prepare
 from rankopt.core.errors import BudgetError, RankoptError
 from rankopt.core.records import RECONSTRUCTED
+from rankopt.model.inputs import expanded
 from rankopt.search.compress import run_search
 from rankopt.search.settings import SearchSettings
 from tests.helpers.command import run as command

@@ -83,3 +83,22 @@ def test_a_damaged_table_is_refused(tmp_path, damage):
 
 def test_machine_names_the_processor():
     assert "torch" in machine(Conditions())
+
+
+def test_both_models_may_be_fused_before_they_are_timed():
+    conditions = Conditions.parse("cpu,fused=yes")
+    assert str(conditions) == "cpu,batch=1,threads=1,runtime=eager,fused=yes"
+    assert "fused" in conditions.measured and "fused" not in Conditions().measured  # tables of earlier versions serve
+    with pytest.raises(RankoptError, match="fused='maybe'"):
+        Conditions.parse("fused=maybe")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    seen = []
+    model[1].register_forward_hook(lambda *_: seen.append(1))
+    for one in passes([model], torch.randn(1, 3, 8, 8), Conditions()):
+        one()
+    assert seen
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    (fused,) = passes([plain], x, conditions)
+    with torch.no_grad():
+        assert torch.allclose(fused(), plain(x), atol=1e-5)

@@ -236,3 +236,14 @@ def test_an_amount_can_be_asked_for_as_it_is_written():
 def test_bad_latency_budgets_are_refused(budget, said):
     with pytest.raises(BudgetError, match=said):
         parse_budget([budget], TIMED)
+
+
+def test_all_of_the_dense_models_time_means_not_slower():
+    """Times that differ by 5 % count as equal, here as in reports."""
+    timed = DENSE.with_metric("latency", 2_000_000)
+    (limit,) = parse_budget(["latency=100%"], timed)
+    assert (limit.requested, limit.target) == (1, 2_100_000)
+    (limit,) = parse_budget(["latency=99%"], timed)
+    assert limit.target == 1_980_000
+    with pytest.raises(BudgetError, match="above the dense model"):
+        parse_budget(["latency=2.1ms"], timed)

@@ -72,7 +72,7 @@ def measure(page: str, width: int, folder: Path) -> Path:
           e => !e.closest(".wide, .scroll") && e.getBoundingClientRect().right > width + 1);
         const size = Math.min(...[...d.querySelectorAll("svg text")].map(e => e.getBoundingClientRect().height));
         document.title = JSON.stringify({ scroll: d.documentElement.scrollWidth, inner: w.innerWidth, smallest: size,
-          rows: d.querySelectorAll(".layers tbody tr").length, out: out.map(e => e.outerHTML.slice(0, 200)) });
+          rows: d.querySelectorAll(".layers tbody tr.layer").length, out: out.map(e => e.outerHTML.slice(0, 200)) });
       };
       frame.srcdoc = SOURCE;
     """

@@ -7,21 +7,26 @@ import dataclasses
 import html
 import json
 import re
+import shutil
+from base64 import b64encode
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.cells import cell_len
 
 from rankopt.candidates.prepare import Prepared
 from rankopt.core.errors import StudyError
 from rankopt.core.records import METRICS
-from rankopt.core.run_folder import read_result
+from rankopt.core.run_folder import read_frontiers, read_result
 from rankopt.report import training
 from rankopt.report.html import render, verdict, write_report
 from rankopt.search.compress import run_search
 from rankopt.search.settings import SearchSettings
 from rankopt.search.storage.local import read_trials
-from rankopt.search.summary import summary
+from rankopt.search.summary import comparison_rows, faster_command, summary
 from rankopt.training.recipe import Recipe
 from tests.helpers.browser import PHONE, Page, measure
 
@@ -75,9 +80,11 @@ def test_it_is_one_file_that_loads_nothing(run: Path) -> None:
     source = path.read_text(encoding="utf-8")
     page = Page(source)
     assert path == run / "report.html"
-    assert "script" not in page.tags and "http://" not in source and "https://" not in source
+    assert "http://" not in source and "https://" not in source
     assert all(x.startswith(("#", "data:")) for x in page.loads)
     assert "default-src 'none'" in source
+    (script,) = re.findall(r"<script>(.*?)</script>", source, re.S)  # the page's own, and no other may run
+    assert b64encode(sha256(script.encode()).digest()).decode() in source.split("<style>")[0]
     assert len(page.ids) == len(set(page.ids)), "pictures share ids"
     used = set(re.findall(r"url\(#([^)]+)\)", source)) | {x[1:] for x in page.loads if x.startswith("#")}
     assert used <= set(page.ids)
@@ -102,6 +109,7 @@ def test_it_answers_a_readers_questions(run: Path, info: dict[str, Any]) -> None
 
 
 def test_the_slower_note_is_there_if_the_smaller_model_is_slower(info: dict[str, Any]) -> None:
+    info.pop("batch_milliseconds", None)
     for ratio, slower in ((0.5, False), (1.0, False), (2.5, True)):
         info["milliseconds"]["compressed"] = ratio * info["milliseconds"]["dense"]
         source = render(info, [], "run")
@@ -184,6 +192,91 @@ def test_a_folder_without_a_result_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+@pytest.fixture
+def frontiers(run: Path) -> Any:
+    return read_frontiers(run)
+
+
+def test_a_layers_candidates_are_a_click_away(info, trials, frontiers):
+    source = render(info, trials, "run", frontiers)
+    assert source.count("<svg") == render(info, trials, "run").count("<svg") + len(frontiers["layers"])
+    for row in info["layers"]:
+        points = frontiers["layers"][row["name"]]
+        chosen = [p for p in points if (p["method"], p["rank"]) == (row["method"], row["rank"])]
+        assert chosen and f"chosen: {row['method']}" in source
+        assert [p["cost"] for p in points] == sorted(p["cost"] for p in points)
+    assert source.count("<title>chosen: ") == len(info["layers"])
+
+
+def test_candidates_that_lose_nothing_and_single_ones_are_drawn(info, trials, frontiers):
+    name = info["layers"][0]["name"]
+    point = frontiers["layers"][name][-1] | {"loss": 0.0, "cost": 0}
+    for points in ([point], [point, point | {"cost": 1, "loss": 1.0}]):
+        frontiers["layers"][name] = points
+        assert f"{len(points)} candidates" in render(info, trials, "run", frontiers)
+
+
+def test_a_run_folder_without_frontiers_or_with_damaged_ones(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "frontiers.json").write_text('{"metric": "params", "layers": {"conv1": [{"cost": "much"}]}}')
+    with pytest.raises(StudyError, match=r"frontiers\.json is damaged"):
+        write_report(folder)
+    (folder / "frontiers.json").unlink()
+    assert "conv1" in write_report(folder).read_text()
+
+
+def test_the_page_says_how_it_was_made(info, trials):
+    text = Page(render(info, trials, "run")).text
+    for value in (info["environment"]["date"], torch.__version__, info["environment"]["processor"], "families"):
+        assert value in text
+    assert f"search space: points {info['space']['points']}" in text and "Glossary" in text
+    del info["environment"]  # of an earlier version
+    assert "How it was made" not in Page(render(info, trials, "run")).text
+
+
+def test_a_long_model_is_grouped_by_its_modules(info, trials):
+    info = big(info, 64)
+    source = render(info, trials, "run")
+    assert re.findall(r"<button.*?><b>(.*?)</b> (\d+ layers)", source) == [
+        (f"features.denseblock{i}", "16 layers") for i in range(4)
+    ]
+    text = summary(info)
+    assert [line.split()[0] for line in text.splitlines() if "denseblock" in line] == [
+        f"denseblock{i}" for i in range(4)
+    ]
+    assert "Each of the 64 layers is in report.html" in text
+
+
+@pytest.mark.parametrize("layers", [5, 30, 64])
+def test_text_is_80_columns_wide_and_breaks_no_word(info, layers):
+    info = info if layers == 5 else big(info, layers)
+    info["task"] = "digits"
+    lines = summary(info).splitlines()
+    assert max(map(cell_len, lines)) <= 80
+    words = " ".join(lines).split()
+    for row in info["layers"] if layers <= 40 else []:
+        assert set(row["reason"].split()) <= set(words)
+
+
+def test_where_the_smaller_model_is_slower_one_command_asks_for_another(info):
+    info.pop("batch_milliseconds", None)
+    info["milliseconds"] |= {"dense": 1.0, "compressed": 1.5, "ratio": [1.25, 1.75]}
+    command = (
+        "rankopt search digits --budget params=0.4 --budget latency=100% --latency-on cpu,fused=yes --strategy random "
+        "--trials 3 --space quick.toml --out runs/as-fast"
+    )
+    assert faster_command(info) == command
+    assert command in Page(render(info, [], "run")).text
+    assert command in " ".join(summary(info).replace("\\\n", "").split())
+    info["milliseconds"] |= {"compressed": 1.0, "ratio": [0.9, 1.1]}
+    info["batch_milliseconds"] = info["milliseconds"] | {"examples": 32, "compressed": 3.0, "ratio": [2.9, 3.1]}
+    assert "one forward pass is as fast, a batch of 32 is 3.00\u00a0×\u00a0slower (2.90–3.10) here" in verdict(info)
+    assert "--latency-on" in summary(info)
+    del info["batch_milliseconds"]
+    assert "--latency-on" not in summary(info)
+
+
 # --- in a browser ------------------------------------------------------------------------------------
 
 
@@ -203,6 +296,33 @@ def test_no_page_is_wider_than_the_screen(
     assert not seen["out"]
     assert seen["rows"] == layers
     assert seen["smallest"] >= 9, "a picture's text is too small to read"
+
+
+def test_layers_are_sorted_filtered_and_folded(info, trials, chromium, tmp_path):
+    """The script runs under the page's own policy; what was done is written into the page's title."""
+    page = render(big(info, 64), trials, "run")
+    done = """
+      const all = () => [...document.querySelectorAll("tr.layer")];
+      const seen = () => all().filter(row => row.offsetParent).map(row => Number(row.dataset.params));
+      const found = { folded: seen().length };
+      document.querySelector("tr.group button").click(); found.opened = seen().length;
+      const filter = document.querySelector(".tools input"), order = document.querySelector(".tools select");
+      filter.value = "denselayer1 CP_merged"; filter.dispatchEvent(new Event("input")); found.filtered = seen().length;
+      filter.value = ""; order.value = "params"; order.dispatchEvent(new Event("change")); found.sorted = seen();
+      document.title = JSON.stringify(found);
+    """
+    policy = re.search(r"script-src [^;]+", page)
+    assert policy
+    digest = b64encode(sha256(done.encode()).digest()).decode()
+    page = page.replace(policy[0], f"{policy[0]} 'sha256-{digest}'")
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("</body>", f"<script>{done}</script></body>"))
+    title = re.search(r"<title>(\{.*?)</title>", chromium(path, "--dump-dom"), re.S)
+    assert title
+    found = json.loads(html.unescape(title[1]))
+    assert (found["folded"], found["opened"]) == (0, 16)
+    assert 0 < found["filtered"] < 16
+    assert len(found["sorted"]) == 64 and found["sorted"] == sorted(found["sorted"], reverse=True)
 
 
 def test_a_browser_shows_headings_rows_and_pictures(
@@ -270,10 +390,11 @@ def test_a_ratio_of_times_has_its_interval(info):
     low, high = info["milliseconds"]["ratio"]
     measured = info["milliseconds"]["compressed"] / info["milliseconds"]["dense"]
     assert 0 < low <= high and 0.5 * low < measured < 2 * high
+    info.pop("batch_milliseconds", None)
     info["milliseconds"] |= {"dense": 1.0, "compressed": 1.5, "ratio": [1.25, 1.75]}
-    assert "1.50 × SLOWER (1.25–1.75)" in summary(info)
+    assert "1.50 × SLOWER (1.25–1.75)" in comparison_rows(info)[-1]
     assert "one forward pass is 1.50\u00a0×\u00a0slower (1.25–1.75) here" in verdict(info)
     info["milliseconds"] |= {"compressed": 0.5, "ratio": [0.4, 0.8]}
-    assert "2.00 × faster (1.25–2.50)" in summary(info)
+    assert "2.00 × faster (1.25–2.50)" in comparison_rows(info)[-1]
     del info["milliseconds"]["ratio"]  # of an earlier version
-    assert "2.00 × faster " in summary(info)
+    assert "2.00 × faster" in comparison_rows(info)[-1]

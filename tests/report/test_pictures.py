@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from rankopt.report.pictures import LONGEST_NAME, labels, layers
+from rankopt.core.names import LONGEST_NAME, labels
+from rankopt.report.pictures import layers
 
 
 def rows(*sizes: int) -> list[dict[str, object]]:

@@ -172,7 +172,7 @@ def test_a_graph_of_more_nodes_than_examples_are_taken_stays_whole():
 
 
 def test_a_graph_is_timed_with_a_batch_of_one_only():
-    from rankopt.candidates.latency import expanded
+    from rankopt.model.inputs import expanded
 
     example = one_example(net(lambda s, x, e: s.h(s.a(x)[e[0]])), GRAPH)
     assert expanded(example, 1) is example
