@@ -16,7 +16,7 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.progress import Progress
 from rankopt.core.records import MEASURED, Task
 from rankopt.decompositions.registry import FamilyLike
-from rankopt.search.compress import open_run_folder, run_search
+from rankopt.search.compress import check_training, open_run_folder, run_search
 from rankopt.search.loop import Runner
 from rankopt.search.max_drop import OPTIONS, check_max_drop, smallest_model
 from rankopt.search.multi_stage import run_multi_stage
@@ -175,6 +175,7 @@ def run_job(task: Task, job: Job, progress: bool | Progress | None = None) -> Re
     """
     if job.max_drop is not None:
         check_max_drop(task, job.max_drop, job.minimize or "params")
+    check_training(job.settings, task)
     runner, show, shown = _opened(job, progress)
     if job.space.rounds > 1:
         with session(runner):

@@ -59,6 +59,9 @@ from rankopt.training.batch_norm import recalibrate
 from rankopt.training.loop import train_briefly
 from rankopt.training.refine import refine as refine_layers
 
+LEARNT = "learnt in training"
+"""The reason of a plan's choices where a strategy trained the network."""
+
 
 @dataclass
 class Result:
@@ -154,7 +157,9 @@ def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
     for layer in prepared.layers:
         if layer.name in chosen:
             candidates, at = chosen[layer.name]
-            candidate, reason = candidates[at], _reason(layer, candidates, at, problem.limits[0].metric)
+            candidate = candidates[at]
+            learnt = prepared.network is not None
+            reason = LEARNT if learnt else _reason(layer, candidates, at, problem.limits[0].metric)
         else:
             candidate, reason = dense_candidate(layer), layer.reason or ""
         choices.append(
@@ -340,6 +345,8 @@ def _check_cost(prepared: Prepared, outcome: SearchOutcome, planned: Cost, achie
 def _differing_layer(prepared: Prepared, outcome: SearchOutcome) -> str | None:
     """The first layer whose replacement, alone in the model, does not cost what its candidate says."""
     problem, task = outcome.problem, prepared.task
+    if prepared.network is not None:  # its layers are made of no factors that are kept
+        return None
     for layer, candidate in zip(problem.layers, problem.candidates(outcome.chosen.proposal), strict=True):
         alone = apply(task.model, [layer], [candidate], prepared.factors)
         if count(alone, task.example_input) != prepared.dense - layer.cost + candidate.cost:

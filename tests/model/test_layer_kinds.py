@@ -267,7 +267,7 @@ def test_a_model_of_each_kind_becomes_smaller_and_comes_back(prepared, tmp_path)
     assert f"{NEW[kind]}" in table and "×".join(map(str, choice.shape)) in table
 
 
-OPTIONS = {"lasso-train": {"steps": 8}}
+OPTIONS = {name: {"steps": 8} for name in ("lasso-train", "differentiable", "lc")}
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import rankopt
 from rankopt.core.errors import RankoptError
 from rankopt.core.progress import silent
 from rankopt.core.records import Candidate, Cost
@@ -142,10 +143,11 @@ def test_hoyer_weights_follow_the_derivative():
 
 def ends(digits, share, penalty="l1", steps=100, within=0.01):
     problem, strategy, proposal = run("lasso-train", digits, {"params": share}, penalty=penalty, steps=steps)
-    left = problem.fixed.params + sum(c.params for c in strategy.costs)
+    left = strategy.problem.cost(proposal).params
     assert (1 - within) * problem.limits[0].target <= left <= problem.limits[0].target, (share, penalty)
-    assert problem.fits(proposal)
-    return problem, proposal
+    assert strategy.problem.fits(proposal)
+    assert rankopt.count(strategy.network.model, digits.task.example_input).params == left
+    return problem, strategy.network
 
 
 SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in (0.15, 0.2, 0.45, 0.6)]
@@ -153,9 +155,9 @@ SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in (0.15, 0.2, 0.45, 0.6)]
 
 @pytest.mark.parametrize("share", [0.3, *SLOW])
 def test_a_run_ends_within_a_percent_of_the_budget_and_below_uniform(digits, share):
-    problem, proposal = ends(digits, share)
+    problem, network = ends(digits, share)
     uniform = make_strategy("uniform", problem).ask()
-    assert digits.objective(digits.apply(problem, proposal)) < digits.objective(digits.apply(problem, uniform))
+    assert digits.objective(network.model) < digits.objective(digits.apply(problem, uniform))
 
 
 @pytest.mark.parametrize("penalty", ["group", "hoyer", "nuclear"])
@@ -192,7 +194,8 @@ def test_unknown_penalties_list_the_valid_ones(digits):
 
 def plans(prepared):
     few: dict[str, dict[str, int]] = {"evbmf": {}, "lasso": {}, "lasso-train": {"steps": 10}}
-    return [list(run(name, prepared, {"params": 0.3}, **options)[2]) for name, options in few.items()]
+    found = [run(name, prepared, {"params": 0.3}, **options) for name, options in few.items()]
+    return [[[c.method, *c.rank] for c in s.problem.candidates(proposal)] for _, s, proposal in found]
 
 
 SPAWNED = """

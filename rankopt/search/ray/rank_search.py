@@ -24,7 +24,7 @@ from rankopt.core.problem import Problem
 from rankopt.core.records import RECONSTRUCTED, Candidate, Proposal, Trial
 from rankopt.decompositions.plan import apply
 from rankopt.search.loop import Outcome, Study, trial_limit
-from rankopt.strategies.registry import make_strategy
+from rankopt.strategies.registry import make_strategy, strategy_class
 
 PLAN = "plan"
 """The key of a trial's config."""
@@ -105,6 +105,11 @@ class RankSearch(Searcher):  # type: ignore[misc]
             raise RankoptError(f"mode is {mode!r}: choose min or max")
         super().__init__(metric=metric, mode=mode)
         found: Prepared = getattr(prepared, "_prepared", prepared)
+        if strategy_class(strategy).trains:
+            raise RankoptError(
+                f"strategy {strategy!r} delivers one trained network, which is no plan for trials: give another "
+                "one, or use rankopt.compress"
+            )
         self.problem = found.problem(budget)
         self.asked = strategy, seed, dict(options or {})
         self.limit = trials
