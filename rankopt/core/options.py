@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rankopt.core.errors import RankoptError
@@ -54,3 +54,19 @@ def typed_options(options: Mapping[str, Any], known: Mapping[str, Any], whose: s
         except (ArithmeticError, KeyError, TypeError, ValueError):
             raise RankoptError(f"{whose}: option {key}={value} is no {kind.__name__}") from None
     return typed
+
+
+def check_choice(whose: str, option: str, value: str, allowed: Sequence[str]) -> None:
+    """Check an option that is one of several words.
+
+    Args:
+        whose: What the option belongs to, for messages.
+        option: The option.
+        value: Its value.
+        allowed: The values that it may have.
+
+    Raises:
+        RankoptError: It has another one.
+    """
+    if value not in allowed:
+        raise RankoptError(f"{whose}: unknown {option} {value!r}; choose from {', '.join(allowed)}")

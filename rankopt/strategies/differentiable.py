@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.candidates.prepare import Prepared
+from rankopt.core.options import check_choice
 from rankopt.core.progress import Progress
 from rankopt.core.records import Rank
 from rankopt.strategies.gates import (
@@ -38,7 +39,7 @@ from rankopt.strategies.gates import (
     take_while_they_fit,
     without_gates,
 )
-from rankopt.strategies.trained import RECIPE, Trainer, TrainingStrategy, check_choice
+from rankopt.strategies.trained import RECIPE, Trainer, TrainingStrategy
 
 SOFT = 0.6  # share of the steps that are made with soft ranks
 
@@ -129,7 +130,7 @@ class Differentiable(TrainingStrategy):
             RankoptError: For an option out of range.
         """
         super().__init__(problem, seed, steps=steps, rate=rate)
-        check_choice(self.name, "start", start, STARTS)
+        check_choice(f"strategy {self.name!r}", "start", start, STARTS)
         self.start = start
 
     def train(self, prepared: Prepared, progress: Progress) -> nn.Module:

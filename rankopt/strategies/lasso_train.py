@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.candidates.prepare import Prepared
+from rankopt.core.options import check_choice
 from rankopt.core.progress import Progress
 from rankopt.core.records import Rank
 from rankopt.strategies.gates import (
@@ -47,7 +48,7 @@ from rankopt.strategies.gates import (
     take_while_they_fit,
     without_gates,
 )
-from rankopt.strategies.trained import RECIPE, Trainer, TrainingStrategy, check_choice
+from rankopt.strategies.trained import RECIPE, Trainer, TrainingStrategy
 
 PENALTIES = ("l1", "group", "hoyer", "nuclear")
 
@@ -106,14 +107,14 @@ class LassoTrain(TrainingStrategy):
             RankoptError: For an option out of range.
         """
         super().__init__(problem, seed, steps=steps, rate=rate)
-        check_choice(self.name, "penalty", penalty, PENALTIES)
-        check_choice(self.name, "start", start, STARTS)
+        check_choice(f"strategy {self.name!r}", "penalty", penalty, PENALTIES)
+        check_choice(f"strategy {self.name!r}", "start", start, STARTS)
         self.penalty, self.start = penalty, start
 
     def train(self, prepared: Prepared, progress: Progress) -> nn.Module:
         families = ("svd_out",) if self.penalty == "nuclear" else FAMILIES
         model, chosen = start_network(prepared, self.problem, families, self.start)
-        layers = [
+        layers: list[Gated[GatedBond]] = [
             Gated(x, chosen[x.name], model.get_submodule(x.name)) for x in self.problem.layers if x.name in chosen
         ]
         steps = max(1, round(GATED * self.steps))

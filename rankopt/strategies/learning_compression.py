@@ -270,8 +270,9 @@ class Compression:
         parts = []
         for layer in self.problem.layers:
             if layer.name in self.low:
-                difference: Tensor = self.dense.get_submodule(layer.name).weight - self.low[layer.name]  # type: ignore[operator, assignment]
-                white = self.white[layer.name](as_matrix(layer, difference).reshape(layer.shape))
+                own: Tensor = self.dense.get_submodule(layer.name).weight  # type: ignore[assignment]
+                apart = as_matrix(layer, own - self.low[layer.name]).reshape(layer.shape)
+                white = self.white[layer.name](apart)
                 parts.append(self.weights[layer.name] * white.square().sum())
         return torch.stack(parts).sum() if parts else torch.zeros(())
 

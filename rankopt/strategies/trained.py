@@ -104,7 +104,7 @@ def _candidate(prepared: Prepared, layer: Layer, model: nn.Module) -> Candidate:
         return dense_candidate(layer)
     family = DECOMPOSITIONS[module.method]
     weight = prepared.model.get_submodule(layer.name).weight
-    target = full_target(layer, weight.detach(), *prepared.statistics[layer.name])  # type: ignore[operator, union-attr]
+    target = full_target(layer, weight.detach(), *prepared.statistics[layer.name])  # type: ignore[operator]
     with torch.no_grad():
         factors = tuple(f.detach().to(target.weight) for f in module.factors)
         error = target.error(family.weight(layer, factors).reshape(target.weight.shape))
@@ -128,22 +128,6 @@ def check_trainable(name: str, task: Task) -> None:
             f"strategy {name!r} trains the network, and the task has no train: give it batches (input, target), or "
             "choose a strategy that does not train"
         )
-
-
-def check_choice(strategy: str, option: str, value: str, allowed: Sequence[str]) -> None:
-    """Check an option that is one of several words.
-
-    Args:
-        strategy: The strategy's name.
-        option: The option.
-        value: Its value.
-        allowed: The values that it may have.
-
-    Raises:
-        RankoptError: It has another one.
-    """
-    if value not in allowed:
-        raise RankoptError(f"strategy {strategy!r}: unknown {option} {value!r}; choose from {', '.join(allowed)}")
 
 
 class TrainingStrategy(Strategy):
