@@ -35,7 +35,7 @@ from rankopt.training.losses import TrainingLoss
 from rankopt.training.recipe import Recipe, make_optimizer
 from rankopt.training.step import Loss
 
-RECIPE = Recipe(optimizer="adamw", rate=1e-3)
+RECIPE = Recipe(optimizer="adamw", rate=3e-4)
 """How the weights are trained; a strategy's options change the rate. It ends in a cosine over all steps."""
 
 
