@@ -45,9 +45,10 @@ def main() -> None:
     task = load(argparse.Namespace(task="resnet20", images=args.images, batch=128, test=10_000))
     prepared = prepare(task, SPACE, workers=1)
     names = [":".join([name, *(f"{k}={v}" for k, v in options.items())]) for name, options in RUNS]
+    machine = f"{platform.machine()}, one thread, torch {torch.__version__}; {datetime.now(UTC).date().isoformat()}"
     lines = [
-        f"KL divergence of ResNet-20's plans, no training; `python studies/lasso_dictionary.py --images {args.images}`; "
-        f"{platform.machine()}, one thread, torch {torch.__version__}; {datetime.now(UTC).date().isoformat()}.",
+        f"KL divergence of ResNet-20's plans without training; `python studies/lasso_dictionary.py --images "
+        f"{args.images}`; {machine}.",
         "",
         f"| budget | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",

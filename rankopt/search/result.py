@@ -59,8 +59,8 @@ from rankopt.training.batch_norm import recalibrate
 from rankopt.training.loop import train_briefly
 from rankopt.training.refine import refine as refine_layers
 
-LEARNT = "learnt in training"
-"""The reason of a plan's choices where a strategy trained the network."""
+LEARNT, TRAINED_DENSE = "rank learnt in training", "dense, trained with the others"
+"""The reasons of a plan's choices where a strategy trained the network."""
 
 
 @dataclass
@@ -158,8 +158,10 @@ def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
         if layer.name in chosen:
             candidates, at = chosen[layer.name]
             candidate = candidates[at]
-            learnt = prepared.network is not None
-            reason = LEARNT if learnt else _reason(layer, candidates, at, problem.limits[0].metric)
+            if prepared.network is None:
+                reason = _reason(layer, candidates, at, problem.limits[0].metric)
+            else:
+                reason = TRAINED_DENSE if candidate.unchanged else LEARNT
         else:
             candidate, reason = dense_candidate(layer), layer.reason or ""
         choices.append(
@@ -399,7 +401,7 @@ def _assemble(
         "trials": _trials_entry(outcome),
         "budget": {cast(Metric, x.metric): _budget_entry(x, plan.cost, dense) for x in problem.limits},
         "cost": {"dense": _cost_entry(dense), "compressed": _cost_entry(plan.cost)},
-        "optimality_gap": relative_gap(problem.loss(chosen.proposal), allocate(problem).bound),
+        "optimality_gap": _gap(prepared, problem, chosen),
         "objective": {
             "best": _measured(chosen.objective),
             "dense": prepared.dense_objective,
@@ -424,6 +426,13 @@ def _assemble(
     if "question" in metadata:
         info["question"] = metadata["question"]
     return cast(ResultInfo, {**info, **measured_entries(prepared, problem, outcome.checks)})
+
+
+def _gap(prepared: Prepared, problem: Problem, chosen: Trial) -> float | None:
+    """How far the plan's predicted loss is above the bound; what was trained has a problem of its own."""
+    if prepared.network is not None:
+        return None
+    return relative_gap(problem.loss(chosen.proposal), allocate(problem).bound)
 
 
 def _trials_entry(outcome: SearchOutcome) -> TrialsEntry:

@@ -275,4 +275,5 @@ def test_every_strategy_takes_layers_of_each_kind(prepared, strategy):
     problem = prepared.problem({"params": 0.6})
     made = make_strategy(strategy, problem, 0, OPTIONS.get(strategy, {}))
     made.measure(prepared, silent)
-    assert problem.fits(made.ask())
+    assert made.problem.fits(made.ask())
+    assert made.problem.limits == problem.limits

@@ -16,10 +16,12 @@ from rankopt.core.run_folder import WEIGHTS
 from rankopt.decompositions.modules import load_factors
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.model.layer_kinds import as_matrix, in_own_shape
+from rankopt.report.html import write_report
 from rankopt.search import compress
 from rankopt.search.benchmark import benchmark
 from rankopt.search.compress import TRAINED, run_search
 from rankopt.search.job import Job, run_job
+from rankopt.search.loop import Study
 from rankopt.search.ray.rank_search import RankSearch
 from rankopt.search.settings import SearchSettings
 from rankopt.strategies import trained
@@ -69,7 +71,9 @@ def test_the_weights_are_the_result(digits, name, metric, tmp_path, monkeypatch)
     assert cost[metric] <= 0.3 * digits.dense[metric]
     assert (cost.params, cost.macs) == (result.plan.cost.params, result.plan.cost.macs)
     assert result.info["objective"]["best"] == pytest.approx(digits.objective(result.model))
-    assert {c.reason for c in result.plan.choices if c.method != "dense"} == {"learnt in training"}
+    assert {c.reason for c in result.plan.choices if c.method != "dense"} == {"rank learnt in training"}
+    assert result.info["optimality_gap"] is None and "ranks learnt in training" in result.summary()
+    assert "The ranks were learnt together with the weights" in write_report(tmp_path).read_text()
 
 
 real = trained.train
@@ -263,6 +267,17 @@ def test_wrong_options_and_budgets_are_refused(digits, name):
         make_strategy(name, problem).ask()
     with pytest.raises(RankoptError, match="delivers one trained network"):
         RankSearch(digits, BUDGET, name, metric="x", mode="min")
+
+
+def test_a_study_of_another_problem_does_not_take_the_networks_plan(digits):
+    """Its indices, all 0, would elsewhere stand for the cheapest plan."""
+    problem = digits.problem(BUDGET)
+    strategy = make_strategy("lc", problem, 0, {"steps": 2})
+    study = Study(problem, strategy, 1)
+    strategy.measure(digits, silent)
+    with pytest.raises(RankoptError, match="strategy 'lc' has trained a network, which no plan of this problem stands"):
+        study.next()
+    assert Study(strategy.problem, strategy, 1).next() == (0,) * len(problem.layers)
 
 
 def test_words_that_are_no_options_are_refused(digits):
