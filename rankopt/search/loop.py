@@ -182,8 +182,8 @@ class Study:
         """
         if self.strategy.network is not None and self.problem is not self.strategy.problem:
             raise RankoptError(
-                f"strategy {self.strategy.name!r} has trained a network, which no plan of this problem stands for: make "
-                "the study of the strategy's own `problem`, after `measure`"
+                f"strategy {self.strategy.name!r} has trained a network, which no plan of this problem stands for: "
+                "make the study of the strategy's own `problem`, after `measure`"
             )
         others = self.others()  # read before the results: a plan that finishes in between is then in both
         self._read_results()
