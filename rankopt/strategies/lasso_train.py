@@ -14,8 +14,7 @@ together. After every optimiser step
 
 cost_r is the component's cost in the budget's metrics, as shares of their limits. After the share GATED of the steps,
 components with gates of zero are taken out, and the smaller network is trained for the rest of the steps: this is the
-network that is delivered. The gates that are kept get back what the penalty has taken from them, as in the relaxed
-Lasso (Meinshausen 2007). Gates that are zero only for the moment may be kept as far as the budget has room. A bond
+network that is delivered. Gates that are zero only for the moment may be kept as far as the budget has room. A bond
 keeps at least one component, so that a penalty changes the ranks of a layer's family, and not the family. Penalties:
 
 l1       Σ |g_r|
@@ -57,7 +56,7 @@ PENALTIES = ("l1", "group", "hoyer", "nuclear")
 GATED = 0.6  # share of the steps that are made with gates
 
 
-GATE_RATE = 2e-3  # Adam's learning rate of the gates
+GATE_RATE = 2e-2  # Adam's learning rate of the gates
 
 
 def soft_threshold(gates: Tensor, threshold: Tensor) -> Tensor:
@@ -134,7 +133,6 @@ class Run:
 
     Attributes:
         averages: id of a bond -> sum of its absolute gates over the last quarter of the steps, (R,).
-        lost: id of a bond -> what the penalty has taken from gates since they were last zero, (R,).
     """
 
     def __init__(self, strategy: LassoTrain, layers: Sequence[Gated[GatedBond]], steps: int) -> None:
@@ -150,7 +148,6 @@ class Run:
         self.pressure = Pressure(problem.limits, dense, layers, steps)
         self.penalty, self.layers, self.steps = strategy.penalty, layers, steps
         self.averages = {id(b): torch.zeros_like(b.gates) for x in layers for b in x.bonds}
-        self.lost = {id(b): torch.zeros_like(b.gates) for x in layers for b in x.bonds}
         self.state: Mapping[Any, Any] = {}
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
@@ -186,11 +183,9 @@ class Run:
         price = self.pressure.step(step, ranks_at)
         for bond, unit in (pair for of_layer in pairs for pair in of_layer):
             strongest = int(bond.gates.abs().argmax())  # is kept: a bond without gates would block all gradients
-            after = soft_threshold(bond.gates, price * unit)
-            after[strongest] = bond.gates[strongest]
-            lost = self.lost[id(bond)]
-            lost.add_((bond.gates - after).abs()).mul_(after != 0)
-            bond.gates.copy_(after)
+            value = bond.gates[strongest].clone()
+            bond.gates.copy_(soft_threshold(bond.gates, price * unit))
+            bond.gates[strongest] = value
         if step >= 3 * self.steps // 4:
             for layer in self.layers:
                 for bond in layer.bonds:
@@ -231,6 +226,5 @@ class Run:
             for values, bond in zip(of_layer, x.bonds, strict=True):
                 values.add_(top * (bond.gates != 0))
                 mean = self.averages[id(bond)] / max(self.steps - 3 * self.steps // 4, 1)
-                restored = bond.gates + bond.gates.sign() * self.lost[id(bond)]
-                bond.gates.copy_(torch.where(bond.gates == 0, mean, restored))
+                bond.gates.copy_(torch.where(bond.gates == 0, mean, bond.gates))
         return scores, take_while_they_fit(self.layers, scores, self.pressure.fits)
