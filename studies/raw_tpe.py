@@ -34,7 +34,7 @@ from rankopt.core.records import Cost, Proposal, Trial
 from rankopt.experiments.tasks import load_task
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.loop import Study, attempt, search
-from rankopt.strategies.registry import STRATEGIES, make_strategy
+from rankopt.strategies.registry import STRATEGIES, make_strategy, strategy_class
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "raw_tpe.json"
@@ -178,7 +178,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raw", type=int, default=200, help="trials of the script")
     parser.add_argument("--trials", type=int, default=40, help="evaluations of every strategy")
-    parser.add_argument("--only", nargs="*", default=list(STRATEGIES), help="strategies; all by default")
+    all_of_them = [name for name in STRATEGIES if not strategy_class(name).trains]
+    parser.add_argument("--only", nargs="*", default=all_of_them, help="strategies; by default all that do not train")
     given = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     prepared = prepare(

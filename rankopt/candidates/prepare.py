@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
@@ -102,6 +103,8 @@ class Prepared:
         family_seconds: Seconds of fitting by family, without fits that were read from the cache.
         measured: Latencies and energies by metric, those that the budget limits.
         lazy: Makes the fits that a budget asks for; None if all are made, and among the candidates.
+        network: A trained network, which the only plan of its problem stands for; None where plans are built from
+            factors.
         offers: All candidates that a budget may ask for, by layer name, with their costs; empty if all are made.
         memory: Memory and disk of candidates and plans, if the budget limits one of them.
         curves: Layer name -> measured (relative error, rise of the objective).
@@ -127,6 +130,7 @@ class Prepared:
     passes: float = 0.0
     lazy: LazyFits | None = None
     offers: Menus = field(default_factory=dict)
+    network: nn.Module | None = None
 
     @cached_property
     def dense_objective(self) -> float:
@@ -248,8 +252,10 @@ class Prepared:
             proposal: One frontier index per layer.
 
         Returns:
-            A copy of the task's model with the proposal's factors in place.
+            A copy of the task's model with the proposal's factors in place; or a copy of the trained network.
         """
+        if self.network is not None:
+            return copy.deepcopy(self.network)
         return apply(self.task.model, problem.layers, problem.candidates(proposal), self.factors)
 
 

@@ -88,8 +88,8 @@ def search(  # noqa: PLR0913  # a parameter for every option
     strategy: Annotated[
         str,
         typer.Option(
-            help="knapsack, optuna, rl, thompson, lasso, lasso-train, evbmf, greedy, energy, uniform, random, "
-            "MODULE:CLASS or FILE.py:CLASS",
+            help="knapsack, optuna, rl, thompson, lasso, lasso-train, differentiable, lc, evbmf, greedy, energy, "
+            "uniform, random, MODULE:CLASS or FILE.py:CLASS",
             rich_help_panel=STRATEGY,
             autocompletion=complete_strategy,
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -72,3 +72,19 @@ def text_of(value: Any) -> str:
         return str(value)
     kind = value if isinstance(value, type) else type(value)
     return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def check_choice(whose: str, option: str, value: str, allowed: Sequence[str]) -> None:
+    """Check an option that is one of several words.
+
+    Args:
+        whose: What the option belongs to, for messages.
+        option: The option.
+        value: Its value.
+        allowed: The values that it may have.
+
+    Raises:
+        RankoptError: It has another one.
+    """
+    if value not in allowed:
+        raise RankoptError(f"{whose}: unknown {option} {value!r}; choose from {', '.join(allowed)}")

@@ -814,7 +814,7 @@ class ResultInfo(SearchMetadata):
         budget: The limits, by metric.
         cost: Cost of both models.
         optimality_gap: Relative gap of the chosen plan's predicted loss to the least that any plan of the fitted
-            candidates can have within the budget.
+            candidates can have within the budget; None where a strategy trained the network.
         objective: Objective of the chosen plan.
         fidelities: One row for each fidelity below the full one.
         refinement: Refitting of the layers one after the other; None if not asked for.
@@ -848,7 +848,7 @@ class ResultInfo(SearchMetadata):
     trials: TrialsEntry
     budget: dict[Metric, BudgetEntry]
     cost: CostsEntry
-    optimality_gap: float
+    optimality_gap: float | None
     objective: ObjectiveEntry
     fidelities: NotRequired[list[FidelityRow]]
     refinement: NotRequired[ChangeEntry | None]

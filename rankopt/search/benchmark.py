@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired
 
 import numpy as np
+from torch import nn
 from typing_extensions import TypedDict
 
 from rankopt.candidates.prepare import Prepared
@@ -386,7 +388,8 @@ def _joined(before: Benchmark, data: Benchmark) -> Benchmark:
 
 def _copied(book: _Book, budget: str, label: str, seed: int) -> Cell | None:
     """The run of seed 0, if the strategy does not use its seed: it is one-shot and seeds 0 and 1 gave one plan."""
-    if seed < 2 or not strategy_class(read_strategy(label)[0]).one_shot:
+    strategy = strategy_class(read_strategy(label)[0])
+    if seed < 2 or not strategy.one_shot or strategy.trains:  # of what is trained, plans do not tell seeds apart
         return None
     first, second = (book.cell(budget, label, s) for s in (0, 1))
     if not first or not second or first["error"] or second["error"]:
@@ -439,10 +442,12 @@ class _Runs:
     progress: Progress
     runner: Runner
     known: dict[PlanKey, Outcome] = field(default_factory=dict)
+    networks: dict[tuple[str, str, int], nn.Module] = field(default_factory=dict)  # by budget, strategy and seed
 
     def remember(self, cell: Cell) -> None:
         """Reuse a cell's measurements, except failed ones, which may have been transient."""
-        if problem := self.problems.get(cell["budget"]):
+        problem = self.problems.get(cell["budget"])
+        if problem and not strategy_class(read_strategy(cell["strategy"])[0]).trains:  # theirs are of another problem
             for t in cell["trials"]:
                 key = plan_key(problem, tuple(t["proposal"]))
                 if t["error"] is None:
@@ -456,12 +461,15 @@ class _Runs:
             with clock.stage("strategy"):
                 name, options = read_strategy(label)
                 strategy = make_strategy(name, problem, seed, options)
-                limit = trial_limit(strategy, self.trials)
-                study = _RememberingStudy(problem, strategy, limit, known=self.known, clock=clock)
             with clock.stage("measure"):
                 strategy.measure(self.prepared, self.progress)
-            p = self.prepared
-            self.runner(study, Evaluator(problem, p.task.model, p.factors, p.objective, None))
+            p, network = self.prepared, strategy.network
+            if network is not None:
+                problem, self.networks[budget, label, seed] = strategy.problem, network.model
+            limit = trial_limit(strategy, self.trials)
+            study = _RememberingStudy(problem, strategy, limit, known=self.known, clock=clock)
+            evaluator = Evaluator(problem, p.task.model, p.factors, p.objective, None)
+            self.runner(study, dataclasses.replace(evaluator, network=network and network.model))
         except Exception as caught:  # noqa: BLE001  # whatever a strategy raises is its cell's error
             error = f"{type(caught).__name__}: {caught}"
         rows = [_row(t, t.proposal in study.repeated) for t in study.trials] if study else []
@@ -490,19 +498,36 @@ class _Runs:
         value = known["score"] if known else None
         value = call(f"the {part} score", function, task.model) if value is None else value
         dense: DenseScore = {"part": part, "score": value, "interval": wilson(value, examples)}
-        kept = {(s["budget"], *s["proposal"]): s["score"] for s in book.data["scores"]}
+        kept = {_scored(s): s["score"] for s in book.data["scores"]}
         rows: list[ScoreRow] = []
         best = winners(book.cells())
         row: Winner
         for row in self.progress(best, "scoring", len(best)):
-            key = (row["budget"], *row["proposal"])
+            key = _scored(row)
             if key not in kept:
-                model = self.prepared.apply(self.problems[row["budget"]], tuple(row["proposal"]))
-                kept[key] = call(f"the {part} score", function, model)
+                kept[key] = call(f"the {part} score", function, self._model(row))
             rows.append(
                 {**row, "part": part, "examples": examples, "score": kept[key], "interval": wilson(kept[key], examples)}
             )
         return dense, rows
+
+    def _model(self, row: Winner) -> nn.Module:
+        """A winner's model; a network that an earlier process trained is trained again."""
+        budget, label, seed = row["budget"], row["strategy"], row["seed"]
+        name, options = read_strategy(label)
+        if not strategy_class(name).trains:
+            return self.prepared.apply(self.problems[budget], tuple(row["proposal"]))
+        if (budget, label, seed) not in self.networks:
+            strategy = make_strategy(name, self.problems[budget], seed, options)
+            strategy.measure(self.prepared, self.progress)
+            self.networks[budget, label, seed] = strategy.network.model
+        return self.networks[budget, label, seed]
+
+
+def _scored(row: Winner) -> tuple[object, ...]:
+    """What tells the models of winners apart: a plan; of a strategy that trains, the run."""
+    run = (row["strategy"], row["seed"]) if strategy_class(read_strategy(row["strategy"])[0]).trains else ()
+    return (row["budget"], *run, *row["proposal"])
 
 
 def _row(trial: Trial, repeated: bool) -> BenchmarkTrial:

@@ -7,6 +7,7 @@ experiments prepare a task themselves.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,9 @@ from rankopt.core.files import digest
 from rankopt.core.options import text_of
 from rankopt.core.problem import Problem
 from rankopt.core.progress import Progress, silent
-from rankopt.core.records import Proposal, Trial
+from rankopt.core.records import Proposal, Task, Trial
 from rankopt.core.result_record import QuestionEntry, SearchMetadata
-from rankopt.core.run_folder import open_folder
+from rankopt.core.run_folder import PLAN, open_folder
 from rankopt.core.statistics import is_far
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.identity import identity
@@ -27,10 +28,14 @@ from rankopt.search.latency_check import Checks, FinishedSearch, check, checkabl
 from rankopt.search.loop import RunFor, Runner, Study, best, search, trial_limit
 from rankopt.search.result import Result, SearchOutcome, build_result
 from rankopt.search.settings import SearchSettings
-from rankopt.strategies.registry import make_strategy
+from rankopt.strategies.registry import make_strategy, strategy_class
+from rankopt.strategies.trained import Network, TrainingStrategy, check_trainable
 
 if TYPE_CHECKING:
     from rankopt.search.storage.local import Store
+
+TRAINED = "trained"
+"""Folder of a run folder with the network of a strategy that trains, until the result is written."""
 
 
 def run_search(
@@ -63,6 +68,7 @@ def run_search(
     """
     if settings.refine and settings.fidelities.steps:
         raise RankoptError("refining would undo the training of the plans: search without --refine or without train=")
+    check_training(settings, prepared.task)
     metadata: SearchMetadata = {
         "task": prepared.task.name,
         "strategy": settings.strategy,
@@ -79,7 +85,7 @@ def run_search(
         return tuple(check(prepared, limit, problem, proposal) for limit in limits)
 
     def search_within(problem: Problem, limits_changed: bool = True) -> FinishedSearch:
-        return _search_once(prepared, problem, settings, store, runner, progress, limits_changed)
+        return _search_once(prepared, problem, settings, out, store, runner, progress, limits_changed)
 
     try:
         finished = search_within(problem, limits_changed=False)
@@ -88,6 +94,7 @@ def run_search(
             with prepared.clock.stage("checking"):
                 finished, checks = search_until_met(finished, check_plan, search_within, progress)
         strategy = finished.study.strategy
+        prepared = dataclasses.replace(prepared, network=finished.network)
         if max_drop:
             metadata["question"] = max_drop
         metadata["notes"] = strategy.notes
@@ -105,6 +112,7 @@ def run_search(
         if out is not None and store is not None:
             store.export()
             result.save(out)
+            shutil.rmtree(out / TRAINED, ignore_errors=True)
     finally:
         if store is not None:
             store.close()
@@ -128,6 +136,7 @@ def _search_once(
     prepared: Prepared,
     problem: Problem,
     settings: SearchSettings,
+    out: Path | None,
     store: Store | None,
     runner: Runner,
     progress: Progress,
@@ -141,17 +150,52 @@ def _search_once(
     strategy = make_strategy(settings.strategy, problem, settings.seed, settings.options)
     if strategy.prunes and not settings.fidelities.names[1:]:
         raise RankoptError("a pruner stops trials at low fidelities: give some, as --fidelities 0.1,0.5")
+    if isinstance(strategy, TrainingStrategy):
+        with prepared.clock.stage("strategy"):
+            _train(strategy, prepared, out, progress)
+        prepared, problem = dataclasses.replace(prepared, network=strategy.network.model), strategy.problem
     study = Study(problem, strategy, trial_limit(strategy, settings.trials), store, callbacks=settings.callbacks)
     study.resume()
     if limits_changed:
         strategy.n_asked = 0
         study.limit = max(study.limit, len(study.trials) + strategy.one_shot)
-    if len(study.trials) < study.limit:
+    if len(study.trials) < study.limit and not strategy.trains:
         with prepared.clock.stage("strategy"):
             strategy.measure(prepared, progress)
     with prepared.clock.stage("search"):
         trials = runner(study, Evaluator.of(prepared, problem, settings.fidelities))
-    return FinishedSearch(problem, study, trials, best(trials))
+    return FinishedSearch(problem, study, trials, best(trials), prepared.network)
+
+
+def _train(strategy: TrainingStrategy, prepared: Prepared, out: Path | None, progress: Progress) -> None:
+    """Train a strategy's network, or read the one that an earlier run of this search trained and left in its folder."""
+    folder = None if out is None else out / TRAINED
+    if folder is not None and (folder / PLAN).is_file():
+        strategy.deliver(Network.read(folder, prepared, strategy.problem.layers))
+        return
+    strategy.measure(prepared, progress)
+    if folder is not None:
+        strategy.network.save(folder)
+
+
+def check_training(settings: SearchSettings, task: Task) -> None:
+    """Check that a strategy that trains can do so, before any work.
+
+    Args:
+        settings: How to search.
+        task: The task.
+
+    Raises:
+        TaskError: The task lacks what the training needs.
+        RankoptError: The network would not be what was trained.
+    """
+    if not strategy_class(settings.strategy).trains:
+        return
+    check_trainable(settings.strategy, task)
+    if settings.refine:
+        raise RankoptError(
+            f"refining would undo the training of strategy {settings.strategy!r}: search without --refine"
+        )
 
 
 def open_run_folder(out: Path, settings: SearchSettings) -> None:

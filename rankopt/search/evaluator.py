@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Evaluator:
         slices: Parts of the objective's examples, one for each fidelity; empty if the objective is measured whole.
         training_data: (batches, loss) of the short training at the last fidelity; None if there is none.
         steps: Steps of that training.
+        network: A trained network, which is evaluated instead of what the factors make; None without one.
     """
 
     problem: Problem
@@ -47,6 +49,7 @@ class Evaluator:
     slices: Sequence[Any] = ()
     training_data: tuple[list[Any], Loss] | None = None
     steps: int = 0
+    network: nn.Module | None = None
 
     @classmethod
     def of(cls, prepared: Prepared, problem: Problem, fidelities: FidelitySchedule = FULL_FIDELITY) -> Evaluator:
@@ -79,6 +82,7 @@ class Evaluator:
             slices,
             training_data=search_batches(task, prepared.statistics.batches) if fidelities.steps else None,
             steps=fidelities.steps,
+            network=prepared.network,
         )
 
     @property
@@ -87,7 +91,7 @@ class Evaluator:
         return device_name(device_of(self.model))
 
     def to(self, device: str) -> None:
-        """Move the dense model, from which plans are built.
+        """Move the dense model, from which plans are built, and the trained network.
 
         Args:
             device: A device as torch names it.
@@ -96,6 +100,8 @@ class Evaluator:
             TaskError: If the model does not move.
         """
         self.model.to(device)
+        if self.network is not None:
+            self.network.to(device)
         if (found := device_of(self.model).type) != torch.device(device).type:
             raise TaskError(f"the model was moved to {device} and is on {found}: its own to() does not move it")
 
@@ -120,13 +126,18 @@ class Evaluator:
         Yields:
             The objective at each lower fidelity, then (objective, validation score).
         """
-        model = apply(self.model, self.problem.layers, self.problem.candidates(proposal), self.factors)
+        model = self._build(proposal)
         objective = yield from self._whole(model)
         if self.training_data:
             yield objective
             model = train_briefly(model, *self.training_data, self.steps)
             objective = _number(self.objective, model)
         yield objective, call("the score", self.score, model)
+
+    def _build(self, proposal: Proposal) -> nn.Module:
+        if self.network is not None:
+            return copy.deepcopy(self.network)
+        return apply(self.model, self.problem.layers, self.problem.candidates(proposal), self.factors)
 
     def _whole(self, model: nn.Module) -> Generator[float, None, float]:
         """Return the objective on all examples; yield it after every slice except the last."""

@@ -20,7 +20,7 @@ from rankopt.core.result_record import AsFastEntry
 from rankopt.core.run_folder import AS_FAST, write_result
 from rankopt.decompositions.registry import FamilyLike
 from rankopt.model.forward import device_of
-from rankopt.search.compress import open_run_folder, run_search
+from rankopt.search.compress import check_training, open_run_folder, run_search
 from rankopt.search.loop import Runner
 from rankopt.search.max_drop import OPTIONS, check_max_drop, smallest_model
 from rankopt.search.multi_stage import run_multi_stage
@@ -216,6 +216,7 @@ def _with_as_fast(result: Result, task: Task, job: Job, progress: bool | Progres
 def _run(task: Task, job: Job, progress: bool | Progress | None) -> Result:
     if job.max_drop is not None:
         check_max_drop(task, job.max_drop, job.minimize or "params")
+    check_training(job.settings, task)
     runner, show, shown = _opened(job, progress)
     if job.space.rounds > 1:
         with session(runner):

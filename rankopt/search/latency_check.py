@@ -255,12 +255,14 @@ class FinishedSearch(NamedTuple):
         study: Its strategy and trials.
         trials: All trials.
         chosen: The finished trial with the least objective.
+        network: The trained network that the chosen plan stands for; None of strategies that do not train.
     """
 
     problem: Problem
     study: Study
     trials: list[Trial]
     chosen: Trial
+    network: nn.Module | None = None
 
 
 Checks = tuple[Check, ...]

@@ -176,7 +176,15 @@ class Study:
         Returns:
             A plan that nobody has evaluated or is evaluating; None if there is none. If plans are `pending` or
             `awaited`, their results may change that.
+
+        Raises:
+            RankoptError: The strategy has trained a network, and this is a study of other plans.
         """
+        if self.strategy.network is not None and self.problem is not self.strategy.problem:
+            raise RankoptError(
+                f"strategy {self.strategy.name!r} has trained a network, which no plan of this problem stands for: "
+                "make the study of the strategy's own `problem`, after `measure`"
+            )
         others = self.others()  # read before the results: a plan that finishes in between is then in both
         self._read_results()
         seen = {t.proposal for t in self.trials} | self.pending.keys() | others

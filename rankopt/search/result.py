@@ -80,6 +80,10 @@ MOST_POINTS = 20_000
 """Candidates in frontiers.json, of all layers together."""
 
 
+LEARNT, TRAINED_DENSE = "rank learnt in training", "dense, trained with the others"
+"""The reasons of a plan's choices where a strategy trained the network."""
+
+
 @dataclass
 class Result:
     """What a compression returns.
@@ -190,7 +194,11 @@ def make_plan(prepared: Prepared, problem: Problem, proposal: Proposal) -> Plan:
     for layer in prepared.layers:
         if layer.name in chosen:
             candidates, at = chosen[layer.name]
-            candidate, reason = candidates[at], _reason(layer, candidates, at, problem.limits[0].metric)
+            candidate = candidates[at]
+            if prepared.network is None:
+                reason = _reason(layer, candidates, at, problem.limits[0].metric)
+            else:
+                reason = TRAINED_DENSE if candidate.unchanged else LEARNT
         else:
             candidate, reason = dense_candidate(layer), layer.reason or ""
         choices.append(
@@ -412,6 +420,8 @@ def _check_cost(prepared: Prepared, outcome: SearchOutcome, planned: Cost, achie
 def _differing_layer(prepared: Prepared, outcome: SearchOutcome) -> str | None:
     """The first layer whose replacement, alone in the model, does not cost what its candidate says."""
     problem, task = outcome.problem, prepared.task
+    if prepared.network is not None:  # its layers are made of no factors that are kept
+        return None
     for layer, candidate in zip(problem.layers, problem.candidates(outcome.chosen.proposal), strict=True):
         alone = apply(task.model, [layer], [candidate], prepared.factors)
         if count(alone, task.example_input) != prepared.dense - layer.cost + candidate.cost:
@@ -468,7 +478,7 @@ def _assemble(
         "trials": _trials_entry(outcome),
         "budget": {cast(Metric, x.metric): _budget_entry(x, plan.cost, dense) for x in problem.limits},
         "cost": {"dense": _cost_entry(dense), "compressed": _cost_entry(plan.cost)},
-        "optimality_gap": relative_gap(problem.loss(chosen.proposal), allocate(problem).bound),
+        "optimality_gap": _gap(prepared, problem, chosen),
         "objective": {
             "best": _measured(chosen.objective),
             "dense": prepared.dense_objective,
@@ -495,6 +505,13 @@ def _assemble(
     if "question" in metadata:
         info["question"] = metadata["question"]
     return cast(ResultInfo, {**info, **measured_entries(prepared, problem, outcome.checks)})
+
+
+def _gap(prepared: Prepared, problem: Problem, chosen: Trial) -> float | None:
+    """How far the plan's predicted loss is above the bound; what was trained has a problem of its own."""
+    if prepared.network is not None:
+        return None
+    return relative_gap(problem.loss(chosen.proposal), allocate(problem).bound)
 
 
 def _trials_entry(outcome: SearchOutcome) -> TrialsEntry:

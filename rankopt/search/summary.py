@@ -395,10 +395,11 @@ def budget_text(info: ResultInfo) -> str:
     trials = info["trials"]
     stopped = f", {trials['stopped']} stopped at a low fidelity" if trials.get("stopped") else ""
     stopped += ", interrupted" if trials.get("interrupted") else ""
+    gap = info["optimality_gap"]
+    bound = "ranks learnt in training" if gap is None else f"optimality gap of the predicted loss {gap:.2%}"
     return (
         f"budget  {'; '.join(parts)}\n"
-        f"search  {counted(n_evaluated(info), 'plan')}, {trials['failed']} failed{stopped}; "
-        f"optimality gap of the predicted loss {info['optimality_gap']:.2%}\n"
+        f"search  {counted(n_evaluated(info), 'plan')}, {trials['failed']} failed{stopped}; {bound}\n"
         f"seconds {', '.join(f'{k} {v:.1f}' for k, v in info['seconds'].items())}"
     )
 

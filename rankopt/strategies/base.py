@@ -61,21 +61,26 @@ class Strategy(metaclass=_StrategyMeta):
         one_shot: Whether the strategy proposes a single plan; class attribute.
         needs_model: Whether `measure` must be called before the first ask; class attribute.
         prunes: Whether `promote` decides; a search without fidelities then makes no sense.
+        trains: Whether it delivers a trained network, as `rankopt.strategies.trained.TrainingStrategy` does; class
+            attribute.
         problem: The candidates of every layer, and the limits.
         seed: The same seed gives the same proposals.
         n_asked: Number of proposals made.
         notes: Layer name -> remark about the layer, for result.json.
+        network: The trained network whose plan is the only proposal; None of strategies that do not train.
     """
 
     name: ClassVar[str]
     one_shot: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
     prunes: bool = False
+    trains: ClassVar[bool] = False
 
     def __init__(self, problem: Problem, seed: int = 0) -> None:
         self.problem, self.seed = problem, seed
         self.n_asked = 0
         self.notes: dict[str, str] = {}
+        self.network: Any = None
 
     def measure(self, prepared: Any, progress: Any) -> None:
         """Use the model and its data before the first ask, for strategies that train or calibrate.

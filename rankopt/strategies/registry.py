@@ -40,6 +40,8 @@ STRATEGIES: Registry[str | type[Strategy]] = Registry(
         "evbmf": "rankopt.strategies.evbmf:Evbmf",
         "lasso": "rankopt.strategies.lasso:Lasso",
         "lasso-train": "rankopt.strategies.lasso_train:LassoTrain",
+        "differentiable": "rankopt.strategies.differentiable:Differentiable",
+        "lc": "rankopt.strategies.learning_compression:LearningCompression",
         "optuna": "rankopt.strategies.optuna:Optuna",
         "thompson": "rankopt.strategies.thompson:Thompson",
         "rl": "rankopt.strategies.rl:Agent",

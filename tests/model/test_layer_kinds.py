@@ -267,7 +267,7 @@ def test_a_model_of_each_kind_becomes_smaller_and_comes_back(prepared, tmp_path)
     assert f"{NEW[kind]}" in table and "×".join(map(str, choice.shape)) in table
 
 
-OPTIONS = {"lasso-train": {"steps": 8}}
+OPTIONS = {name: {"steps": 8} for name in ("lasso-train", "differentiable", "lc")}
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
@@ -275,4 +275,5 @@ def test_every_strategy_takes_layers_of_each_kind(prepared, strategy):
     problem = prepared.problem({"params": 0.6})
     made = make_strategy(strategy, problem, 0, OPTIONS.get(strategy, {}))
     made.measure(prepared, silent)
-    assert problem.fits(made.ask())
+    assert made.problem.fits(made.ask())
+    assert made.problem.limits == problem.limits

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import rankopt
 from rankopt.core.errors import RankoptError
 from rankopt.core.progress import silent
 from rankopt.core.records import Candidate, Cost
@@ -22,7 +23,7 @@ from rankopt.decompositions.variable_projection import full_target
 from rankopt.model.layer_kinds import as_matrix
 from rankopt.search.compress import run_search
 from rankopt.search.settings import SearchSettings
-from rankopt.strategies.lasso import GRID, lasso, rank_one, refitted, regression
+from rankopt.strategies.lasso import GRID, Components, family_components, lasso, refitted, regression, svd_components
 from rankopt.strategies.lasso_train import FAMILIES, Gated, LassoTrain, hoyer_weights, soft_threshold
 from rankopt.strategies.registry import make_strategy
 from tests.helpers.layers import PAIRS, make
@@ -43,12 +44,80 @@ def test_the_regression_is_that_of_the_layers_output():
     family = DECOMPOSITIONS["svd_out"]
     (fit,) = family.fit(case.layer, case.module.weight, [(9,)], case.moment, case.metric, steps=5)
     target = full_target(case.layer, case.module.weight, case.moment, case.metric)
-    out, rows = rank_one(case.layer, fit.factors)
+    out, rows = svd_components(case.layer, target)
+    out, rows = out[..., :9], rows[:, :9]
     torch.testing.assert_close((out @ rows).reshape(case.module.weight.shape), family.weight(case.layer, fit.factors))
     gram, cross = regression(target, out, rows)
     one = [out[:, :, [r]] @ rows[:, [r]] for r in range(9)]
     gates = np.array([target.error(target.weight - x) for x in one]) ** 0.5  # shares of the weight's norm
     assert 1 - 2 * cross @ gates + gates @ gram @ gates == pytest.approx(target.error(out @ rows), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for f, n in PAIRS if f == "svd_out"])
+def test_of_the_svd_alone_the_lasso_keeps_the_first_with_the_error_of_the_output_metrics_svd(name):
+    """They are orthogonal in the metric; the reference is the SVD of H^½ W S^½, of all groups."""
+    case = make(name)
+    target = full_target(case.layer, case.module.weight, case.moment, case.metric)
+    gram, cross = regression(target, *svd_components(case.layer, target))
+    moment = target.moment.diag_embed() if target.diagonal else target.moment
+    half, other = (_root(m) for m in (target.metric, moment))
+    squares = torch.linalg.svdvals(half @ target.weight @ other).square().sum(0)
+    tails = (squares.sum() - squares.cumsum(0)).clamp_min(0) / squares.sum()
+    gates = lasso(gram, cross)
+    for kept in gates.T != 0:
+        rank = int(kept.sum())
+        assert not rank or kept[:rank].all(), "the best R are the first R"
+        if rank:
+            assert refitted(gram, cross, kept) == pytest.approx(float(tails[rank - 1]), rel=1e-6, abs=1e-9)
+    strong = cross > 1e-6
+    np.testing.assert_allclose(gram[np.ix_(strong, strong)], np.eye(strong.sum()), atol=1e-6)
+
+
+def _root(matrix):
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
+
+
+def test_directions_that_the_metric_does_not_see_do_not_matter():
+    """A metric of rank 3: three components explain all, where the SVD of the bare weight needs eight."""
+    case = make("conv3x3")
+    low = case.metric[..., :3] @ case.metric[..., :3].mT
+    target = full_target(case.layer, case.module.weight, case.moment, low)
+    gram, cross = regression(target, *svd_components(case.layer, target))
+    assert refitted(gram, cross, np.arange(len(cross)) < 3) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_among_components_of_several_families_the_lasso_is_more_than_a_threshold(digits):
+    """Correlated components: what is kept is not what correlates most with the weight by itself."""
+    layer = next(x for x in digits.problem({"params": 0.3}).layers if x.name == "conv3")
+    weight = digits.model.get_submodule("conv3").weight
+    target = full_target(layer, weight, *digits.statistics["conv3"])
+    (block,) = family_components(layer, target, digits.candidates["conv3"], digits.factors, 10**6)
+    fitted = sum(block.matrices)
+    largest = max((c for c in digits.candidates["conv3"] if c.method == "cp_merged"), key=lambda c: c.rank)
+    assert target.error(fitted) == pytest.approx(largest.error, rel=1e-3)
+    svd = svd_components(layer, target)
+    gram, cross = regression(target, *svd, block.matrices)
+    assert np.allclose(np.diag(gram), 1)
+    together = (svd[0][..., [0]] @ svd[1][:, [0]]) + block.matrices[0]
+    norms = [target.error(target.weight - x) ** 0.5 for x in (svd[0][..., [0]] @ svd[1][:, [0]], block.matrices[0])]
+    at = [0, svd[0].shape[-1]]
+    moments = np.array(norms) @ gram[np.ix_(at, at)] @ np.array(norms)
+    assert 1 - 2 * cross[at] @ norms + moments == pytest.approx(target.error(together), rel=1e-6)
+    svd_cost = Components.of(layer, "svd_out", at[1]).cost.params
+    prices = np.array([svd_cost] * at[1] + [block.cost.params] * block.number) / svd_cost
+    kept = next(g != 0 for g in lasso(gram / np.outer(prices, prices), cross / prices).T if (g != 0).sum() >= 60)
+    strongest = np.argsort(-np.abs(cross / prices))
+    strongest = strongest[prices[strongest].cumsum() <= prices @ kept]
+    assert kept[: at[1]].any() and kept[at[1] :].any()
+    assert set(np.flatnonzero(kept)) != set(strongest)
+    chosen = np.isin(np.arange(len(cross)), strongest)
+    assert refitted(gram, cross, kept) < refitted(gram, cross, chosen)
+
+
+def test_an_unknown_dictionary_is_refused(digits):
+    with pytest.raises(RankoptError, match="strategy 'lasso': unknown dictionary 'cp'; choose from families, svd"):
+        make_strategy("lasso", digits.problem({"params": 0.3}), 0, {"dictionary": "cp"})
 
 
 def test_the_path_meets_the_conditions_of_the_lasso():
@@ -142,10 +211,11 @@ def test_hoyer_weights_follow_the_derivative():
 
 def ends(digits, share, penalty="l1", steps=100, within=0.01):
     problem, strategy, proposal = run("lasso-train", digits, {"params": share}, penalty=penalty, steps=steps)
-    left = problem.fixed.params + sum(c.params for c in strategy.costs)
+    left = strategy.problem.cost(proposal).params
     assert (1 - within) * problem.limits[0].target <= left <= problem.limits[0].target, (share, penalty)
-    assert problem.fits(proposal)
-    return problem, proposal
+    assert strategy.problem.fits(proposal)
+    assert rankopt.count(strategy.network.model, digits.task.example_input).params == left
+    return problem, strategy.network
 
 
 SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in (0.15, 0.2, 0.45, 0.6)]
@@ -153,9 +223,9 @@ SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in (0.15, 0.2, 0.45, 0.6)]
 
 @pytest.mark.parametrize("share", [0.3, *SLOW])
 def test_a_run_ends_within_a_percent_of_the_budget_and_below_uniform(digits, share):
-    problem, proposal = ends(digits, share)
+    problem, network = ends(digits, share)
     uniform = make_strategy("uniform", problem).ask()
-    assert digits.objective(digits.apply(problem, proposal)) < digits.objective(digits.apply(problem, uniform))
+    assert digits.objective(network.model) < digits.objective(digits.apply(problem, uniform))
 
 
 @pytest.mark.parametrize("penalty", ["group", "hoyer", "nuclear"])
@@ -192,7 +262,8 @@ def test_unknown_penalties_list_the_valid_ones(digits):
 
 def plans(prepared):
     few: dict[str, dict[str, int]] = {"evbmf": {}, "lasso": {}, "lasso-train": {"steps": 10}}
-    return [list(run(name, prepared, {"params": 0.3}, **options)[2]) for name, options in few.items()]
+    found = [run(name, prepared, {"params": 0.3}, **options) for name, options in few.items()]
+    return [[[c.method, *c.rank] for c in s.problem.candidates(proposal)] for _, s, proposal in found]
 
 
 SPAWNED = """

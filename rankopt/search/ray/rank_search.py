@@ -24,7 +24,7 @@ from rankopt.core.problem import Problem
 from rankopt.core.records import RECONSTRUCTED, Candidate, Proposal, Trial
 from rankopt.decompositions.plan import apply
 from rankopt.search.loop import Outcome, Study, trial_limit
-from rankopt.strategies.registry import StrategyLike, configured, make_strategy
+from rankopt.strategies.registry import StrategyLike, configured, make_strategy, strategy_class
 
 PLAN = "plan"
 """The key of a trial's config."""
@@ -107,6 +107,11 @@ class RankSearch(Searcher):  # type: ignore[misc]
         found: Prepared = getattr(prepared, "_prepared", prepared)
         self.problem = found.problem(budget)
         name, read = configured(strategy, options)
+        if strategy_class(name).trains:
+            raise RankoptError(
+                f"strategy {name!r} delivers one trained network, which is no plan for trials: give another "
+                "one, or use rankopt.compress"
+            )
         self.asked = name, seed, read
         self.limit = trials
         self.running: dict[str, Proposal] = {}
