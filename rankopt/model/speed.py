@@ -19,6 +19,9 @@ from rankopt.model.inputs import expanded
 LARGEST_BATCH = 4096
 """Examples of the largest batch that is timed."""
 
+SECONDS = 0.5
+"""How long a batch is timed at least."""
+
 LONGEST_PASS = 0.2
 """Seconds of a forward pass from which no larger batch is tried."""
 
@@ -48,7 +51,7 @@ class ForwardTimes:
 
 
 def forward_times(
-    models: Sequence[nn.Module], example: Any, programs: Sequence[Program] = (), seconds: float = 0.5
+    models: Sequence[nn.Module], example: Any, programs: Sequence[Program] = (), seconds: float | None = None
 ) -> list[ForwardTimes]:
     """Time forward passes of one example, and of a batch that fills the device.
 
@@ -58,7 +61,7 @@ def forward_times(
         models: The models, on one device. The batch fills it for each of them.
         example: One example, on that device.
         programs: Exported programs that take the same inputs.
-        seconds: How long to measure each batch at least, see `in_turn`.
+        seconds: How long to measure each batch at least, see `in_turn`. Default: SECONDS.
 
     Returns:
         The times of one example and, unless that fills the device or the model takes no larger batch, of a full one.
@@ -68,7 +71,7 @@ def forward_times(
 
 
 def batch_times(
-    models: Sequence[nn.Module], x: Any, examples: int, programs: Sequence[Program] = (), seconds: float = 0.5
+    models: Sequence[nn.Module], x: Any, examples: int, programs: Sequence[Program] = (), seconds: float | None = None
 ) -> ForwardTimes:
     """Time forward passes of one batch, as `forward_times`.
 
@@ -77,13 +80,13 @@ def batch_times(
         x: Their input.
         examples: How many examples it has.
         programs: Exported programs that take the same input.
-        seconds: How long to measure at least.
+        seconds: How long to measure at least. Default: SECONDS.
     """
     calls = [*(partial(run, model, x) for model in models), *(partial(program, x) for program in programs)]
     with threads(1), ExitStack() as stack:  # more make small operations slower where others use the cores too
         for model in models:
             stack.enter_context(inference(model, fused=True))
-        times = in_turn(calls, 10, seconds)
+        times = in_turn(calls, 10, SECONDS if seconds is None else seconds)
     ratios = [[b / a for a, b in zip(times[0], t, strict=True)] for t in times]
     first = median(times[0]) / 1e6
     return ForwardTimes(examples, tuple(first * median(r) for r in ratios), tuple(map(interval, ratios)), len(times[0]))

@@ -34,7 +34,11 @@ from rankopt.core.result_record import (
 from rankopt.core.text import shortened
 
 WIDTH = 80
-"""Columns of a terminal that text is written for."""
+"""Columns of a terminal that a result is written for."""
+
+
+WIDEST = 100
+"""Columns of tables that compare many results."""
 
 
 LONGEST_METHODS = 22
@@ -56,14 +60,15 @@ UNITS: Mapping[Metric, str] = {"params": "parameters", "macs": "MACs", "bytes": 
 # --- numbers as text ---------------------------------------------------------------------------------
 
 
-def render(*parts: RenderableType) -> str:
+def render(*parts: RenderableType, width: int = WIDEST) -> str:
     """Render to plain text, without colours.
 
     Args:
         parts: Rich renderables, one below the other.
+        width: Columns.
     """
     console = Console(
-        width=WIDTH,
+        width=width,
         file=io.StringIO(),
         force_terminal=False,
         force_jupyter=False,  # in a notebook rich would display the text and write nothing to the file
@@ -201,6 +206,7 @@ def summary(info: ResultInfo) -> str:
         *([front_table(info)] if info.get("front") else []),
         "\nlayers",
         layer_text(info["layers"]),
+        width=WIDTH,
     )
 
 

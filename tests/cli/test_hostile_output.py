@@ -16,6 +16,7 @@ from rankopt.cli.main import _Formatter
 from rankopt.cli.runs import _measure_again
 from rankopt.core.errors import RankoptError, TaskError
 from rankopt.core.records import Cost, Plan, Trial
+from rankopt.model.inputs import expanded
 from rankopt.report.tables import write_csv
 from rankopt.search.progress import LiveRunner, ProgressBar, _StandardError
 from rankopt.search.storage.local import create_study
@@ -89,8 +90,6 @@ def test_a_plan_cannot_ask_for_any_latency(digits, text, said):
 
 
 def test_a_batch_that_does_not_fit_is_refused(digits, monkeypatch):
-    from rankopt.candidates import latency
-
-    monkeypatch.setattr(latency, "available_memory", lambda: 10**6)
+    monkeypatch.setattr("rankopt.model.inputs.available_memory", lambda: 10**6)
     with pytest.raises(TaskError, match="lower the batch"):
-        latency.expanded(digits.task.example_input, Conditions(batch=65_536).batch)
+        expanded(digits.task.example_input, Conditions(batch=65_536).batch)

@@ -19,7 +19,7 @@ def test_golden_run(tmp_path, quick_space):
     stdout, _ = run(*common, "--trials", 4)
     assert "compressed" in stdout and "conv3" in stdout
     assert {p.name for p in out.iterdir()} == {
-        "study.db", "plan.json", "model.safetensors", "result.json", "report.html", "search.log",
+        "study.db", "plan.json", "model.safetensors", "result.json", "frontiers.json", "report.html", "search.log",
     }  # fmt: skip
     info = json.loads((out / "result.json").read_text())
     assert (info["task"], info["strategy"], info["seed"]) == ("digits", "optuna", 0)

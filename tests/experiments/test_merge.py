@@ -67,6 +67,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_a_case_that_was_stopped_moved_and_merged_ends_in_the_same_weights(study, tmp_path):
     there, moved, here, whole = (tmp_path / name for name in ("there", "moved", "here", "whole"))
     run(study, there, steps=12)

@@ -103,6 +103,7 @@ def test_a_layer_that_takes_more_energy_is_given_up(prepared):
     assert failed.slower == [name] and changed.frontiers[1][0].cost.energy > problem.dense.energy
 
 
+@pytest.mark.slow
 def test_the_commands_measure_search_and_measure_again(tmp_path):
     """hardware --energy, search with an energy budget and that table, also as another machine's, apply --check."""
     source = f"import torch\nfrom torch import nn\nfrom rankopt import Task\n\n{inspect.getsource(Net)}\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from collections.abc import Callable
@@ -136,11 +137,17 @@ def test_quantized_layers_cannot_be_scripted_and_say_so():
 # --- compressed once more ------------------------------------------------------------------------
 
 
+@functools.cache
+def compressed_with(family):
+    """A dense model, and the result of compressing it."""
+    dense = sequential()
+    return dense, compress(dense, space=rankopt.SearchSpace(families=(family,), points=4, steps=5), params=0.7)
+
+
 @pytest.mark.parametrize("first", ["svd_out", "tt", "tr", "tt_matrix"])
 @pytest.mark.parametrize("second", ["svd_out", "tt_matrix"])
 def test_a_model_that_was_compressed_twice_loads_from_the_dense_one(tmp_path, first, second):
-    dense = sequential()
-    once = compress(dense, space=rankopt.SearchSpace(families=(first,), points=4, steps=5), params=0.7)
+    dense, once = compressed_with(first)
     space = rankopt.SearchSpace(families=(second,), points=4, steps=5, precisions=("int8",))
     twice = compress(once.model, space=space, bytes=0.95)
     twice.save(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,14 @@ def search(task, out, trials, space=SPACE, **settings):
 # --- resuming ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """The folder of a search with two trials."""
+    folder = tmp_path_factory.mktemp("first") / "run"
+    search(task(), folder, 2)
+    return folder
+
+
 def heavier():
     model = sequential()
     with torch.no_grad():
@@ -74,8 +83,8 @@ def heavier():
         ({}, SearchSpace(families=("svd_out",), points=4, steps=11), "not the same space"),
     ],
 )
-def test_resuming_after_a_change_is_refused_and_the_change_is_named(tmp_path, changes, space, named):
-    search(task(), tmp_path / "run", 2)
+def test_resuming_after_a_change_is_refused_and_the_change_is_named(tmp_path, first_run, changes, space, named):
+    shutil.copytree(first_run, tmp_path / "run")
     before = read_trials(tmp_path / "run")
     with pytest.raises(StudyError, match=named):
         search(task(**changes), tmp_path / "run", 3, space, resume=True)
@@ -332,7 +341,7 @@ def task():
     model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(5)]).eval()
 
     def objective(model):
-        time.sleep(0.3)
+        time.sleep(0.05)
         return model(x).square().mean()
 
     return rankopt.Task(model, x[:1], [x], objective=objective)
@@ -386,7 +395,9 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 
 
 @needs_proc
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGKILL, -9)]
+)
 def test_no_worker_outlives_a_search_that_is_ended_while_it_fits(tmp_path, number, code):
     long = 'families = ["cp", "tucker2"]\npoints = 30\nsteps = 100000\n'
     with started(tmp_path, "fitted", space=long, stderr=subprocess.PIPE) as process:
@@ -404,17 +415,17 @@ def test_sigterm_ends_a_search_like_ctrl_c(tmp_path):
     space = 'families = ["svd_out"]\npoints = 8\nsteps = 0\n'
     options = ("--strategy", "random", "--trials")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": on_one_core}
-    with started(tmp_path, "task", *options, "40", space=space, **pipes) as process:
+    with started(tmp_path, "task", *options, "400", space=space, **pipes) as process:
         while "trial 1:" not in (line := process.stderr.readline()):
             assert line
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=120)
     assert process.returncode == 143 and "compressed" in said
     done = len(read_trials(tmp_path / "run"))
-    assert 2 <= done < 40 and read_result(tmp_path / "run")["trials"]["interrupted"]
+    assert 2 <= done < 400 and read_result(tmp_path / "run")["trials"]["interrupted"]
     assert (tmp_path / "run" / "report.html").is_file()
     more = [*process.args[3:], "--resume"]
-    more[more.index("40")] = str(done + 1)
+    more[more.index("400")] = str(done + 1)
     run(*more)
     assert len(read_trials(tmp_path / "run")) == done + 1
 

@@ -541,6 +541,7 @@ def test_bad_commands(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_stopped_after_its_minutes_and_killed_at_a_random_step(folder, tmp_path):
     """--minutes, then kill -9, then an end: the weights of a training that nothing disturbed."""
     command = [sys.executable, "-m", "rankopt.cli", "train", str(folder), "--task", "digits", "--epochs", "5"]
