@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+LONGEST = 1200
+"""Characters of a message."""
+
 
 class RankoptError(ValueError):
-    """Base of all errors that users can act on."""
+    """Base of all errors that users can act on.
+
+    A message that is long, as it quotes a value of a file, is cut in the middle: its end says what to do.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 404]} … {text[-400:]}")
 
 
 class BudgetError(RankoptError):
