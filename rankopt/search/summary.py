@@ -122,10 +122,14 @@ def with_interval(score: float | None, interval: Bounds | None) -> str:
 def speed_text(found: MillisecondsEntry) -> str:
     """The ratio of the models' times in words, with its interval; within 5 % they count as equal.
 
+    Where the interval holds 1, the measurement was too noisy to say which model is faster.
+
     Args:
         found: The times.
     """
     dense, compressed, ratio = found["dense"], found["compressed"], found.get("ratio")
+    if ratio and ratio[0] < 1 < ratio[1] and abs(compressed / dense - 1) > AS_FAST:
+        return f"{compressed / dense:.2f} × the time, not settled ({ratio[0]:.2f}–{ratio[1]:.2f})"
     if compressed > (1 + AS_FAST) * dense:
         return f"{compressed / dense:.2f} × SLOWER" + (f" ({ratio[0]:.2f}–{ratio[1]:.2f})" if ratio else "")
     if compressed < (1 - AS_FAST) * dense:

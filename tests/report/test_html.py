@@ -275,6 +275,8 @@ def test_where_the_smaller_model_is_slower_one_command_asks_for_another(info):
     assert "--latency-on" in summary(info)
     del info["batch_milliseconds"]
     assert "--latency-on" not in summary(info)
+    info["milliseconds"] |= {"compressed": 1.4, "ratio": [0.9, 1.6]}
+    assert "1.40\u00a0×\u00a0the time, not settled (0.90–1.60)" in verdict(info) and "--latency-on" not in summary(info)
 
 
 # --- in a browser ------------------------------------------------------------------------------------
