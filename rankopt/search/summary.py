@@ -8,13 +8,13 @@ import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from rankopt.candidates.search_space import space_names
+from rankopt.candidates.search_space import load_space, space_names
 from rankopt.core.budget import AS_FAST, amount
 from rankopt.core.names import groups, labels
 from rankopt.core.records import BUDGETS, RECONSTRUCTED, SAME
@@ -45,7 +45,7 @@ LONGEST_METHODS = 22
 """Characters of the methods of a module's layers."""
 
 
-FUSED = "cpu,fused=yes"
+FUSED = "{device},fused=yes"
 """Conditions of the advice where a smaller model is slower."""
 
 
@@ -307,12 +307,14 @@ def faster_command(info: ResultInfo) -> str:
         info: The content of result.json.
     """
     limits = {metric: _asked(b) for metric, b in info["budget"].items()}
+    device = info["environment"]["device"].partition(":")[0] if "environment" in info else "cpu"
+    conditions = FUSED.format(device=device)
     if not info["task"]:
-        return f"rankopt.compress(model, calibration, {limits | {'latency': '100%'}}, latency_on='{FUSED}')"
+        return f"rankopt.compress(model, calibration, {limits | {'latency': '100%'}}, latency_on='{conditions}')"
     words = ["rankopt", "search", info["task"]]
     for metric, value in {**limits, "latency": "100%"}.items():
         words += ["--budget", f"{metric}={value}"]
-    words += ["--latency-on", FUSED]
+    words += ["--latency-on", conditions]
     if info["strategy"] != "knapsack":
         words += ["--strategy", info["strategy"]]
     for key, value in info.get("options", {}).items():
@@ -321,9 +323,24 @@ def faster_command(info: ResultInfo) -> str:
         words += ["--trials", trials]
     if info["seed"]:
         words += ["--seed", str(info["seed"])]
-    if (space := info.get("space", {}).get("name", "default")) != "default":
-        words += ["--space", str(space) if space in space_names() else f"{space}.toml"]
-    return shlex.join([*words, "--out", "runs/as-fast"])
+    return shlex.join([*words, *_space_words(info.get("space", {})), "--out", "runs/as-fast"])
+
+
+def _space_words(space: Mapping[str, Any]) -> list[str]:
+    """The options that ask for a search space: its name, and what was changed in one that rankopt brings."""
+    if (name := space.get("name", "default")) not in space_names():
+        return ["--space", f"{name}.toml"]
+    words, base = [] if name == "default" else ["--space", str(name)], load_space(name)
+    if (families := space.get("families", base.families)) and list(families) != list(base.families):
+        words += ["--families", ",".join(families)]
+    for pattern in space.get("keep_dense", ()):
+        if pattern not in base.keep_dense:
+            words += ["--keep-dense", pattern]
+    if space.get("minutes"):
+        return [*words, "--minutes", f"{space['minutes']:g}"]
+    if (effort := space.get("effort", base.effort)) != base.effort:
+        words += ["--effort", effort]
+    return words
 
 
 def _asked(b: BudgetEntry) -> float | int:

@@ -269,6 +269,10 @@ def test_where_the_smaller_model_is_slower_one_command_asks_for_another(info):
     assert faster_command(info) == command
     assert command in Page(render(info, [], "run")).text
     assert command in " ".join(summary(info).replace("\\\n", "").split())
+    changed = {"name": "default", "families": ["cp", "tt"], "keep_dense": ["conv1"], "effort": "quick"}
+    on_gpu = info | {"space": changed, "environment": {"device": "cuda:0 (NVIDIA H100)"}}
+    words = faster_command(on_gpu)
+    assert "--families cp,tt --keep-dense conv1 --effort quick" in words and "--latency-on cuda,fused=yes" in words
     info["milliseconds"] |= {"compressed": 1.0, "ratio": [0.9, 1.1]}
     info["batch_milliseconds"] = info["milliseconds"] | {"examples": 32, "compressed": 3.0, "ratio": [2.9, 3.1]}
     assert "one forward pass is as fast, a batch of 32 is 3.00\u00a0×\u00a0slower (2.90–3.10) here" in verdict(info)
