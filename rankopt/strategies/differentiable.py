@@ -17,29 +17,16 @@ these is trained for the rest of the steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankopt.candidates.prepare import Prepared
-from rankopt.core.options import check_choice
-from rankopt.core.progress import Progress
 from rankopt.core.records import Rank
-from rankopt.strategies.gates import (
-    FAMILIES,
-    STARTS,
-    Bond,
-    Gated,
-    Pressure,
-    Slices,
-    adam_spread,
-    start_network,
-    take_while_they_fit,
-    without_gates,
-)
-from rankopt.strategies.trained import RECIPE, Trainer, TrainingStrategy
+from rankopt.strategies.gated_training import GatedRun, GatedStrategy
+from rankopt.strategies.gates import Bond, Gated, Slices, adam_spread, take_while_they_fit
+from rankopt.strategies.trained import RECIPE
 
 SOFT = 0.6  # share of the steps that are made with soft ranks
 
@@ -103,10 +90,12 @@ class SoftBond(Bond):
         return min(len(self), round(len(self) * cut))
 
 
-class Differentiable(TrainingStrategy):
+class Differentiable(GatedStrategy):
     """Learns where each bond is cut off, with the weights and under the budget, and delivers the network."""
 
     name = "differentiable"
+    gated = SOFT
+    bond = SoftBond
 
     def __init__(
         self,
@@ -129,50 +118,19 @@ class Differentiable(TrainingStrategy):
         Raises:
             RankoptError: For an option out of range.
         """
-        super().__init__(problem, seed, steps=steps, rate=rate)
-        check_choice(f"strategy {self.name!r}", "start", start, STARTS)
-        self.start = start
+        super().__init__(problem, seed, start, steps, rate)
 
-    def train(self, prepared: Prepared, progress: Progress) -> nn.Module:
-        model, chosen = start_network(prepared, self.problem, FAMILIES, self.start)
-        layers = [
-            Gated(x, chosen[x.name], model.get_submodule(x.name), SoftBond)
-            for x in self.problem.layers
-            if x.name in chosen
-        ]
-        steps = max(1, round(SOFT * self.steps))
-        trainer = Trainer(prepared, self.recipe, self.steps, steps, progress)
-        if layers:
-            dense = sum((x.cost for x in self.problem.layers if x.name not in chosen), self.problem.fixed)
-            run = Run(Pressure(self.problem.limits, dense, layers, steps), layers, steps)
-            cuts = [bond.mask.cut for x in layers for bond in x.bonds]
-            trainer(model, steps, ranks=cuts, rank_rate=CUT_RATE, prepare=run.begin, after_step=run.after_step)
-            model = without_gates(prepared, model, layers, *run.outcome())
-        trainer(model, self.steps)
-        return model
+    def run(self, layers: Sequence[Gated[SoftBond]], steps: int) -> Run:
+        return Run(self.problem, layers, steps)
 
 
-class Run:
+class Run(GatedRun[SoftBond]):
     """The cuts in one training run."""
 
-    def __init__(self, pressure: Pressure, layers: Sequence[Gated[SoftBond]], steps: int) -> None:
-        """Begin with whole bonds.
+    rate = CUT_RATE
 
-        Args:
-            pressure: The budget.
-            layers: The layers with soft ranks.
-            steps: Steps with soft ranks.
-        """
-        self.pressure, self.layers, self.steps = pressure, layers, steps
-        self.state: Mapping[Any, Any] = {}
-
-    def begin(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note the optimizer of weights and cuts.
-
-        Args:
-            optimizer: Adam.
-        """
-        self.state = optimizer.state
+    def parameters(self) -> list[nn.Parameter]:
+        return [bond.mask.cut for x in self.layers for bond in x.bonds]
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -26,29 +26,18 @@ nuclear  `svd_out` alone: every ten steps the components are rotated to singular
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankopt.candidates.prepare import Prepared
 from rankopt.core.options import check_choice
-from rankopt.core.progress import Progress
 from rankopt.core.records import Rank
-from rankopt.strategies.gates import (
-    FAMILIES,
-    STARTS,
-    Gated,
-    GatedBond,
-    Pressure,
-    adam_spread,
-    start_network,
-    take_while_they_fit,
-    without_gates,
-)
-from rankopt.strategies.trained import RECIPE, Trainer, TrainingStrategy
+from rankopt.strategies.gated_training import GatedRun, GatedStrategy
+from rankopt.strategies.gates import Gated, GatedBond, adam_spread, take_while_they_fit
+from rankopt.strategies.trained import RECIPE
 
 PENALTIES = ("l1", "group", "hoyer", "nuclear")
 
@@ -78,10 +67,12 @@ def hoyer_weights(gates: Tensor) -> Tensor:
     return (1 - gates.abs() * gates.abs().sum() / gates.square().sum().clamp_min(1e-30)).clamp_min(0)
 
 
-class LassoTrain(TrainingStrategy):
+class LassoTrain(GatedStrategy):
     """Trains a network with gates on its components, prunes those at zero, goes on, and delivers it."""
 
     name = "lasso-train"
+    gated = GATED
+    bond = GatedBond
 
     def __init__(
         self,
@@ -106,34 +97,24 @@ class LassoTrain(TrainingStrategy):
         Raises:
             RankoptError: For an option out of range.
         """
-        super().__init__(problem, seed, steps=steps, rate=rate)
+        super().__init__(problem, seed, start, steps, rate)
         check_choice(f"strategy {self.name!r}", "penalty", penalty, PENALTIES)
-        check_choice(f"strategy {self.name!r}", "start", start, STARTS)
-        self.penalty, self.start = penalty, start
+        self.penalty = penalty
+        if penalty == "nuclear":
+            self.families = ("svd_out",)
 
-    def train(self, prepared: Prepared, progress: Progress) -> nn.Module:
-        families = ("svd_out",) if self.penalty == "nuclear" else FAMILIES
-        model, chosen = start_network(prepared, self.problem, families, self.start)
-        layers: list[Gated[GatedBond]] = [
-            Gated(x, chosen[x.name], model.get_submodule(x.name)) for x in self.problem.layers if x.name in chosen
-        ]
-        steps = max(1, round(GATED * self.steps))
-        trainer = Trainer(prepared, self.recipe, self.steps, steps, progress)
-        if layers:
-            run = Run(self, layers, steps)
-            gates = [b.gates for x in layers for b in x.bonds]
-            trainer(model, steps, ranks=gates, rank_rate=GATE_RATE, prepare=run.begin, after_step=run.after_step)
-            model = without_gates(prepared, model, layers, *run.outcome())
-        trainer(model, self.steps)
-        return model
+    def run(self, layers: Sequence[Gated[GatedBond]], steps: int) -> Run:
+        return Run(self, layers, steps)
 
 
-class Run:
+class Run(GatedRun[GatedBond]):
     """The penalty in one training run.
 
     Attributes:
         averages: id of a bond -> sum of its absolute gates over the last quarter of the steps, (R,).
     """
+
+    rate = GATE_RATE
 
     def __init__(self, strategy: LassoTrain, layers: Sequence[Gated[GatedBond]], steps: int) -> None:
         """Begin at the layers' ranks.
@@ -143,20 +124,12 @@ class Run:
             layers: The layers with gates; all others are dense.
             steps: Steps with gates.
         """
-        problem, gated = strategy.problem, {x.layer.name for x in layers}
-        dense = sum((x.cost for x in problem.layers if x.name not in gated), problem.fixed)
-        self.pressure = Pressure(problem.limits, dense, layers, steps)
-        self.penalty, self.layers, self.steps = strategy.penalty, layers, steps
+        super().__init__(strategy.problem, layers, steps)
+        self.penalty = strategy.penalty
         self.averages = {id(b): torch.zeros_like(b.gates) for x in layers for b in x.bonds}
-        self.state: Mapping[Any, Any] = {}
 
-    def begin(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note the optimizer of weights and gates.
-
-        Args:
-            optimizer: Adam.
-        """
-        self.state = optimizer.state
+    def parameters(self) -> list[nn.Parameter]:
+        return [bond.gates for x in self.layers for bond in x.bonds]
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -23,8 +23,9 @@ from rankopt.decompositions.variable_projection import full_target
 from rankopt.model.layer_kinds import as_matrix
 from rankopt.search.compress import run_search
 from rankopt.search.settings import SearchSettings
+from rankopt.strategies.gates import FAMILIES, Gated
 from rankopt.strategies.lasso import GRID, Components, family_components, lasso, refitted, regression, svd_components
-from rankopt.strategies.lasso_train import FAMILIES, Gated, LassoTrain, hoyer_weights, soft_threshold
+from rankopt.strategies.lasso_train import LassoTrain, hoyer_weights, soft_threshold
 from rankopt.strategies.registry import make_strategy
 from tests.helpers.layers import PAIRS, make
 
