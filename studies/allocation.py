@@ -26,6 +26,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_diag
 
 from rankopt.core.budget import Limit
+from rankopt.core.environment import processor
 from rankopt.core.problem import Problem
 from rankopt.core.records import METRICS, Candidate, Cost, Layer
 from rankopt.strategies.allocation import allocate, relative_gap
@@ -91,13 +92,6 @@ def measure(layers: int) -> dict[str, Any]:
         row |= {"milp_seconds": time.process_time() - start, "milp_gap": relative_gap(loss, bound)}
         row["ours_over_milp_loss"] = float(found.loss / loss)
     return row
-
-
-def processor() -> str:
-    """Its name, where /proc tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [x for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 def table(record: dict[str, Any]) -> str:

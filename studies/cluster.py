@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from datetime import date
@@ -27,6 +26,7 @@ import torch
 from rankopt.candidates.fit import Pool
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import load_space
+from rankopt.core.environment import processor
 from rankopt.experiments.tasks import load_task
 from rankopt.search.ray.runner import RaySearch
 from rankopt.strategies.allocation import allocate
@@ -74,7 +74,7 @@ def main() -> None:
     effort = "quick" if chosen.quick else "thorough"
     one, two = measure(chosen.task, effort, 1), on_two_nodes(chosen.task, effort)
     same = one["plan"] == two["plan"]
-    record: dict[str, Any] = {"date": str(date.today()), "machine": platform.processor() or platform.machine()}
+    record: dict[str, Any] = {"date": str(date.today()), "machine": processor()}
     record |= {"task": Path(chosen.task).name, "effort": effort, "one core": one, "two nodes": two, "same plan": same}
     print(text := table(record))
     RESULTS.joinpath("cluster.json").write_text(json.dumps(record, indent=1) + "\n")

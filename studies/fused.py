@@ -15,7 +15,7 @@ import argparse
 import copy
 import datetime
 import json
-import platform
+import os
 import statistics
 import sys
 import time
@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt import DECOMPOSITIONS, count, fuse, inventory
+from rankopt.core.environment import processor
 from rankopt.core.timing import by_clock, in_turn
 from rankopt.export.fuse import dense_twin, merge_depthwise
 
@@ -234,13 +235,7 @@ def text(data: dict[str, Any]) -> str:
 
 def machine() -> str:
     """The CPU's name, and how many of its cores are here."""
-    cpu = Path("/proc/cpuinfo")
-    names = (
-        [x.split(":")[1].strip() for x in cpu.read_text().splitlines() if x.startswith("model name")]
-        if cpu.exists()
-        else []
-    )
-    return f"{len(names) or '?'} cores of {names[0] if names else platform.processor() or platform.machine()}"
+    return f"{os.cpu_count() or '?'} cores of {processor()}"
 
 
 def main() -> None:

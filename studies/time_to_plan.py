@@ -22,7 +22,6 @@ import datetime
 import json
 import math
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from rankopt.candidates.calibration import moments
 from rankopt.candidates.fit import release_workers
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.sensitivity import PASSES
+from rankopt.core.environment import processor
 from rankopt.core.records import Layer
 from rankopt.model.forward import batch_size
 from rankopt.model.layer_kinds import as_matrix, in_own_shape
@@ -145,7 +145,7 @@ def _peaks(device: str) -> dict[str, int]:
 
 
 def _described(device: str) -> str:
-    return torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    return torch.cuda.get_device_name() if device.startswith("cuda") else processor()
 
 
 # --- counted operations --------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ PREFIXES = {"N": 1, "U": 10**3, "M": 10**6, "": 10**9}
 """Prefixes of these units, in billionths."""
 
 
-AS_FAST = 0.05
+EQUAL = 0.05
 """Times, and energies, that differ by this share at most count as equal: so much their measurements may differ, too."""
 
 
@@ -43,8 +43,8 @@ class Limit:
     Attributes:
         metric: One of BUDGETS.
         requested: What the user gave: a fraction of the dense model's cost, or an absolute number.
-        target: The limit in absolute numbers, in the unit of `Cost`. 100 % of a time or an energy is
-            AS_FAST more.
+        target: The limit in absolute numbers, in the unit of `Cost`. For 100 % of a time or an energy, the share EQUAL
+            is added.
     """
 
     metric: str
@@ -116,7 +116,7 @@ def _limit(metric: str, value: Any, dense: Cost) -> Limit:
         )
     target = math.floor(number * dense[metric] + 1e-9) if is_fraction else math.floor(number)
     if metric in MEASURED and is_fraction and number == 1:  # not slower
-        return Limit(metric, number, math.floor((1 + AS_FAST) * dense[metric]))
+        return Limit(metric, number, math.floor((1 + EQUAL) * dense[metric]))
     if number <= 0:
         raise BudgetError(f"budget {metric}={value} is not above 0: {HELP}")
     if target > dense[metric]:

@@ -360,7 +360,7 @@ class _Sums:
         self.complete, self.patched = True, False
 
     def add(self, chunk: int, units: int, calls: Sequence[_Call], rises: Rises) -> None:
-        """Add a chunk of so many examples; a layer that they do not reach is not called."""
+        """Add a chunk of `units` examples; a layer that they do not reach is not called."""
         if not calls:
             self.complete = False
             return

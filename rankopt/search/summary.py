@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from rankopt.candidates.search_space import load_space, space_names
-from rankopt.core.budget import AS_FAST, amount
+from rankopt.core.budget import EQUAL, amount
 from rankopt.core.names import groups, labels
 from rankopt.core.records import BUDGETS, RECONSTRUCTED, SAME
 from rankopt.core.result_record import (
@@ -128,11 +128,11 @@ def speed_text(found: MillisecondsEntry) -> str:
         found: The times.
     """
     dense, compressed, ratio = found["dense"], found["compressed"], found.get("ratio")
-    if ratio and ratio[0] < 1 < ratio[1] and abs(compressed / dense - 1) > AS_FAST:
+    if ratio and ratio[0] < 1 < ratio[1] and abs(compressed / dense - 1) > EQUAL:
         return f"{compressed / dense:.2f} × the time, not settled ({ratio[0]:.2f}–{ratio[1]:.2f})"
-    if compressed > (1 + AS_FAST) * dense:
+    if compressed > (1 + EQUAL) * dense:
         return f"{compressed / dense:.2f} × SLOWER" + (f" ({ratio[0]:.2f}–{ratio[1]:.2f})" if ratio else "")
-    if compressed < (1 - AS_FAST) * dense:
+    if compressed < (1 - EQUAL) * dense:
         return f"{dense / compressed:.2f} × faster" + (f" ({1 / ratio[1]:.2f}–{1 / ratio[0]:.2f})" if ratio else "")
     return "as fast"
 

@@ -26,6 +26,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -301,15 +302,6 @@ def _core(table: ProblemTable, prices: Array, upper: float, least: float) -> Cor
     )
 
 
-def _search_few(core: Core, tolerance: float) -> tuple[Positions | None, float]:
-    """The best of few partial plans: it makes the core smaller, and often is the optimum."""
-    return _search_partial(core, tolerance, FEW)
-
-
-def _search_many(core: Core, tolerance: float) -> tuple[Positions | None, float]:
-    return _search_partial(core, tolerance, MANY)
-
-
 def _search_partial(core: Core, tolerance: float, width: int) -> tuple[Positions | None, float]:
     """The best plan among this many partial plans, and a lower bound of the core's plans."""
     wanted = core.upper - tolerance * abs(core.upper) if core.upper < math.inf else math.inf
@@ -350,8 +342,9 @@ def _branch_and_bound(core: Core, tolerance: float) -> tuple[Positions | None, f
     return chosen.argmax(axis=1), bound
 
 
-SEARCHES = (_search_few, _search_many, _branch_and_bound)
-"""In this order, until the best plan is proven: each takes longer, and can decide more."""
+SEARCHES = (partial(_search_partial, width=FEW), partial(_search_partial, width=MANY), _branch_and_bound)
+"""In this order, until the best plan is proven: each takes longer and can decide more, of a core that the ones before
+made smaller."""
 
 
 _STDOUT = threading.Lock()
