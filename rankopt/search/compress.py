@@ -34,7 +34,7 @@ from rankopt.strategies.trained import Network, TrainingStrategy, check_trainabl
 if TYPE_CHECKING:
     from rankopt.search.storage.local import Store
 
-TRAINED = "trained"
+NETWORK = "network"
 """Folder of a run folder with the network of a strategy that trains, until the result is written."""
 
 
@@ -112,7 +112,8 @@ def run_search(
         if out is not None and store is not None:
             store.export()
             result.save(out)
-            shutil.rmtree(out / TRAINED, ignore_errors=True)
+            if strategy.trains:
+                shutil.rmtree(out / NETWORK, ignore_errors=True)
     finally:
         if store is not None:
             store.close()
@@ -169,7 +170,7 @@ def _search_once(
 
 def _train(strategy: TrainingStrategy, prepared: Prepared, out: Path | None, progress: Progress) -> None:
     """Train a strategy's network, or read the one that an earlier run of this search trained and left in its folder."""
-    folder = None if out is None else out / TRAINED
+    folder = None if out is None else out / NETWORK
     if folder is not None and (folder / PLAN).is_file():
         strategy.deliver(Network.read(folder, prepared, strategy.problem.layers))
         return

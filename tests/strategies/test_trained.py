@@ -19,7 +19,7 @@ from rankopt.model.layer_kinds import as_matrix, in_own_shape
 from rankopt.report.html import write_report
 from rankopt.search import compress
 from rankopt.search.benchmark import benchmark
-from rankopt.search.compress import TRAINED, run_search
+from rankopt.search.compress import NETWORK, run_search
 from rankopt.search.job import Job, run_job
 from rankopt.search.loop import Study
 from rankopt.search.ray.rank_search import RankSearch
@@ -98,12 +98,25 @@ def test_what_was_trained_is_not_trained_again(digits, name, tmp_path, monkeypat
         patch.setattr(compress, "build_result", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_search(digits, problem, settings, tmp_path)
-    checkpoint = (tmp_path / TRAINED / WEIGHTS).read_bytes()
+    checkpoint = (tmp_path / NETWORK / WEIGHTS).read_bytes()
     monkeypatch.setattr(trained, "train", None)
     result = run_search(digits, problem, dataclasses.replace(settings, resume=True), tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() == checkpoint
     assert result.info["trials"]["finished"] == 1
-    assert not (tmp_path / TRAINED).exists()
+    assert not (tmp_path / NETWORK).exists()
+
+
+@pytest.mark.parametrize("name", ["random", TRAINERS[0]])
+def test_what_rankopt_train_wrote_in_a_run_folder_stays(digits, name, tmp_path):
+    """Its folder is no network of a strategy's, and no search removes it."""
+    problem, options = digits.problem(BUDGET), FEW if name in TRAINERS else {}
+    run_search(digits, problem, SearchSettings(name, 1, options=options), tmp_path)
+    later = tmp_path / "trained"
+    later.mkdir()
+    for file in ("plan.json", "model.safetensors", "result.json"):
+        (later / file).write_text("another training's")
+    run_search(digits, problem, SearchSettings(name, 2, options=options, resume=True), tmp_path)
+    assert (later / "plan.json").read_text() == (later / "model.safetensors").read_text() == "another training's"
 
 
 @pytest.mark.parametrize("name", TRAINERS)
