@@ -100,7 +100,7 @@ def table(record: dict[str, Any]) -> str:
         "",
         f"`python studies/allocation.py` on {record['date']}, seed {SEED}, {record['machine']}, one thread.",
         "CPU seconds. 64 candidates a layer, one limit at 40 % of dense. Ours: median of three, arrays built",
-        "afresh. milp: the whole problem given to HiGHS, allowed to stop at a gap of 0.1 %, once.",
+        "each time. milp: the whole problem given to HiGHS, allowed to stop at a gap of 0.1 %, once.",
         "",
         "| layers | ours, s | certified gap | milp, s | certified gap | loss, ours / milp |",
         "|---|---|---|---|---|---|",

@@ -27,6 +27,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 import rankopt
+from rankopt.core.environment import processor
 from rankopt.experiments.tasks import load_task
 
 RESULTS = Path(__file__).parent / "results"
@@ -106,25 +107,28 @@ def energy_agreement(found: rankopt.Bonds) -> dict[str, Any]:
 # --- planted features --------------------------------------------------------------------------------
 
 
-def planted(seed: int, features: int = 8, inputs: int = 48, classes: int = 6) -> tuple[nn.Module, Tensor, Tensor]:
+FEATURES = 8
+
+
+def planted(
+    seed: int, inputs: int = 48, hidden: int = 32, classes: int = 6, examples: int = 1024
+) -> tuple[nn.Module, Tensor, Tensor]:
     """A network that reads known features, inputs, and which features each input has.
 
     Each example has every feature with probability 0.3. The first layer reads them, each with a strength of its own, by
     orthogonal directions; inputs have noise in all directions.
     """
     g = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(inputs, inputs, generator=g))[0]
-    present = (torch.rand(1024, features, generator=g) < 0.3).float()
-    x = present @ basis[:features] + 0.15 * torch.randn(1024, inputs, generator=g)
-    strength = torch.linspace(2.0, 1.0, features)
-    mixing = torch.linalg.qr(torch.randn(32, features, generator=g))[0]
-    first, last = nn.Linear(inputs, 32), nn.Linear(32, classes)
+    basis = torch.linalg.qr(torch.randn(inputs, inputs, generator=g))[0][:FEATURES]
+    present = (torch.rand(examples, FEATURES, generator=g) < 0.3).float()
+    x = present @ basis + 0.15 * torch.randn(examples, inputs, generator=g)
+    strength = torch.linspace(2.0, 1.0, FEATURES)
+    mixing = torch.linalg.qr(torch.randn(hidden, FEATURES, generator=g))[0]
+    first, last = nn.Linear(inputs, hidden), nn.Linear(hidden, classes)
     with torch.no_grad():
-        first.weight.copy_(
-            mixing @ torch.diag(strength) @ basis[:features] + 0.01 * torch.randn(32, inputs, generator=g)
-        )
+        first.weight.copy_(mixing @ torch.diag(strength) @ basis + 0.01 * torch.randn(hidden, inputs, generator=g))
         first.bias.zero_()
-        last.weight.copy_(torch.randn(classes, 32, generator=g))
+        last.weight.copy_(torch.randn(classes, hidden, generator=g))
     return nn.Sequential(first, nn.Tanh(), last), x, present
 
 
@@ -208,7 +212,7 @@ def main() -> None:
         "seed": given.seed,
         "measured": given.measured,
         "examples": given.examples,
-        "machine": f"{platform.machine()}, {platform.system()}, {given.device}, {torch.get_num_threads()} thread(s)",
+        "machine": f"{processor()}, {platform.system()}, {given.device}, {torch.get_num_threads()} thread(s)",
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "planted": planted_features(given.seed),
     }

@@ -200,7 +200,7 @@ def table(cells: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; run again to go on")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this many; run again to go on")
     given = parser.parse_args()
     cells = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     try:

@@ -8,21 +8,18 @@ ResNet-20, KL divergence from the dense model on the calibration images, without
 from __future__ import annotations
 
 import argparse
-import platform
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from training_strategies import HERE, SPACE, load
 
 from rankopt.candidates.prepare import prepare
+from rankopt.core.environment import processor
 from rankopt.core.progress import silent
 from rankopt.strategies.registry import make_strategy
-
-sys.path.insert(0, str(Path(__file__).parent))
-from training_strategies import HERE, SPACE, load
 
 BUDGETS = ("params=0.25", "params=0.3", "params=0.5", "macs=0.3", "macs=0.5")
 
@@ -42,10 +39,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    task = load(argparse.Namespace(task="resnet20", images=args.images, batch=128, test=10_000))
-    prepared = prepare(task, SPACE, workers=1)
+    prepared = prepare(load("resnet20", args.images), SPACE, workers=1)
     names = [":".join([name, *(f"{k}={v}" for k, v in options.items())]) for name, options in RUNS]
-    machine = f"{platform.machine()}, one thread, torch {torch.__version__}; {datetime.now(UTC).date().isoformat()}"
+    machine = f"{processor()}, one thread, torch {torch.__version__}; {datetime.now(UTC).date().isoformat()}"
     lines = [
         f"KL divergence of ResNet-20's plans without training; `python studies/lasso_dictionary.py --images "
         f"{args.images}`; {machine}.",

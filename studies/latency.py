@@ -288,7 +288,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "Made by `python studies/latency.py`, seed 0, random weights. Latency: median of the ratio",
         "to the dense model, measured in turns, with its 95 % interval; a row is met if the upper end is within the",
         "budget. Speed-up/MACs: (1/latency) / (1/MACs), 1 if time fell as MACs did. Slowest: of the factorised layers,",
-        "over the dense layer. tltorch: its layers' time over ours at the same ranks, median (of so many layers).",
+        "over the dense layer. tltorch: its layers' time over ours at the same ranks, median (number of layers).",
         "",
         "| model | batch | threads | runtime | budget | latency (95 %) | met | attempts | dense ms | MACs | "
         "speed-up/MACs | layers | slowest | left dense | tltorch |",

@@ -69,7 +69,7 @@ def for_latency(prepared: Prepared, budget: float) -> dict[str, Any]:
 
 
 def for_macs(prepared: Prepared, macs: int) -> dict[str, Any]:
-    """The knapsack plan of so many MACs, measured."""
+    """The knapsack plan within a number of MACs, measured."""
     problem = prepared.problem({"macs": macs})
     proposal = allocate(problem).proposal
     dense = prepared.dense.latency

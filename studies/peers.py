@@ -42,7 +42,7 @@ RESULTS = HERE / "results" / "peers.json"
 MEASURED = HERE.parents[1] / "shared" / "reference" / "peers.json"
 SOURCE = "peers.json: measured earlier on the same weights and test images"
 BUDGETS = (0.4, 0.25)
-NEAR = 0.03  # a figure measured earlier is shown at a budget if its model has so many parameters, more or less
+NEAR = 0.03  # a figure measured earlier is shown at a budget if its number of parameters is within this share
 PEERS: dict[str, dict[str, Any]] = {
     "tltorch cp": {"factorization": "cp"},
     "tltorch tucker, spatial modes kept": {"factorization": "tucker", "fixed_rank_modes": "spatial"},
@@ -202,7 +202,7 @@ def write(cells: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="start no row after so many; run again to go on"
+        "--minutes", type=float, default=math.inf, help="start no row after this many; run again to go on"
     )
     parser.add_argument("--measured", type=Path, default=MEASURED, help="the file of figures measured earlier")
     given = parser.parse_args()

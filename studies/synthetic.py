@@ -128,7 +128,7 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"Made by `python studies/synthetic.py {trials}`, {result['date']}. {LAYERS} layers at {SHARE:.0%} of the",
         f"parameters, coupled errors, hidden weights (`rough`: sigma 1, `measured`: 0.3); mean of {len(SEEDS)} seeds.",
-        "Loss of the best plan over the true optimum's, less 1, after so many evaluations; the optimum is exact",
+        "Loss of the best plan over the true optimum's, less 1, by number of evaluations; the optimum is exact",
         "(dynamic programming over pairs of layers). Strategies with one plan are constant. Seconds: all",
         "evaluations of one search, `rough`; the evaluation itself takes none. `optuna` is its default (see the docs).",
         f"Left out, since they need a model and its data: {', '.join(skipped) or 'none'}.",

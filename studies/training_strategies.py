@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import json
 import os
-import platform
 import sys
 import time
 from datetime import UTC, datetime
@@ -27,6 +26,7 @@ import torch
 
 from rankopt.candidates.prepare import Prepared, prepare
 from rankopt.candidates.search_space import SearchSpace
+from rankopt.core.environment import processor
 from rankopt.core.problem import Problem
 from rankopt.core.progress import silent
 from rankopt.core.records import Task
@@ -42,22 +42,15 @@ SPACE = SearchSpace(name="training", families=("svd_out", "svd_spatial", "cp_mer
 """Short fits: the weights are trained anyway."""
 
 
-RUNS: list[tuple[str, dict[str, Any]]] = [
-    ("knapsack", {}),
-    ("lasso-train", {}),
-    ("differentiable", {}),
-    ("lc", {}),
-]
+RUNS = ("knapsack", "lasso-train", "differentiable", "lc")
 
 
-def trained(prepared: Prepared, problem: Problem, name: str, options: dict[str, Any], steps: int, seed: int) -> Any:
+def trained(prepared: Prepared, problem: Problem, name: str, steps: int, seed: int) -> Any:
     """A strategy's network after some steps of training."""
-    if name != "knapsack":
-        strategy = make_strategy(name, problem, seed, {**options, "steps": steps})
-        strategy.measure(prepared, silent)
-        return strategy.network.model
-    strategy = make_strategy(name, problem, seed, options)
+    strategy = make_strategy(name, problem, seed, {} if name == "knapsack" else {"steps": steps})
     strategy.measure(prepared, silent)
+    if strategy.trains:
+        return strategy.network.model
     model = prepared.apply(problem, strategy.ask())
     if steps:
         Trainer(prepared, dataclasses.replace(RECIPE, seed=seed), steps, 0, silent)(model, steps)
@@ -77,24 +70,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    prepared = prepare(load(args), SPACE, workers=1)
+    prepared = prepare(load(args.task, args.images, args.batch, args.test), SPACE, workers=1)
     task, problem = prepared.task, prepared.problem([args.budget])
     device = next(task.model.parameters()).device
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {os.cpu_count()} cores"
     about = {
         "command": f"python {' '.join(['studies/training_strategies.py', *without_out(sys.argv[1:])])}",
         "machine": f"{where}, one thread, torch {torch.__version__}",
         "date": datetime.now(UTC).date().isoformat(),
     }
     rows: list[dict[str, Any]] = []
-    runs = [("knapsack", {}, 0, 0), *((n, o, args.steps, s) for s in range(args.seeds) for n, o in RUNS)]
-    for name, options, steps, seed in runs:
+    runs = [("knapsack", 0, 0), *((name, args.steps, seed) for seed in range(args.seeds) for name in RUNS)]
+    for name, steps, seed in runs:
         before = time.process_time()
-        model = trained(prepared, problem, name, options, steps, seed)
+        model = trained(prepared, problem, name, steps, seed)
         seconds = time.process_time() - before
-        label = name if name != "knapsack" else f"knapsack{' + train' * bool(steps)}"
         row = {
-            "strategy": ":".join([label, *(f"{k}={v}" for k, v in options.items())]),
+            "strategy": name if name != "knapsack" else f"knapsack{' + train' * bool(steps)}",
             "steps": steps,
             "seed": seed,
             "params": count(model, task.example_input).params / prepared.dense.params,
@@ -107,17 +99,17 @@ def main() -> None:
         write(args.out / f"training_strategies_{args.task}", about, rows)
 
 
-def load(args: argparse.Namespace) -> Task:
+def load(name: str, images: int, batch: int = 128, tested: int = 10_000) -> Task:
     """The task, of the size that is asked for."""
-    if args.task == "digits":
+    if name == "digits":
         return load_task("digits")
     task = load_task(f"{HERE}/tasks/cifar10.py:resnet20")
-    images = torch.cat(list(task.calibration))[: args.images]
+    calibration = torch.cat(list(task.calibration))[:images].split(500)
     train: Any = copy.copy(task.train)
-    train.size = args.batch
+    train.size = batch
     test = copy.copy(task.test)
-    test.where = ("test", 0, args.test)  # type: ignore[union-attr]
-    return dataclasses.replace(task, calibration=images.split(500), train=train, test=test, test_examples=args.test)
+    test.where = ("test", 0, tested)  # type: ignore[union-attr]
+    return dataclasses.replace(task, calibration=calibration, train=train, test=test, test_examples=tested)
 
 
 def without_out(words: list[str]) -> list[str]:

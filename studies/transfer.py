@@ -65,7 +65,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Transfer of a policy to another network",
         "",
-        f"Made by `python studies/transfer.py {result['command']}`, {date.today().isoformat()}:",
+        f"Made by `{result['command']}`, {date.today().isoformat()}:",
         f"from {asked['source']} to {asked['target']}, {asked['budget']}, seeds 0 to {asked['seeds'] - 1}.",
         f"Objective of the first plan, and the best of the first {asked['trials']}: means over seeds. p: Wilcoxon's",
         "signed-rank test of the best against `untrained`.",
@@ -96,7 +96,8 @@ def main() -> None:
     asked = {k: v for k, v in vars(given).items() if k not in ("out", "seeds")}
     asked |= {k: Path(v).name for k, v in asked.items() if k in ("source", "target")}
     result = json.loads(given.out.read_text()) if given.out.is_file() else {"asked": asked, "objectives": {}}
-    result["command"] = " ".join(f"--{k} {v}" for k, v in vars(given).items() if k != "out")
+    typed = {k: v for k, v in vars(given).items() if k != "out" and v != parser.get_default(k)}
+    result["command"] = " ".join(["python studies/transfer.py", *(f"--{k} {v}" for k, v in typed.items())])
     if {k: v for k, v in result["asked"].items() if k != "seeds"} != asked:
         raise SystemExit(f"{given.out} is of {result['asked']}: give another --out")
     result["asked"] = {**asked, "seeds": given.seeds}

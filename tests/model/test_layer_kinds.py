@@ -27,7 +27,7 @@ from rankopt.model.layer_kinds import as_matrix, describe, in_own_shape
 from rankopt.report.html import write_report
 from rankopt.search.compress import run_search
 from rankopt.search.settings import SearchSettings
-from rankopt.strategies.registry import STRATEGIES, make_strategy
+from rankopt.strategies.registry import STRATEGIES, make_strategy, strategy_class
 from tests.helpers.layers import MODULES, make
 from tests.helpers.spaces import QUICK
 
@@ -267,7 +267,7 @@ def test_a_model_of_each_kind_becomes_smaller_and_comes_back(prepared, tmp_path)
     assert f"{NEW[kind]}" in table and "×".join(map(str, choice.shape)) in table
 
 
-OPTIONS = {name: {"steps": 8} for name in ("lasso-train", "differentiable", "lc")}
+OPTIONS = {name: {"steps": 8} for name in STRATEGIES if strategy_class(name).trains}
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))

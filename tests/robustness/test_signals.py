@@ -51,13 +51,6 @@ STAGES = {
 PREPARING = {"calibration", "fitting", "sensitivity"}
 """Stages that a search leaves out where the cache has what they make."""
 
-QUICKLY = {("fitting", signal.SIGTERM), ("saving", signal.SIGHUP)}
-
-CASES = [
-    pytest.param(stage, number, marks=() if (stage, number) in QUICKLY else pytest.mark.slow)
-    for stage, number in itertools.product(STAGES, (signal.SIGTERM, signal.SIGHUP, signal.SIGINT))
-]
-
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
@@ -66,7 +59,8 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "number"), CASES)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_signal_at_any_stage_ends_a_search_that_then_goes_on(stage, number, tmp_path, quick_space, cache):
     out = tmp_path / "run"
     cache = tmp_path / "cache" if stage in PREPARING else cache

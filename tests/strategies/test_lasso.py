@@ -27,7 +27,7 @@ from rankopt.strategies.gates import FAMILIES, Gated
 from rankopt.strategies.lasso import GRID, Components, family_components, lasso, refitted, regression, svd_components
 from rankopt.strategies.lasso_train import LassoTrain, hoyer_weights, soft_threshold
 from rankopt.strategies.registry import make_strategy
-from tests.helpers.layers import PAIRS, make
+from tests.helpers.layers import PAIRS, build, make
 
 
 def run(name, prepared, budget, **options):
@@ -154,9 +154,7 @@ def test_gates_leave_the_layer_as_it_is_and_zero_gates_remove_components(family,
     case = make(name)
     decomposition = DECOMPOSITIONS[family]
     rank = decomposition.valid(case.layer, tuple(3 for _ in decomposition.full_rank(case.layer)))
-    (fit,) = decomposition.fit(case.layer, case.module.weight, [rank], steps=2)
-    module = decomposition.build(case.module, case.layer, rank)
-    load_factors(module, fit.factors)
+    module, _ = build(family, case, rank, calibrated=False, steps=2)
     before = module(case.x)
     gated = Gated(case.layer, Candidate(family, rank, Cost(0, 0, 0), 0.0), module)
     torch.testing.assert_close(module(case.x), before)

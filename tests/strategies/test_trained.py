@@ -13,7 +13,6 @@ from rankopt.core.errors import RankoptError, TaskError
 from rankopt.core.progress import silent
 from rankopt.core.records import Candidate, Cost
 from rankopt.core.run_folder import WEIGHTS
-from rankopt.decompositions.modules import load_factors
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.model.layer_kinds import as_matrix, in_own_shape
 from rankopt.report.html import write_report
@@ -29,7 +28,7 @@ from rankopt.strategies.differentiable import SoftBond
 from rankopt.strategies.gates import FAMILIES, Gated, GatedBond, Pressure, take_while_they_fit
 from rankopt.strategies.learning_compression import Compression, Unfolding, Whitening
 from rankopt.strategies.registry import STRATEGIES, make_strategy, strategy_class
-from tests.helpers.layers import PAIRS, make, sampled
+from tests.helpers.layers import PAIRS, build, make, sampled
 
 TRAINERS = [name for name in STRATEGIES if strategy_class(name).trains]
 BUDGET = {"params": 0.3}
@@ -155,9 +154,7 @@ def test_pruned_layers_compute_what_the_gates_left(family, name, bond):
     """Components with gates of zero are taken out, and the gates of the others go into the weights."""
     case, decomposition = make(name), DECOMPOSITIONS[family]
     rank = decomposition.valid(case.layer, tuple(4 for _ in decomposition.full_rank(case.layer)))
-    (fit,) = decomposition.fit(case.layer, case.module.weight, [rank], steps=2)
-    module = decomposition.build(case.module, case.layer, rank)
-    load_factors(module, fit.factors)
+    module, _ = build(family, case, rank, calibrated=False, steps=2)
     gated = Gated(case.layer, Candidate(family, rank, Cost(0, 0, 0), 0.0), module, bond)
     scores = []
     with torch.no_grad():

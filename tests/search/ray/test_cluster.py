@@ -1,6 +1,6 @@
 """A search uses all nodes of a cluster, goes on when one dies, and uses one that joins. Two raylets on this machine.
 
-So do its fits.
+Candidates are fitted on all nodes in the same way.
 """
 
 from __future__ import annotations
