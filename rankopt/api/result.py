@@ -14,7 +14,7 @@ from rankopt.core.files import write_beside
 from rankopt.core.records import BUDGETS, Candidate, Trial
 from rankopt.core.result_record import TrialRow
 from rankopt.search import result as search_result
-from rankopt.search.front import Front
+from rankopt.search.front import Front, searched_metrics
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -32,8 +32,8 @@ class Result(search_result.Result):
         info: The content of [result.json](result-json.md).
         trials: The plans that were evaluated, in the order in which they ended.
         sensitivities: Layer name -> measured (relative error, rise of the objective), one layer at a time.
-        dense: The model that was compressed, and
-        inputs: the calibration batches, as the model takes them; None where they are not known, as in a run folder.
+        dense: The model that was compressed; None where it is not known, as in a run folder.
+        inputs: The calibration batches, as the model takes them; None where they are not known.
         as_fast: The result within the same budget whose model is not slower than dense, if `as_fast` asked for it and
             there is one; `info["as_fast"]` says why there is none.
     """
@@ -135,8 +135,7 @@ class Result(search_result.Result):
         Raises:
             RankoptError: There is no such metric.
         """
-        searched = str(self.info["options"].get("objectives", "")).split(",")
-        return Front.of(self.trials, metrics or [m for m in searched if m in BUDGETS] or list(self.info["budget"]))
+        return Front.of(self.trials, metrics or searched_metrics(self.info["options"]) or list(self.info["budget"]))
 
     def to_pandas(self) -> DataFrame:
         """The layers as a pandas DataFrame: name, kind, method, rank, costs, error and reason.

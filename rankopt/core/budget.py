@@ -52,6 +52,16 @@ class Limit:
     target: int
 
 
+def share(limits: Sequence[Limit], cost: Cost) -> float:
+    """A cost in shares of the limits, summed over metrics.
+
+    Args:
+        limits: The limits.
+        cost: The cost.
+    """
+    return sum(cost[x.metric] / max(x.target, 1) for x in limits)
+
+
 def parse_budget(budget: Mapping[str, Any] | Sequence[str], dense: Cost) -> tuple[Limit, ...]:
     """Read a budget.
 

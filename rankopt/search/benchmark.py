@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -33,6 +32,7 @@ from rankopt.search.compress import fingerprint
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.identity import HASHES, TOLERANCES, identity
 from rankopt.search.loop import Outcome, PlanKey, Runner, Study, plan_key, search, trial_limit
+from rankopt.strategies.base import Strategy
 from rankopt.strategies.registry import STRATEGIES, make_strategy, read_options, strategy_class
 
 FILE = "benchmark.json"
@@ -386,9 +386,13 @@ def _joined(before: Benchmark, data: Benchmark) -> Benchmark:
     return before
 
 
+def _class_of(label: str) -> type[Strategy]:
+    return strategy_class(read_strategy(label)[0])
+
+
 def _copied(book: _Book, budget: str, label: str, seed: int) -> Cell | None:
     """The run of seed 0, if the strategy does not use its seed: it is one-shot and seeds 0 and 1 gave one plan."""
-    strategy = strategy_class(read_strategy(label)[0])
+    strategy = _class_of(label)
     if seed < 2 or not strategy.one_shot or strategy.trains:  # of what is trained, plans do not tell seeds apart
         return None
     first, second = (book.cell(budget, label, s) for s in (0, 1))
@@ -447,7 +451,7 @@ class _Runs:
     def remember(self, cell: Cell) -> None:
         """Reuse a cell's measurements, except failed ones, which may have been transient."""
         problem = self.problems.get(cell["budget"])
-        if problem and not strategy_class(read_strategy(cell["strategy"])[0]).trains:  # theirs are of another problem
+        if problem and not _class_of(cell["strategy"]).trains:  # theirs are of another problem
             for t in cell["trials"]:
                 key = plan_key(problem, tuple(t["proposal"]))
                 if t["error"] is None:
@@ -468,8 +472,8 @@ class _Runs:
                 problem, self.networks[budget, label, seed] = strategy.problem, network.model
             limit = trial_limit(strategy, self.trials)
             study = _RememberingStudy(problem, strategy, limit, known=self.known, clock=clock)
-            evaluator = Evaluator(problem, p.task.model, p.factors, p.objective, None)
-            self.runner(study, dataclasses.replace(evaluator, network=network and network.model))
+            trained = network and network.model
+            self.runner(study, Evaluator(problem, p.task.model, p.factors, p.objective, None, network=trained))
         except Exception as caught:  # noqa: BLE001  # whatever a strategy raises is its cell's error
             error = f"{type(caught).__name__}: {caught}"
         rows = [_row(t, t.proposal in study.repeated) for t in study.trials] if study else []
@@ -526,7 +530,7 @@ class _Runs:
 
 def _scored(row: Winner) -> tuple[object, ...]:
     """What tells the models of winners apart: a plan; of a strategy that trains, the run."""
-    run = (row["strategy"], row["seed"]) if strategy_class(read_strategy(row["strategy"])[0]).trains else ()
+    run = (row["strategy"], row["seed"]) if _class_of(row["strategy"]).trains else ()
     return (row["budget"], *run, *row["proposal"])
 
 

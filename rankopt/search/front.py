@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, cast, overload
 
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import BUDGETS, Trial
 from rankopt.core.result_record import FrontRow, Metric
+
+
+def searched_metrics(options: Mapping[str, str]) -> list[str]:
+    """The metrics among a search's objectives.
+
+    Args:
+        options: The strategy's options, as text.
+    """
+    return [m for name in options.get("objectives", "").split(",") if (m := name.strip()) in BUDGETS]
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,7 @@ class Front(Sequence[Trial]):
                 raise RankoptError(f"unknown metric {metric!r}: choose from {', '.join(BUDGETS)}")
         if not metrics:
             raise RankoptError(f"a front needs a metric beside the objective: give one of {', '.join(BUDGETS)}")
-        named = tuple(m for m in BUDGETS if m in metrics)
-        ordered = tuple(sorted(named, key=list(metrics).index))
+        ordered = tuple(cast(Metric, m) for m in dict.fromkeys(metrics))
         points = {t.number: _point(t, ordered) for t in trials if t.objective is not None}
         kept: list[Trial] = []
         for trial in sorted((t for t in trials if t.number in points), key=lambda t: (*points[t.number], t.number)):
@@ -72,9 +80,6 @@ class Front(Sequence[Trial]):
 
     def __len__(self) -> int:
         return len(self.trials)
-
-    def __iter__(self) -> Iterator[Trial]:
-        return iter(self.trials)
 
 
 def _point(trial: Trial, metrics: Sequence[Metric]) -> tuple[float, ...]:

@@ -22,7 +22,6 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import (
-    BUDGETS,
     MEASURED,
     RECONSTRUCTED,
     SAME,
@@ -44,7 +43,6 @@ from rankopt.core.result_record import (
     ExamplesEntry,
     FrontierPoint,
     FrontiersFile,
-    FrontRow,
     IntervalEntry,
     IntervalsEntry,
     LayerRow,
@@ -68,7 +66,7 @@ from rankopt.model.objective import call
 from rankopt.model.speed import forward_times
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.fidelity import fidelity_rows
-from rankopt.search.front import Front
+from rankopt.search.front import Front, searched_metrics
 from rankopt.search.latency_check import Checks, measured_entries, measured_limits, with_target
 from rankopt.search.settings import SearchSettings
 from rankopt.strategies.allocation import allocate, relative_gap
@@ -96,8 +94,8 @@ class Result:
         trials: The trials within the limits, in the order in which they ended.
         problem: The layers' frontiers that the search chose from; None where that is not known, as in a run folder.
         sensitivities: Layer name -> measured (relative error, rise of the objective), one layer at a time.
-        dense: The model that was compressed, and
-        inputs: the calibration batches, as the model takes them; None where they are not known, as in a run folder.
+        dense: The model that was compressed; None where it is not known, as in a run folder.
+        inputs: The calibration batches, as the model takes them; None where they are not known.
         as_fast: The result within the same budget whose model is not slower than dense; None if that was not asked for,
             or if there is none (`info["as_fast"]` says why).
     """
@@ -492,7 +490,7 @@ def _assemble(
         "examples": scores["examples"],
         "intervals": scores["intervals"],
         "proxy": proxy(trials),
-        "front": front_rows(trials, settings.options.get("objectives", "")),
+        "front": Front.of(trials, metrics).rows if (metrics := searched_metrics(metadata["options"])) else [],
         "tie": tie(trials, chosen, task.examples),
         "milliseconds": times[0],
         "energy": of_models([task.model, rebuilt.model], task.example_input),
@@ -613,18 +611,6 @@ def set_scores(info: ResultInfo, task: Task, score: ScoresEntry) -> None:
     """
     record = with_intervals(task, score)
     info["score"], info["examples"], info["intervals"] = record["score"], record["examples"], record["intervals"]
-
-
-def front_rows(trials: Sequence[Trial], objectives: str | Sequence[str]) -> list[FrontRow]:
-    """The front of a search with several objectives.
-
-    Args:
-        trials: The trials of the search.
-        objectives: The strategy's option; without another metric there is no front.
-    """
-    names = objectives.split(",") if isinstance(objectives, str) else objectives
-    metrics = [name.strip() for name in names if name.strip() in BUDGETS]
-    return Front.of(trials, metrics).rows if metrics else []
 
 
 def time_forward(dense: nn.Module, compressed: nn.Module, example_input: Any) -> list[MillisecondsEntry]:

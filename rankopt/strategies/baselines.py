@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from rankopt.core.budget import share
 from rankopt.core.problem import Problem
 from rankopt.core.records import Candidate, Cost, Proposal
 from rankopt.strategies.allocation import fill, project
@@ -112,7 +113,7 @@ class Greedy(Strategy):
     def _price(self, before: Proposal, after: Proposal) -> tuple[bool, float]:
         """Loss per share of the budget saved; steps that save nothing come last."""
         old, new = self.problem.sum(before), self.problem.sum(after)
-        freed = sum((old[x.metric] - new[x.metric]) / x.target for x in self.problem.limits)
+        freed = share(self.problem.limits, old - new)
         return freed <= 0, (self.problem.loss(after) - self.problem.loss(before)) / max(freed, 1e-12)
 
 

@@ -129,9 +129,6 @@ class Run(GatedRun[SoftBond]):
 
     rate = CUT_RATE
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [bond.mask.cut for x in self.layers for bond in x.bonds]
-
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Narrow the gates' slope, and move the cuts down to the target.

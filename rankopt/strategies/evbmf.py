@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from torch import Tensor
 
+from rankopt.core.budget import share
 from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.records import Cost, Layer, Proposal, Rank
@@ -162,17 +163,14 @@ class Evbmf(Strategy):
         for name in [f for f in UNFOLDINGS if f in methods] or ["svd_out"]:
             rank = family_rank(name, layer, kept)
             cost = DECOMPOSITIONS[name].cost(layer, rank)
-            options.append(_Option(self._share(cost), name, rank, cost))
+            options.append(_Option(share(self.problem.limits, cost), name, rank, cost))
         return options
-
-    def _share(self, cost: Cost) -> float:
-        return sum(cost[x.metric] / max(x.target, 1) for x in self.problem.limits)
 
     def _nearest(self, i: int, option: _Option) -> int:
         """The position of the family's candidate with the ranks nearest to an option's; dense if that is no dearer."""
         frontier = self.problem.frontiers[i]
         family = [at for at, c in enumerate(frontier) if c.method == option.family]
-        if not family or option.share >= self._share(self.problem.layers[i].cost):
+        if not family or option.share >= share(self.problem.limits, self.problem.layers[i].cost):
             return len(frontier) - 1
         wanted = np.log(option.rank)
         return min(family, key=lambda at: float(np.abs(np.log(frontier[at].rank) - wanted).sum()))

@@ -67,9 +67,9 @@ class GatedRun(ABC, Generic[B]):
         """
         self.state = optimizer.state
 
-    @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that decide on ranks."""
+        return [p for x in self.layers for bond in x.bonds for p in bond.mask.parameters()]
 
     @abstractmethod
     def after_step(self, step: int) -> None:

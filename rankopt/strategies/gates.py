@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from rankopt.candidates.pareto import frontier
 from rankopt.candidates.prepare import Prepared
-from rankopt.core.budget import Limit
+from rankopt.core.budget import Limit, share
 from rankopt.core.problem import Problem
 from rankopt.core.records import FACTORISED, SAME, Candidate, Cost, Layer, Rank
 from rankopt.decompositions.plan import apply, replace
@@ -96,6 +96,7 @@ class Bond:
 
     Attributes:
         slices: The weights.
+        components: R.
         mask: Module without arguments that gives the gate of each component, (R,).
     """
 
@@ -106,11 +107,11 @@ class Bond:
             slices: The weights.
             components: R.
         """
-        self.slices = slices
+        self.slices, self.components = slices, components
         self.mask: Any = Gates(components, slices[0][0])
 
     def __len__(self) -> int:
-        return len(self.mask())
+        return self.components
 
     def _norms(self, weight: Tensor, axis: int) -> Tensor:
         if axis == 0:
@@ -281,18 +282,14 @@ def take_while_they_fit(
         (value, n, i)
         for n, of_layer in enumerate(scores)
         for i, of_bond in enumerate(of_layer)
-        for value in of_bond.tolist()
+        for value in sorted(of_bond.tolist(), reverse=True)[1:]  # each bond keeps its best in any case
     ]
     ranks = [[1] * len(x.bonds) for x in layers]
-    seen = {(n, i): 0 for n, x in enumerate(layers) for i in range(len(x.bonds))}
     for _, n, i in sorted(entries, key=lambda e: -e[0]):
-        seen[n, i] += 1
-        if seen[n, i] <= ranks[n][i]:
-            continue
         ranks[n][i] += 1
         if not fits([tuple(r) for r in ranks]):
             ranks[n][i] -= 1
-    return tuple(x.family.valid(x.layer, tuple(r)) for x, r in zip(layers, ranks, strict=True))
+    return tuple(x.valid(r) for x, r in zip(layers, ranks, strict=True))
 
 
 class Pressure:
@@ -323,8 +320,9 @@ class Pressure:
         Args:
             ranks: A rank for every layer.
         """
-        cost = sum((x.cost(r) for x, r in zip(self.layers, ranks, strict=True)), self.fixed)
-        return max((math.log(cost[x.metric] / x.target) for x in self.limits), default=0.0)
+        costs = [x.cost(r) for x, r in zip(self.layers, ranks, strict=True)]
+        totals = [self.fixed[x.metric] + sum(c[x.metric] for c in costs) for x in self.limits]
+        return max((math.log(n / x.target) for n, x in zip(totals, self.limits, strict=True)), default=0.0)
 
     def fits(self, ranks: Sequence[Rank]) -> bool:
         """Whether ranks are within the budget.
@@ -334,14 +332,6 @@ class Pressure:
         """
         return self.excess(ranks) <= 0
 
-    def share(self, cost: Cost) -> float:
-        """A cost in shares of the limits, summed over metrics.
-
-        Args:
-            cost: The cost.
-        """
-        return sum(cost[x.metric] / x.target for x in self.limits)
-
     def share_of_one(self, layer: int, bond: int) -> float:
         """What one more component costs, in shares of the limits.
 
@@ -349,7 +339,7 @@ class Pressure:
             layer: Index of its layer.
             bond: Index of its bond.
         """
-        return max(self.share(self.layers[layer].component_cost(bond, self.ranks[layer])), 1e-12)
+        return max(share(self.limits, self.layers[layer].component_cost(bond, self.ranks[layer])), 1e-12)
 
     def step(self, step: int, ranks_at: Callable[[float], Sequence[Rank]]) -> float:
         """Find the least λ at which a proximal step brings the cost down to the target.

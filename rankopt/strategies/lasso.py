@@ -34,6 +34,7 @@ from sklearn.linear_model import lasso_path
 from torch import Tensor
 
 from rankopt.candidates.sensitivity import predict
+from rankopt.core.budget import share
 from rankopt.core.errors import RankoptError
 from rankopt.core.options import check_choice
 from rankopt.core.problem import Problem
@@ -120,10 +121,6 @@ class Lasso(Strategy):
     def _at(self, log_penalty: float) -> Proposal:
         return within(self.problem, [path.at(np.exp(log_penalty)) for path in self.paths])
 
-    def _share(self, cost: Cost) -> float:
-        """A cost in shares of the limits, summed over metrics."""
-        return sum(cost[x.metric] / x.target for x in self.problem.limits)
-
     def _path(self, prepared: Any, layer: Layer) -> Path:
         weight = prepared.model.get_submodule(layer.name).weight.detach().cpu()
         target = full_target(layer, weight, *prepared.statistics[layer.name])
@@ -132,7 +129,7 @@ class Lasso(Strategy):
         if self.dictionary == "families":
             room = LARGEST // weight.numel()
             blocks += family_components(layer, target, prepared.candidates[layer.name], prepared.factors, room)
-        costs = np.array([self._share(block.cost) for block in blocks for _ in range(block.number)])
+        costs = np.array([share(self.problem.limits, block.cost) for block in blocks for _ in range(block.number)])
         owner = np.repeat(np.arange(len(blocks)), [block.number for block in blocks])
         gram, cross = regression(target, out, rows, [m for block in blocks for m in block.matrices])
         scale = np.maximum(costs / costs.max(), 1e-3) if costs.max() > 0 else np.ones(len(costs))
@@ -154,12 +151,12 @@ class Lasso(Strategy):
         if not any(any(sizes) for sizes in points):
             points = {(1, *[0] * (len(blocks) - 1)): np.arange(len(cross)) == 0}
         found = [(_cost(blocks, n), refitted(gram, cross, kept)) for n, kept in points.items() if any(n)]
-        found.sort(key=lambda point: (self._share(point[0]), point[1]))
+        found.sort(key=lambda point: (share(self.problem.limits, point[0]), point[1]))
         kept: list[tuple[Cost, float]] = []
         for cost, error in found:
             if not kept or error < kept[-1][1]:
                 kept.append((cost, error))
-        errors, shares = np.array([e for _, e in kept]), np.array([self._share(c) for c, _ in kept])
+        errors, shares = np.array([e for _, e in kept]), np.array([share(self.problem.limits, c) for c, _ in kept])
         curve = tuple(sorted((c.error, c.loss) for c in prepared.candidates[layer.name]))
         slopes = predict(curve, errors.tolist()) / np.maximum(errors, 1e-12)
         gains = -np.diff(errors) * slopes[:-1] / np.maximum(np.diff(shares), 1e-30)

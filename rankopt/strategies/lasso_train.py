@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankopt.core.options import check_choice
 from rankopt.core.records import Rank
@@ -127,9 +127,6 @@ class Run(GatedRun[GatedBond]):
         super().__init__(strategy.problem, layers, steps)
         self.penalty = strategy.penalty
         self.averages = {id(b): torch.zeros_like(b.gates) for x in layers for b in x.bonds}
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [bond.gates for x in self.layers for bond in x.bonds]
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

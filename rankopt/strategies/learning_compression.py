@@ -40,8 +40,7 @@ from rankopt.core.problem import Problem
 from rankopt.core.progress import Progress
 from rankopt.core.records import Candidate, Layer
 from rankopt.decompositions.base import Decomposition
-from rankopt.decompositions.modules import load_factors
-from rankopt.decompositions.plan import assemble
+from rankopt.decompositions.plan import apply
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import mean_squares
 from rankopt.decompositions.variable_projection import roots
@@ -255,7 +254,8 @@ class Compression:
             distances = unfolding.distances(weight)
             full = len(distances) - 1
             for rank in np.unique(np.geomspace(1, full, min(full, RANKS)).round().astype(int)).tolist():
-                found.append(Candidate(name, (rank,), unfolding.family.cost(layer, (rank,)), float(distances[rank])))
+                cost = unfolding.family.cost(layer, (rank,))
+                found.append(Candidate(name, (rank,), cost, float(distances[rank]), key=layer.name))
         kept = frontier(layer, with_losses(found, self.curves.get(layer.name, ())), self.metrics)
         return kept if self.may_stay[layer.name] else tuple(c for c in kept if not c.unchanged)
 
@@ -278,15 +278,12 @@ class Compression:
 
     def network(self) -> nn.Module:
         """The network of the last step's factors."""
-        layers: Sequence[Layer] = self.problem.layers
-        by_id = {id(c): layer for layer, c in zip(layers, self.chosen, strict=True)}
-
-        def fill(module: nn.Module, candidate: Candidate) -> None:
-            layer, family = by_id[id(candidate)], DECOMPOSITIONS[candidate.method]
-            (fit,) = family.fit(layer, self.low[layer.name], [candidate.rank], steps=1)
-            load_factors(module, fit.factors)
-
-        return assemble(self.dense, layers, self.chosen, fill)
+        factors = {}
+        for layer, candidate in zip(self.problem.layers, self.chosen, strict=True):
+            if (low := self.low.get(layer.name)) is not None:
+                (fit,) = DECOMPOSITIONS[candidate.method].fit(layer, low, [candidate.rank], steps=1)
+                factors[layer.name] = fit.factors
+        return apply(self.dense, self.problem.layers, self.chosen, factors)
 
 
 class LearningCompression(TrainingStrategy):

@@ -20,7 +20,7 @@ from torch import nn
 
 from rankopt.candidates.pareto import dense_candidate
 from rankopt.candidates.prepare import Prepared
-from rankopt.candidates.sensitivity import predict
+from rankopt.candidates.sensitivity import with_losses
 from rankopt.core.errors import RankoptError, TaskError
 from rankopt.core.files import digest
 from rankopt.core.problem import Problem
@@ -28,7 +28,7 @@ from rankopt.core.progress import Progress
 from rankopt.core.records import METRICS, Candidate, Layer, Proposal, Task
 from rankopt.decompositions.plan import load, plan_of, save
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.variable_projection import full_target
+from rankopt.decompositions.variable_projection import stored_fit
 from rankopt.strategies.base import Strategy
 from rankopt.training.loop import train
 from rankopt.training.losses import TrainingLoss
@@ -102,15 +102,12 @@ def _candidate(prepared: Prepared, layer: Layer, model: nn.Module) -> Candidate:
         return dense_candidate(layer)
     if not hasattr(module, "method"):
         return dense_candidate(layer)
-    family = DECOMPOSITIONS[module.method]
-    weight = prepared.model.get_submodule(layer.name).weight
-    target = full_target(layer, weight.detach(), *prepared.statistics[layer.name])  # type: ignore[operator]
+    family, weight = DECOMPOSITIONS[module.method], prepared.model.get_submodule(layer.name).weight
     with torch.no_grad():
-        factors = tuple(f.detach().to(target.weight) for f in module.factors)
-        error = target.error(family.weight(layer, factors).reshape(target.weight.shape))
-    curve = prepared.curves.get(layer.name)
-    loss = float(predict(curve, [error])[0]) if curve else error
-    return Candidate(module.method, module.rank, family.cost(layer, module.rank), error, loss)
+        statistics = prepared.statistics[layer.name]
+        fit = stored_fit(family, layer, weight.detach(), module.factors, module.rank, *statistics)  # type: ignore[operator]
+    found = Candidate(module.method, module.rank, family.cost(layer, module.rank), fit.error)
+    return with_losses([found], prepared.curves.get(layer.name, ()))[0]
 
 
 def check_trainable(name: str, task: Task) -> None:

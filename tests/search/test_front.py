@@ -7,7 +7,7 @@ import pytest
 
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import Cost, Trial
-from rankopt.search.front import Front
+from rankopt.search.front import Front, searched_metrics
 
 
 def trials(seed, count=30):
@@ -45,3 +45,9 @@ def test_of_equal_trials_the_first_is_kept():
 def test_metrics_that_are_none(metrics):
     with pytest.raises(RankoptError, match=r"give one of|choose from params"):
         Front.of(trials(0), metrics)
+
+
+@pytest.mark.parametrize("text", ["objective,macs,latency", "objective, macs , latency", "macs,latency"])
+def test_metrics_of_a_searchs_objectives_are_read_with_and_without_spaces(text):
+    assert searched_metrics({"objectives": text}) == ["macs", "latency"]
+    assert searched_metrics({}) == []
