@@ -93,7 +93,7 @@ class Bonds:
         if classes is not None and len(classes) != (n := class_count(subject.dense, batches[0])):
             raise TaskError(f"there are {len(classes)} names for {n} classes: give one for each")
         latents = analyse(*subject._replace(batches=batches), effort, progress)
-        return cls(latents, with_pictures(inspect_bonds(*subject), latents), title, classes, decode)
+        return cls(latents, with_pictures(inspect_bonds(subject), latents), title, classes, decode)
 
     # --- as text ---
 
@@ -255,7 +255,7 @@ class Bonds:
         from rankopt.report.bond_latents import follow
 
         self._column(layer, channel, bond)
-        return follow(self.latents, self.bond(layer, bond), channel)
+        return list(follow(self.latents, self.bond(layer, bond), channel))
 
     def agreement(self, of: str = "channels", way: str = "ablated", within: bool = False) -> CorrelationEntry:
         """Spearman's rank correlation of predicted and measured rises of the objective, with its interval.

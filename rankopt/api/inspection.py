@@ -82,7 +82,8 @@ def _table(found: Inspection) -> str:
     from rankopt.search.summary import columns, wrapped
 
     options = [", ".join(found.options.get(x.name, [])) or "nothing" for x in found.layers]
-    letters = {text: _letter(i) for i, text in enumerate(dict.fromkeys(_of_free(found, options)))}
+    free = dict.fromkeys(text for x, text in zip(found.layers, options, strict=True) if x.reason is None)
+    letters = {text: _letter(i) for i, text in enumerate(free)}
     rows, below = [], []
     for x, text in zip(found.layers, options, strict=True):
         shape = "×".join(map(str, x.own_shape)) + (f" g{x.groups}" if x.groups > 1 else "")
@@ -93,10 +94,6 @@ def _table(found: Inspection) -> str:
     head = ("layer", "kind", "weight", "params", "MACs", "may become")
     legend = [wrapped(f"{letter}: {text}", 3) for text, letter in letters.items()]
     return "\n".join([columns(head, [x.name for x in found.layers], rows, below), "", *legend])
-
-
-def _of_free(found: Inspection, options: Sequence[str]) -> list[str]:
-    return [text for x, text in zip(found.layers, options, strict=True) if x.reason is None]
 
 
 def _letter(i: int) -> str:

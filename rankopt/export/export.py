@@ -30,7 +30,7 @@ from rankopt.export.onnx_session import check_exporter, open_session, quiet_expo
 from rankopt.model.forward import batch_size, call_arguments, hooked, inference, map_tensors, run, take
 from rankopt.model.inputs import collect_batches, one_example
 from rankopt.model.recurrent import Recurrent
-from rankopt.model.speed import ForwardTimes, batch_times, forward_times
+from rankopt.model.speed import ForwardTimes, Program, batch_times, forward_times
 
 SUFFIXES = {"onnx": ".onnx", "torch.export": ".pt2", "state_dict": ".safetensors"}
 """Formats and the suffixes of their files."""
@@ -40,9 +40,6 @@ TOLERANCE = 1e-4
 
 EXAMPLES = 8
 """Examples that are compared, and traced if the batch is dynamic."""
-
-Forward = Callable[[Any], Any]
-"""A program: maps a model's input to its outputs."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Exported:
 
     path: Path
     parity: Parity
-    forward: Forward
+    forward: Program
     programs: tuple[str, ...] = ()
     times: tuple[ForwardTimes, ...] = ()
 
@@ -182,7 +179,7 @@ def export_weights(dense: nn.Module, small: nn.Module, path: str | Path, inputs:
     dense, small = (copy.deepcopy(m).eval().cpu() for m in (dense, small))
     written = multiplied_out(dense, small) if multiply else small
 
-    def load(path: Path) -> Forward:
+    def load(path: Path) -> Program:
         again = copy.deepcopy(dense if multiply else small)
         load_model(again, path)
         return lambda y: run(again.eval(), y)
@@ -275,13 +272,13 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _load_program(path: Path) -> Forward:
+def _load_program(path: Path) -> Program:
     with path.open("rb") as file:
         module = torch.export.load(file).module()
     return lambda x: run(module, x)
 
 
-def load_onnx(path: Path) -> Forward:
+def load_onnx(path: Path) -> Program:
     """Load an ONNX file into onnxruntime, on one thread of the CPU.
 
     Args:
@@ -307,7 +304,7 @@ def load_onnx(path: Path) -> Forward:
     return forward
 
 
-LOADERS: dict[str, Callable[[Path], Forward]] = {"onnx": load_onnx, "torch.export": _load_program}
+LOADERS: dict[str, Callable[[Path], Program]] = {"onnx": load_onnx, "torch.export": _load_program}
 """Loaders of programs by format."""
 
 
@@ -315,10 +312,10 @@ LOADERS: dict[str, Callable[[Path], Forward]] = {"onnx": load_onnx, "torch.expor
 
 
 def _checked(
-    path: Path, write: Callable[[Path], None], load: Callable[[Path], Forward], model: Forward, cases: Sequence[Any]
+    path: Path, write: Callable[[Path], None], load: Callable[[Path], Program], model: Program, cases: Sequence[Any]
 ) -> Exported:
     """Write a file, load and compare it; it is moved to `path` only if its outputs are the model's."""
-    found: list[tuple[Forward, Parity]] = []
+    found: list[tuple[Program, Parity]] = []
 
     def write_and_check(beside: Path) -> None:
         write(beside)

@@ -142,7 +142,7 @@ class Divergence:
             if self.divisible:
                 none = torch.zeros(batch_size(batch), dtype=torch.float64)
                 found.append(
-                    sum((_by_example(_differences, part.axis, z, z0) / part.size for part, z, z0 in compared), none)
+                    sum((_by_example(differences, part.axis, z, z0) / part.size for part, z, z0 in compared), none)
                 )
             else:
                 found.append(torch.tensor([_total(compared) / self.batch_size], dtype=torch.float64))
@@ -325,13 +325,19 @@ def _chunks(z: Tensor, z0: Tensor, axis: int | None) -> Iterator[tuple[Tensor, T
 def _total(compared: Sequence[tuple[Part, Tensor, Tensor]]) -> float:
     """The summed divergence of a batch."""
     return sum(
-        sum(_differences(*pieces).sum().item() for pieces in _chunks(z, z0, part.axis)) / part.size
+        sum(differences(*pieces).sum().item() for pieces in _chunks(z, z0, part.axis)) / part.size
         for part, z, z0 in compared
     )
 
 
-def _differences(z: Tensor, z0: Tensor, axis: int | None) -> Tensor:
-    """The terms of the KL divergence over the classes, or squared errors, elementwise in float64."""
+def differences(z: Tensor, z0: Tensor, axis: int | None) -> Tensor:
+    """The terms of the KL divergence over the classes, or squared errors, elementwise in float64.
+
+    Args:
+        z: An output of the compressed model.
+        z0: That of the dense model.
+        axis: Where the classes are; None for an output without classes.
+    """
     z, z0 = z.double(), z0.to(z.device).double()
     if axis is None:
         return (z - z0).square()

@@ -42,9 +42,6 @@ EXAMPLES = 512
 """Calibration examples that statistics and pictures are taken from."""
 
 
-NO_PICTURES = "no pictures"
-
-
 LayerStatistics = Mapping[str, tuple[Tensor | None, Tensor | None]]
 """By layer, the input moment S and the output metric H of `rankopt.candidates.calibration`."""
 
@@ -59,7 +56,8 @@ class LayerBonds:
         rank: Its rank.
         spectra: One spectrum for each bond.
         channels: The strongest channels of the first bond, with the images that they respond to.
-        note: Why it has no bond, or no pictures of channels.
+        note: Why it has no bond.
+        no_pictures: Why its channels have no pictures.
     """
 
     name: str
@@ -68,6 +66,7 @@ class LayerBonds:
     spectra: tuple[BondSpectrum, ...] = ()
     channels: tuple[Channel, ...] = ()
     note: str = ""
+    no_pictures: str = ""
 
 
 class Subject(NamedTuple):
@@ -125,20 +124,6 @@ def subject(
     return Subject(dense, small, layers, replaced, {name: (s.get(name), h.get(name)) for name in replaced}, batches)
 
 
-def bonds_of_run(folder: Path, task: Task, progress: Progress = silent) -> list[LayerBonds]:
-    """Analyse the layers of a run's model.
-
-    Args:
-        folder: The run folder.
-        task: The task that was compressed.
-        progress: Shows the calibration.
-
-    Raises:
-        PlanError: If the folder holds no model, or that of another task.
-    """
-    return inspect_bonds(*subject_of_run(folder, task, progress))
-
-
 def subject_of_run(folder: Path, task: Task, progress: Progress = silent) -> Subject:
     """A run's model and what an analysis of its bonds needs.
 
@@ -151,20 +136,6 @@ def subject_of_run(folder: Path, task: Task, progress: Progress = silent) -> Sub
         PlanError: If the folder holds no model, or that of another task.
     """
     return subject(task.model, load(task.model, folder), task.calibration, task.example_input, progress=progress)
-
-
-def bonds_of_space(
-    task: Task, space: SearchSpace, cache: str | Path | None = None, progress: Progress = silent
-) -> list[LayerBonds]:
-    """Analyse each layer as the most accurate candidate of a search space.
-
-    Args:
-        task: The task.
-        space: The search space.
-        cache: Folder of the cache of fits; None for the default one.
-        progress: Shows calibration and fitting.
-    """
-    return inspect_bonds(*subject_of_space(task, space, cache, progress))
 
 
 def subject_of_space(
@@ -187,27 +158,16 @@ def subject_of_space(
     return Subject(prepared.model, small, prepared.layers, replaced, prepared.statistics, batches)
 
 
-def inspect_bonds(
-    dense: nn.Module,
-    small: nn.Module,
-    layers: Sequence[Layer],
-    replaced: Mapping[str, tuple[str, Rank]],
-    statistics: LayerStatistics,
-    batches: Sequence[Any],
-) -> list[LayerBonds]:
+def inspect_bonds(subject: Subject) -> list[LayerBonds]:
     """Analyse every layer of a compressed model.
 
     Args:
-        dense: The dense model, its composite modules expanded.
-        small: The compressed model.
-        layers: All layers of the inventory.
-        replaced: Name -> (method, rank) of the factorised layers.
-        statistics: Input moment and output metric of these layers.
-        batches: Calibration batches; pictures need images.
+        subject: The model and what is needed; pictures need images.
 
     Returns:
         One row for each layer, in their order; one without spectra says why in its note.
     """
+    dense, small, layers, replaced, statistics, batches = subject
     found: list[LayerBonds] = []
     watches: dict[str, Watch] = {}
     made = {c.name for c in replaced_layers(small) if c.method != DENSE}
@@ -228,14 +188,14 @@ def inspect_bonds(
             factors = tuple(f.detach() for f in module.factors)  # type: ignore[union-attr]
             watches[layer.name] = Watch(layer, factors[0], channel_shares(layer, method, factors, *statistic))
         elif len(layer.shape) == 4:
-            row.note = f"{NO_PICTURES}: it does not start with a 1 x 1 convolution"
+            row.no_pictures = "no pictures: it does not start with a 1 x 1 convolution"
     images = as_images(batches)
     channels = find_channels(small, watches, images) if images is not None else {}
     for row in found:
         row.channels = channels.get(row.name, ())
         if row.name in watches and not row.channels:
             what = "the model's inputs are not images of one size with 1 or 3 channels"
-            row.note = f"{NO_PICTURES}: {what if images is None else 'it does not see one map per image'}"
+            row.no_pictures = f"no pictures: {what if images is None else 'it does not see one map per image'}"
     return found
 
 
@@ -256,5 +216,5 @@ def with_pictures(rows: list[LayerBonds], latents: Latents) -> list[LayerBonds]:
         if images is None or row.channels or bond is None or bond.effects.responses is None:
             continue
         row.channels = channels_of_responses(images, bond.effects.responses, bond.shares)
-        row.note = "" if row.note.startswith(NO_PICTURES) else row.note
+        row.no_pictures = ""
     return rows

@@ -38,7 +38,7 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.records import Layer
 from rankopt.model.forward import batch_size, hooked, inference, outputs, run, take, to_device
 from rankopt.model.layer_kinds import as_matrix
-from rankopt.model.objective import Divergence, Part
+from rankopt.model.objective import Divergence, Part, differences
 
 ABLATED, PATCHED = 0, 1
 """Index of the two ways to change a channel."""
@@ -132,7 +132,7 @@ class Examples:
         self.divergence = Divergence(dense, chunks)
         self.references = list(self.divergence.references())
         self.labels: list[Tensor] | None = None
-        self.classes = class_count(dense, chunks[0])
+        self.classes = _classes(self.divergence)
         if self.classes:
             self.labels = [zs[0].argmax(1) for zs in self.references]
 
@@ -172,7 +172,10 @@ def class_count(model: nn.Module, batch: Any) -> int:
         model: The model.
         batch: A batch of inputs.
     """
-    divergence = Divergence(model, [take(batch, slice(2))])
+    return _classes(Divergence(model, [take(batch, slice(2))]))
+
+
+def _classes(divergence: Divergence) -> int:
     z = next(divergence.references())[0]
     return z.shape[1] if divergence.parts[0].axis == 1 and z.ndim == 2 else 0
 
@@ -321,17 +324,9 @@ def _second_order(
 
 def _divergence(zs: Sequence[Tensor], reference: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
     """The objective, summed over the examples of a chunk."""
-    total = zs[0].new_zeros((), dtype=torch.float64)
-    for part, z, z0 in zip(parts, zs, reference, strict=True):
-        if part.size == 0:
-            continue
-        a, b = z.double(), z0.to(z.device).double()
-        if part.axis is None:
-            total = total + (a - b).square().sum() / part.size
-            continue
-        log_p, log_p0 = F.log_softmax(a, part.axis), F.log_softmax(b, part.axis)
-        total = total + F.kl_div(log_p, log_p0, reduction="sum", log_target=True) / part.size
-    return total
+    compared = (x for x in zip(parts, zs, reference, strict=True) if x[0].size > 0)
+    terms = (differences(z, z0, part.axis).sum() / part.size for part, z, z0 in compared)
+    return sum(terms, zs[0].new_zeros((), dtype=torch.float64))
 
 
 def _class_losses(z: Tensor, labels: Tensor) -> Tensor:

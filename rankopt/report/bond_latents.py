@@ -18,7 +18,6 @@ from rankopt.core.result_record import CorrelationEntry
 from rankopt.core.statistics import correlation
 from rankopt.decompositions.channels import channel_count, components, factors_of, output_directions, rotation
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.types import Bond, Factors
 from rankopt.decompositions.variable_projection import full_target
 from rankopt.model.forward import batch_size, input_tensors
 from rankopt.model.quantization import dequantize_all
@@ -181,8 +180,6 @@ class _Bond:
 
     layer: Layer
     method: str
-    factors: Factors
-    bond: Bond
     text: str
     number: int
     directions: dict[str, Directions]
@@ -217,7 +214,7 @@ def _bonds_of(
         outside = " ".join(x for x in names if x not in bond.inside) or "other indices"
         text = f"{' '.join(bond.inside)} | {outside}"
         measured = n if effort.measured is None else min(n, effort.measured)
-        yield _Bond(layer, method, factors, bond, text, number, directions, measured)
+        yield _Bond(layer, method, text, number, directions, measured)
 
 
 def _random(layer: Layer, weight: Tensor, count: int, seed: int) -> Iterator[Tensor]:
@@ -270,8 +267,9 @@ def token_at(latents: Latents, example: int, place: int) -> str | None:
         n = batch_size(x)
         if example < n:
             ids = next((t for t in input_tensors(x) if t.ndim == 2 and not t.is_floating_point()), None)
-            known = ids is not None and place < ids.shape[1]
-            return latents.decode(int(ids[example, place])) if ids is not None and known else None
+            if ids is None or place >= ids.shape[1]:
+                return None
+            return latents.decode(int(ids[example, place]))
         example -= n
     return None
 
@@ -279,7 +277,7 @@ def token_at(latents: Latents, example: int, place: int) -> str | None:
 # --- from layer to layer -----------------------------------------------------------------------------
 
 
-def follow(latents: Latents, bond: LatentBond, channel: int) -> list[Step]:
+def follow(latents: Latents, bond: LatentBond, channel: int) -> Iterator[Step]:
     """Follow a channel through all later bonds: which channels respond to the same examples.
 
     Args:
@@ -287,15 +285,14 @@ def follow(latents: Latents, bond: LatentBond, channel: int) -> list[Step]:
         bond: The bond that the channel is in.
         channel: Its number.
 
-    Returns:
+    Yields:
         One step for each bond of a later layer that has responses.
     """
     at = next(i for i, b in enumerate(latents.bonds) if b is bond)
     own = bond.effects.responses
     if own is None:
-        return []
+        return
     x = _standardised(own[:, [channel]])
-    steps = []
     for later in latents.bonds[at + 1 :]:
         if later.effects.responses is None or later.layer == bond.layer:
             continue
@@ -303,8 +300,7 @@ def follow(latents: Latents, bond: LatentBond, channel: int) -> list[Step]:
         r = (x.T @ y)[0]
         chance = (x.roll(max(1, len(x) // 2), 0).T @ y)[0].abs().max().item()
         best = int(r.abs().argmax())
-        steps.append(Step(later.layer, later.number, best, r[best].item(), chance))
-    return steps
+        yield Step(later.layer, later.number, best, r[best].item(), chance)
 
 
 def _standardised(responses: Tensor) -> Tensor:
@@ -328,8 +324,8 @@ def compared(latents: Latents, of: str = CHANNELS, way: int = ABLATED) -> list[t
         other = bond.effects if of == CHANNELS else bond.controls.get(of)
         if other is None:
             continue
-        pair = torch.stack([bond.effects.predicted[way], other.measured[way]])[:, list(bond.measured)]
-        pair = pair[:, pair.isfinite().all(0)]
+        pair = torch.stack([bond.effects.predicted[way], other.measured[way]])
+        pair = pair[:, pair.isfinite().all(0)]  # what was not measured is NaN
         if pair.shape[1]:
             found.append((pair[0], pair[1]))
     return found

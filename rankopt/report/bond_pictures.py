@@ -11,7 +11,7 @@ import torch
 from rankopt.core.names import labels
 from rankopt.report.bond_effects import ABLATED, PATCHED
 from rankopt.report.bond_latents import CHANNELS, RANDOM, ROTATED, LatentBond, Latents, Step, compared
-from rankopt.report.pictures import ACCENT, FAINT, POINT
+from rankopt.report.pictures import ACCENT, FAINT, POINT, rows_axis
 
 STRONGEST = 10
 """Channels of a bond that are drawn, those with the largest predicted effects."""
@@ -58,12 +58,8 @@ def agreement(ax: Any, latents: Latents) -> None:
     ax.set_xscale("symlog", linthresh=bend)
     ax.set_yscale("symlog", linthresh=bend)
     top = float(sizes.max())
-    ax.plot(
-        [0, *np.geomspace(bend, max(top, 2 * bend), 50)],
-        [0, *np.geomspace(bend, max(top, 2 * bend), 50)],
-        color=FAINT,
-        lw=0.8,
-    )
+    equal = [0, *np.geomspace(bend, max(top, 2 * bend), 50)]
+    ax.plot(equal, equal, color=FAINT, lw=0.8)
     ticks = _decades(bend, top)
     names = ["0", *(f"10{''.join(SUPERSCRIPTS[c] for c in str(round(np.log10(t))))}" for t in ticks[1:])]
     ax.set(xlabel=f"predicted {RISE}", ylabel=f"measured {RISE}")
@@ -93,10 +89,8 @@ def effects(ax: Any, bond: LatentBond) -> None:
         for way, colour, at in ((ABLATED, POINT, i - 0.18), (PATCHED, ACCENT, i + 0.18)):
             ax.barh(at, bond.effects.predicted[way, r].item(), 0.34, color=colour, alpha=0.35, lw=0)
             ax.plot(bond.effects.measured[way, r].item(), at, "o", color=colour, ms=4)
-    ax.set_yticks(range(len(shown)), [str(r) for r in shown])
-    ax.set(ylim=(len(shown) - 0.4, -0.6), xlabel=RISE, ylabel="channel")
-    ax.tick_params(axis="y", length=0)
-    ax.grid(visible=False, axis="y")
+    rows_axis(ax, [str(r) for r in shown])
+    ax.set(xlabel=RISE, ylabel="channel")
     ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
     ax.locator_params(axis="x", nbins=5)
     handles = [ax.scatter([], [], color=c, s=18) for c in (POINT, ACCENT)]
@@ -162,8 +156,6 @@ def flow(ax: Any, steps: Sequence[Step]) -> None:
     ax.barh(y, [abs(s.correlation) for s in steps], 0.6, color=POINT, lw=0, label="best channel")
     ax.plot([s.chance for s in steps], y, "|", color=ACCENT, ms=9, mew=1.5, label="chance")
     names = labels([s.layer for s in steps])
-    ax.set_yticks(y, [f"{name} · {s.channel}" for name, s in zip(names, steps, strict=True)], fontsize=9)
-    ax.set(xlim=(0, 1), ylim=(len(steps) - 0.4, -0.6), xlabel="|correlation| of responses", ylabel="later channel")
-    ax.tick_params(axis="y", length=0)
-    ax.grid(visible=False, axis="y")
+    rows_axis(ax, [f"{name} · {s.channel}" for name, s in zip(names, steps, strict=True)], fontsize=9)
+    ax.set(xlim=(0, 1), xlabel="|correlation| of responses", ylabel="later channel")
     ax.legend(loc="lower right", fontsize=9)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from markupsafe import Markup
+from torch import Tensor
 
 from rankopt.core.result_record import CorrelationEntry
 from rankopt.model.forward import batch_size
-from rankopt.report.bond_effects import PATCHED
+from rankopt.report.bond_effects import ABLATED, PATCHED
 from rankopt.report.bond_latents import (
     CHANNELS,
     RANDOM,
@@ -103,21 +105,20 @@ def whole_model(latents: Latents) -> WholeModel:
         latents: The latents.
     """
     names = {
-        "channels, ablated": (CHANNELS, 0),
+        "channels, ablated": (CHANNELS, ABLATED),
         "channels, patched": (CHANNELS, PATCHED),
-        "control: rotated bonds": (ROTATED, 0),
-        "control: random directions": (RANDOM, 0),
+        "control: rotated bonds": (ROTATED, ABLATED),
+        "control: random directions": (RANDOM, ABLATED),
     }
     found = {
         name: (agreement(latents, of, way), agreement(latents, of, way, within=True))
         for name, (of, way) in names.items()
     }
-    measured = any(b.measured for b in latents.bonds)
     return WholeModel(
         latents.objective,
         sum(map(batch_size, latents.batches)),
         sum(b.effects.count for b in latents.bonds),
-        Markup(draw(agreement_picture, latents, height=3.4, name="agreement")) if measured else None,
+        Markup(draw(agreement_picture, latents, height=3.4, name="agreement")) if latents.bonds else None,
         found,
         _flow(latents),
     )
@@ -129,7 +130,7 @@ def _flow(latents: Latents) -> tuple[str, int, Markup] | None:
         return None
     bond = latents.bonds[0]
     channel = strongest(bond)[0]
-    steps = follow(latents, bond, channel)[:FOLLOWED]
+    steps = list(islice(follow(latents, bond, channel), FOLLOWED))
     if not steps:
         return None
     return bond.layer, channel, Markup(draw(flow, steps, height=1.3 + 0.22 * len(steps), name="flow"))
@@ -152,34 +153,36 @@ def by_layer(latents: Latents | None) -> dict[str, list[BondSection]]:
             else None
         )
         picture = Markup(draw(effects, bond, height=height, name=f"effects{i}"))
-        lines = tuple(_line(latents, bond, r) for r in shown)
+        means, selective = class_means(latents, bond), selectivity(latents, bond)
+        lines = tuple(_line(latents, bond, r, means, selective) for r in shown)
         found.setdefault(bond.layer, []).append(BondSection(bond, lines, picture, classes))
     return found
 
 
-def _line(latents: Latents, bond: LatentBond, channel: int) -> ChannelLine:
-    selective = selectivity(latents, bond)
-    steps = follow(latents, bond, channel)
+def _line(
+    latents: Latents, bond: LatentBond, channel: int, means: Tensor | None, selective: Tensor | None
+) -> ChannelLine:
     return ChannelLine(
         channel,
         bond.shares[channel].item(),
-        bond.effects.predicted[0, channel].item(),
-        bond.effects.measured[0, channel].item(),
-        driver(latents, bond, channel),
+        bond.effects.predicted[ABLATED, channel].item(),
+        bond.effects.measured[ABLATED, channel].item(),
+        driver(latents, bond, channel, means),
         None if selective is None else selective[channel].item(),
-        steps[0] if steps else None,
+        next(follow(latents, bond, channel), None),
     )
 
 
-def driver(latents: Latents, bond: LatentBond, channel: int) -> str:
+def driver(latents: Latents, bond: LatentBond, channel: int, means: Tensor | None) -> str:
     """What drives a channel, in a few words: the class of its highest mean response, or tokens.
 
     Args:
         latents: The latents.
         bond: The bond.
         channel: Number of the channel.
+        means: The bond's `class_means`.
     """
-    means, responses, places = class_means(latents, bond), bond.effects.responses, bond.effects.places
+    responses, places = bond.effects.responses, bond.effects.places
     if responses is None or places is None:
         return ""
     order = responses[:, channel].abs().argsort(descending=True)[: 2 * TOKENS].tolist()

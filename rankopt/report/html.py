@@ -18,7 +18,7 @@ from rankopt.core.result_record import BudgetEntry, FrontiersFile, Metric, Part,
 from rankopt.core.run_folder import REPORT, read_frontiers, read_result, report_damage
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.report import pictures, training
-from rankopt.report.layers import frontier_pictures, layer_groups
+from rankopt.report.layers import LayerGroup, frontier_pictures, layer_groups
 from rankopt.report.pictures import NAMES
 from rankopt.search.summary import (
     as_fast_lines,
@@ -97,6 +97,7 @@ def render(info: ResultInfo, trials: Sequence[TrialRow], run: str, frontiers: Fr
         The page's source.
     """
     colour = pictures.colours([x["method"] for x in info["layers"]])
+    modules = layer_groups(info["layers"])
     script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     return (
         environment()
@@ -115,9 +116,9 @@ def render(info: ResultInfo, trials: Sequence[TrialRow], run: str, frontiers: Fr
             notes=reliability_notes(info),
             names=NAMES,
             budget=[_budget_row(metric, b) for metric, b in info["budget"].items()],
-            pictures=_pictures(info, trials),
+            pictures=_pictures(info, trials, modules),
             colour=colour,
-            groups=layer_groups(info["layers"]),
+            groups=modules,
             frontiers=frontier_pictures(info["layers"], frontiers, colour),
             families=_families(info),
             made=made_rows(info),
@@ -176,7 +177,7 @@ def _budget_row(metric: Metric, b: BudgetEntry) -> dict[str, str]:
     }
 
 
-def _pictures(info: ResultInfo, trials: Sequence[TrialRow]) -> dict[str, Markup]:
+def _pictures(info: ResultInfo, trials: Sequence[TrialRow], modules: Sequence[LayerGroup]) -> dict[str, Markup]:
     """The pictures that have something to show, by name."""
     draw, done = pictures.draw, pictures.finished(trials, "objective")
     drawn = {"size": draw(pictures.size, info, trials)}
@@ -185,7 +186,7 @@ def _pictures(info: ResultInfo, trials: Sequence[TrialRow]) -> dict[str, Markup]
     if len(pictures.finished(done, "predicted")) > 1:
         drawn["prediction"] = draw(pictures.prediction, info, trials)
     rows = info["layers"]
-    if len(modules := layer_groups(rows)) > 1:
+    if len(modules) > 1:
         drawn["layers"] = draw(pictures.modules, modules, height=pictures.layers_height(modules))
     else:
         drawn["layers"] = draw(pictures.layers, rows, height=pictures.layers_height(rows))

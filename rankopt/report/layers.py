@@ -12,7 +12,7 @@ from rankopt.core.budget import amount
 from rankopt.core.names import groups
 from rankopt.core.result_record import FrontierPoint, FrontiersFile, LayerRow, Metric
 from rankopt.report.pictures import ACCENT, FAINT, GRID, NAMES
-from rankopt.search.summary import percent, rank_text
+from rankopt.search.summary import counted, percent, rank_text
 
 WIDTH, HEIGHT, EDGE = 560, 150, 10
 """Size of a frontier's picture, and the room around its points."""
@@ -57,7 +57,7 @@ def layer_groups(rows: Sequence[LayerRow]) -> list[LayerGroup]:
         members = [rows[i] for i in group.members]
         n, params, dense = len(members), sum(x["params"] for x in members), sum(x["dense_params"] for x in members)
         kept = f", {percent(params / dense, 0)} of {dense:,} parameters kept" if dense else ""
-        found.append(LayerGroup(group.name, members, f"{n} layer{'s' * (n != 1)}{kept}"))
+        found.append(LayerGroup(group.name, members, f"{counted(n, 'layer')}{kept}"))
     return found
 
 

@@ -308,10 +308,8 @@ def layers(ax: Any, rows: Sequence[LayerRow]) -> None:
         label = DENSE if dense else rank_text(row["rank"]).replace(" ", "") + share
         end = max(row["dense_params"], row["params"])
         ax.annotate(label, (end, y), (4, 0), textcoords="offset points", va="center", color=FAINT if dense else INK)
-    ax.set_yticks(range(len(rows)), labels([x["name"] for x in rows]))
-    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="parameters" + ("" if scale == "linear" else f", {scale} scale"))
-    ax.tick_params(axis="y", length=0)
-    ax.grid(visible=False, axis="y")
+    rows_axis(ax, labels([x["name"] for x in rows]))
+    ax.set_xlabel("parameters" + ("" if scale == "linear" else f", {scale} scale"))
 
 
 def modules(ax: Any, groups: Sequence[Any]) -> None:
@@ -331,10 +329,8 @@ def modules(ax: Any, groups: Sequence[Any]) -> None:
             end += kept
         ax.annotate(f"{end / max(dense, 1):.0%}", (max(dense, end), y), (4, 0), textcoords="offset points", va="center")
     _length_axis(ax, "linear", 1, max(sum(x["dense_params"] for x in group.layers) for group in groups))
-    ax.set_yticks(range(len(groups)), labels([group.name for group in groups]))
-    ax.set(ylim=(len(groups) - 0.4, -0.6), xlabel="parameters")
-    ax.tick_params(axis="y", length=0)
-    ax.grid(visible=False, axis="y")
+    rows_axis(ax, labels([group.name for group in groups]))
+    ax.set_xlabel("parameters")
 
 
 def layers_with_methods(ax: Any, rows: Sequence[LayerRow]) -> None:
@@ -392,6 +388,20 @@ def layers_height(rows: Sequence[Any]) -> float:
 
 
 # --- their parts -------------------------------------------------------------------------------------
+
+
+def rows_axis(ax: Any, names: Sequence[str], **text: Any) -> None:
+    """Make the y axis one of named rows, the first on top.
+
+    Args:
+        ax: Matplotlib axes.
+        names: Their names.
+        text: Properties of the labels.
+    """
+    ax.set_yticks(range(len(names)), names, **text)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False, axis="y")
 
 
 def _length_axis(ax: Any, scale: str, least: int, most: int) -> None:

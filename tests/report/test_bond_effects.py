@@ -210,7 +210,7 @@ def test_a_layer_that_some_batches_do_not_reach_is_analysed_on_those_that_do():
     (bond,) = latents.bonds
     assert bond.effects.responses is None and bond.effects.class_predicted.isnan().all()
     assert (bond.effects.predicted > 0).all() and (bond.effects.measured > 0).all()
-    assert follow(latents, bond, 0) == []
+    assert list(follow(latents, bond, 0)) == []
 
 
 class PerToken(nn.Module):

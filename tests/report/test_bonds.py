@@ -19,7 +19,7 @@ from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.records import Layer
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import Bond
-from rankopt.report.bond_analysis import LayerBonds, bonds_of_run, bonds_of_space, subject_of_run
+from rankopt.report.bond_analysis import LayerBonds, inspect_bonds, subject_of_run, subject_of_space
 from rankopt.report.bond_channels import (
     IMAGES,
     Channel,
@@ -206,7 +206,7 @@ def folder(digits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(digits, folder):
-    return bonds_of_run(folder, digits.task)
+    return inspect_bonds(subject_of_run(folder, digits.task))
 
 
 def test_inspect_shows_the_bonds_of_a_run(folder, rows):
@@ -232,7 +232,7 @@ def test_inspect_shows_the_bonds_of_a_run(folder, rows):
 
 def test_inspect_shows_the_bonds_of_a_space_and_what_has_none(digits, tmp_path):
     space = SearchSpace(families=("ttn", "tt_matrix"), points=2, steps=1, keep_dense=("fc2",))
-    shown = {row.name: row for row in bonds_of_space(digits.task, space, tmp_path / "cache")}
+    shown = {row.name: row for row in inspect_bonds(subject_of_space(digits.task, space, tmp_path / "cache"))}
     assert "nonlinear" in shown["conv2"].note and "keeps fc2 dense" in shown["fc2"].note
     assert [s.metric for s in shown["fc1"].spectra] in (["plain", "plain"], [])
     text = table(list(shown.values()))
