@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rankopt.candidates.cache import Cache
+from rankopt.candidates.pool import WORKER_BYTES, NotSentError, Pool
 from rankopt.core.errors import RankoptError, TaskError
 from rankopt.core.files import available_memory, gigabytes
-from rankopt.core.progress import Progress
+from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Layer
 from rankopt.model.forward import (
     class_axis,
@@ -544,6 +545,23 @@ def calibrate_blocks(
     next(steps, None)
 
 
+def _calibrate_away(
+    shared: tuple[nn.Module, Sequence[Any]], number: int, part: Sequence[Layer]
+) -> tuple[int, dict[str, Tensor]]:
+    """In another process: the number of a block, and what is stored of it."""
+    rows: dict[str, int] = {}
+    ((_, s, h),) = calibrate_blocks(shared[0], [part], shared[1], silent, rows)
+    return number, _entries(part, s, h, rows)
+
+
+def _entries(
+    part: Sequence[Layer], s: Mapping[str, Tensor], h: Mapping[str, Tensor], rows: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """The statistics of a block as they are stored."""
+    found = {f"moment.{n}": t for n, t in s.items()} | {f"metric.{n}": t for n, t in h.items()}
+    return found | {f"rows.{x.name}": torch.tensor([rows[x.name]]) for x in part if x.name in rows}
+
+
 def _as_stored(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Statistics in float32 on the CPU; they are taken out of the dictionary one by one."""
     return {name: found.pop(name).float().cpu() for name in list(found)}
@@ -685,26 +703,43 @@ class Statistics(Mapping[str, tuple[Any, Any]]):
         self._blocks = blocks(layers)
         self._block_of = {layer.name: i for i, block in enumerate(self._blocks) for layer in block}
 
-    def ensure_cached(self) -> None:
-        """Measure the statistics that are not in the cache; leave reading the others until they are needed."""
+    def ensure_cached(self, pool: Pool | None = None) -> None:
+        """Measure the statistics that are not in the cache; leave reading the others until they are needed.
+
+        Args:
+            pool: Processes that measure several blocks at once, with the same results; None for this one.
+        """
         self._measure(
-            [i for i in range(len(self._blocks)) if not self.cache.path(self._file(i), "safetensors").is_file()]
+            [i for i in range(len(self._blocks)) if not self.cache.path(self._file(i), "safetensors").is_file()], pool
         )
 
     def _file(self, block: int) -> str:
         return f"statistics-{self.key}-{block}"
 
-    def _measure(self, wanted: Sequence[int]) -> None:
+    def _measure(self, wanted: Sequence[int], pool: Pool | None = None) -> None:
         """Measure blocks and write them to the cache."""
         if not wanted:
             return
         self.cache.check_writable()
+        if pool is not None and len(wanted) > 1:  # of a single one the runs take less than to send the model
+            try:
+                self._measure_away(wanted, pool)
+            except NotSentError as error:
+                log.info("statistics are measured in this process: %s", error)
+            else:
+                return
         rows: dict[str, int] = {}
         parts = [self._blocks[i] for i in wanted]
         measured = calibrate_blocks(self.model, parts, self.batches, self.progress, rows)
         for i, (part, s, h) in zip(wanted, measured, strict=True):
-            found = {f"moment.{n}": t for n, t in s.items()} | {f"metric.{n}": t for n, t in h.items()}
-            found |= {f"rows.{x.name}": torch.tensor([rows[x.name]]) for x in part if x.name in rows}
+            self.cache.write_tensors(self._file(i), _entries(part, s, h, rows))
+
+    def _measure_away(self, wanted: Sequence[int], pool: Pool) -> None:
+        """Measure blocks in other processes."""
+        calls = [(i, self._blocks[i]) for i in wanted]
+        memory = WORKER_BYTES + max(block_bytes(part) for _, part in calls)
+        measured = pool(_calibrate_away, calls, memory, (self.model, self.batches))
+        for i, found in self.progress(measured, "calibrating", len(calls)):
             self.cache.write_tensors(self._file(i), found)
 
     def _read(self, name: str, *kinds: str) -> dict[str, Tensor]:

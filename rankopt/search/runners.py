@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankopt.candidates.fit import Pool
+from rankopt.candidates.pool import Pool
 from rankopt.core.errors import RankoptError
 from rankopt.search.loop import Runner
 from rankopt.search.loop import search as search_in_process
@@ -96,7 +96,7 @@ def session(runner: Runner) -> AbstractContextManager[object]:
 
 
 def pool_of(runner: Runner) -> Pool | None:
-    """Where the candidates of a search are fitted.
+    """Where the task of a search is prepared.
 
     Args:
         runner: The search's runner.
@@ -106,5 +106,5 @@ def pool_of(runner: Runner) -> Pool | None:
     """
     while inner := getattr(runner, "runner", None):  # LiveRunner and RunUntil wrap another
         runner = inner
-    pool: Callable[[], Pool | None] = getattr(runner, "fit_pool", lambda: None)
+    pool: Callable[[], Pool | None] = getattr(runner, "task_pool", lambda: None)
     return pool()

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from rankopt.candidates.fit import Pool
+from rankopt.candidates import pool
 from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.files import available_cores
 from rankopt.core.problem import Problem
@@ -26,7 +26,7 @@ from rankopt.search.loop import WAIT, Evaluate, Outcome, Study, proposals
 from rankopt.search.ray.session import check_resources, keep_logs, line, quiet, started, surroundings
 from rankopt.search.ray.tasks import in_any_order
 from rankopt.search.ray.tune_options import TuneOptions
-from rankopt.search.ray.worker import Limits, Payload, Worker, WorkerError, pack
+from rankopt.search.ray.worker import Limits, Payload, Worker, WorkerError, other_machines, pack
 
 NONE, PLAIN = Limits(), TuneOptions()
 
@@ -121,17 +121,22 @@ class RaySearch:
             self.folder = folder
         return self.folder
 
-    def fit_pool(self) -> Pool | None:
-        """The cluster as a pool for fits; None if Ray runs on this machine alone, whose cores need no Ray for them."""
+    def task_pool(self) -> pool.Pool | None:
+        """The cluster as a pool that prepares tasks; None if Ray is only this machine, whose cores need no Ray."""
         import ray
 
         return self._run_tasks if self.address or ray.is_initialized() else None
 
-    def _run_tasks(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], memory: int) -> Iterator[Any]:
+    def _run_tasks(
+        self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], memory: int, shared: Any = None
+    ) -> Iterator[Any]:
         """Run calls as Ray tasks; a `Pool`."""
+        import ray
+
         with self.session():
             self._start()
-            yield from in_any_order(function, calls, memory)
+            parcel = ray.put(pool.pack(shared, other_machines()))
+            yield from in_any_order(pool.work, ((parcel, function, *arguments) for arguments in calls), memory)
 
     @property
     def threads(self) -> int:
