@@ -28,7 +28,7 @@ from rankopt.model.objective import call
 from rankopt.search.compress import open_run_folder, run_search
 from rankopt.search.loop import Runner
 from rankopt.search.result import Result
-from rankopt.search.runners import pool_of
+from rankopt.search.runners import pool_of, trainer_of
 from rankopt.search.settings import SearchSettings
 from rankopt.search.train_run import train_run, untrained_network, with_training
 from rankopt.strategies.registry import read_options, strategy_options
@@ -275,6 +275,7 @@ def run_in_folder(
                 stop=stop,
                 progress=display,
                 note=display.note,
+                trainer=trainer_of(runner),
             )
     except KeyboardInterrupt:
         return None

@@ -21,12 +21,15 @@ from rankopt.candidates import pool
 from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.files import available_cores
 from rankopt.core.problem import Problem
-from rankopt.core.records import Proposal, Trial
+from rankopt.core.records import Proposal, Task, Trial
 from rankopt.search.loop import WAIT, Evaluate, Outcome, Study, proposals
 from rankopt.search.ray.session import check_resources, keep_logs, line, quiet, started, surroundings
 from rankopt.search.ray.tasks import in_any_order
+from rankopt.search.ray.training import Resources, train_away
 from rankopt.search.ray.tune_options import TuneOptions
 from rankopt.search.ray.worker import Limits, Payload, Worker, WorkerError, other_machines, pack
+from rankopt.training.finetune import Trained
+from rankopt.training.recipe import Recipe
 
 NONE, PLAIN = Limits(), TuneOptions()
 
@@ -137,6 +140,29 @@ class RaySearch:
             self._start()
             parcel = ray.put(pool.pack(shared, other_machines()))
             yield from in_any_order(pool.work, ((parcel, function, *arguments) for arguments in calls), memory)
+
+    def finetune(self, model: Any, task: Task, recipe: Recipe, *, folder: Path, **options: Any) -> Trained:
+        """Train a model with the CPUs and GPUs of a trial; as `rankopt.training.finetune.finetune`, for `train_run`.
+
+        Args:
+            model: The compressed model.
+            task: The task.
+            recipe: How to train.
+            folder: Where checkpoints are kept, on this machine.
+            options: The others of `train_away`.
+
+        Raises:
+            RankoptError: As of `train_away`, or Ray cannot be reached.
+        """
+        resources = Resources(self.cpus, self.gpus, self.threads)
+        with self.session(), quiet(ray_folder := self._start()):
+            try:
+                return train_away(
+                    model, task, recipe, resources, other_machines=other_machines(), folder=folder, **options
+                )
+            finally:
+                if self.out:
+                    keep_logs(Path(ray_folder), self.out / RESULTS, self.out / "logs")
 
     @property
     def threads(self) -> int:
