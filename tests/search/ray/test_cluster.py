@@ -124,7 +124,9 @@ def test_a_task_is_prepared_on_all_nodes_to_the_same_plan(killed_in, cluster, tm
     task = load_task("digits")
     away = prepare(task, FITS, tmp_path / "away", workers=pool)
     here = prepare(task, FITS, tmp_path / "here", workers=1)
-    assert {name for name, _ in ended} == {"_measure_away", "_fit_away", "_list_rises"} and len({node for _, node in ended}) == 2
+    assert {name for name, _ in ended} == {"_measure_away", "_fit_away", "_list_rises"} and len(
+        {node for _, node in ended}
+    ) == 2
     assert away.curves == here.curves and away.passes == here.passes
     assert away.candidates.keys() == here.candidates.keys()
     for name, candidates in here.candidates.items():

@@ -272,6 +272,26 @@ def test_what_tune_does_not_offer_here_is_refused(options, said, monkeypatch):
         make_runner(RunnerSettings(1, **options))
 
 
+@pytest.mark.slow
+def test_tunes_results_of_a_search_open_and_restore(digits, cluster, tmp_path):
+    """As a ResultGrid, with readable names; a restored Tuner shows what was found, and evaluates nothing again."""
+    found = run(digits, trials=4, runner=RaySearch(2, out=tmp_path))
+    folder = str(tmp_path / "ray" / "search-0")
+    results = tune.ResultGrid(tune.ExperimentAnalysis(folder))
+    assert sorted(Path(r.path).name for r in results) == [f"plan-{i:04d}" for i in range(4)] and not results.errors
+    assert sorted(r.metrics["objective"] for r in results) == sorted(t.objective for t in found)
+    best_plan = results.get_best_result("objective", "min").config["proposal"]
+    assert tuple(best_plan) == best(found).proposal
+
+    class NotCalled(tune.Trainable):
+        def step(self):
+            raise AssertionError("a trial was evaluated again")
+
+    assert tune.Tuner.can_restore(folder)
+    restored = tune.Tuner.restore(folder, NotCalled).fit()
+    assert len(restored) == 4 and not restored.errors
+
+
 def test_a_scheduler_needs_fidelities():
     with pytest.raises(RankoptError, match="--scheduler stops trials at low fidelities"):
         Job.parse({"params": 0.5}, strategy="random", runner=RunnerSettings(1, scheduler="asha"))
