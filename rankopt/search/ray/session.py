@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # avoids a warning
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a task may read files by relative paths
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # with Ray's 15, trials starve on a machine that does something else, too
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # a GCS that was killed does not come back
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV and JSON per trial
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's handler would end the run as if complete
