@@ -94,6 +94,7 @@ class RaySearch:
         self.workers, self.address, self.gpus, self.limits = workers, address, gpus_per_trial, limits
         self.out, self.tune, self.cpus = out, tune, cpus_per_trial
         self.folder: str | None = None  # Ray's temporary folder, while it is up
+        self.ours = False  # whether it was started here, for the trials alone
         self.closing: ExitStack | None = None  # what ends with the session
         self.sent: dict[str, Any] = {}  # digest of what went to the workers in this session -> where Ray keeps it
 
@@ -110,12 +111,16 @@ class RaySearch:
             with quiet(self.folder) if self.folder else nullcontext():
                 self.closing.close()
             self.closing = self.folder = None
+            self.ours = False
             self.sent.clear()
 
     def _start(self) -> str:
         """Start Ray or connect to it, unless that was done in this session. Returns its temporary folder."""
         assert self.closing is not None
+        import ray
+
         if self.folder is None:
+            self.ours = not self.address and not ray.is_initialized()
             folder = self.closing.enter_context(surroundings())
             with quiet(folder):
                 cpus = math.ceil(self.workers * self.cpus)
@@ -128,7 +133,7 @@ class RaySearch:
         """The cluster as a pool that prepares tasks; None if Ray is only this machine, whose cores need no Ray."""
         import ray
 
-        return self._run_tasks if self.address or ray.is_initialized() else None
+        return self._run_tasks if self.address or (ray.is_initialized() and not self.ours) else None
 
     def _run_tasks(
         self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], memory: int, shared: Any = None

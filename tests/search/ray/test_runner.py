@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,15 @@ from rankopt.search.evaluator import Evaluator
 from rankopt.search.fidelity import FULL_FIDELITY, FidelitySchedule
 from rankopt.search.job import Job
 from rankopt.search.loop import Study, best, search
+from rankopt.search.ray import runner as module
 from rankopt.search.ray.runner import RaySearch
 from rankopt.search.ray.tune_options import TuneOptions
 from rankopt.search.ray.worker import Limits
-from rankopt.search.runners import RunnerSettings, make_runner
+from rankopt.search.runners import RunnerSettings, make_runner, pool_of, trainer_of
 from rankopt.search.settings import SearchSettings
 from rankopt.search.storage.local import read_trials
 from rankopt.strategies.registry import make_strategy
+from rankopt.training.finetune import finetune
 
 ray = pytest.importorskip("ray")
 tune = pytest.importorskip("ray.tune")
@@ -290,6 +293,32 @@ def test_tunes_results_of_a_search_open_and_restore(digits, cluster, tmp_path):
     assert tune.Tuner.can_restore(folder)
     restored = tune.Tuner.restore(folder, NotCalled).fit()
     assert len(restored) == 4 and not restored.errors
+
+
+def test_ray_that_was_started_for_trials_prepares_no_further_task(monkeypatch):
+    """It has as many CPUs as there are workers; the next search of the session has all cores of this machine."""
+    up = []
+
+    @contextmanager
+    def started(*_):
+        up.append(True)
+        yield
+        up.clear()
+
+    monkeypatch.setattr(module, "started", started)
+    monkeypatch.setattr(module, "check_resources", lambda *_: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: bool(up))
+    runner = RaySearch(2)
+    with runner.session():
+        for _ in range(2):
+            assert pool_of(runner) is None and trainer_of(runner) is finetune
+            runner._start()
+    assert pool_of(RaySearch(2, "auto")) is not None and trainer_of(RaySearch(2, gpus_per_trial=1)) is not finetune
+    up.append(True)  # by the program
+    with runner.session():
+        for _ in range(2):
+            assert pool_of(runner) is not None and trainer_of(runner) == runner.finetune
+            runner._start()
 
 
 def test_a_scheduler_needs_fidelities():

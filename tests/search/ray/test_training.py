@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import rankopt.training.finetune as module
+from rankopt.candidates.pool import pack
 from rankopt.core.errors import StudyError, TaskError
 from rankopt.core.records import Task
 from rankopt.search.ray.runner import RaySearch
-from rankopt.search.ray.training import _Shown
+from rankopt.search.ray.training import Resources, Training, _Shown
 from rankopt.training import checkpoint
 from rankopt.training.finetune import finetune
 from rankopt.training.recipe import Recipe
@@ -127,6 +128,17 @@ def test_an_error_of_the_training_is_one_sentence(cluster, tmp_path):
 
 
 # --- without Ray --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_training_that_asked_for_a_gpu_does_not_take_place_on_the_cpu(tmp_path):
+    found = task(Loss(tmp_path))
+    training = Training(pack((found.model, found, RECIPE, None), False), None, Resources(1, 1, 1), str(tmp_path))
+    update = training.poll(60)
+    assert isinstance(update.error, TaskError) and "CUDA" in str(update.error) and update.trained is None
+    assert training.folder.is_dir()
+    training.close()
+    assert not training.folder.exists()
 
 
 def test_displays_show_what_began_elsewhere():
