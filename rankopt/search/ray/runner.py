@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -146,14 +147,16 @@ class RaySearch:
             parcel = ray.put(pool.pack(shared, other_machines()))
             yield from in_any_order(pool.work, ((parcel, function, *arguments) for arguments in calls), memory)
 
-    def finetune(self, model: Any, task: Task, recipe: Recipe, *, folder: Path, **options: Any) -> Trained:
+    def finetune(
+        self, model: Any, task: Task, recipe: Recipe, *, folder: Path | None = None, **options: Any
+    ) -> Trained:
         """Train a model with the CPUs and GPUs of a trial; as `rankopt.training.finetune.finetune`, for `train_run`.
 
         Args:
             model: The compressed model.
             task: The task.
             recipe: How to train.
-            folder: Where checkpoints are kept, on this machine.
+            folder: Where checkpoints are kept, on this machine; None keeps them until the end.
             options: The others of `train_away`.
 
         Raises:
@@ -161,9 +164,10 @@ class RaySearch:
         """
         resources = Resources(self.cpus, self.gpus, self.threads)
         with self.session(), quiet(ray_folder := self._start()):
+            place = folder or Path(tempfile.mkdtemp(dir=ray_folder))
             try:
                 return train_away(
-                    model, task, recipe, resources, other_machines=other_machines(), folder=folder, **options
+                    model, task, recipe, resources, other_machines=other_machines(), folder=place, **options
                 )
             finally:
                 if self.out:

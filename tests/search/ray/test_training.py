@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -22,21 +23,26 @@ RECIPE = Recipe(epochs=3, layerwise=0, distill=0.0)
 
 
 class Loss:
-    """A loss that keeps a checkpoint of every step, and does something at one step, once for all processes."""
+    """A loss that keeps a checkpoint of every step and counts calls by process, and does something at one of them."""
 
-    def __init__(self, folder, at=0, what=""):
-        self.marker, self.at, self.what = Path(folder) / "done", at, what
-        self.calls = 0
+    def __init__(self, folder, at=0, what="", seconds=0.0):
+        self.folder, self.at, self.what, self.seconds = Path(folder), at, what, seconds
 
     def __call__(self, out, target):
-        self.calls += 1
         module.SECONDS = 0.0
-        if self.what and self.calls == self.at and not self.marker.exists():
-            self.marker.write_text(str(os.getpid()))
+        with (self.folder / f"calls-{os.getpid()}").open("a") as file:
+            file.write("x")
+        time.sleep(self.seconds)
+        if self.what and self.counts() == [self.at]:
+            time.sleep(2)  # until the last checkpoint has been fetched
             if self.what == "die":
                 os._exit(1)
             raise ArithmeticError("on purpose")
         return nn.functional.cross_entropy(out, target)
+
+    def counts(self):
+        files = sorted(self.folder.glob("calls-*"), key=lambda path: path.stat().st_mtime_ns)
+        return [path.stat().st_size for path in files]
 
 
 def task(loss):
@@ -52,6 +58,7 @@ def task(loss):
 def cluster():
     ray = pytest.importorskip("ray")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
@@ -69,7 +76,8 @@ def weights(trained):
 def here(folder):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = task(Loss(folder))
+    (folder / "here").mkdir()
+    found = task(Loss(folder / "here"))
     try:
         return weights(finetune(found.model, found, RECIPE))
     finally:
@@ -101,21 +109,23 @@ def test_the_weights_are_those_of_a_training_here(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_another_worker_goes_on_where_one_was_lost(cluster, tmp_path):
-    """The first training dies at its tenth step; the second begins at a checkpoint, and so makes fewer than all 18."""
+    """The first dies at its tenth step; the second begins with the checkpoint that had come here."""
     loss = Loss(tmp_path, at=10, what="die")
     trained = away(tmp_path, loss)
-    assert (tmp_path / "done").exists()
+    assert loss.counts() == [10, 18 - 9]
     assert torch.equal(weights(trained), here(tmp_path))
 
 
 @pytest.mark.slow
 def test_a_stop_leaves_a_checkpoint_to_go_on_from(cluster, tmp_path):
-    before, asked = left_behind(), []
+    before, loss = left_behind(), Loss(tmp_path, seconds=0.3)
     with pytest.raises(KeyboardInterrupt):
-        away(tmp_path, Loss(tmp_path), stop=lambda: len(asked) > 0 or bool(asked.append(1)))
-    if (tmp_path / checkpoint.FILE).is_file():  # else it was stopped before the first step
-        assert torch.equal(weights(away(tmp_path, Loss(tmp_path), resume=True)), here(tmp_path))
-    assert left_behind() == before
+        away(tmp_path, loss, stop=lambda: sum(loss.counts()) >= 3)
+    (steps,) = loss.counts()
+    assert 3 <= steps < 18
+    again = away(tmp_path, loss, resume=True)
+    assert loss.counts() == [steps, 18 - steps]
+    assert torch.equal(weights(again), here(tmp_path)) and left_behind() == before
 
 
 @pytest.mark.slow
