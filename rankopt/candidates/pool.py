@@ -96,8 +96,9 @@ def work(parcel: Parcel, function: Callable[..., Any], *arguments: Any) -> Any:
     """
     global _opened, _scratch  # noqa: PLW0603  # the worker's
     if _opened[0] != (key := parcel.digest):
-        _scratch = _scratch or tempfile.TemporaryDirectory(prefix="rankopt-task-", ignore_cleanup_errors=True)
-        registered, shared = parcel.open(Path(_scratch.name))
+        if any(file.neighbours for file in parcel.files):  # this machine may lack them
+            _scratch = _scratch or tempfile.TemporaryDirectory(prefix="rankopt-task-", ignore_cleanup_errors=True)
+        registered, shared = parcel.open(Path(_scratch.name if _scratch else ""))
         DECOMPOSITIONS.registered.update(registered)
         _opened = key, shared
     with threads(1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -20,10 +21,11 @@ from rankopt.core.errors import RankoptError, StudyError, TaskError
 from rankopt.core.files import write_beside
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Task
+from rankopt.core.run_folder import process_name
 from rankopt.core.task_file import Parcel
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.model.forward import device_of
-from rankopt.search.ray.session import check_resources, line
+from rankopt.search.ray.session import OWNER, check_resources, line
 from rankopt.training import checkpoint
 from rankopt.training.finetune import Trained, finetune
 from rankopt.training.recipe import Recipe
@@ -88,7 +90,8 @@ class Training:
     """
 
     def __init__(self, parcel: Parcel, kept: bytes | None, resources: Resources, place: str) -> None:
-        self.folder, self.place = Path(tempfile.mkdtemp(prefix="rankopt-train-")), place
+        self.folder, self.place = Path(tempfile.mkdtemp(prefix=f"rankopt-{os.getpid()}-train-")), place
+        (self.folder / OWNER).write_text(process_name())  # if this process is killed, a later start of Ray cleans up
         self.stopping, self.ended = threading.Event(), threading.Event()
         self.update, self.written, self.displays = Update(), 0, 0
         if kept is not None:

@@ -90,7 +90,7 @@ def away(folder, loss, **options):
 
 
 def left_behind():
-    return {path.name for path in Path(tempfile.gettempdir()).glob("rankopt-train-*")}
+    return {path.name for path in Path(tempfile.gettempdir()).glob("rankopt-*-train-*")}
 
 
 @pytest.mark.slow
