@@ -25,6 +25,7 @@ from rankopt.search.job import Job
 from rankopt.search.loop import Study, best, search
 from rankopt.search.ray import runner as module
 from rankopt.search.ray.runner import RaySearch
+from rankopt.search.ray.session import keep_logs
 from rankopt.search.ray.tune_options import TuneOptions
 from rankopt.search.ray.worker import Limits
 from rankopt.search.runners import RunnerSettings, make_runner, pool_of, trainer_of
@@ -319,6 +320,15 @@ def test_ray_that_was_started_for_trials_prepares_no_further_task(monkeypatch):
         for _ in range(2):
             assert pool_of(runner) is not None and trainer_of(runner) == runner.finetune
             runner._start()
+
+
+def test_logs_of_workers_that_said_nothing_are_not_kept(tmp_path):
+    source = tmp_path / "session_2026" / "logs"
+    source.mkdir(parents=True)
+    (source / "worker-1.err").write_text(":job_id:01000000\n:actor_name:Worker\n")
+    (source / "worker-2.err").write_text(":job_id:01000000\nTraceback (most recent call last):\n")
+    keep_logs(tmp_path, tmp_path / "ray", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["worker-2.err"]
 
 
 def test_a_scheduler_needs_fidelities():
