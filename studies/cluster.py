@@ -20,10 +20,11 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_worker_niceness", "0")  # as one process has, with which two nodes are compared
 
 import torch
 
-from rankopt.candidates.fit import Pool
+from rankopt.candidates.pool import Pool
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import load_space
 from rankopt.core.environment import processor
@@ -57,7 +58,7 @@ def on_two_nodes(task: str, effort: str) -> dict[str, Any]:
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     try:
-        pool = RaySearch(2).fit_pool()
+        pool = RaySearch(2).task_pool()
         assert pool is not None, "this process is connected to Ray"
         return measure(task, effort, pool)
     finally:

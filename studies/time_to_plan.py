@@ -36,7 +36,7 @@ from torch import nn
 
 import rankopt
 from rankopt.candidates.calibration import moments
-from rankopt.candidates.fit import release_workers
+from rankopt.candidates.pool import release_workers
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.sensitivity import PASSES
 from rankopt.core.environment import processor

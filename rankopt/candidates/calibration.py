@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rankopt.candidates.cache import Cache
+from rankopt.candidates.pool import WORKER_BYTES, NotSentError, Pool
 from rankopt.core.errors import RankoptError, TaskError
 from rankopt.core.files import available_memory, gigabytes
 from rankopt.core.progress import Progress
@@ -544,6 +545,48 @@ def calibrate_blocks(
     next(steps, None)
 
 
+def _measure_away(
+    shared: tuple[nn.Module, Sequence[Any]], block: int, part: Sequence[Layer], gradients: bool
+) -> tuple[int, dict[str, Tensor]]:
+    """In another process: the number of a block, and its output metrics or input moments as they are stored."""
+    model, batches = shared
+    if gradients:
+        return block, _metric_entries(_as_stored(output_metrics(model, part, batches)))
+    rows: dict[str, int] = {}
+    return block, _moment_entries(_as_stored(moments(model, part, batches, rows=rows)), rows)
+
+
+def _moment_entries(s: Mapping[str, Tensor], rows: Mapping[str, int]) -> dict[str, Tensor]:
+    """Input moments as they are stored, each with the number of vectors that it is the mean of."""
+    return {f"moment.{n}": t for n, t in s.items()} | {f"rows.{n}": torch.tensor([rows[n]]) for n in s}
+
+
+def _metric_entries(h: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Output metrics as they are stored."""
+    return {f"metric.{n}": t for n, t in h.items()}
+
+
+def shares(layers: Sequence[Layer], n: int = 3) -> list[list[Layer]]:
+    """Divide layers into shares whose input moments take about equally long, in the order of the layers.
+
+    Args:
+        layers: The layers.
+        n: The most shares.
+    """
+    found: list[list[Layer]] = [[] for _ in range(n)]
+    work = [0.0] * n
+    for layer in sorted(layers, key=_moment_work, reverse=True):
+        least = work.index(min(work))
+        found[least].append(layer)
+        work[least] += _moment_work(layer)
+    return [sorted(share, key=layers.index) for share in found if share]
+
+
+def _moment_work(layer: Layer) -> float:
+    """Products that the input moment takes for one example; as many vectors as the layer has outputs by channel."""
+    return layer.macs / layer.out_channels * layer.patch
+
+
 def _as_stored(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Statistics in float32 on the CPU; they are taken out of the dictionary one by one."""
     return {name: found.pop(name).float().cpu() for name in list(found)}
@@ -685,27 +728,54 @@ class Statistics(Mapping[str, tuple[Any, Any]]):
         self._blocks = blocks(layers)
         self._block_of = {layer.name: i for i, block in enumerate(self._blocks) for layer in block}
 
-    def ensure_cached(self) -> None:
-        """Measure the statistics that are not in the cache; leave reading the others until they are needed."""
+    def ensure_cached(self, pool: Pool | None = None) -> None:
+        """Measure the statistics that are not in the cache; leave reading the others until they are needed.
+
+        Args:
+            pool: Processes that measure, with the same results; None for this one.
+        """
         self._measure(
-            [i for i in range(len(self._blocks)) if not self.cache.path(self._file(i), "safetensors").is_file()]
+            [i for i in range(len(self._blocks)) if not self.cache.path(self._file(i), "safetensors").is_file()], pool
         )
 
     def _file(self, block: int) -> str:
         return f"statistics-{self.key}-{block}"
 
-    def _measure(self, wanted: Sequence[int]) -> None:
+    def _measure(self, wanted: Sequence[int], pool: Pool | None = None) -> None:
         """Measure blocks and write them to the cache."""
         if not wanted:
             return
         self.cache.check_writable()
+        if pool is not None:
+            try:
+                self._measure_on(pool, wanted)
+            except NotSentError as error:
+                log.info("statistics are measured in this process: %s", error)
+            else:
+                return
         rows: dict[str, int] = {}
         parts = [self._blocks[i] for i in wanted]
         measured = calibrate_blocks(self.model, parts, self.batches, self.progress, rows)
-        for i, (part, s, h) in zip(wanted, measured, strict=True):
-            found = {f"moment.{n}": t for n, t in s.items()} | {f"metric.{n}": t for n, t in h.items()}
-            found |= {f"rows.{x.name}": torch.tensor([rows[x.name]]) for x in part if x.name in rows}
-            self.cache.write_tensors(self._file(i), found)
+        for i, (_, s, h) in zip(wanted, measured, strict=True):
+            self.cache.write_tensors(self._file(i), _moment_entries(s, rows) | _metric_entries(h))
+
+    def _measure_on(self, pool: Pool, wanted: Sequence[int]) -> None:
+        """Measure blocks in other processes: of each the metrics, and the moments in shares of its layers.
+
+        Each share takes runs of its own, which cost far less than the moments, and its sums are those of all at once.
+        """
+        calls = []
+        for i in wanted:
+            calls += [(i, self._blocks[i], True), *((i, share, False) for share in shares(self._blocks[i]))]
+        missing = Counter(block for block, _, _ in calls)
+        found: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        memory = WORKER_BYTES + max(block_bytes(part) for _, part, _ in calls)
+        measured = pool(_measure_away, calls, memory, (self.model, self.batches))
+        for i, entries in self.progress(measured, "calibrating", len(calls)):
+            found[i] |= entries
+            missing[i] -= 1
+            if not missing[i]:
+                self.cache.write_tensors(self._file(i), found.pop(i))
 
     def _read(self, name: str, *kinds: str) -> dict[str, Tensor]:
         """Some of a layer's entries, by kind; those that there are."""

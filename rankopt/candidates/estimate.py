@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import RBFInterpolator
-from scipy.spatial.distance import cdist
 
 from rankopt.core.records import Rank
 
@@ -35,6 +33,8 @@ def spread(ranks: Sequence[Rank], count: int) -> list[Rank]:
     count += 3 * (len(ranks[0]) - 1)
     if len(ranks) <= count:
         return list(ranks)
+    from scipy.spatial.distance import cdist  # takes half a second: not at `import rankopt`
+
     points = np.log(ranks)
     chosen = [0, len(ranks) - 1]
     while len(chosen) < count:
@@ -62,6 +62,9 @@ def estimated_errors(
     Returns:
         An error for each rank: its own where it is known, else a low estimate.
     """
+    from scipy.interpolate import RBFInterpolator  # takes half a second: not at `import rankopt`
+    from scipy.spatial.distance import cdist
+
     points = np.log(ranks)
     index = {rank: i for i, rank in enumerate(ranks)}
     known = [index[rank] for rank in first]

@@ -5,27 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import pickle
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import cloudpickle
-import torch
-from joblib import Parallel, delayed, parallel_config
 from torch import Tensor
 
 from rankopt.candidates.cache import VERSION, Cache
 from rankopt.candidates.calibration import Statistics, statistics_bytes
+from rankopt.candidates.pool import WORKER_BYTES, Pool, local_pool
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import available_cores, available_memory, digest
 from rankopt.core.progress import Work
 from rankopt.core.records import Candidate, Layer, Rank
-from rankopt.core.task_file import LOADED
 from rankopt.core.timing import threads
 from rankopt.decompositions.conformance import checked_fits, code_of, named
 from rankopt.decompositions.registry import DECOMPOSITIONS
@@ -37,15 +30,6 @@ START_UP = 2.0
 
 STACK_BYTES = 2**31
 """Bytes of statistics of layers that are fitted at once on a GPU."""
-
-
-WORKER_BYTES = 300_000_000
-"""Memory of a worker process beside the layer that it fits."""
-
-
-Pool = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]], int], Iterator[Any]]
-"""Makes calls on other machines: what is called, the arguments of each call, and the bytes of memory that a call takes.
-Returns what the calls return, in any order."""
 
 
 class Request(NamedTuple):
@@ -253,36 +237,13 @@ def _run(
         yield ended
     if not left:
         return
-    known = _registered()
+    calls, memory = (arguments(number) for number in in_time(left)), _memory(statistics.layers)
     if callable(workers):
-        for ended, fits in workers(
-            _fit_away, ((known, *arguments(n)) for n in in_time(left)), _memory(statistics.layers)
-        ):
+        for ended, fits in workers(_fit_away, calls, memory):
             _keep(cache, jobs[ended[0]], fits)
             yield ended
-        return
-    with parallel_config("loky", initializer=_end_with, initargs=(os.getpid(),)):
-        pool = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")
-    yield from pool(delayed(_fit_alone)(known, cache, *arguments(number)) for number in in_time(left))
-
-
-def _registered() -> bytes:
-    """The decompositions that this process registered, for its workers; classes of task files by value."""
-    if not DECOMPOSITIONS.registered:
-        return b""
-    modules = [sys.modules[name] for name in LOADED if name in sys.modules]
-    for module in modules:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        return cloudpickle.dumps(DECOMPOSITIONS.registered)
-    except Exception as error:  # whatever a user's object raises when it is pickled
-        raise RankoptError(
-            f"the decompositions {', '.join(DECOMPOSITIONS.registered)} cannot be sent to the processes that fit "
-            f"({type(error).__name__}: {error}): keep what cannot be pickled out of them"
-        ) from error
-    finally:
-        for module in modules:
-            cloudpickle.unregister_pickle_by_value(module)
+    else:
+        yield from local_pool(workers)(_fit_one, calls, memory, cache)
 
 
 def _affordable(layers: Sequence[Layer]) -> int:
@@ -294,27 +255,6 @@ def _affordable(layers: Sequence[Layer]) -> int:
 def _memory(layers: Sequence[Layer]) -> int:
     """Bytes that a worker takes."""
     return WORKER_BYTES + 12 * max(map(statistics_bytes, layers), default=0)
-
-
-def release_workers() -> None:
-    """Shut down idle worker processes.
-
-    They would hold memory for minutes, and print tracebacks on Ctrl-C.
-    """
-    from joblib.externals.loky import get_reusable_executor
-
-    get_reusable_executor().shutdown()
-
-
-def _end_with(parent: int) -> None:
-    """In a worker: end when the process that started it has gone, even by kill -9. It would wait for more work."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="rankopt-parent", daemon=True).start()
 
 
 def _weight(statistics: Statistics, layer: Layer) -> Tensor:
@@ -344,26 +284,13 @@ def _kind(statistics: Statistics, layer: Layer) -> str:
     return repr((kind, given))
 
 
-def _fit_alone(known: bytes, cache: Cache, *arguments: Any) -> tuple[int, float]:
-    """In a process of its own: fit, and write factors and errors to the cache; the number and the seconds."""
-    _set_up(known)
-    return _fit_one(cache, *arguments)
-
-
 def _fit_away(
-    known: bytes, number: int, job: _Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None
+    _: None, number: int, job: _Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None
 ) -> tuple[tuple[int, float], list[Fit]]:
     """On another machine, which may not have this cache: the number and the seconds, and the fits."""
-    _set_up(known)
     start = time.perf_counter()
     (fits,) = _fits([job], [weight], [moment], [output_metric])
     return (number, time.perf_counter() - start), fits
-
-
-def _set_up(known: bytes) -> None:
-    torch.set_num_threads(1)
-    if known:
-        DECOMPOSITIONS.registered.update(pickle.loads(known))  # what this job's parent process wrote
 
 
 def _fit_one(

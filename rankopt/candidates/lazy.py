@@ -32,7 +32,8 @@ from rankopt.candidates.cache import VERSION
 from rankopt.candidates.calibration import Statistics
 from rankopt.candidates.effort import EFFORTS, SMALL, Effort
 from rankopt.candidates.estimate import estimated_errors, spread
-from rankopt.candidates.fit import Fitted, Pool, Request, as_candidates, fit, in_order, rough_seconds
+from rankopt.candidates.fit import Fitted, Request, as_candidates, fit, in_order, rough_seconds
+from rankopt.candidates.pool import Pool
 from rankopt.core.dual import Array, Positions, drop_impossible, maximise_dual, pick
 from rankopt.core.files import digest
 from rankopt.core.problem import Problem, ProblemTable

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from rankopt.candidates.calibration import (
     wide_layers,
     without_metric,
 )
-from rankopt.candidates.fit import Pool, Request, fit_candidates, in_each_form, whole_grid
+from rankopt.candidates.fit import Request, fit_candidates, in_each_form, whole_grid
 from rankopt.candidates.instruments import INSTRUMENTS
 from rankopt.candidates.latency import MeasuredCosts, measure_costs
 from rankopt.candidates.latency_table import Conditions
@@ -36,10 +36,11 @@ from rankopt.candidates.lazy import Fits, LazyFits, Menus, lazy_effort, with_gai
 from rankopt.candidates.memory import MemoryCosts, measured
 from rankopt.candidates.model_layers import ModelLayers
 from rankopt.candidates.pareto import considered, dense_candidate, frontier
+from rankopt.candidates.pool import Pool
 from rankopt.candidates.probing import Prober
 from rankopt.candidates.quantize import add_precisions, in_each_precision
 from rankopt.candidates.search_space import SearchSpace, load_space
-from rankopt.candidates.sensitivity import PASSES, Curve, measure, with_losses
+from rankopt.candidates.sensitivity import PASSES, Curve, measure, possible_probes, with_losses
 from rankopt.core.budget import Limit, limited_metrics, parse_budget
 from rankopt.core.errors import BudgetError, TaskError
 from rankopt.core.files import digest, gigabytes
@@ -55,6 +56,7 @@ from rankopt.model.forward import (
     ONE_THREAD,
     Undivided,
     batch_size,
+    device_of,
     find_output,
     inference,
     input_tensors,
@@ -278,7 +280,8 @@ def prepare(
         space: Search space, or the name or path of one.
         cache: Folder for statistics, fits and sensitivities. Default: see `Cache`.
         progress: Progress callback.
-        workers: Processes that fit, or a pool of other machines. Default: one process per available core.
+        workers: Processes that fit, or a pool that fits, calibrates and measures sensitivities, as other machines do.
+            Default: one process per available core.
         budget: Checked before anything is calibrated or fitted, as costs are known in advance. It decides which
             costs are measured: latency, energy, or memory and disk, only if it limits them.
         latency_on: Conditions under which latency and energy are measured.
@@ -339,10 +342,12 @@ def _prepare(
     _check_families(model_layers.unfolded, grid)
     effort = lazy_effort(space.effort, grid)
 
+    # Of a model on a GPU everything stays on that GPU.
+    pool = workers if callable(workers) and device_of(task.model).type == "cpu" else None
     statistics = Statistics(model_layers.unfolded, free, batches, key, store, progress)
     factors = FactorStore(store)
     with clock.stage("calibration"):
-        statistics.ensure_cached()
+        statistics.ensure_cached(pool)
     lazy = LazyFits(statistics, grid, effort, workers) if effort else None
     with clock.stage("fitting"):
         candidates, family_seconds = lazy.start() if lazy else fit_candidates(statistics, grid, workers)
@@ -351,7 +356,7 @@ def _prepare(
         candidates = add_precisions(statistics, candidates, space.precisions, factors, needed)
     with clock.stage("sensitivity"):
         objective = task.objective or Divergence(task.model, batches)
-        curves, passes = _measure_curves(task, objective, statistics, candidates, factors)
+        curves, passes = _measure_curves(task, objective, statistics, candidates, factors, pool)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
         candidates = {x.name: _price_candidates(x, candidates[x.name], prices) for x in free}
     if lazy:
@@ -626,6 +631,7 @@ def _measure_curves(
     statistics: Statistics,
     candidates: dict[str, list[Candidate]],
     factors: FactorStore,
+    pool: Pool | None,
 ) -> tuple[dict[str, Curve], float]:
     """Sensitivity curves by layer name, and how many forward passes of all calibration examples they took.
 
@@ -644,14 +650,18 @@ def _measure_curves(
     kept = statistics.cache.read_json(key, dict[str, Curve])
     if kept is not None and kept.keys() == set(names):
         return kept, 0.0
-
-    def build(module: nn.Module, layer: Layer, candidate: Candidate) -> nn.Module:
-        return replacement(module, layer, candidate, factors)
-
-    prober = Prober(objective, statistics.model, statistics.layers, build, statistics.progress)
+    if pool is not None:  # other machines do not see the cache
+        factors = FactorStore(factors.cache)
+        factors.keep(c.key for n in names for c in possible_probes(candidates[n]) if c.key)
+    build = partial(_replaced_module, factors)
+    prober = Prober(objective, statistics.model, statistics.layers, build, statistics.progress, pool)
     curves = prober.curves(candidates)
     statistics.cache.write_json(key, curves)
     return curves, prober.passes
+
+
+def _replaced_module(factors: FactorStore, module: nn.Module, layer: Layer, candidate: Candidate) -> nn.Module:
+    return replacement(module, layer, candidate, factors)
 
 
 def _measure_calls(

@@ -19,11 +19,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rankopt.candidates.pool import WORKER_BYTES, NotSentError, Pool
 from rankopt.candidates.sensitivity import PASSES, POINTS, Curve, probes
 from rankopt.core.progress import Progress, Work
 from rankopt.core.records import Candidate, Layer
@@ -53,6 +55,9 @@ TRIAL_SHARE = 0.05
 RECORDED = 2**29
 """Bytes of the outputs of modules that are kept for runs that begin at a layer."""
 
+CALLS = 16
+"""Calls that a pool gets for each growth of the sample, at least: enough to keep several machines busy."""
+
 Build = Callable[[nn.Module, Layer, Candidate], nn.Module]
 """Makes the replacement of a layer's module."""
 
@@ -70,6 +75,74 @@ class Probe:
     layer: Layer
     candidate: Candidate
     rises: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+
+
+@dataclass
+class ProbeRuns:
+    """Runs of the dense model with a probe in place: all that a process needs for them.
+
+    Attributes:
+        model: The model. Layers are replaced in it and put back.
+        build: Builds a candidate's module.
+        replay: Lets runs begin at the layer; None where all are whole ones.
+    """
+
+    model: nn.Module
+    build: Build
+    replay: Replay | None = None
+
+    def record(self, piece: Divergence) -> None:
+        """Run the dense model on a piece, for runs on it that begin at a layer.
+
+        Args:
+            piece: An objective of a single batch.
+        """
+        if self.replay is not None:
+            with self.replay.recording():
+                piece.by_unit(self.model)
+
+    def rise(self, piece: Divergence, layer: Layer, candidate: Candidate, whole: bool = False) -> Tensor:
+        """Measure the rise of each unit.
+
+        Args:
+            piece: What was recorded last.
+            layer: The layer to replace.
+            candidate: What replaces it.
+            whole: Whether not to begin at the layer.
+
+        Raises:
+            ValueError: The outputs are not finite.
+        """
+        module = self.model.get_submodule(layer.name)
+        with _replaced(self.model, layer, self.build(module, layer, candidate)) as model:
+            if whole or self.replay is None:
+                rise = piece.by_unit(model)
+            else:
+                with self.replay.starting_at(layer.name):
+                    rise = piece.by_unit(model)
+        if not torch.isfinite(rise).all():
+            raise ValueError("the outputs are NaN or infinite")
+        return rise
+
+
+Rise = tuple[int, int, Tensor | str]
+"""The numbers of a piece and a probe, and the rises of the piece's units, or why they could not be measured."""
+
+
+def _rises(
+    runs: ProbeRuns, number: int, piece: Divergence, wanted: Sequence[tuple[int, Layer, Candidate]]
+) -> Iterator[Rise]:
+    """Measure some probes on a piece."""
+    runs.record(piece)
+    for probe, layer, candidate in wanted:
+        try:
+            yield number, probe, runs.rise(piece, layer, candidate)
+        except Exception as error:  # noqa: BLE001  # whatever a forward raises
+            yield number, probe, str(error)
+
+
+def _list_rises(*arguments: Any) -> list[Rise]:
+    return list(_rises(*arguments))
 
 
 class Sample:
@@ -123,8 +196,9 @@ class Prober:
         divergence: The default objective of the dense model.
         model: The dense model with its composites expanded. Layers are replaced in it and put back.
         layers: The layers.
-        build: Builds a candidate's module.
+        build: Builds a candidate's module. A pool needs one that can be pickled.
         progress: Progress callback.
+        pool: Processes that measure, with the same results; None for this one.
 
     Attributes:
         passes: Forward passes of all examples that were spent so far. A run that begins at a layer counts as a whole
@@ -132,12 +206,17 @@ class Prober:
     """
 
     def __init__(
-        self, divergence: Divergence, model: nn.Module, layers: Sequence[Layer], build: Build, progress: Progress
+        self,
+        divergence: Divergence,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        build: Build,
+        progress: Progress,
+        pool: Pool | None = None,
     ) -> None:
-        self.divergence, self.model, self.layers = divergence, model, layers
-        self.build, self.progress = build, progress
+        self.divergence, self.layers, self.progress, self.pool = divergence, layers, progress, pool
+        self.runs = ProbeRuns(model, build)
         self._spent = 0  # units of the objective that went through the model
-        self._replay: Replay | None = None
         self._chunk = 0  # the most units whose outputs of modules are kept
         total = sum(x.macs for x in layers) or 1
         behind = np.cumsum([x.macs for x in reversed(layers)])[::-1] / total
@@ -192,29 +271,49 @@ class Prober:
         """Measure probes on more units; returns those that could not be measured."""
         ascending, place = units.sort()
         pieces = list(self._pieces(self.divergence.part(ascending)))
-        runs = [(piece, probe) for piece in pieces for probe in wanted]
-        failed: set[Probe] = set()
-        rises: dict[Probe, list[Tensor]] = {probe: [] for probe in wanted}
-        work = Work(runs, self._work, sum(map(self._work, runs)))
+        of_runs = [piece.units * self._behind[probe.layer.name] for piece in pieces for probe in wanted]
+        work = Work(self._run(pieces, wanted), lambda x: of_runs[x[0] * len(wanted) + x[1]], sum(of_runs))
         seen = f"measuring sensitivities on {sum(x.units for x in pieces):,} examples"
-        current: Divergence | None = None
-        kept = self.divergence
-        for piece, probe in self.progress(work, seen, len(runs)):
-            if piece is not current:
-                current, kept = piece, self._record(piece)
+        failed: dict[Probe, str] = {}
+        rises: dict[Probe, dict[int, Tensor]] = {probe: {} for probe in wanted}
+        for piece, number, rise in self.progress(work, seen, len(of_runs)):
+            if isinstance(rise, str):
+                failed[wanted[number]] = rise
+            else:
+                rises[wanted[number]][piece] = rise
+        for probe in wanted:
             if probe in failed:
-                continue
-            try:
-                rises[probe].append(self._rise(kept, probe))
-            except Exception as error:  # noqa: BLE001  # whatever a forward raises
-                failed.add(probe)
                 c = probe.candidate
-                log.warning("the objective of layer %r as %s %s: %s", probe.layer.name, c.method, c.rank, error)
-        for probe in set(wanted) - failed:
+                log.warning("the objective of layer %r as %s %s: %s", probe.layer.name, c.method, c.rank, failed[probe])
+                continue
             drawn = torch.empty(len(units), dtype=torch.float64)
-            drawn[place] = torch.cat(rises[probe])
+            drawn[place] = torch.cat([rises[probe][piece] for piece in range(len(pieces))])
             probe.rises = torch.cat([probe.rises, drawn])
-        return failed
+        return set(failed)
+
+    def _run(self, pieces: Sequence[Divergence], wanted: Sequence[Probe]) -> Iterator[Rise]:
+        """Run the model with each probe on each piece, in any order."""
+        probes = [(i, probe.layer, probe.candidate) for i, probe in enumerate(wanted)]
+        each = len(probes) if self.pool is None else math.ceil(len(probes) * len(pieces) / CALLS)
+        groups = [probes[i : i + each] for i in range(0, len(probes), each)]
+        self._spent += sum(piece.units * (len(probes) + (self.runs.replay is not None)) for piece in pieces)
+        kept = enumerate(map(self._keeping, pieces))
+        if self.pool is not None:
+            calls = ((number, piece.apart(), group) for number, piece in kept for group in groups)
+            try:
+                for found in self.pool(_list_rises, calls, self._memory(), self.runs):
+                    yield from found
+            except NotSentError as error:  # before any call
+                log.info("sensitivities are measured in this process: %s", error)
+                self.pool = None
+            else:
+                return
+        yield from (rise for number, piece in kept for rise in _rises(self.runs, number, piece, probes))
+
+    def _memory(self) -> int:
+        """Bytes that a process takes for its runs."""
+        weights = sum(p.numel() * p.element_size() for p in self.runs.model.parameters())
+        return WORKER_BYTES + RECORDED + 3 * weights
 
     def _pieces(self, part: Divergence) -> Iterator[Divergence]:
         """An objective in pieces of a single batch, of which everything that is recorded fits into memory."""
@@ -225,72 +324,47 @@ class Prober:
                 yield part.part(slice(start, min(start + (self._chunk or n), at + n)))
             at += n
 
-    def _work(self, run: tuple[Divergence, Probe]) -> float:
-        """The operations of a run, up to a factor."""
-        piece, probe = run
-        return piece.units * self._behind[probe.layer.name]
-
-    def _record(self, piece: Divergence) -> Divergence:
-        """Run the dense model on a piece, for runs on it that begin at a layer; the piece with the model's outputs."""
-        piece = self._keeping(piece)
-        if self._replay is not None:
-            with self._replay.recording():
-                self._run(piece)
-        return piece
-
     def _keeping(self, piece: Divergence) -> Divergence:
         """A piece with the dense model's outputs in memory."""
         self._spent += 0 if piece.kept else piece.units
         return piece.keeping()
 
-    def _rise(self, piece: Divergence, probe: Probe, whole: bool = False) -> Tensor:
-        """Rise by unit of a piece, which was recorded last."""
-        module = self.model.get_submodule(probe.layer.name)
-        with _replaced(self.model, probe.layer, self.build(module, probe.layer, probe.candidate)) as model:
-            if whole or self._replay is None:
-                rise = self._run(piece, model)
-            else:
-                with self._replay.starting_at(probe.layer.name):
-                    rise = self._run(piece, model)
-        if not torch.isfinite(rise).all():
-            raise ValueError("the outputs are NaN or infinite")
-        return rise
-
-    def _run(self, piece: Divergence, model: nn.Module | None = None) -> Tensor:
-        self._spent += piece.units
-        return piece.by_unit(model or self.model)
-
     # --- which shortcuts hold ---
 
     def _try_replay(self, candidates: Mapping[str, Sequence[Candidate]]) -> None:
         """Find out whether examples can be measured apart, and which layers a run may begin at."""
-        piece = self._keeping(next(self._pieces(self.divergence.part(slice(TRIAL)))))
-        if self.divergence.divisible and not self._run(piece).abs().max() < 1e-6:  # examples depend on their batch
-            self.divergence = copy.copy(self.divergence)
-            self.divergence.divisible, self._spent = False, 1
-            piece = self.divergence.part(slice(1))
+        runs, piece = self.runs, self._keeping(next(self._pieces(self.divergence.part(slice(TRIAL)))))
+        if self.divergence.divisible:
+            self._spent += piece.units
+            if not piece.by_unit(runs.model).abs().max() < 1e-6:  # examples depend on their batch
+                self.divergence = copy.copy(self.divergence)
+                self.divergence.divisible, self._spent = False, 1
+                piece = self.divergence.part(slice(1))
         if (2 * len(self.layers) + 2) * piece.units > TRIAL_SHARE * PASSES * self.divergence.units:
             return
         try:
-            self._replay = Replay(self.model, [x.name for x in self.layers], piece.batches[0])
-            self._spent += piece.units
-            piece = self._record(piece)
+            runs.replay = Replay(runs.model, [x.name for x in self.layers], piece.batches[0])
+            self._spent += 2 * piece.units
+            piece = self._keeping(piece)
+            runs.record(piece)
         except Exception as error:  # noqa: BLE001  # modules that cannot be hooked or copied
             log.info("all runs are whole ones: %s", error)
-            self._replay = None
+            runs.replay = None
             return
-        self._chunk = max(1, RECORDED * piece.units // max(self._replay.recorded_bytes(), 1))
+        self._chunk = max(1, RECORDED * piece.units // max(runs.replay.recorded_bytes(), 1))
+        before = runs.replay.before
         for layer in self.layers:
             middle = probes(candidates[layer.name], 1)
-            if not (middle and self._replay.before.get(layer.name) and self._agrees(piece, Probe(layer, middle[0]))):
-                self._replay.before[layer.name] = []
-        if not any(self._replay.before.values()):
-            self._replay, self._chunk = None, 0
+            if not (middle and before.get(layer.name) and self._agrees(piece, layer, middle[0])):
+                before[layer.name] = []
+        if not any(before.values()):
+            runs.replay, self._chunk = None, 0
 
-    def _agrees(self, piece: Divergence, probe: Probe) -> bool:
+    def _agrees(self, piece: Divergence, layer: Layer, candidate: Candidate) -> bool:
         """Whether a run that begins at a layer gives what a whole one does."""
+        self._spent += 2 * piece.units
         try:
-            whole, part = (self._rise(piece, probe, whole) for whole in (True, False))
+            whole, part = (self.runs.rise(piece, layer, candidate, whole) for whole in (True, False))
         except Exception:  # noqa: BLE001  # it will be met again, and said
             return False
         return torch.allclose(whole, part, rtol=1e-5, atol=1e-10)

@@ -49,6 +49,16 @@ def probes(candidates: Sequence[Candidate], points: int = POINTS) -> list[Candid
     return [best[i] for i in sorted({int(np.abs(logs - w).argmin()) for w in wanted})]
 
 
+def possible_probes(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates that `probes` chooses for any number of points.
+
+    Args:
+        candidates: Candidates of one layer.
+    """
+    found = {(c.method, c.rank, c.form): c for points in range(1, POINTS + 1) for c in probes(candidates, points)}
+    return [*found.values()]
+
+
 def measure(
     layers: Sequence[str],
     candidates: dict[str, list[Candidate]],

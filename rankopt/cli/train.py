@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from rankopt.cli.app import FINISHED, app, echo, readable_errors
+from rankopt.cli.app import (
+    FINISHED,
+    RAY,
+    CpusPerTrial,
+    GpusPerTrial,
+    RayAddress,
+    app,
+    echo,
+    readable_errors,
+)
 from rankopt.cli.parameters import complete_task
 from rankopt.core.progress import StopCondition, graceful_interrupt
 from rankopt.search.progress import ProgressBar
@@ -75,6 +84,12 @@ def train(  # noqa: PLR0913  # a parameter for every option
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with a training that stopped", rich_help_panel=STOPPING)
     ] = False,
+    workers: Annotated[
+        int, typer.Option(help="1: train in a Ray worker, of whose resources below; 0: here", rich_help_panel=RAY)
+    ] = 0,
+    ray_address: RayAddress = None,
+    gpus_per_trial: GpusPerTrial = 0.0,
+    cpus_per_trial: CpusPerTrial = 1.0,
 ) -> None:
     """Train the model of a run folder, and write the result as a run folder of its own."""
     with readable_errors("the training is kept: go on with --resume"):
@@ -83,6 +98,7 @@ def train(  # noqa: PLR0913  # a parameter for every option
         from rankopt.experiments.tasks import load_task
         from rankopt.report.html import write_report
         from rankopt.report.training import lines
+        from rankopt.search.runners import RunnerSettings, make_runner, session, trainer_of
         from rankopt.search.train_run import FROM_SCRATCH, train_run
         from rankopt.training.recipe import Recipe
 
@@ -95,7 +111,10 @@ def train(  # noqa: PLR0913  # a parameter for every option
             raise RankoptError("--teacher is not listened to with distill=0: give --option distill=0.5, say")
         found, other = load_task(task), None if teacher is None else load_task(teacher)
         out, display, stop = out or run / "trained", ProgressBar(), StopCondition(minutes)
-        with graceful_interrupt(stop, display.say):
+        runner = make_runner(
+            RunnerSettings(min(workers, 1), ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial)
+        )
+        with session(runner), graceful_interrupt(stop, display.say):
             result = train_run(
                 run,
                 found,
@@ -107,6 +126,7 @@ def train(  # noqa: PLR0913  # a parameter for every option
                 stop=stop,
                 progress=display,
                 note=display.note,
+                trainer=trainer_of(runner, on_ray=True),
             )
         echo("\n".join(lines(result.info)))
         echo(f"written: {out}; report: {write_report(out)}")

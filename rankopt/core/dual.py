@@ -10,7 +10,6 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
 
 from rankopt.core.problem import ProblemTable
 
@@ -121,6 +120,8 @@ def _peak(losses: Array, excesses: Array) -> tuple[float, Array] | None:
         prices = np.concatenate([[0.0, MAX_PRICE], inside])
         heights = (losses[:, None] + excesses * prices).min(axis=0)
         return float(heights.max()), prices[[heights.argmax()]]
+    from scipy.optimize import linprog  # takes half a second: not at `import rankopt`
+
     limits = excesses.shape[1]
     found = linprog(
         np.eye(1 + limits)[0] * -1,  # maximise the bound, the first unknown; the others are the prices

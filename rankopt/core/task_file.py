@@ -17,9 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
+
+import cloudpickle
 
 from rankopt.core.errors import TaskError
+from rankopt.core.files import digest
 
 DIGESTED = 1 << 24  # bytes of a variable's pickle above which a change inside of it is not seen
 
@@ -57,6 +60,14 @@ class TaskFile:
         known = {module for module, _, _ in self.digests}
         variables = (v for module in known if module in sys.modules for v in _variables(sys.modules[module]))
         return {key: value for key, value in variables if self.digests.get(key) != _digest(value)}
+
+    def is_named_in(self, pickled: bytes) -> bool:
+        """Whether a pickle refers to the file's module, or to one that it imported from its folder.
+
+        Args:
+            pickled: The pickle.
+        """
+        return any(name.encode() in pickled for name in {self.name, *(module for module, _, _ in self.digests)})
 
     def sources(self) -> dict[str, bytes]:
         """Read the Python files beside the file, and those of the packages in its folder that are imported.
@@ -235,11 +246,53 @@ def send_files(dumps: Callable[[Any], bytes], content: Any, other_machines: bool
         The files to run first, and the pickle of (what changed in their modules, content).
     """
     changes: dict[Variable, Any] = {}
-    for file in LOADED.values():
-        changes |= {key: value for key, value in file.changes().items() if _succeeds(dumps, value)}
-    payload = dumps((changes, content))
-    needed = [f for f in LOADED.values() if any(m.encode() in payload for m in {f.name, *(k[0] for k in f.digests)})]
+    needed: list[TaskFile] = []
+    while True:
+        payload = dumps((changes, content))
+        more = [f for f in LOADED.values() if f not in needed and f.is_named_in(payload)]
+        if not more:
+            break
+        needed += more
+        changes |= {key: value for f in more for key, value in f.changes().items() if _succeeds(dumps, value)}
     return [SentFile(f.name, f.path, f.source, f.sources() if other_machines else {}) for f in needed], payload
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Something on its way to another process, with the task files that have to run there before it is unpickled.
+
+    Attributes:
+        files: The task files.
+        pickled: The pickle of (what changed in these files' modules, the content).
+        digest: A hash of both.
+    """
+
+    files: list[SentFile]
+    pickled: bytes
+    digest: str = ""
+
+    @classmethod
+    def pack(cls, content: Any, other_machines: bool) -> Self:
+        """Pickle something. Task files travel as files; only what lies in `__main__` goes by value.
+
+        Args:
+            content: What is pickled.
+            other_machines: Whether the process may be on a machine that lacks the files.
+        """
+        files, pickled = send_files(cloudpickle.dumps, content, other_machines)
+        return cls(files, pickled, digest([str(f.path) for f in files], *(f.source for f in files), pickled))
+
+    def open(self, scratch: Path) -> Any:
+        """Run the task files and unpickle the content.
+
+        Args:
+            scratch: Folder for task files that are not on this machine.
+        """
+        for file in self.files:
+            file.load(scratch)
+        changes, content = pickle.loads(self.pickled)
+        restore(changes)
+        return content
 
 
 def restore(changes: Mapping[Variable, Any]) -> None:

@@ -28,11 +28,10 @@ from rankopt.model.objective import call
 from rankopt.search.compress import open_run_folder, run_search
 from rankopt.search.loop import Runner
 from rankopt.search.result import Result
-from rankopt.search.runners import pool_of
+from rankopt.search.runners import pool_of, trainer_of
 from rankopt.search.settings import SearchSettings
 from rankopt.search.train_run import train_run, untrained_network, with_training
 from rankopt.strategies.registry import read_options, strategy_options
-from rankopt.training.finetune import finetune
 from rankopt.training.recipe import Recipe
 
 NO_TRAINING = Recipe(epochs=0)
@@ -202,7 +201,8 @@ def run_experiment(experiment: Experiment, prepared: Prepared, runner: Runner) -
         "from_scratch": experiment.from_scratch,
         "teacher": experiment.teacher or None,
     }
-    trained = finetune(model, prepared.task, experiment.recipe, teacher=None if teacher is None else teacher.model)
+    learnt_from = None if teacher is None else teacher.model
+    trained = trainer_of(runner)(model, prepared.task, experiment.recipe, teacher=learnt_from)
     result = with_training(result, trained, prepared.task, origin)
     objective = call("the objective", prepared.objective, result.model)
     assert objective is not None
@@ -275,6 +275,7 @@ def run_in_folder(
                 stop=stop,
                 progress=display,
                 note=display.note,
+                trainer=trainer_of(runner),
             )
     except KeyboardInterrupt:
         return None

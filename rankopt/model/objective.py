@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt.core.errors import TaskError
-from rankopt.model.forward import batch_size, class_axis, inference, outputs, run, take, to_device
+from rankopt.model.forward import batch_size, class_axis, inference, map_tensors, outputs, run, take, to_device
 
 CHUNK = 2**20  # numbers of an output that are compared at once, in float64 (8 MB)
 KEPT = 2**30  # bytes of the dense model's outputs that are kept; it is run again for the others
@@ -208,7 +208,14 @@ class Divergence:
     def keeping(self) -> Divergence:
         """The same with all outputs of the dense model in memory."""
         same = copy.copy(self)
-        same.reference = list(self.references())
+        same.reference, same.dense = list(self.references()), None
+        return same
+
+    def apart(self) -> Divergence:
+        """The same with tensors of its own: pickles of slices hold all that they were cut from."""
+        same = copy.copy(self)
+        same.batches = [map_tensors(x, Tensor.clone) for x in self.batches]
+        same.reference = [None if zs is None else [z.clone() for z in zs] for zs in self.reference]
         return same
 
     def expected(self) -> Tensor:

@@ -35,6 +35,10 @@ class Replay:
         self.before = {name: _outermost(last, first[name]) for name in layers if name in first}
         self._recorded: dict[str, list[Any]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what was recorded, which only this process needs."""
+        return {**self.__dict__, "_recorded": {}}
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Context: the run within is the one that later runs repeat."""

@@ -415,7 +415,7 @@ class LiveRunner:
         Returns:
             The trials, as the runner returns them.
         """
-        from rankopt.candidates.fit import release_workers
+        from rankopt.candidates.pool import release_workers
 
         release_workers()
         self.study, self.start, self.before = study, self.clock(), len(study.trials)

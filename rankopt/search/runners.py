@@ -6,11 +6,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rankopt.candidates.fit import Pool
+from rankopt.candidates.pool import Pool
 from rankopt.core.errors import RankoptError
 from rankopt.search.loop import Runner
 from rankopt.search.loop import search as search_in_process
+from rankopt.training.finetune import Trained, finetune
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def session(runner: Runner) -> AbstractContextManager[object]:
 
 
 def pool_of(runner: Runner) -> Pool | None:
-    """Where the candidates of a search are fitted.
+    """Where the task of a search is prepared.
 
     Args:
         runner: The search's runner.
@@ -104,7 +106,28 @@ def pool_of(runner: Runner) -> Pool | None:
     Returns:
         Its Ray cluster as a pool; None for the cores of this machine.
     """
-    while inner := getattr(runner, "runner", None):  # LiveRunner and RunUntil wrap another
-        runner = inner
-    pool: Callable[[], Pool | None] = getattr(runner, "fit_pool", lambda: None)
+    pool: Callable[[], Pool | None] = getattr(_innermost(runner), "task_pool", lambda: None)
     return pool()
+
+
+def trainer_of(runner: Runner, on_ray: bool = False) -> Callable[..., Trained]:
+    """What trains the plans that a search finds.
+
+    Args:
+        runner: The search's runner.
+        on_ray: Whether to train on Ray also where that is nothing but this machine's CPUs, all of which a training in
+            this process has.
+
+    Returns:
+        `finetune`, or the one of a `RaySearch`.
+    """
+    inner = _innermost(runner)
+    trainer: Callable[..., Trained] = getattr(inner, "finetune", finetune)
+    return trainer if on_ray or pool_of(runner) is not None or getattr(inner, "gpus", 0.0) > 0 else finetune
+
+
+def _innermost(runner: Any) -> Any:
+    """The runner that others wrap, such as LiveRunner and RunUntil."""
+    while inner := getattr(runner, "runner", None):
+        runner = inner
+    return runner

@@ -39,6 +39,7 @@ def train_run(  # noqa: PLR0913  # all but four are optional and by keyword
     stop: Callable[[], bool] = lambda: False,
     progress: Progress = silent,
     note: Callable[[str], None] = lambda text: None,
+    trainer: Callable[..., Trained] = finetune,
 ) -> Result:
     """Train the model of a run folder, evaluate its test score once, and write plan, weights and result.
 
@@ -53,6 +54,7 @@ def train_run(  # noqa: PLR0913  # all but four are optional and by keyword
         stop: Asked after every step; training pauses, with a checkpoint, when it returns True.
         progress: Shows epochs.
         note: Called with a text to show beside the progress.
+        trainer: Trains: `finetune`, or what `runners.trainer_of` returns.
 
     Returns:
         The result with the trained model.
@@ -80,7 +82,7 @@ def train_run(  # noqa: PLR0913  # all but four are optional and by keyword
         "teacher": None if teacher is None else teacher.name,
     }
     with folder_lock(out):
-        trained = finetune(
+        trained = trainer(
             model, task, recipe, teacher=learnt_from, folder=out, resume=resume, stop=stop, progress=progress, note=note
         )
         result = with_training(Result(model, plan, (), info), trained, task, source)

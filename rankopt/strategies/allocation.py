@@ -31,8 +31,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from rankopt.core.dual import Array, Positions, drop_impossible, excess_of, maximise_dual, pick, plan_loss, priced
 from rankopt.core.problem import Problem, ProblemTable, cannot_be_met_together, check_feasible, padded
@@ -311,6 +309,9 @@ def _search_partial(core: Core, tolerance: float, width: int) -> tuple[Positions
 
 def _branch_and_bound(core: Core, tolerance: float) -> tuple[Positions | None, float]:
     """The plan that HiGHS finds, within its tolerances, and a lower bound of the core's plans."""
+    from scipy.optimize import Bounds, LinearConstraint, milp  # takes half a second: not at `import rankopt`
+    from scipy.sparse import csr_array
+
     table, upper = core.table, core.upper
     kept = np.isfinite(table.losses)
     layers, positions = np.nonzero(kept)

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 from torch import Tensor
 
 from rankopt.core.budget import share
@@ -261,6 +260,8 @@ def threshold(alpha: float) -> float:
     Args:
         alpha: The shorter over the longer side of the matrix.
     """
+    from scipy.optimize import brentq  # takes half a second: not at `import rankopt`
+
     tau = brentq(lambda t: np.log1p(t) + alpha * np.log1p(t / alpha) - t, np.sqrt(alpha), 10)
     return float((1 + tau) * (1 + alpha / tau))
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt.candidates.fit import _registered
+from rankopt.candidates.pool import pack
 from rankopt.core.errors import RankoptError
 from rankopt.decompositions.conformance import code_of
 from rankopt.decompositions.svd import SvdOut
@@ -242,7 +242,7 @@ def test_what_cannot_be_pickled_is_named():
     broken.lock = (x for x in "abc")
     rankopt.register(broken)
     with pytest.raises(RankoptError, match="own_svd cannot be sent to the processes that fit"):
-        _registered()
+        pack(None, other_machines=False)
 
 
 NOTEBOOK = """

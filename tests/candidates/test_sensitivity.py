@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rankopt
+from rankopt.candidates.pool import Pool
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.probing import Prober, Sample
 from rankopt.candidates.sensitivity import PASSES, Curve
@@ -16,6 +17,7 @@ from rankopt.core.progress import silent
 from rankopt.core.records import Candidate, Cost, Layer
 from rankopt.model import objective
 from rankopt.model.objective import Divergence
+from tests.helpers.pools import Elsewhere
 
 ERRORS = [2.0**-k for k in range(1, 10)]
 
@@ -44,13 +46,13 @@ def noisy(module: nn.Module, _layer: Layer, candidate: Candidate) -> nn.Module:
     return new
 
 
-def probed(model: nn.Module, x: Tensor, batch: int) -> tuple[dict[str, Curve], Prober]:
+def probed(model: nn.Module, x: Tensor, batch: int, pool: Pool | None = None) -> tuple[dict[str, Curve], Prober]:
     """The curves of a model's layers, and what measured them."""
     layers = rankopt.inventory(model.eval(), x[:2])
     candidates = {
         layer.name: [Candidate("svd_out", (k,), Cost(k, k, k), e) for k, e in enumerate(ERRORS, 1)] for layer in layers
     }
-    prober = Prober(Divergence(model, x.split(batch)), model, layers, noisy, silent)
+    prober = Prober(Divergence(model, x.split(batch)), model, layers, noisy, silent, pool)
     return prober.curves(candidates), prober
 
 
@@ -217,7 +219,7 @@ def test_runs_begin_at_the_layer():
     calls = []
     model.layers[0].register_forward_hook(lambda module, *_: calls.append("forward" in vars(module)))
     _, prober = probed(model, x, 96)
-    assert prober._replay.before["layers.2"] == ["layers.0", "layers.1"]
+    assert prober.runs.replay.before["layers.2"] == ["layers.0", "layers.1"]
     assert sum(calls) >= 8, "three probes of each of the other layers, and one comparison"
 
 
@@ -259,3 +261,23 @@ def test_parts_of_the_objective_add_up_to_the_whole():
         values = torch.cat([part.by_unit(other) for part in parts])
         assert len(values) == whole.units == sum(part.units for part in parts)
         assert values.mean().item() == pytest.approx(whole(other), rel=1e-6)
+
+
+# --- other processes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [20, 200])
+@pytest.mark.parametrize("kept", [True, False])
+def test_other_processes_measure_the_same_to_the_last_bit(batch, kept, monkeypatch):
+    if not kept:
+        monkeypatch.setattr(objective, "KEPT", 0)
+    model, x, pool = Residual(), torch.randn(400, 3, 6, 6), Elsewhere()
+    here, prober = probed(model, x, batch)
+    there, other = probed(model, x, batch, pool)
+    assert there == here and other.passes == prober.passes and pool.calls >= 6
+
+
+def test_a_model_that_cannot_be_sent_is_measured_here():
+    model, x, pool = Chain(3), torch.randn(96, 6), Elsewhere()
+    model.lock = (number for number in range(3))
+    assert probed(model, x, 48, pool)[0] == probed(model, x, 48)[0] and not pool.calls

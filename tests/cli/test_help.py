@@ -101,3 +101,9 @@ def test_completion_can_be_installed(monkeypatch):
     shown, _ = run("--help")
     assert "--install-completion" in shown
     assert "--show-completion" in shown
+
+
+@pytest.mark.parametrize("command", ["search", "sweep", "benchmark", "run", "train"])
+def test_commands_that_evaluate_or_train_take_the_same_options_of_ray(command):
+    options = {o for p in get_command(app).commands[command].params for o in p.opts}
+    assert {"--workers", "--gpus-per-trial", "--cpus-per-trial", "--ray-address"} <= options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-HEAVY = ("ray", "optuna", "matplotlib", "transformers", "gymnasium", "onnxruntime", "typer")
+HEAVY = ("ray", "optuna", "matplotlib", "transformers", "gymnasium", "onnxruntime", "typer", "scipy")
 
 
 def test_importing_rankopt_loads_no_heavy_package():

@@ -189,3 +189,20 @@ def test_layer_by_layer_and_feature_maps_are_recorded(digits):
     print(trained.info["execution"])
     assert trained.info["execution"]["not_recorded"] == "" and trained.info["execution"]["graphs"] >= 2
     assert own.score(trained.model) > trained.info["before"]
+
+
+def test_a_training_on_ray_takes_place_on_the_gpu_and_returns_to_the_cpu(tmp_path):
+    """What the actor does, in this process; models come from a machine without a GPU."""
+    from rankopt.candidates.pool import pack
+    from rankopt.experiments.tasks import load_task
+    from rankopt.search.ray.training import Resources, Training
+
+    own, recipe = load_task("digits"), Recipe(epochs=1)
+    training = Training(pack((own.model, own, recipe, None), False), None, Resources(1, 1, 1), str(tmp_path))
+    while not training.ended.wait(1):
+        pass
+    update = training.poll(0)
+    training.close()
+    assert update.error is None and update.checkpoint
+    assert update.trained.info["execution"]["device"].startswith("cuda")
+    assert all(p.device.type == "cpu" for p in update.trained.model.parameters())

@@ -11,22 +11,26 @@ import math
 import os
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from rankopt.candidates.fit import Pool
+from rankopt.candidates import pool
 from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.files import available_cores
 from rankopt.core.problem import Problem
-from rankopt.core.records import Proposal, Trial
+from rankopt.core.records import Proposal, Task, Trial
 from rankopt.search.loop import WAIT, Evaluate, Outcome, Study, proposals
 from rankopt.search.ray.session import check_resources, keep_logs, line, quiet, started, surroundings
 from rankopt.search.ray.tasks import in_any_order
+from rankopt.search.ray.training import Resources, train_away
 from rankopt.search.ray.tune_options import TuneOptions
-from rankopt.search.ray.worker import Limits, Payload, Worker, WorkerError, pack
+from rankopt.search.ray.worker import Limits, Payload, Worker, WorkerError, other_machines, pack
+from rankopt.training.finetune import Trained
+from rankopt.training.recipe import Recipe
 
 NONE, PLAIN = Limits(), TuneOptions()
 
@@ -91,6 +95,7 @@ class RaySearch:
         self.workers, self.address, self.gpus, self.limits = workers, address, gpus_per_trial, limits
         self.out, self.tune, self.cpus = out, tune, cpus_per_trial
         self.folder: str | None = None  # Ray's temporary folder, while it is up
+        self.ours = False  # whether it was started here, for the trials alone
         self.closing: ExitStack | None = None  # what ends with the session
         self.sent: dict[str, Any] = {}  # digest of what went to the workers in this session -> where Ray keeps it
 
@@ -107,12 +112,16 @@ class RaySearch:
             with quiet(self.folder) if self.folder else nullcontext():
                 self.closing.close()
             self.closing = self.folder = None
+            self.ours = False
             self.sent.clear()
 
     def _start(self) -> str:
         """Start Ray or connect to it, unless that was done in this session. Returns its temporary folder."""
         assert self.closing is not None
+        import ray
+
         if self.folder is None:
+            self.ours = not self.address and not ray.is_initialized()
             folder = self.closing.enter_context(surroundings())
             with quiet(folder):
                 cpus = math.ceil(self.workers * self.cpus)
@@ -121,17 +130,48 @@ class RaySearch:
             self.folder = folder
         return self.folder
 
-    def fit_pool(self) -> Pool | None:
-        """The cluster as a pool for fits; None if Ray runs on this machine alone, whose cores need no Ray for them."""
+    def task_pool(self) -> pool.Pool | None:
+        """The cluster as a pool that prepares tasks; None if Ray is only this machine, whose cores need no Ray."""
         import ray
 
-        return self._run_tasks if self.address or ray.is_initialized() else None
+        return self._run_tasks if self.address or (ray.is_initialized() and not self.ours) else None
 
-    def _run_tasks(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], memory: int) -> Iterator[Any]:
+    def _run_tasks(
+        self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], memory: int, shared: Any = None
+    ) -> Iterator[Any]:
         """Run calls as Ray tasks; a `Pool`."""
+        import ray
+
         with self.session():
             self._start()
-            yield from in_any_order(function, calls, memory)
+            parcel = ray.put(pool.pack(shared, other_machines()))
+            yield from in_any_order(pool.work, ((parcel, function, *arguments) for arguments in calls), memory)
+
+    def finetune(
+        self, model: Any, task: Task, recipe: Recipe, *, folder: Path | None = None, **options: Any
+    ) -> Trained:
+        """Train a model with the CPUs and GPUs of a trial; as `rankopt.training.finetune.finetune`, for `train_run`.
+
+        Args:
+            model: The compressed model.
+            task: The task.
+            recipe: How to train.
+            folder: Where checkpoints are kept, on this machine; None keeps them until the end.
+            options: The others of `train_away`.
+
+        Raises:
+            RankoptError: As of `train_away`, or Ray cannot be reached.
+        """
+        resources = Resources(self.cpus, self.gpus, self.threads)
+        with self.session(), quiet(ray_folder := self._start()):
+            place = folder or Path(tempfile.mkdtemp(dir=ray_folder))
+            try:
+                return train_away(
+                    model, task, recipe, resources, other_machines=other_machines(), folder=place, **options
+                )
+            finally:
+                if self.out:
+                    keep_logs(Path(ray_folder), self.out / RESULTS, self.out / "logs")
 
     @property
     def threads(self) -> int:
@@ -333,7 +373,11 @@ class _Searcher:
         self.asker.tell(trial_id, Outcome(*result["outcome"]) if result and done else None)
 
     def save(self, checkpoint_path: str) -> None:
-        """Do nothing: the study is on disk already."""
+        """Write an empty file, which Tuner.restore looks for: the study is on disk already."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Do nothing: what was unpickled is a search that is complete."""
 
 
 class _Scheduler:

@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # avoids a warning
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a task may read files by relative paths
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # with Ray's 15, trials starve on a machine that does something else, too
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # a GCS that was killed does not come back
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV and JSON per trial
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's handler would end the run as if complete
@@ -114,13 +115,19 @@ def keep_logs(folder: Path, results: Path, logs: Path) -> None:
         logs: The folder to copy to.
     """
     outputs = [folder / "ray.out", *folder.glob("session_2*/logs/worker-*.err")]
-    targets = {p: logs / p.name for p in outputs if p.is_file() and p.stat().st_size}
+    targets = {p: logs / p.name for p in outputs if p.is_file() and _says_something(p)}
     events = sorted(results.rglob("events.out.tfevents.*"))
     targets |= {p: logs / "tensorboard" / p.parent.name / p.name for p in events}
     for source, target in targets.items():
         with suppress(OSError):  # an error on a full disk must not hide the search's own error
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
+
+
+def _says_something(path: Path) -> bool:
+    """Whether a file has more than the lines, as ":job_id:01000000", with which Ray begins one."""
+    with path.open(errors="replace") as file:
+        return any(line.strip() and not line.startswith(":") for line in file)
 
 
 @contextmanager

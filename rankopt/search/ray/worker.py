@@ -17,10 +17,9 @@ import torch
 
 from rankopt.candidates.cache import Cache, FactorStore
 from rankopt.core.errors import RankoptError, TaskError
-from rankopt.core.files import digest
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal
-from rankopt.core.task_file import SentFile, restore, send_files
+from rankopt.core.task_file import Parcel
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.loop import ETA, Evaluate, Outcome, stages
@@ -48,22 +47,8 @@ class Limits:
             raise RankoptError("a trial's limits of time and memory must be above 0")
 
 
-@dataclass(frozen=True)
-class Payload:
-    """An evaluation on its way to the workers; an `Evaluator` without its problem, so that searches may share it.
-
-    Attributes:
-        files: The task files that it needs, to be run before it is unpickled.
-        pickled: The pickle of (what changed in these files' modules, (registered decompositions, the evaluation)).
-    """
-
-    files: list[SentFile]
-    pickled: bytes
-
-    @property
-    def digest(self) -> str:
-        """A hash of the content."""
-        return digest([str(f.path) for f in self.files], *(f.source for f in self.files), self.pickled)
+class Payload(Parcel):
+    """An evaluation on its way to the workers; an `Evaluator` without its problem, so that searches may share it."""
 
     def unpack(self, problem: Problem | None, scratch: Path) -> Evaluate:
         """Run the task files and unpickle the evaluation.
@@ -72,12 +57,7 @@ class Payload:
             problem: The problem of an `Evaluator`.
             scratch: Folder for task files that are not on this machine.
         """
-        from ray import cloudpickle
-
-        for file in self.files:
-            file.load(scratch)
-        changes, (registered, evaluate) = cloudpickle.loads(self.pickled)
-        restore(changes)
+        registered, evaluate = self.open(scratch)
         DECOMPOSITIONS.registered.update(registered)
         if isinstance(evaluate, Evaluator):
             assert problem is not None
@@ -100,21 +80,19 @@ def pack(evaluate: Evaluate) -> tuple[Payload, Problem | None]:
     Raises:
         TaskError: If something in it cannot be pickled.
     """
-    from ray import cloudpickle
-
-    elsewhere = _other_machines()
+    elsewhere = other_machines()
     try:
         if not isinstance(evaluate, Evaluator):
-            return Payload(*send_files(cloudpickle.dumps, (DECOMPOSITIONS.registered, evaluate), elsewhere)), None
+            return Payload.pack((DECOMPOSITIONS.registered, evaluate), elsewhere), None
         content = DECOMPOSITIONS.registered, _portable(evaluate, elsewhere)
-        return Payload(*send_files(cloudpickle.dumps, content, elsewhere)), evaluate.problem
+        return Payload.pack(content, elsewhere), evaluate.problem
     except RankoptError:
         raise
     except Exception as error:
         raise TaskError(f"the task cannot be sent to Ray's workers ({line(error)}): search without workers") from error
 
 
-def _other_machines() -> bool:
+def other_machines() -> bool:
     """Whether the cluster has machines other than this one."""
     import ray
 

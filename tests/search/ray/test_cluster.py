@@ -1,6 +1,6 @@
 """A search uses all nodes of a cluster, goes on when one dies, and uses one that joins. Two raylets on this machine.
 
-Candidates are fitted on all nodes in the same way.
+Statistics, candidates and sensitivities are made on all nodes in the same way.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers on a busy machine
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     ray.init(address=found.address, log_to_driver=False, logging_level="ERROR")
     yield found
@@ -106,24 +107,28 @@ def test_a_node_that_joins_is_used(digits, cluster):
 FITS = SearchSpace(families=("svd_out", "cp_merged", "tucker2"), points=10, steps=200)
 
 
-def test_candidates_are_fitted_on_all_nodes_to_the_same_plan(cluster, tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed_in", ["_fit_away", "_list_rises"])
+def test_a_task_is_prepared_on_all_nodes_to_the_same_plan(killed_in, cluster, tmp_path, monkeypatch):
     """A node dies in the middle. None of them sees this process's cache."""
     monkeypatch.setattr("rankopt.candidates.fit.START_UP", 0.0)
     second = cluster.add_node(num_cpus=1)
     ended = []
 
-    def pool(function, calls, memory):
+    def pool(function, calls, memory, shared=None):
         calls = ((function, *arguments) for arguments in calls)
-        for number, result in enumerate(RaySearch(2).fit_pool()(on_node, calls, memory)):
-            ended.append(result[1])
-            if number == 4:
+        for result in RaySearch(2).task_pool()(on_node, calls, memory, shared):
+            ended.append((function.__name__, result[1]))
+            if [name for name, _ in ended].count(killed_in) == 3 and second in cluster.list_all_nodes():
                 cluster.remove_node(second, allow_graceful=False)
             yield result[0]
 
     task = load_task("digits")
     away = prepare(task, FITS, tmp_path / "away", workers=pool)
     here = prepare(task, FITS, tmp_path / "here", workers=1)
-    assert len(set(ended)) == 2 and len(ended) > 8
+    assert {name for name, _ in ended} == {"_measure_away", "_fit_away", "_list_rises"} and len(
+        {node for _, node in ended}
+    ) == 2
+    assert away.curves == here.curves and away.passes == here.passes
     assert away.candidates.keys() == here.candidates.keys()
     for name, candidates in here.candidates.items():
         assert [(c.method, c.rank) for c in away.candidates[name]] == [(c.method, c.rank) for c in candidates]
@@ -132,8 +137,8 @@ def test_candidates_are_fitted_on_all_nodes_to_the_same_plan(cluster, tmp_path, 
     assert allocate(away.problem({"params": 0.3})).proposal == allocate(problem).proposal
 
 
-def on_node(function, *arguments):
-    return function(*arguments), ray.get_runtime_context().get_node_id()
+def on_node(shared, function, *arguments):
+    return function(shared, *arguments), ray.get_runtime_context().get_node_id()
 
 
 class Heavy:

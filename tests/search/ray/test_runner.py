@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,16 @@ from rankopt.search.evaluator import Evaluator
 from rankopt.search.fidelity import FULL_FIDELITY, FidelitySchedule
 from rankopt.search.job import Job
 from rankopt.search.loop import Study, best, search
+from rankopt.search.ray import runner as module
 from rankopt.search.ray.runner import RaySearch
+from rankopt.search.ray.session import keep_logs
 from rankopt.search.ray.tune_options import TuneOptions
 from rankopt.search.ray.worker import Limits
-from rankopt.search.runners import RunnerSettings, make_runner
+from rankopt.search.runners import RunnerSettings, make_runner, pool_of, trainer_of
 from rankopt.search.settings import SearchSettings
 from rankopt.search.storage.local import read_trials
 from rankopt.strategies.registry import make_strategy
+from rankopt.training.finetune import finetune
 
 ray = pytest.importorskip("ray")
 tune = pytest.importorskip("ray.tune")
@@ -270,6 +274,61 @@ def test_what_tune_does_not_offer_here_is_refused(options, said, monkeypatch):
     monkeypatch.setattr("rankopt.search.ray.tune_options.find_spec", lambda name: None)
     with pytest.raises(RankoptError, match=said):
         make_runner(RunnerSettings(1, **options))
+
+
+@pytest.mark.slow
+def test_tunes_results_of_a_search_open_and_restore(digits, cluster, tmp_path):
+    """As a ResultGrid, with readable names; a restored Tuner shows what was found, and evaluates nothing again."""
+    found = run(digits, trials=4, runner=RaySearch(2, out=tmp_path))
+    folder = str(tmp_path / "ray" / "search-0")
+    results = tune.ResultGrid(tune.ExperimentAnalysis(folder))
+    assert sorted(Path(r.path).name for r in results) == [f"plan-{i:04d}" for i in range(4)] and not results.errors
+    assert sorted(r.metrics["objective"] for r in results) == sorted(t.objective for t in found)
+    best_plan = results.get_best_result("objective", "min").config["proposal"]
+    assert tuple(best_plan) == best(found).proposal
+
+    class Worker(tune.Trainable):  # Tune asks for the same name
+        def step(self):
+            raise AssertionError("a trial was evaluated again")
+
+    assert tune.Tuner.can_restore(folder)
+    restored = tune.Tuner.restore(folder, Worker).fit()
+    assert sorted(r.metrics["objective"] for r in restored) == sorted(t.objective for t in found)
+
+
+def test_ray_that_was_started_for_trials_prepares_no_further_task(monkeypatch):
+    """It has as many CPUs as there are workers; the next search of the session has all cores of this machine."""
+    up = []
+
+    @contextmanager
+    def started(*_):
+        up.append(True)
+        yield
+        up.clear()
+
+    monkeypatch.setattr(module, "started", started)
+    monkeypatch.setattr(module, "check_resources", lambda *_: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: bool(up))
+    runner = RaySearch(2)
+    with runner.session():
+        for _ in range(2):
+            assert pool_of(runner) is None and trainer_of(runner) is finetune
+            runner._start()
+    assert pool_of(RaySearch(2, "auto")) is not None and trainer_of(RaySearch(2, gpus_per_trial=1)) is not finetune
+    up.append(True)  # by the program
+    with runner.session():
+        for _ in range(2):
+            assert pool_of(runner) is not None and trainer_of(runner) == runner.finetune
+            runner._start()
+
+
+def test_logs_of_workers_that_said_nothing_are_not_kept(tmp_path):
+    source = tmp_path / "session_2026" / "logs"
+    source.mkdir(parents=True)
+    (source / "worker-1.err").write_text(":job_id:01000000\n:actor_name:Worker\n")
+    (source / "worker-2.err").write_text(":job_id:01000000\nTraceback (most recent call last):\n")
+    keep_logs(tmp_path, tmp_path / "ray", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["worker-2.err"]
 
 
 def test_a_scheduler_needs_fidelities():
