@@ -192,7 +192,7 @@ def _trained_plans(settings: SearchSettings, out: Path | None, files: ExitStack)
         return None
     folder = Path(files.enter_context(TemporaryDirectory(prefix="rankopt-"))) if out is None else out / TRIALS
     folder.mkdir(parents=True, exist_ok=True)
-    return TrainedPlans(folder)
+    return TrainedPlans(folder.resolve())  # workers have working directories of their own
 
 
 def _train(strategy: TrainingStrategy, prepared: Prepared, out: Path | None, progress: Progress) -> None:

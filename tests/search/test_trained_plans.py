@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
+import cloudpickle
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from rankopt.search import evaluator, result
 from rankopt.search.compress import TRIALS, run_search
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.fidelity import FidelitySchedule
+from rankopt.search.loop import search
 from rankopt.search.settings import SearchSettings
 from rankopt.search.trained_plans import KEPT, TrainedPlans
 from rankopt.training.loop import train_briefly
@@ -75,6 +78,29 @@ def test_a_search_that_stopped_goes_on_with_what_it_trained(digits, tmp_path, tr
     resumed = run_search(digits, digits.problem(BUDGET), dataclasses.replace(SETTINGS, resume=True), tmp_path)
     assert not again and len(models) == 2 * first
     assert same(resumed.model, best.model)
+
+
+def test_a_worker_keeps_weights_from_another_working_directory(digits, tmp_path, monkeypatch):
+    """As Ray sends an evaluator: without its problem, as bytes. Relative run folders are those of the first process."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    sent = []
+
+    def runner(study, evaluate):
+        monkeypatch.chdir(tmp_path / "there")
+        sent.append(cloudpickle.dumps(dataclasses.replace(evaluate, problem=None)))
+        there = cloudpickle.loads(sent[0])
+        there.problem = study.problem
+        search(study, there)
+        monkeypatch.chdir(tmp_path / "here")
+        assert list((tmp_path / "here" / "run" / TRIALS).glob("*.safetensors"))
+        return study.trials
+
+    Path("run").mkdir()
+    found = run_search(digits, digits.problem(BUDGET), SETTINGS, Path("run"), runner)
+    assert sent and not list((tmp_path / "there").iterdir())
+    assert digits.objective(found.model) == found.info["objective"]["best"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "another"])
