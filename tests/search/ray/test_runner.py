@@ -17,7 +17,6 @@ from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError, StudyError
 from rankopt.decompositions.plan import apply
 from rankopt.experiments.tasks import load_task
-from rankopt.search import result
 from rankopt.search.compress import run_search
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.fidelity import FULL_FIDELITY, FidelitySchedule
@@ -245,15 +244,6 @@ def test_fidelities_stop_the_same_trials_as_in_this_process(digits, cluster):
         assert a.objective == (b.objective and pytest.approx(b.objective, rel=1e-4))
     many = run(digits, "random", 9, RaySearch(2), fidelities=fidelities)
     assert {t.proposal for t in many} == {t.proposal for t in here}
-
-
-@pytest.mark.slow
-def test_what_workers_trained_is_delivered(digits, cluster, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # workers have other working directories
-    monkeypatch.setattr(result, "train_briefly", None)  # nothing is trained once more for the result
-    settings = SearchSettings("random", 4, fidelities=FidelitySchedule.parse("0.25,train=5"))
-    found = run_search(digits, digits.problem(BUDGET), settings, None, RaySearch(1))
-    assert digits.objective(found.model) == pytest.approx(found.info["objective"]["best"], rel=1e-4)
 
 
 @pytest.mark.slow
