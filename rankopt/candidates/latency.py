@@ -217,7 +217,7 @@ def measure_costs(
     offers = {x.name: timed_candidates(x, space, instrument.points[conditions.runtime]) for x in layers}
 
     todo = {signatures[x.name]: x for x in layers if _missing(known, signatures[x.name], offers[x.name])}
-    name = digest(repr(model_layers.model), sorted(signatures.values()), space.families, *map(repr, space.layers))
+    name = digest(repr(model_layers.model), sorted(signatures.values()), space.all_families, *map(repr, space.layers))
     if foreign and (todo or name not in known.models):
         what, flag = ("times", "") if instrument.metric == "latency" else ("energies", " --energy")
         raise RankoptError(

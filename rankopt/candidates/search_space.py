@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,9 @@ from rankopt.core.schema import checked, read_toml
 from rankopt.core.text import reason
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.conformance import named
-from rankopt.decompositions.registry import DECOMPOSITIONS, FamilyLike, family_name
+from rankopt.decompositions.generators import USUAL as USUAL_ACTIVATION
+from rankopt.decompositions.generators import check_activation
+from rankopt.decompositions.registry import DECOMPOSITIONS, GENERATORS, FamilyLike, family_name, with_activation
 
 DEFAULT = ("svd_out", "svd_in", "svd_spatial", "svd_grouped", "tucker2", "cp", "cp_merged", "tt", "tt_matrix")
 
@@ -108,6 +110,8 @@ class SearchSpace:
         largest: Largest fraction of a layer's weights.
         nearest: Choose the rank nearest to a fraction instead of the largest below it; for families of one rank.
         multiple: Ranks are rounded down to a multiple of this, such as 8, 16 or 32 for vector units.
+        activation: What generated weights have between the levels of their network: "tanh", "silu" or "linear". A
+            generator that names its own, as `mera-silu`, keeps it.
         precisions: What weights may be stored in: "same" (as in the model), "int8", "bfloat16", "float16". Matters
             under budgets that count bytes.
         steps: Steps of L-BFGS per fit; some families take a share of it.
@@ -131,6 +135,7 @@ class SearchSpace:
     largest: float = 0.9
     nearest: bool = False
     multiple: int = 1
+    activation: str = USUAL_ACTIVATION
     precisions: tuple[str, ...] = (SAME,)
     steps: int = 500
     effort: str = USUAL
@@ -152,6 +157,10 @@ class SearchSpace:
             raise RankoptError(f"search space {self.name!r}: fractions lie in (0, 1]")
         if self.points < 1 or self.multiple < 1:
             raise RankoptError(f"search space {self.name!r}: points and multiple are 1 or more")
+        try:
+            check_activation(self.activation)
+        except RankoptError as error:
+            raise RankoptError(f"search space {self.name!r}: {error}") from None
         for precision in self.precisions:
             if precision not in PRECISIONS:
                 known = ", ".join(PRECISIONS)
@@ -205,6 +214,16 @@ class SearchSpace:
             minutes=self.minutes if minutes is None else minutes,
         )
 
+    def settings(self) -> dict[str, Any]:
+        """The settings by which a search or a study is recognised when it goes on.
+
+        A setting that earlier versions lacked is left out at its default, so that what they began goes on.
+        """
+        found = asdict(self)
+        if self.activation == USUAL_ACTIVATION:
+            del found["activation"]
+        return found
+
     def content(self) -> dict[str, Any]:
         """The space as JSON content, with the keys of its TOML file and its name."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
@@ -214,13 +233,19 @@ class SearchSpace:
         }
         return cast(dict[str, Any], _as_json({**found, "layers": rules}))
 
+    @property
+    def all_families(self) -> tuple[str, ...]:
+        """The decompositions for layers without a rule of their own, generators with their activation."""
+        return tuple(with_activation(family, self.activation) for family in self.families)
+
     def families_of(self, layer: Layer) -> tuple[str, ...]:
         """The decompositions that may be used for a layer.
 
         Args:
             layer: The layer.
         """
-        return next((rule.families for rule in self.layers if rule.families and rule.matches(layer)), self.families)
+        own = next((rule.families for rule in self.layers if rule.families and rule.matches(layer)), None)
+        return self.all_families if own is None else tuple(with_activation(f, self.activation) for f in own)
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
         """Check that every rule is for some layer.
@@ -243,7 +268,12 @@ class SearchSpace:
         """
         patterns = [p for p in self.keep_dense if not p.startswith("@")]
         missed = [p for p in patterns if not any(fnmatchcase(x.name, p) for x in layers)]
-        return [_no_layer(pattern, "keep_dense", layers) for pattern in missed]
+        families = {family for layer in layers for family in self.families_of(layer)}
+        idle = self.activation != USUAL_ACTIVATION and families.isdisjoint(
+            with_activation(family, self.activation) for family in GENERATORS
+        )
+        unused = f"activation = {self.activation!r} has no effect: add a generator, one of {', '.join(GENERATORS)}"
+        return [_no_layer(pattern, "keep_dense", layers) for pattern in missed] + [unused] * idle
 
     def grid(self, density: float = 1) -> tuple[float, ...]:
         """List the fractions of a layer's weights at which ranks are tried.

@@ -41,7 +41,10 @@ def run(  # noqa: PLR0913  # a parameter for every option
     ] = float("inf"),
     case: Annotated[
         list[str] | None,
-        typer.Option(help="this case only, repeatable: so several processes share a study", show_default="all"),
+        typer.Option(
+            help="this case only, or those of a pattern ('a-*'), repeatable: so several processes share a study",
+            show_default="all",
+        ),
     ] = None,
     merge: Annotated[
         list[Path] | None,

@@ -44,6 +44,10 @@ def _sound(name: str, found: Any) -> None:
     """What is registered is taken as it is."""
 
 
+def _none(name: str) -> None:
+    """There are no variants."""
+
+
 class Registry(Mapping[str, T]):
     """Mapping from names to what is registered under them: by rankopt, by `add` in this process, or by entry points.
 
@@ -57,6 +61,8 @@ class Registry(Mapping[str, T]):
         group: The entry point group in which packages register theirs.
         built_in: Name -> what rankopt registers itself.
         fault: Says what is wrong with what is to be registered under a name; None if nothing is.
+        variant: Makes rankopt's own of a name that is not listed, such as a listed one with a setting; None for any
+            other name.
 
     Attributes:
         registered: Name -> what `add` registered. Other processes do not have it by themselves.
@@ -68,8 +74,9 @@ class Registry(Mapping[str, T]):
         group: str,
         built_in: Mapping[str, T],
         fault: Callable[[str, Any], str | None] = _sound,
+        variant: Callable[[str], T | None] = _none,
     ) -> None:
-        self.what, self.group, self.built_in, self.fault = what, group, dict(built_in), fault
+        self.what, self.group, self.built_in, self.fault, self.variant = what, group, dict(built_in), fault, variant
         self.registered: dict[str, T] = {}
         self._loaded: dict[str, T] = {}
 
@@ -86,7 +93,7 @@ class Registry(Mapping[str, T]):
         Raises:
             RankoptError: The name is taken by something else, or what is given cannot be used.
         """
-        if name in self.built_in:
+        if self.is_own(name):
             raise RankoptError(f"the {self.what} {name!r} is rankopt's own: give yours another name")
         if fault := self.fault(name, found):
             raise RankoptError(f"the {self.what} {name!r} cannot be registered: {fault}")
@@ -101,9 +108,19 @@ class Registry(Mapping[str, T]):
     def _added(self) -> dict[str, EntryPoint]:
         return {e.name: e for e in entry_points(group=self.group) if e.name not in self.built_in}
 
+    def is_own(self, name: str) -> bool:
+        """Whether a name stands for something of rankopt itself.
+
+        Args:
+            name: The name.
+        """
+        return name in self.built_in or self.variant(name) is not None
+
     def __getitem__(self, name: str) -> T:
         if name in self.built_in:
             return self.built_in[name]
+        if (own := self.variant(name)) is not None:
+            return own
         if name in self.registered:
             return self.registered[name]
         if name not in self._added:
@@ -128,7 +145,7 @@ class Registry(Mapping[str, T]):
         return found
 
     def __contains__(self, name: object) -> bool:
-        return name in self.built_in or name in self.registered or name in self._added
+        return isinstance(name, str) and (self.is_own(name) or name in self.registered or name in self._added)
 
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*self.built_in, *self._added, *self.registered]))

@@ -49,7 +49,7 @@ class Decomposition(ABC):
         forms: Forms of the replacement; the first is the default.
     """
 
-    name: ClassVar[str]
+    name: str
     exact: ClassVar[bool] = True
     effort: ClassVar[float] = 1.0
     closed_form: ClassVar[bool] = False

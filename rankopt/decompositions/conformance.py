@@ -53,7 +53,7 @@ def code_of(family: str) -> tuple[str, ...]:
     Returns:
         Nothing for rankopt's own, whose changes `candidates.cache.VERSION` counts.
     """
-    if family in DECOMPOSITIONS.built_in:
+    if DECOMPOSITIONS.is_own(family):
         return ()
     decomposition = DECOMPOSITIONS[family]
     kind, state = type(decomposition), vars(decomposition)
@@ -85,7 +85,7 @@ def check_modules(family: str, module: nn.Module, layer: Layer, ranks: Sequence[
     Raises:
         RankoptError: It does not keep what it declares; the message says what to do.
     """
-    if family in DECOMPOSITIONS.built_in or not ranks:
+    if DECOMPOSITIONS.is_own(family) or not ranks:
         return
     decomposition, empty = DECOMPOSITIONS[family], copy.deepcopy(module).to("meta").train()
     for rank in ranks:
@@ -136,7 +136,7 @@ def checked_fits(
     Raises:
         RankoptError: Ranks, shapes, types or errors are not those that `fit` has to give.
     """
-    if family in DECOMPOSITIONS.built_in:
+    if DECOMPOSITIONS.is_own(family):
         return list(found)
     given = [fit.rank if isinstance(fit, Fit) else fit for fit in found]
     if given != list(ranks):

@@ -6,6 +6,7 @@ point of the group `rankopt.decompositions`, programs with `rankopt.register`.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from rankopt.core.errors import RankoptError
@@ -13,7 +14,14 @@ from rankopt.core.registry import Registry
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.block_term import BlockTerm
 from rankopt.decompositions.cp import Cp, CpMerged
-from rankopt.decompositions.generators import AugmentedTreeNetwork, Mera, TreeNetwork
+from rankopt.decompositions.generators import (
+    ACTIVATIONS,
+    AugmentedTreeNetwork,
+    BrickWall,
+    Mera,
+    TreeNetwork,
+    WeightGenerator,
+)
 from rankopt.decompositions.hierarchical_tucker import HierarchicalTucker
 from rankopt.decompositions.svd import SvdGrouped, SvdIn, SvdOut, SvdSpatial
 from rankopt.decompositions.tensor_ring import TensorRing
@@ -29,6 +37,19 @@ def _fault(name: str, found: Any) -> str | None:
     if getattr(found, "name", None) != name:
         return f"its class has the name {getattr(found, 'name', None)!r}: give both the same"
     return None
+
+
+GENERATORS: dict[str, type[WeightGenerator]] = {
+    kind.name: kind for kind in (TreeNetwork, AugmentedTreeNetwork, Mera, BrickWall)
+}
+
+
+@cache
+def _generator(name: str) -> WeightGenerator | None:
+    """A generator with an activation of its own, such as `mera-silu`."""
+    kind, _, activation = name.partition("-")
+    found = GENERATORS[kind](activation) if kind in GENERATORS and activation in ACTIVATIONS else None
+    return found if found is not None and found.name == name else None
 
 
 DECOMPOSITIONS: Registry[Decomposition] = Registry(
@@ -49,12 +70,21 @@ DECOMPOSITIONS: Registry[Decomposition] = Registry(
         "ht": HierarchicalTucker(),
         "tt_matrix": TensorTrainMatrix(),
         "tt_conv": TensorTrainConvolution(),
-        "ttn": TreeNetwork(),
-        "augmented_ttn": AugmentedTreeNetwork(),
-        "mera": Mera(),
+        **{name: kind() for name, kind in GENERATORS.items()},
     },
     _fault,
+    _generator,
 )
+
+
+def with_activation(family: str, activation: str) -> str:
+    """The name of a generator with an activation; of another family, or a generator that names its own, its name.
+
+    Args:
+        family: Name of a family.
+        activation: A name in ACTIVATIONS.
+    """
+    return GENERATORS[family](activation).name if family in GENERATORS else family
 
 
 FamilyLike = str | Decomposition | type[Decomposition]
@@ -84,5 +114,5 @@ def family_name(family: FamilyLike) -> str:
     name: Any = getattr(found, "name", None)
     if not isinstance(name, str):
         raise RankoptError(f"the decomposition {type(found).__name__} has no name: give it the class attribute `name`")
-    own = type(DECOMPOSITIONS.built_in.get(name)) is type(found)  # such as a second SvdOut()
+    own = DECOMPOSITIONS.is_own(name) and type(DECOMPOSITIONS[name]) is type(found)  # such as a second SvdOut()
     return name if own else DECOMPOSITIONS.add(name, found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -201,7 +201,7 @@ def _times(rows: Tensor, moment: Tensor) -> Tensor:
 class Family(Protocol):
     """The part of a decomposition that a replacement module keeps, to rebuild its dense weight."""
 
-    name: ClassVar[str]
+    name: str
 
     def shapes(self, layer: Layer, rank: Rank) -> tuple[tuple[int, ...], ...]:
         """As `Decomposition.shapes`."""

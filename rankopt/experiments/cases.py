@@ -23,6 +23,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ from rankopt.experiments.tasks import load_task
 from rankopt.search.loop import Runner, RunUntil
 
 JSON = "cases.json"
+NAMED = 20  # cases in a message
 
 
 class CaseRow(TypedDict):
@@ -126,7 +128,8 @@ def run_cases(
         cache_folder: Folder of fitted candidates; None for the default.
         stop: Whether to stop, asked before every case and after every step of a training.
         display: Shows progress.
-        only: Names of the cases to do; empty for all. Several processes may so share a study's folder.
+        only: Names of the cases to do, with wildcards * and ?; empty for all. Several processes may so share a study's
+            folder.
 
     Yields:
         An event where a case begins and one where it is done.
@@ -135,15 +138,17 @@ def run_cases(
         RankoptError: If no case has one of the names.
         StudyError: If cases.json is damaged, or a case's folder holds other settings or a link.
     """
-    names = [case.name for case in study.cases]
-    if unknown := [name for name in only if name not in names]:
-        raise RankoptError(f"unknown case {unknown[0]!r}; the cases are {', '.join(names)}")
+    asked = {case.name for case in study.cases if not only or any(fnmatchcase(case.name, name) for name in only)}
+    if unknown := [name for name in only if not any(fnmatchcase(case, name) for case in asked)]:
+        names = [case.name for case in study.cases]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        raise RankoptError(f"unknown case {unknown[0]!r}; the cases are {', '.join(names[:NAMED])}{more}")
     check_no_links(out)
     load = cache(load_task)  # several cases may share a task
     rows = read_rows(out)
     for case in study.cases:
         folder = out / case.name
-        if only and case.name not in only:
+        if case.name not in asked:
             continue
         known = rows.get(case.name)
         if known and same_settings(known["settings"], case.settings) and is_finished(case, folder):

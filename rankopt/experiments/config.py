@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +89,7 @@ class StudyContent(CaseContent, total=False):
     objectives: str | list[Any]
     hyperparameters: dict[str, Any]
     cases: list[dict[str, Any]]
+    lists: dict[str, list[dict[str, Setting | list[Setting]]]]
 
 
 IN_PROCESS = RunnerSettings()
@@ -212,7 +214,10 @@ def read_study(path: Path) -> StudyFile:
     - out: the folder for results.
     - hyperparameters: a table of settings -> list of choices, or a range { low, high, log, step }; with it searches,
       how many to make, and objectives, what they optimise.
-    - cases: a list of tables, each with a name and the keys that differ from the above.
+    - cases: a list of tables, each with a name and the keys that differ from the above. A table with `each`, the names
+      of some of the `lists`, stands for a case per combination of their entries; "{key}" in its values is what an entry
+      has under that key.
+    - lists: a table of lists of tables, for `each`.
 
     Args:
         path: The file. Paths in it are relative to its folder.
@@ -317,7 +322,8 @@ def _beside(path: Path, name: str) -> str:
 def _cases(path: Path, content: Mapping[str, Any]) -> Iterator[Case]:
     """Read the cases: each is the file with its own keys; its options and training are merged with the file's."""
     common = {k: v for k, v in content.items() if k in CaseContent.__annotations__}
-    for table in content.get("cases", []):
+    tables = [case for table in content.get("cases", []) for case in _combinations(table, content.get("lists", {}))]
+    for table in tables:
         name = table.get("name")
         if not isinstance(name, str) or not re.fullmatch(CASE_NAME, name):
             raise RankoptError(f"a case is a table with a name of letters, digits and . , % + - only, not {name!r}")
@@ -330,6 +336,34 @@ def _cases(path: Path, content: Mapping[str, Any]) -> Iterator[Case]:
             yield Case(name, _beside(path, _required(merged, "task")), _experiment(path, merged), merged.get("minutes"))
         except RankoptError as error:
             raise RankoptError(f"case {name}: {error}") from error
+
+
+def _combinations(table: Mapping[str, Any], lists: Mapping[str, list[dict[str, Any]]]) -> Iterator[Any]:
+    """The cases that a table stands for: one, or with `each` one per combination of the lists' entries."""
+    each = table.get("each", [])
+    if not isinstance(each, list) or not all(isinstance(name, str) for name in each):
+        raise RankoptError(f"each is {each!r}: give a list of names of `lists`")
+    if unknown := [name for name in each if name not in lists]:
+        raise RankoptError(f"each names {unknown[0]!r}; the lists are {', '.join(lists) or 'none'}")
+    rest = {key: value for key, value in table.items() if key != "each"}
+    for entries in product(*(lists[name] for name in each)):
+        values = {key: value for entry in entries for key, value in entry.items()}
+        yield _filled(rest, values) if each else rest
+
+
+def _filled(content: Any, values: Mapping[str, Any]) -> Any:
+    """Content with "{key}" replaced in its texts; a text that is nothing else becomes the value itself."""
+    if isinstance(content, dict):
+        return {key: _filled(value, values) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_filled(value, values) for value in content]
+    if not isinstance(content, str):
+        return content
+    if unknown := [key for key in re.findall(r"{(\w+)}", content) if key not in values]:
+        raise RankoptError(f"{content!r}: no list of its `each` has {unknown[0]!r}; they have {', '.join(values)}")
+    if (whole := re.fullmatch(r"{(\w+)}", content)) is not None:
+        return values[whole[1]]
+    return re.sub(r"{(\w+)}", lambda found: str(values[found[1]]), content)
 
 
 def _required(content: Mapping[str, Any], key: str) -> Any:

@@ -128,7 +128,7 @@ class Experiment:
             "budget": dict(self.budget),
             "strategy": self.search.strategy,
             "options": dict(self.search.options),
-            "space": dataclasses.asdict(self.space),
+            "space": self.space.settings(),
             "trials": self.search.trials,
             "seed": self.search.seed,
             "refine": self.search.refine,

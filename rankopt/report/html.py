@@ -205,7 +205,7 @@ def _cell(text: str) -> Markup:
 
 def _families(info: ResultInfo) -> dict[str, str]:
     """What the methods of a plan are, in a sentence; those that are not registered here are left out."""
-    used = sorted({x["method"] for x in info["layers"]} & set(DECOMPOSITIONS))
+    used = sorted({x["method"] for x in info["layers"] if x["method"] in DECOMPOSITIONS})
     return {name: (type(DECOMPOSITIONS[name]).__doc__ or "").strip().partition("\n")[0] for name in used}
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rankopt.candidates.prepare import Prepared
@@ -28,6 +30,7 @@ from rankopt.search.latency_check import Checks, FinishedSearch, check, checkabl
 from rankopt.search.loop import RunFor, Runner, Study, best, search, trial_limit
 from rankopt.search.result import Result, SearchOutcome, build_result
 from rankopt.search.settings import SearchSettings
+from rankopt.search.trained_plans import TrainedPlans
 from rankopt.strategies.registry import make_strategy, strategy_class
 from rankopt.strategies.trained import Network, TrainingStrategy, check_trainable
 
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 
 NETWORK = "network"
 """Folder of a run folder with the network of a strategy that trains, until the result is written."""
+
+TRIALS = "trials"
+"""Folder of a run folder with the weights of the best trained trials, until the result is written."""
 
 
 def run_search(
@@ -84,8 +90,11 @@ def run_search(
     def check_plan(problem: Problem, proposal: Proposal) -> Checks:
         return tuple(check(prepared, limit, problem, proposal) for limit in limits)
 
+    files = ExitStack()
+    kept = _trained_plans(settings, out, files)
+
     def search_within(problem: Problem, limits_changed: bool = True) -> FinishedSearch:
-        return _search_once(prepared, problem, settings, out, store, runner, progress, limits_changed)
+        return _search_once(prepared, problem, settings, out, store, kept, runner, progress, limits_changed)
 
     try:
         finished = search_within(problem, limits_changed=False)
@@ -107,14 +116,17 @@ def run_search(
             checks=checks,
             outside=finished.study.outside,
             interrupted=finished.study.stopping,
+            kept=kept,
         )
         result = build_result(prepared, outcome, metadata=metadata, settings=settings, progress=progress)
         if out is not None and store is not None:
             store.export()
             result.save(out)
-            if strategy.trains:
-                shutil.rmtree(out / NETWORK, ignore_errors=True)
+            if not outcome.interrupted:
+                for folder in (NETWORK, TRIALS):
+                    shutil.rmtree(out / folder, ignore_errors=True)
     finally:
+        files.close()
         if store is not None:
             store.close()
     return result
@@ -133,12 +145,13 @@ def _failed_prediction(prepared: Prepared, chosen: Trial) -> list[str]:
     ]
 
 
-def _search_once(
+def _search_once(  # noqa: PLR0913  # where things are kept, and what runs and shows the search
     prepared: Prepared,
     problem: Problem,
     settings: SearchSettings,
     out: Path | None,
     store: Store | None,
+    kept: TrainedPlans | None,
     runner: Runner,
     progress: Progress,
     limits_changed: bool,
@@ -164,8 +177,22 @@ def _search_once(
         with prepared.clock.stage("strategy"):
             strategy.measure(prepared, progress)
     with prepared.clock.stage("search"):
-        trials = runner(study, Evaluator.of(prepared, problem, settings.fidelities))
+        if kept is not None:
+            kept.only(problem, [t.proposal for t in study.trials])
+        trials = runner(study, Evaluator.of(prepared, problem, settings.fidelities, kept))
     return FinishedSearch(problem, study, trials, best(trials), prepared.network)
+
+
+def _trained_plans(settings: SearchSettings, out: Path | None, files: ExitStack) -> TrainedPlans | None:
+    """Where the weights of trained trials are kept: in the run folder, or in a temporary one; None if none are trained.
+
+    files: Removes the temporary folder when it is closed.
+    """
+    if not settings.fidelities.steps:
+        return None
+    folder = Path(files.enter_context(TemporaryDirectory(prefix="rankopt-"))) if out is None else out / TRIALS
+    folder.mkdir(parents=True, exist_ok=True)
+    return TrainedPlans(folder.resolve())  # workers have working directories of their own
 
 
 def _train(strategy: TrainingStrategy, prepared: Prepared, out: Path | None, progress: Progress) -> None:

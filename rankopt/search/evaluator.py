@@ -21,6 +21,7 @@ from rankopt.decompositions.plan import apply
 from rankopt.model.forward import device_name, device_of
 from rankopt.model.objective import call
 from rankopt.search.fidelity import FULL_FIDELITY, FidelitySchedule
+from rankopt.search.trained_plans import TrainedPlans
 from rankopt.training.loop import search_batches, train_briefly
 from rankopt.training.step import Loss
 
@@ -39,6 +40,7 @@ class Evaluator:
         training_data: (batches, loss) of the short training at the last fidelity; None if there is none.
         steps: Steps of that training.
         network: A trained network, which is evaluated instead of what the factors make; None without one.
+        kept: Where the weights of that training are kept; None for nowhere.
     """
 
     problem: Problem
@@ -50,15 +52,23 @@ class Evaluator:
     training_data: tuple[list[Any], Loss] | None = None
     steps: int = 0
     network: nn.Module | None = None
+    kept: TrainedPlans | None = None
 
     @classmethod
-    def of(cls, prepared: Prepared, problem: Problem, fidelities: FidelitySchedule = FULL_FIDELITY) -> Evaluator:
+    def of(
+        cls,
+        prepared: Prepared,
+        problem: Problem,
+        fidelities: FidelitySchedule = FULL_FIDELITY,
+        kept: TrainedPlans | None = None,
+    ) -> Evaluator:
         """Make the evaluator of a prepared task.
 
         Args:
             prepared: The task with its candidates.
             problem: The problem whose proposals are evaluated.
             fidelities: The fidelities to measure at.
+            kept: Where the weights of a training at the last fidelity are kept; None for nowhere.
 
         Raises:
             TaskError: If there are fidelities on shares of the examples, and the task's own objective has no slices.
@@ -83,6 +93,7 @@ class Evaluator:
             training_data=search_batches(task, prepared.statistics.batches) if fidelities.steps else None,
             steps=fidelities.steps,
             network=prepared.network,
+            kept=kept,
         )
 
     @property
@@ -132,6 +143,8 @@ class Evaluator:
             yield objective
             model = train_briefly(model, *self.training_data, self.steps)
             objective = _number(self.objective, model)
+            if self.kept is not None:
+                self.kept.keep(self.problem, proposal, model, objective)
         yield objective, call("the score", self.score, model)
 
     def _build(self, proposal: Proposal) -> nn.Module:

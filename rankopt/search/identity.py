@@ -35,7 +35,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "data": _described(prepared.statistics.batches),
         "dense objective": "default" if task.objective is None else prepared.dense_objective,
         "dense score": prepared.dense_score,
-        "space": digest(dataclasses.asdict(space)),
+        "space": digest(space.settings()),
     }
 
 

@@ -69,6 +69,7 @@ from rankopt.search.fidelity import fidelity_rows
 from rankopt.search.front import Front, searched_metrics
 from rankopt.search.latency_check import Checks, measured_entries, measured_limits, with_target
 from rankopt.search.settings import SearchSettings
+from rankopt.search.trained_plans import TrainedPlans
 from rankopt.strategies.allocation import allocate, relative_gap
 from rankopt.training.batch_norm import recalibrate
 from rankopt.training.loop import train_briefly
@@ -155,6 +156,7 @@ class SearchOutcome:
             own may have been tightened since.
         outside: Trials evaluated before a limit was tightened, whose plans lie outside the new one.
         interrupted: Whether the search was stopped before all its trials were done.
+        kept: The weights of the best trials, if trials were trained.
     """
 
     problem: Problem
@@ -164,6 +166,7 @@ class SearchOutcome:
     checks: Checks = ()
     outside: int = 0
     interrupted: bool = False
+    kept: TrainedPlans | None = None
 
     def with_asked_limits(self) -> SearchOutcome:
         """The same outcome, its problem with the limits that were asked for."""
@@ -338,14 +341,24 @@ class _Rebuilt:
 def _rebuild(
     prepared: Prepared, outcome: SearchOutcome, settings: SearchSettings, progress: Progress
 ) -> tuple[nn.Module, ChangeRecord]:
-    """The chosen plan's model, trained as in its trial (trials keep no weights) and refined if that was asked for."""
-    model = prepared.apply(outcome.problem, outcome.chosen.proposal)
-    evaluator = Evaluator.of(prepared, outcome.problem, settings.fidelities)
-    if evaluator.training_data:
-        model = train_briefly(model, *evaluator.training_data, evaluator.steps, progress=progress)
+    """The chosen plan's model, as it was trained in its trial, and refined if that was asked for."""
+    problem, proposal = outcome.problem, outcome.chosen.proposal
+    model = prepared.apply(problem, proposal)
+    if settings.fidelities.steps:
+        trained = None if outcome.kept is None else outcome.kept.restored(problem, proposal, model)
+        model = _trained(prepared, problem, model, settings, progress) if trained is None else trained
     if not settings.refine:
         return model, {"refinement": None, "batch_norm": None}
     return _refine(prepared, outcome.problem, outcome.chosen, model, progress)
+
+
+def _trained(
+    prepared: Prepared, problem: Problem, model: nn.Module, settings: SearchSettings, progress: Progress
+) -> nn.Module:
+    """Train a model as in its trial, whose weights were not kept: it ran on another machine, say."""
+    evaluator = Evaluator.of(prepared, problem, settings.fidelities)
+    assert evaluator.training_data is not None
+    return train_briefly(model, *evaluator.training_data, evaluator.steps, progress=progress)
 
 
 def _refine(

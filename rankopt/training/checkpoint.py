@@ -28,7 +28,9 @@ from rankopt.training.precision import Chosen
 FILE = "checkpoint.safetensors"
 
 
-STATES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
+STEP = "step"
+
+STATES = {torch.optim.AdamW: {STEP, "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
 """What an optimizer keeps of a parameter, by its type."""
 
 
@@ -219,16 +221,16 @@ def restore_optimizer(optimizer: Any, schedule: Any, kept: Checkpoint, steps: in
             state[int(index)][key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         for parameter, values in optimizer.state.items():
-            if values.keys() != STATES[type(optimizer)] or not all(_fits(t, parameter) for t in values.values()):
+            if values.keys() != STATES[type(optimizer)] or not all(_fits(k, t, parameter) for k, t in values.items()):
                 raise ValueError("the state of its optimizer does not fit the model")
             for key, value in values.items():  # in the memory format of the parameter, as fused steps need
-                if value.ndim:
+                if key != STEP:
                     values[key] = torch.empty_like(parameter).copy_(value)
 
 
-def _fits(value: Tensor, parameter: Tensor) -> bool:
+def _fits(key: str, value: Tensor, parameter: Tensor) -> bool:
     """Whether a tensor can be a parameter's moment, or its number of steps."""
-    return value.shape == parameter.shape if value.ndim else bool(value >= 0)
+    return value.ndim == 0 and bool(value >= 0) if key == STEP else value.shape == parameter.shape
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

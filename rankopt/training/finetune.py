@@ -22,6 +22,7 @@ from rankopt.core.files import digest, without_folder
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Task
 from rankopt.core.result_record import EpochRow, ExecutionEntry, FinetuneInfo
+from rankopt.decompositions.orthogonal import keep_orthogonal, make_ordinary
 from rankopt.model.forward import device_name, device_of
 from rankopt.model.inputs import CALIBRATION_EXAMPLES, collect_batches
 from rankopt.model.objective import call
@@ -121,10 +122,13 @@ def finetune(  # noqa: PLR0913  # public: one keyword per option
         raise TaskError("there is nothing to train: give epochs, or layerwise steps, or both")
     model = copy.deepcopy(model)
     kept = dequantize_all(model)
+    if recipe.orthogonal and not keep_orthogonal(model):
+        raise TaskError("no weight of the model is generated from cores that could be kept orthogonal: leave it out")
     training = _Training(model, task, recipe, teacher or task.model, stop, note)
     if folder is not None:
         training.keep(Path(folder), resume)
     trained = training.run(progress)
+    make_ordinary(trained.model)
     requantize_all(trained.model, kept)
     return trained
 

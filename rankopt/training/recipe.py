@@ -67,6 +67,8 @@ class Recipe:
         channels_last: Whether 4-dimensional tensors are stored in the channels-last memory format.
         eval_mode: Train in eval mode: batch norms keep their statistics and dropout is off, which suits a model
             that is already good.
+        orthogonal: Whether the cores of generated weights (`ttn`, `augmented_ttn`, `mera`, `brick_wall`) are kept
+            orthogonal, each up to a scale.
         best: Whether to keep the weights of the epoch with the best validation score instead of the last ones.
         patience: Stop after this many epochs in a row without a better validation score; 0: never.
         layerwise: Steps of a first stage that trains each unit towards the dense model's output, on unlabelled
@@ -95,6 +97,7 @@ class Recipe:
     precision: str = "float32"
     channels_last: bool = False
     eval_mode: bool = False
+    orthogonal: bool = False
     best: bool = False
     patience: int = 0
     layerwise: int = 0
@@ -115,7 +118,7 @@ class Recipe:
                 raise RankoptError(f"{name} is {value!r}: give {what} from {low:g} to {high:g}")
             if not whole:
                 object.__setattr__(self, name, float(value))
-        for name in ("channels_last", "eval_mode", "best"):
+        for name in ("channels_last", "eval_mode", "orthogonal", "best"):
             if not isinstance(getattr(self, name), bool):
                 raise RankoptError(f"{name} is {getattr(self, name)!r}: give true or false")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cifar10
@@ -40,26 +42,17 @@ def _task(name: str, study: str | None = None) -> rankopt.Task:
     )
 
 
-def resnet18() -> rankopt.Task:
-    """Untrained; 11,173,962 parameters."""
-    return _task("ResNet-18")
+def _both(name: str) -> tuple[Callable[[], rankopt.Task], Callable[[], rankopt.Task]]:
+    """The task with the untrained network, and with that which the case NAME-dense of thesis_accuracy.toml trained."""
+    return partial(_task, name), partial(_task, name, "thesis_accuracy")
 
 
-def resnet18_trained() -> rankopt.Task:
-    """As the case ResNet-18-dense trained it."""
-    return _task("ResNet-18", "thesis_accuracy")
+resnet18, resnet18_trained = _both("ResNet-18")
+resnet34, resnet34_trained = _both("ResNet-34")
+resnet50, resnet50_trained = _both("ResNet-50")
+vgg11, vgg11_trained = _both("VGG-11")
+vgg16, vgg16_trained = _both("VGG-16")
+vgg19, vgg19_trained = _both("VGG-19")
 
-
-def vgg11() -> rankopt.Task:
-    """Untrained; 9,231,114 parameters."""
-    return _task("VGG-11")
-
-
-def vgg11_trained() -> rankopt.Task:
-    """As the case VGG-11-dense trained it."""
-    return _task("VGG-11", "thesis_accuracy")
-
-
-def vgg11_brief() -> rankopt.Task:
-    """As the case VGG-11-dense of thesis_vgg11.toml trained it."""
-    return _task("VGG-11", "thesis_vgg11")
+vgg11_brief = partial(_task, "VGG-11", "thesis_vgg11")
+"""As the case VGG-11-dense of thesis_vgg11.toml trained it."""

@@ -10,7 +10,7 @@ from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.model.layer_kinds import as_matrix
 from tests.helpers.layers import SAMPLED, build, make
 
-GENERATORS = {"ttn", "augmented_ttn", "mera"}
+GENERATORS = {"ttn", "augmented_ttn", "mera", "brick_wall"}
 
 
 def built(family, name):

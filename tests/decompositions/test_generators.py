@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +21,7 @@ import rankopt
 from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import Layer
-from rankopt.decompositions.generators import AugmentedTreeNetwork, Mera, TreeNetwork, WeightGenerator
+from rankopt.decompositions.generators import AugmentedTreeNetwork, BrickWall, Mera, TreeNetwork, WeightGenerator
 from rankopt.decompositions.joint_fit import Joint
 from rankopt.decompositions.modules import load_factors
 from rankopt.decompositions.registry import DECOMPOSITIONS
@@ -120,6 +122,74 @@ def test_networks_contract_their_cores_from_coarse_to_fine():
         torch.testing.assert_close(family.weight(layer, (top, left, right, mix)), mixed)
 
 
+def by_numpy(family, q, cores):
+    """The entries of a network of Q indices with tanh, contracted index by index with np.einsum.
+
+    It knows the pictures of the networks alone: which core joins which indices of the level before.
+    """
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    cores = [c.numpy() for c in cores]
+
+    def joined(state, axes, core):
+        """Contract neighbouring axes of the state with the first axes of a core, whose others take their place."""
+        axes = list(axes)
+        old = letters[: state.ndim]
+        new = letters[state.ndim : state.ndim + core.ndim - len(axes)]
+        inside = "".join(old[a] for a in axes)
+        out = old[: axes[0]] + new + old[axes[-1] + 1 :]
+        return np.einsum(f"{old},{inside + new}->{out}", state, core)
+
+    def mixed(state, first):
+        for k in range(first, state.ndim - 1, 2):
+            state = joined(state, (k, k + 1), cores.pop(0))
+        return state
+
+    if family == "brick_wall":
+        state, sizes = np.ones(()), [2] * (q // 2 - 1) + [2 + q % 2]
+        for _ in sizes:
+            state = np.multiply.outer(state, cores.pop(0))
+        layer = 0
+        while cores:
+            state = mixed(np.tanh(state), 1 - layer % 2)
+            layer += 1
+        return state
+    state, below = cores.pop(0), [q - q // 2, q // 2]
+    while max(below) > 1:
+        state, position = np.tanh(state), 0
+        for s in below:
+            if s > 1:
+                state = joined(state, (position,), cores.pop(0))
+            position += 1 + (s > 1)
+        below = [part for s in below for part in ((s - s // 2, s // 2) if s > 1 else (1,))]
+        if family == "mera":
+            state = mixed(np.tanh(state), 1)
+    return mixed(np.tanh(state), 1) if family == "augmented_ttn" else state
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("shape", [(16, 16), (5, 7), (8, 6, 3, 3)])  # 8, 6 and 9 indices
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_an_independent_contraction_in_numpy_rebuilds_the_weight(name, shape, number):
+    torch.manual_seed(0)
+    family, layer = DECOMPOSITIONS[name], Layer("", "Linear" if len(shape) == 2 else "Conv2d", shape)
+    cores = tuple(random(*s) for s in family.shapes(layer, family.valid(layer, (number,))))
+    entries = by_numpy(name, family.indices(layer), cores).reshape(-1)[: layer.weights]
+    weight = entries.reshape(*shape[2:], *shape[:2])  # kernel position, output, input
+    if len(shape) == 4:
+        weight = weight.transpose(2, 3, 0, 1)
+    np.testing.assert_allclose(family.weight(layer, cores).numpy(), weight, rtol=1e-5, atol=1e-8)
+
+
+def test_a_circuit_has_its_depth_as_rank_and_fits_products():
+    family, layer = BrickWall(), linear(16, 16)  # 8 indices: 4 pairs, then 3 and 4 gates in turn
+    assert [len(family.shapes(layer, (depth,))) for depth in (1, 2, 3)] == [4 + 3, 4 + 3 + 4, 4 + 3 + 4 + 3]
+    assert family.full_rank(layer) == (8,) and family.valid(layer, (99,)) == (8,)
+    torch.manual_seed(0)
+    a, b, c, d = (random(2, 2) for _ in range(4))
+    product = torch.einsum("ab,cd,ef,gh->abcdefgh", a, b, c, d).reshape(16, 16)
+    assert fitted(BrickWall("linear"), layer, product, (1,), 200).error < 1e-6
+
+
 def test_networks_differ_where_there_are_more_levels():
     levels = {name: DECOMPOSITIONS[name].levels(8) for name in NETWORKS}
     assert len(levels["ttn"]) == 2 and len(levels["augmented_ttn"]) == 3 and len(levels["mera"]) == 4
@@ -186,6 +256,50 @@ def test_gradients_of_every_core(name, activation):
     assert all(g.abs().max() > 0 for g in torch.autograd.grad(loss(*cores), cores))
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_name_can_have_an_activation(name):
+    silu = DECOMPOSITIONS[f"{name}-silu"]
+    assert (silu.name, silu.activation, type(silu)) == (f"{name}-silu", "silu", type(DECOMPOSITIONS[name]))
+    assert f"{name}-silu" in DECOMPOSITIONS and f"{name}-silu" not in list(DECOMPOSITIONS)
+    for unknown in (f"{name}-magic", f"{name}-tanh", f"{name}-", "tt-silu"):  # tanh is what the plain name has
+        assert unknown not in DECOMPOSITIONS
+        with pytest.raises(RankoptError, match="unknown decomposition"):
+            DECOMPOSITIONS[unknown]
+
+
+def test_a_search_space_sets_the_activation():
+    layer = linear(16, 16)
+    space = SearchSpace(
+        families=("mera", "ttn-linear", "svd_out"), activation="silu", layers={"x": {"families": "ttn"}}
+    )
+    assert space.families_of(layer) == ("mera-silu", "ttn-linear", "svd_out")  # a name that has its own keeps it
+    assert space.families_of(replace(layer, name="x")) == ("ttn-silu",)
+    assert space.warnings([layer]) == []
+    assert "has no effect" in SearchSpace(activation="silu").warnings([layer])[0]
+    assert SearchSpace(families=(Mera("silu"), Mera(), Mera)).families == ("mera-silu", "mera", "mera")
+    with pytest.raises(RankoptError, match="search space 'default': unknown activation 'magic': choose from linear"):
+        SearchSpace(activation="magic")
+
+
+def test_a_space_at_the_default_activation_is_the_one_of_earlier_versions():
+    assert "activation" not in SearchSpace().settings()
+    assert SearchSpace(activation="silu").settings()["activation"] == "silu"
+
+
+def test_a_plan_rebuilds_the_activation(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 16)), torch.randn(32, 16)
+    task = rankopt.Task(model=model, example_input=x[:1], calibration=[x])
+    space = SearchSpace(families=("brick_wall",), activation="silu", points=4, smallest=0.3, steps=5)
+    result = rankopt.compress(task, budget={"params": 0.7}, space=space, cache=tmp_path / "cache")
+    result.save(tmp_path / "run")
+    assert result.plan.choices[0].method == "brick_wall-silu"
+    loaded = rankopt.load(model, tmp_path / "run")
+    assert loaded[0].family.activation == "silu"
+    torch.testing.assert_close(loaded(x), result.model(x))
+    assert not torch.allclose(loaded(x), model(x))
+
+
 def test_activations_matter_and_unknown_ones_are_refused():
     torch.manual_seed(0)
     layer, family = linear(16, 16), TreeNetwork("tanh")
@@ -228,10 +342,32 @@ def test_no_tensor_of_a_fit_is_larger_than_a_few_weights(name, shape):
     ranks = family.ranks(layer, [0.1, 0.9])
     with Largest() as largest:
         # One step: each further one, up to lbfgs.HISTORY, keeps two vectors of the searched numbers
-        fits = list(family.fit(layer, torch.randn(shape), ranks, None, None, 1))
+        fits = list(family.fit(layer, torch.randn(shape), ranks, None, None, 1 / family.effort))
     statistics = max(layer.patch, layer.out_channels) ** 2  # what calibration holds for the layer anyway
     assert len(fits) == len(ranks) > 0
     assert largest.elements <= max(2 * layer.weights, statistics)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_building_a_weight_takes_three_states_at_most(name):
+    family, layer = DECOMPOSITIONS[name], linear(256, 256)  # 16 indices
+    rank = family.valid(layer, (4,))
+    cores = tuple(torch.randn(s) for s in family.shapes(layer, rank))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        _ = family.weight(layer, cores)
+    changes = [e.nbytes() for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert 2 * 2**16 * 4 <= max(np.cumsum(changes)) <= 3.2 * 2**16 * 4
+
+
+def test_training_a_circuit_keeps_states_of_layers_not_of_gates():
+    """Each layer has 7 or 8 gates on the whole state."""
+    family, layer, size = BrickWall(), linear(256, 256), 2**16 * 4
+    cores = tuple(torch.randn(s, requires_grad=True) for s in family.shapes(layer, (8,)))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        family.weight(layer, cores).square().sum().backward()
+    changes = [e.nbytes() for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert max(np.cumsum(changes)) < (8 + 8 + 6) * size  # of the gates: 8 * 8 * size
+    assert all(core.grad.abs().max() > 0 for core in cores)
 
 
 # --- layers whose weight is built from cores --------------------------------------------------------

@@ -40,7 +40,7 @@ from tests.helpers.browser import PHONE, Page, measure
 from tests.helpers.command import run
 from tests.helpers.layers import PAIRS, SAMPLED, build, make
 
-NETWORKS = {"ttn", "augmented_ttn", "mera"}
+NETWORKS = {"ttn", "augmented_ttn", "mera", "brick_wall"}
 
 
 def found(family, case, rank, *, calibrated=True):
