@@ -176,6 +176,7 @@ class TrialsEntry(TypedDict):
         failed: Trials that raised an error.
         stopped: Trials that were stopped at a low fidelity.
         distinct: Distinct plans among the trials.
+        limit: Distinct plans that were to be evaluated; absent in files of earlier versions.
         outside: Trials evaluated before a latency check tightened the limit, whose plans lie outside the new one.
         interrupted: Whether the search was stopped before all its trials were done.
     """
@@ -185,6 +186,7 @@ class TrialsEntry(TypedDict):
     failed: int
     stopped: NotRequired[int]
     distinct: int
+    limit: NotRequired[int]
     outside: NotRequired[int]
     interrupted: NotRequired[bool]
 

@@ -113,6 +113,7 @@ def run_search(
             trials=finished.trials,
             chosen=finished.chosen,
             asked=strategy.n_asked,
+            limit=finished.study.limit,
             checks=checks,
             outside=finished.study.outside,
             interrupted=finished.study.stopping,

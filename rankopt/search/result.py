@@ -152,6 +152,7 @@ class SearchOutcome:
         trials: The trials within its limits.
         chosen: The trial whose plan is the result.
         asked: Proposals that the strategy made.
+        limit: Distinct plans that were to be evaluated.
         checks: The checks of budgets on latency and energy. They know the limits that were asked for; the problem's
             own may have been tightened since.
         outside: Trials evaluated before a limit was tightened, whose plans lie outside the new one.
@@ -163,6 +164,7 @@ class SearchOutcome:
     trials: Sequence[Trial]
     chosen: Trial
     asked: int
+    limit: int
     checks: Checks = ()
     outside: int = 0
     interrupted: bool = False
@@ -533,6 +535,7 @@ def _trials_entry(outcome: SearchOutcome) -> TrialsEntry:
         "failed": states["failed"],
         "stopped": states["stopped"],
         "distinct": len({t.proposal for t in outcome.trials}),
+        "limit": outcome.limit,
         "outside": outcome.outside,
         "interrupted": outcome.interrupted,
     }

@@ -421,7 +421,10 @@ def budget_text(info: ResultInfo) -> str:
     ]
     trials = info["trials"]
     stopped = f", {trials['stopped']} stopped at a low fidelity" if trials.get("stopped") else ""
-    stopped += ", interrupted" if trials.get("interrupted") else ""
+    if trials.get("interrupted"):
+        stopped += ", interrupted"
+    elif n_evaluated(info) < (limit := trials.get("limit", 0)):
+        stopped += f" (of {limit}: the strategy proposed no further plan)"
     gap = info["optimality_gap"]
     bound = "ranks learnt in training" if gap is None else f"optimality gap of the predicted loss {gap:.2%}"
     return (

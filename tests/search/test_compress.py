@@ -46,7 +46,9 @@ def test_the_budget_is_kept_and_the_model_unchanged(digits):
 def test_result_holds_what_the_contract_names(result):
     info = result.info
     assert set(info) >= {"task", "strategy", "seed", "seconds", "trials", "budget", "optimality_gap", "score", "layers"}
-    assert set(info["trials"]) == {"asked", "finished", "failed", "stopped", "distinct", "outside", "interrupted"}
+    assert set(info["trials"]) == {
+        "asked", "finished", "failed", "stopped", "distinct", "limit", "outside", "interrupted",
+    }  # fmt: skip
     assert set(info["score"]["dense"]) == {"validation", "test"} == set(info["score"]["compressed"])
     for layer in info["layers"]:
         assert set(layer) >= {"name", "method", "rank", "params", "macs", "error", "reason"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import signal
@@ -9,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import optuna
@@ -22,6 +24,7 @@ from rankopt.search.loop import Study, best, search
 from rankopt.search.progress import LiveRunner
 from rankopt.search.settings import SearchSettings
 from rankopt.search.storage.local import Store, read_trials
+from rankopt.search.summary import budget_text
 from rankopt.strategies.registry import make_strategy
 
 
@@ -187,11 +190,21 @@ def test_a_one_shot_search_that_failed_is_made_again(digits, tmp_path):
         run_search(digits, problem, SearchSettings("uniform"), tmp_path, broken)
     result = run_search(digits, problem, SearchSettings("uniform", resume=True), tmp_path)
     assert result.info["trials"] | {"asked": 1} == {
-        "asked": 1, "finished": 1, "failed": 0, "stopped": 0, "distinct": 1, "outside": 0, "interrupted": False,
+        "asked": 1, "finished": 1, "failed": 0, "stopped": 0, "distinct": 1, "limit": 1, "outside": 0,
+        "interrupted": False,
     }  # fmt: skip
     assert [t["state"] for t in read_trials(tmp_path)] == ["finished"]
     states = [t.state.name for t in Store(tmp_path, problem, {}, resume=True).study.trials]
     assert states == ["FAIL", "COMPLETE"], "the file remembers"
+
+
+def test_a_search_that_runs_out_of_plans_says_so(digits, tmp_path):
+    problem = digits.problem({"params": 0.9})
+    few = dataclasses.replace(problem, frontiers=tuple(f[:1] for f in problem.frontiers[:-1]) + problem.frontiers[-1:])
+    plans = sum(map(few.fits, product(*map(range, map(len, few.frontiers)))))
+    result = run_search(digits, few, SearchSettings("random", trials=plans + 20), tmp_path)
+    assert 1 <= result.info["trials"]["distinct"] <= plans
+    assert f"0 failed (of {plans + 20}: the strategy proposed no further plan)" in budget_text(result.info)
 
 
 def test_ctrl_c_once_ends_after_the_trial_and_twice_at_once(digits, tmp_path):
