@@ -12,8 +12,8 @@ with the same share of weights in each layer, and, where tltorch is installed, i
 
 Networks at 224 x 224 have random weights, and random images: the time does not depend on them, the KL says nothing.
 
-Written: studies/results/time_to_plan/{device}.json, .md and .png. Networks that were not run keep their rows. Of efforts
-efforts_{device}.json and .md: CPU seconds, which other work on the machine changes less, of this process and its workers.
+Written: studies/results/time_to_plan/{device}.json, .md and .png. Networks that were not run keep their rows.
+Of efforts efforts_{device}.json and .md, in CPU seconds of the process and its workers.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def _cpu_seconds() -> float:
 
 
 def efforts_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The efforts as Markdown: of each budget the KL, the CPU seconds, and for all but the last how far its KL is above."""
+    """The efforts as Markdown: at each budget the KL (beside that of thorough), CPU seconds and fits."""
     budgets = list(rows[0]["budgets"])
     head = "".join(f" {float(b):.0%} |" for b in budgets)
     lines = [f"| network, effort | preparation, CPU s |{head}", "|" + "---|" * (2 + len(budgets))]
