@@ -188,7 +188,9 @@ class LazyFits:
             band = _Band(state(self._estimated(offers, further)), self.effort)
             return further, self._entry(further, band, kept["rounds"], settled=kept["settled"])
         while True:
-            wanted = self._missing(further, band.near() if rounds else band.best_of_families())
+            wanted = self._missing(further, band.near())
+            if rounds == 0:  # that corrects the estimates by which the rest is chosen
+                wanted = self._missing(further, band.best_of_families()) or wanted
             if not wanted or rounds == self.effort.rounds or time.monotonic() >= until:
                 break
             for pair, found in self._further(wanted, until).items():
@@ -211,7 +213,7 @@ class LazyFits:
 
     def _further(self, wanted: Mapping[Pair, Sequence[Rank]], until: float = math.inf) -> Fits:
         """The fits of the cells that hold these ranks, of which each is made once."""
-        hit = {pair: [c for c in self.cells[pair] if not ranks.isdisjoint(c)] for pair, ranks in _as_sets(wanted)}
+        hit = {pair: [c for c in self.cells[pair] if not set(c).isdisjoint(ranks)] for pair, ranks in wanted.items()}
         missing = [(pair, c) for pair, found in hit.items() for c in found if c[0] not in self.made[pair]]
         for pair, found in self._fit(missing, until).items():
             self.made[pair].update(found)
@@ -273,10 +275,6 @@ class LazyFits:
                 for layer, family in dropped
             ],
         }
-
-
-def _as_sets(wanted: Mapping[Pair, Sequence[Rank]]) -> list[tuple[Pair, set[Rank]]]:
-    return [(pair, set(ranks)) for pair, ranks in wanted.items()]
 
 
 def with_gain(entry: FittingEntry, problem: Problem) -> FittingEntry:

@@ -123,6 +123,12 @@ def test_a_further_budget_fits_only_what_is_new_and_the_same_one_nothing(tmp_pat
     assert len(made) == before
 
 
+def test_where_the_best_of_each_family_is_known_what_is_nearly_as_good_is_still_fitted(cache, monkeypatch):
+    monkeypatch.setattr(lazy._Band, "best_of_families", lambda band: {})  # as if all of them were first fits
+    problem = prepared(cache).problem(BUDGETS[0])
+    assert problem.fitting["settled"] and problem.fitting["final"] > 0
+
+
 def test_the_chosen_plan_is_fitted_with_all_steps(cache):
     found = prepared(cache)
     problem = found.problem({"params": 0.3})
