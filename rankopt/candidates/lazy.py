@@ -35,7 +35,7 @@ from typing_extensions import TypedDict
 from rankopt.candidates.cache import VERSION
 from rankopt.candidates.calibration import Statistics
 from rankopt.candidates.effort import EFFORTS, SMALL, Effort
-from rankopt.candidates.estimate import cells, estimated_errors, spread
+from rankopt.candidates.estimate import LOW, cells, estimated_errors, spread
 from rankopt.candidates.fit import Fitted, Pool, Request, as_candidates, fit, in_order, rough_seconds
 from rankopt.core.dual import Array, Positions, drop_impossible, maximise_dual, pick
 from rankopt.core.files import digest
@@ -141,6 +141,22 @@ class LazyFits:
             fits = {**self.first[pair], **further.get(pair, {})}
             found[pair[0]] += as_candidates(request.layer, request.family, list(fits.values()))
         return {name: in_order(candidates) for name, candidates in found.items()}
+
+    def worth_measuring(self, menus: Menus, offers: Menus) -> Menus:
+        """The candidates of the first fits that no estimate beats in both parameters and error.
+
+        Losses at equal errors differ between families; what is not going to be chosen says little about what is.
+
+        Args:
+            menus: Candidates of the first fits.
+            offers: All candidates that could be offered.
+        """
+        estimated = self._estimated(offers, {})
+
+        def kept(name: str, c: Candidate) -> bool:
+            return not any(o.cost.params <= c.cost.params and o.error < LOW * c.error for o in estimated[name])
+
+        return {name: [c for c in found if kept(name, c)] or found for name, found in menus.items()}
 
     def after_first(self, menus: Menus, spent: float, minutes: float | None) -> None:
         """Note what the first fits have shown.

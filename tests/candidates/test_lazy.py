@@ -129,6 +129,15 @@ def test_where_the_best_of_each_family_is_known_what_is_nearly_as_good_is_still_
     assert problem.fitting["settled"] and problem.fitting["final"] > 0
 
 
+def test_sensitivities_are_not_measured_of_candidates_that_others_will_beat(cache):
+    found = prepared(cache)
+    menu = found.candidates["2"]
+    worse = dataclasses.replace(menu[-1], error=3 * menu[-1].error)
+    kept = found.lazy.worth_measuring({"2": [*menu, worse]}, found.offers)["2"]
+    assert worse not in kept and 2 <= len(kept) < len(menu)
+    assert found.lazy.worth_measuring({"2": [worse]}, found.offers)["2"] == [worse]  # better than none
+
+
 def test_the_chosen_plan_is_fitted_with_all_steps(cache):
     found = prepared(cache)
     problem = found.problem({"params": 0.3})
