@@ -3,6 +3,7 @@
     python studies/time_to_plan.py                                   # all networks, on the CPU: hours
     python studies/time_to_plan.py --only resnet20,resnet56 --device cuda --limit-minutes 3
     python studies/time_to_plan.py --memory                          # VGG-16 at 224 x 224: below 8 GB, or exit code 1
+    python studies/time_to_plan.py --efforts                         # ResNet-20: normal beside thorough at six budgets
 
 Every network is a process of its own with an empty cache. Measured: seconds by stage up to the first plan, those of a
 further budget, forward passes of the sensitivities, peak memory (of the process, of its largest worker, of the GPU),
@@ -12,6 +13,7 @@ with the same share of weights in each layer, and, where tltorch is installed, i
 Networks at 224 x 224 have random weights, and random images: the time does not depend on them, the KL says nothing.
 
 Written: studies/results/time_to_plan/{device}.json, .md and .png. Networks that were not run keep their rows.
+Of efforts efforts_{device}.json and .md, in CPU seconds of the process and its workers.
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ from torch import nn
 
 import rankopt
 from rankopt.candidates.calibration import moments
+from rankopt.candidates.effort import NORMAL, THOROUGH
 from rankopt.candidates.pool import release_workers
 from rankopt.candidates.prepare import prepare
+from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.candidates.sensitivity import PASSES
 from rankopt.core.environment import processor
 from rankopt.core.records import Layer
@@ -47,11 +51,13 @@ from rankopt.model.objective import Divergence
 from rankopt.search.compress import run_search
 from rankopt.search.progress import show_progress
 from rankopt.search.settings import SearchSettings
+from rankopt.strategies.allocation import allocate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 RESULTS = Path(__file__).parent / "results" / "time_to_plan"
 FIRST, FURTHER = 0.3, 0.4  # budgets: shares of the parameters
+BUDGETS = (0.6, 0.5, 0.4, 0.3, 0.2, 0.15)  # at which efforts are compared
 LIMIT_BYTES = 8 * 10**9  # of VGG-16
 TRANSFORMERS = {"ViT-L shapes": (24, 1024), "1.3 G weights": (40, 1664)}  # depth, width: counted only
 
@@ -231,6 +237,67 @@ def tltorch_fits(prepared: Any, share: float, kind: str) -> None:
                 module.weight.copy_(new.weight.to_tensor().reshape(module.weight.shape))
 
 
+# --- efforts -------------------------------------------------------------------------------------------
+
+
+def compare_efforts(name: str, device: str, space: SearchSpace | None = None) -> list[dict[str, Any]]:
+    """CPU seconds and KL of every effort at six budgets, each effort with an empty cache.
+
+    Args:
+        name: The network.
+        device: Where it runs.
+        space: The search space. Default: `default`.
+    """
+    task = NETWORKS[name]()
+    task = dataclasses.replace(task, model=task.model.to(device), score=None, test=None)
+    rows = []
+    for effort in (NORMAL, THOROUGH):
+        with tempfile.TemporaryDirectory() as cache:
+            start = _cpu_seconds()
+            own = dataclasses.replace(space or load_space("default"), effort=effort)
+            prepared = prepare(task, own, cache, show_progress)
+            row: dict[str, Any] = {"network": name, "effort": effort, "device": _described(device), "budgets": {}}
+            row["preparation"] = _cpu_seconds() - start
+            row["stages"] = dict(prepared.clock)
+            for share in BUDGETS:
+                start = _cpu_seconds()
+                problem = prepared.problem({"params": share})
+                fitting = problem.fitting
+                found = run_search(prepared, problem, SearchSettings(), progress=show_progress)
+                row["budgets"][str(share)] = {
+                    "seconds": _cpu_seconds() - start,
+                    "kl": found.info["objective"]["best"],
+                    "predicted": allocate(problem).loss,
+                    "fits": fitting["first"] + fitting["final"] if fitting else sum(map(len, problem.frontiers)),
+                    "settled": fitting["settled"] if fitting else True,
+                }
+        rows.append(row)
+        print(efforts_table(rows), flush=True)
+    return rows
+
+
+def _cpu_seconds() -> float:
+    """CPU seconds of this process and its workers, which count once they have ended."""
+    release_workers()
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(x.ru_utime + x.ru_stime for x in used)
+
+
+def efforts_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The efforts as Markdown: at each budget the KL (beside that of thorough), CPU seconds and fits."""
+    budgets = list(rows[0]["budgets"])
+    head = "".join(f" {float(b):.0%} |" for b in budgets)
+    lines = [f"| network, effort | preparation, CPU s |{head}", "|" + "---|" * (2 + len(budgets))]
+    for r in rows:
+        other = next((x for x in rows if x["network"] == r["network"] and x["effort"] == THOROUGH != r["effort"]), None)
+        cells = []
+        for b, found in r["budgets"].items():
+            above = f" ({found['kl'] / other['budgets'][b]['kl'] - 1:+.1%})" if other else ""
+            cells.append(f"{found['kl']:.4g}{above}, {found['seconds']:.0f} s, {found['fits']:,} fits")
+        lines.append(f"| {r['network']}, {r['effort']} | {r['preparation']:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 # --- table and plot ------------------------------------------------------------------------------------
 
 
@@ -280,10 +347,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--limit-minutes", type=float, help="of all networks together")
     parser.add_argument("--memory", action="store_true", help="VGG-16 alone, against its bound on memory")
+    parser.add_argument("--efforts", action="store_true", help="compare efforts at six budgets (of ResNet-20)")
     parser.add_argument("--row", help="measure this network here, and print its row as JSON in the last line")
     args = parser.parse_args()
     if args.row:
         print(json.dumps(measure(args.row, args.device)))
+        return
+    if args.efforts:
+        names = ["resnet20"] if args.only == parser.get_default("only") else args.only.split(",")
+        found = [row for name in names for row in compare_efforts(name, args.device)]
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path = RESULTS / f"efforts_{args.device.partition(':')[0]}.json"
+        now = datetime.datetime.now().astimezone().isoformat(timespec="minutes")
+        path.write_text(json.dumps([row | {"date": now} for row in found], indent=1) + "\n")
+        path.with_suffix(".md").write_text(efforts_table(found))
         return
     names = ["vgg16"] if args.memory else args.only.split(",")
     if unknown := set(names) - NETWORKS.keys():

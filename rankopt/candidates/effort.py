@@ -20,16 +20,14 @@ class Effort:
     """An effort that fits candidates as a budget asks for them.
 
     Attributes:
-        points: Ranks of a family that are fitted first, with few steps; more for families of several bonds.
-        first: Steps that these fits take, at most.
-        steps: Share of the search space's steps that the final fits take.
+        points: Ranks of a family that are fitted for any budget; more for families of several bonds.
+        steps: Share of the search space's steps that fits take.
         width: Candidates are fitted that are best for losses of one layer up to e^width times larger or smaller.
         slack: And those that are worse than the best by this share of an average layer's loss.
         rounds: How often to allocate and fit, at most.
     """
 
     points: int
-    first: int
     steps: float
     width: float
     slack: float
@@ -37,7 +35,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(points=4, first=10, steps=0.2, width=0.3, slack=0.02, rounds=2),
-    NORMAL: Effort(points=5, first=25, steps=1.0, width=0.6, slack=0.1, rounds=6),
+    "quick": Effort(points=4, steps=0.2, width=0.3, slack=0.02, rounds=2),
+    NORMAL: Effort(points=5, steps=1.0, width=0.6, slack=0.1, rounds=6),
 }
 """The efforts below THOROUGH."""

@@ -12,12 +12,8 @@ from rankopt.core.records import Rank
 FLOOR = 1e-12  # smallest error, so that its logarithm exists
 
 
-FIRST = 0.7
-"""Error of a fit with all its steps over that with few, before one of the family's is known: a lower bound."""
-
-
-NEXT = 0.97
-"""The same relative to what the family's nearest fit with all its steps gained."""
+LOW = 0.95
+"""Estimates are lower than interpolation by this factor, so that a rank is not passed over for its error."""
 
 
 def spread(ranks: Sequence[Rank], count: int) -> list[Rank]:
@@ -42,47 +38,42 @@ def spread(ranks: Sequence[Rank], count: int) -> list[Rank]:
     return [ranks[i] for i in sorted(chosen)]
 
 
-def estimated_errors(
-    ranks: Sequence[Rank],
-    first: Mapping[Rank, float],
-    final: Mapping[Rank, float],
-    gains: bool,
-) -> NDArray[np.float64]:
-    """Estimate the errors that fits with all their steps have.
+def cells(ranks: Sequence[Rank], centers: Sequence[Rank]) -> list[tuple[Rank, ...]]:
+    """Group ranks by the nearest of those that `spread` chose.
 
-    The errors of the fits with few steps are interpolated linearly in the logarithms of error and ranks; what all
-    steps gain is taken from the nearest rank where it is known.
+    Args:
+        ranks: All ranks of one family.
+        centers: Those chosen, which are in no group.
+
+    Returns:
+        The groups that are not empty, each in the order of the ranks.
+    """
+    from scipy.spatial.distance import cdist
+
+    nearest = cdist(np.log(ranks), np.log(centers)).argmin(axis=1)
+    left = [(int(i), rank) for i, rank in zip(nearest, ranks, strict=True) if rank not in centers]
+    return [tuple(rank for j, rank in left if j == i) for i in sorted({i for i, _ in left})]
+
+
+def estimated_errors(ranks: Sequence[Rank], known: Mapping[Rank, float]) -> NDArray[np.float64]:
+    """Estimate errors by those of other ranks, linearly in the logarithms of error and ranks.
 
     Args:
         ranks: All ranks of one family on one layer.
-        first: Errors of some ranks, fitted with few steps.
-        final: Errors of some ranks, fitted with all steps.
-        gains: Whether more steps gain anything.
+        known: Errors of some.
 
     Returns:
         An error for each rank: its own where it is known, else a low estimate.
     """
     from scipy.interpolate import RBFInterpolator  # takes half a second: not at `import rankopt`
-    from scipy.spatial.distance import cdist
 
     points = np.log(ranks)
     index = {rank: i for i, rank in enumerate(ranks)}
-    known = [index[rank] for rank in first]
-    values = np.log(np.maximum(list(first.values()), FLOOR))
-    base = (
-        RBFInterpolator(points[known], values, kernel="linear", degree=0)(points)
-        if len(known) > 1
-        else values[[0] * len(ranks)]
-    )
-    if not gains:
-        found = np.exp(base)
-    elif final:
-        at = [index[rank] for rank in final]
-        gain = np.log(np.maximum(list(final.values()), FLOOR)) - base[at]
-        nearest = cdist(points, points[at]).argmin(axis=1)
-        found = NEXT * np.exp(base + np.minimum(gain[nearest], 0))
+    at = [index[rank] for rank in known]
+    values = np.log(np.maximum(list(known.values()), FLOOR))
+    if len(at) > 1:
+        found = LOW * np.exp(RBFInterpolator(points[at], values, kernel="linear", degree=0)(points))
     else:
-        found = FIRST * np.exp(base)
-    for rank, error in {**(first if not gains else {}), **final}.items():
-        found[index[rank]] = error
+        found = np.full(len(ranks), LOW * np.exp(values[0]))
+    found[at] = list(known.values())
     return found

@@ -40,14 +40,12 @@ class Request(NamedTuple):
         family: Name of the decomposition.
         ranks: The ranks to fit.
         steps: Optimisation steps of each, before the family's own factor.
-        apart: Whether each rank has an entry of its own in the cache, where another request finds it again.
     """
 
     layer: Layer
     family: str
     ranks: tuple[Rank, ...]
     steps: int
-    apart: bool = False
 
 
 class Fitted(NamedTuple):
@@ -65,16 +63,13 @@ class Fitted(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """The part of a request that the cache does not hold."""
+    """A request that the cache does not hold, and the key under which it will."""
 
     layer: Layer
     family: str
-    entries: tuple[tuple[str, tuple[Rank, ...]], ...]  # key of a file of the cache, and the ranks in it
+    ranks: tuple[Rank, ...]
     steps: int
-
-    @property
-    def ranks(self) -> list[Rank]:
-        return [rank for _, ranks in self.entries for rank in ranks]
+    key: str
 
     @property
     def work(self) -> int:
@@ -83,7 +78,7 @@ class _Job(NamedTuple):
 
     def seconds(self) -> float:
         """A rough estimate of how long the fits take."""
-        return rough_seconds(Request(self.layer, self.family, tuple(self.ranks), self.steps))
+        return rough_seconds(Request(self.layer, self.family, self.ranks, self.steps))
 
 
 def rough_seconds(request: Request) -> float:
@@ -134,12 +129,10 @@ def fit(
     Raises:
         RankoptError: A fit failed, or its result could not be read back from the cache.
     """
-    cache, entries = statistics.cache, [_entries(statistics, request) for request in requests]
-    known = {key: _read(cache, key) for of_request in entries for key, _ in of_request}
-    jobs = []
-    for request, of_request in zip(requests, entries, strict=True):
-        if missing := tuple(entry for entry in of_request if known[entry[0]] is None):
-            jobs.append(_Job(request.layer, request.family, missing, request.steps))
+    cache = statistics.cache
+    asked = [_Job(*request, _key(statistics, request)) for request in requests]
+    known = {job.key: _read(cache, job.key) for job in asked}
+    jobs = [job for job in asked if known[job.key] is None]
     if jobs:
         cache.check_writable()
     jobs.sort(key=lambda job: -job.work)  # longest first, so that workers finish together
@@ -148,21 +141,18 @@ def fit(
     work = Work(ended, lambda end: jobs[end[0]].seconds(), sum(job.seconds() for job in jobs))
     for number, spent in statistics.progress(work, "fitting layers", len(jobs)):
         job = jobs[number]
-        for key, _ in job.entries:
-            known[key] = _read(cache, key)
-            if known[key] is None:
-                raise RankoptError(f"the cache {cache.folder} lost what was just written: is its disk sound?")
+        known[job.key] = _read(cache, job.key)
+        if known[job.key] is None:
+            raise RankoptError(f"the cache {cache.folder} lost what was just written: is its disk sound?")
         seconds[job.family] = seconds.get(job.family, 0.0) + spent
-    return [[one for key, _ in of_request for one in known[key] or ()] for of_request in entries], seconds
+    return [known[job.key] or [] for job in asked], seconds
 
 
-def _entries(statistics: Statistics, request: Request) -> tuple[tuple[str, tuple[Rank, ...]], ...]:
-    """The entries of the cache that hold a request's fits, with the ranks of each."""
+def _key(statistics: Statistics, request: Request) -> str:
+    """The key of a request's fits in the cache. They are made at once, and depend on each other by their rounding."""
     layer, family = request.layer, request.family
     steps = math.ceil(request.steps * DECOMPOSITIONS[family].effort)
-    parts = [(rank,) for rank in request.ranks] if request.apart else [request.ranks]
-    about = VERSION, statistics.key, layer.name, family, steps, *code_of(family)
-    return tuple((digest(*about, ranks), ranks) for ranks in parts)
+    return digest(VERSION, statistics.key, layer.name, family, steps, *code_of(family), request.ranks)
 
 
 def fit_candidates(
@@ -317,17 +307,13 @@ def _fits(
     metrics: Sequence[Tensor | None],
 ) -> list[list[Fit]]:
     """The checked fits of each job."""
-    layers, family, steps = [job.layer for job in jobs], jobs[0].family, jobs[0].steps
+    layers, (_, family, ranks, steps, _) = [job.layer for job in jobs], jobs[0]
     names = ", ".join(repr(layer.name) for layer in layers)
-    stack: list[list[Fit]] = [[] for _ in jobs]
     try:
-        # Ranks of different entries are not fitted at once: a fit would depend on which others are missing.
-        for _, ranks in jobs[0].entries:
-            if len(jobs) == 1:
-                stack[0] += DECOMPOSITIONS[family].fit(layers[0], weights[0], ranks, moments[0], metrics[0], steps)
-                continue
-            found = DECOMPOSITIONS[family].fit_stack(layers, weights, ranks, moments, metrics, steps)
-            stack = [fits + more for fits, more in zip(stack, found, strict=True)]
+        if len(jobs) == 1:
+            stack = [list(DECOMPOSITIONS[family].fit(layers[0], weights[0], ranks, moments[0], metrics[0], steps))]
+        else:
+            stack = DECOMPOSITIONS[family].fit_stack(layers, weights, ranks, moments, metrics, steps)
     except RankoptError:
         raise
     except Exception as error:  # torch's, also those of linear algebra and out of memory, and other packages'
@@ -337,12 +323,9 @@ def _fits(
 
 
 def _keep(cache: Cache, job: _Job, fits: Sequence[Fit]) -> None:
-    """Write a job's fits to the entries of the cache."""
-    left = iter(fits)
-    for key, of_entry in job.entries:
-        own = [next(left) for _ in of_entry]
-        tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(own) for j, t in enumerate(fit.factors)}
-        cache.write_tensors(key, tensors, {"fits": json.dumps([(fit.rank, fit.error) for fit in own])})
+    """Write a job's fits to the cache."""
+    tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(fits) for j, t in enumerate(fit.factors)}
+    cache.write_tensors(job.key, tensors, {"fits": json.dumps([(fit.rank, fit.error) for fit in fits])})
 
 
 def _read(cache: Cache, key: str) -> list[Fitted] | None:

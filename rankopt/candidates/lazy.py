@@ -1,17 +1,21 @@
 """A lazy frontier: candidates are fitted as a budget asks for them.
 
-A few ranks of every family are fitted with few steps. They show how the objective depends on a layer's error, and give
+A few ranks of every family are fitted for any budget. They show how the objective depends on a layer's error, and give
 low estimates of the errors of all other candidates (`rankopt.candidates.estimate`). For a budget, the candidates that
-these estimates make part of a good plan are fitted with all steps; that corrects the estimates, which is repeated until
-nothing that is not fitted could be part of a good plan. A family that never becomes part of one is dropped on the
-evidence of its few fits.
+these estimates make part of a good plan are fitted; that corrects the estimates, which is repeated until nothing that
+is not fitted could be part of a good plan. A family that never becomes part of one is dropped on the evidence of its
+few fits.
+
+These few are fitted with all their steps. What steps gain depends on the rank, for `cp` from 2 % with few components to
+nine tenths with many, so that shorter fits say little about the errors of others.
 
 A good plan is one at the prices of the limits (`rankopt.core.dual`): each layer takes a candidate of least loss plus
 priced cost, or nearly. That includes the exact allocations under losses that differ from the predicted ones by some
 factor, which strategies try.
 
-What is fitted for one budget does not depend on other budgets, nor on what the cache holds. All that is offered has
-factors and the error of these.
+Ranks near the same one of the few are fitted at once, in batches that are always the same: what is fitted for one
+budget does not depend on other budgets, nor on what the cache holds. All that is offered has factors and the error of
+these.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from typing_extensions import TypedDict
 from rankopt.candidates.cache import VERSION
 from rankopt.candidates.calibration import Statistics
 from rankopt.candidates.effort import EFFORTS, SMALL, Effort
-from rankopt.candidates.estimate import estimated_errors, spread
+from rankopt.candidates.estimate import LOW, cells, estimated_errors, spread
 from rankopt.candidates.fit import Fitted, Request, as_candidates, fit, in_order, rough_seconds
 from rankopt.candidates.pool import Pool
 from rankopt.core.dual import Array, Positions, drop_impossible, maximise_dual, pick
@@ -90,8 +94,8 @@ class LazyFits:
         limited: The minutes that were asked for, of which `limit` is what was left; None for no limit. What was
             fitted in that time is kept in the cache, so that a search that goes on has the same candidates.
         seconds: Seconds of fitting by family so far.
-        first: The fits with few steps.
-        made: The fits with all steps that were made so far, for whatever budget.
+        first: The fits of a few ranks, for any budget.
+        made: All fits that were made so far, for whatever budget.
         added: What a lower precision adds to the error, by layer name and precision; the dense layer's own error in it
             by layer name, precision and DENSE.
     """
@@ -112,28 +116,48 @@ class LazyFits:
         """All fits that the search space allows, by layer name and family."""
         return {(x.layer.name, x.family): x for x in self.requests}
 
+    @cached_property
+    def cells(self) -> dict[Pair, list[tuple[Rank, ...]]]:
+        """The ranks that are not fitted first, in groups that are fitted at once, by layer name and family."""
+        return {pair: cells(r.ranks, self._first_ranks(pair)) for pair, r in self.grid.items()}
+
     def start(self) -> tuple[Menus, dict[str, float]]:
         """Fit a few ranks of every family.
 
         Returns:
             Their candidates, and seconds of fitting by family, to which those of later fits are added.
         """
-        wanted = {pair: spread(r.ranks, self.effort.points) for pair, r in self.grid.items()}
-        self.first = self._fit(wanted, self._first_steps)
-        self.made = {pair: dict(found) for pair, found in self.first.items() if not self._gains(pair)}
+        self.first = self._fit([(pair, self._first_ranks(pair)) for pair in self.grid])
+        self.made = {pair: dict(found) for pair, found in self.first.items()}
         return self.menus({}), self.seconds
 
-    def menus(self, final: Mapping[Pair, Mapping[Rank, Fitted]]) -> Menus:
-        """The candidates of the first fits, with some fitted with all steps instead or in addition.
+    def menus(self, further: Mapping[Pair, Mapping[Rank, Fitted]]) -> Menus:
+        """The candidates of the first fits and of others.
 
         Args:
-            final: The fits with all steps.
+            further: The others.
         """
         found: Menus = {layer.name: [] for layer in self.statistics.layers}
         for pair, request in self.grid.items():
-            fits = {**self.first[pair], **final.get(pair, {})}
+            fits = {**self.first[pair], **further.get(pair, {})}
             found[pair[0]] += as_candidates(request.layer, request.family, list(fits.values()))
         return {name: in_order(candidates) for name, candidates in found.items()}
+
+    def worth_measuring(self, menus: Menus, offers: Menus) -> Menus:
+        """The candidates of the first fits that no estimate beats in both parameters and error.
+
+        Losses at equal errors differ between families; what is not going to be chosen says little about what is.
+
+        Args:
+            menus: Candidates of the first fits.
+            offers: All candidates that could be offered.
+        """
+        estimated = self._estimated(offers, {})
+
+        def kept(name: str, c: Candidate) -> bool:
+            return not any(o.cost.params <= c.cost.params and o.error < LOW * c.error for o in estimated[name])
+
+        return {name: [c for c in found if kept(name, c)] or found for name, found in menus.items()}
 
     def after_first(self, menus: Menus, spent: float, minutes: float | None) -> None:
         """Note what the first fits have shown.
@@ -160,7 +184,7 @@ class LazyFits:
         Args:
             name: The layer's name.
         """
-        return self._final({pair: r.ranks for pair, r in self.grid.items() if pair[0] == name})
+        return self._further({pair: r.ranks for pair, r in self.grid.items() if pair[0] == name})
 
     def for_limits(self, offers: Menus, state: Callable[[Menus], Problem]) -> tuple[Fits, FittingEntry]:
         """Fit what can be part of a good plan.
@@ -170,72 +194,67 @@ class LazyFits:
             state: States the problem of some candidates, whose losses it predicts from their errors.
 
         Returns:
-            The fits with all steps that this budget needs, and what was decided on which evidence.
+            The fits that this budget needs besides the first ones, and what was decided on which evidence.
         """
-        final: Fits = {}
+        further: Fits = {}
         rounds, until = 0, time.monotonic() + self.limit
-        band = _Band(state(self._estimated(offers, final)), self.effort)
+        band = _Band(state(self._estimated(offers, further)), self.effort)
         record = "lazy-" + digest(VERSION, self._first_keys, self.effort, self.limited, band.problem.limits)
         if self.limited and (kept := self.statistics.cache.read_json(record, _Record)):
-            final = self._final({(layer, family): ranks for layer, family, ranks in kept["fits"]})
-            band = _Band(state(self._estimated(offers, final)), self.effort)
-            return final, self._entry(final, band, kept["rounds"], settled=kept["settled"])
+            further = self._further({(layer, family): ranks for layer, family, ranks in kept["fits"]})
+            band = _Band(state(self._estimated(offers, further)), self.effort)
+            return further, self._entry(further, band, kept["rounds"], settled=kept["settled"])
         while True:
-            wanted = self._not_in(final, band.near() if rounds else band.best_of_families())
+            wanted = self._missing(further, band.near())
+            if rounds == 0:  # that corrects the estimates by which the rest is chosen
+                wanted = self._missing(further, band.best_of_families()) or wanted
             if not wanted or rounds == self.effort.rounds or time.monotonic() >= until:
                 break
-            for pair, found in self._final(wanted, until).items():
-                final.setdefault(pair, {}).update(found)
+            for pair, found in self._further(wanted, until).items():
+                further.setdefault(pair, {}).update(found)
             rounds += 1
-            band = _Band(state(self._estimated(offers, final)), self.effort)
+            band = _Band(state(self._estimated(offers, further)), self.effort)
         if self.limited:
-            fits = [(layer, family, list(found)) for (layer, family), found in final.items()]
+            fits = [(layer, family, list(found)) for (layer, family), found in further.items()]
             self.statistics.cache.write_json(record, {"fits": fits, "rounds": rounds, "settled": not wanted})
-        return final, self._entry(final, band, rounds, settled=not wanted)
+        return further, self._entry(further, band, rounds, settled=not wanted)
 
     @property
     def _first_keys(self) -> list[str]:
         return [one.key for found in self.first.values() for one in found.values()]
 
-    def _final(self, wanted: Mapping[Pair, Sequence[Rank]], until: float = math.inf) -> Fits:
-        """Fits with all steps, of which each is made once."""
-        known = {pair: self.made.setdefault(pair, {}) for pair in wanted}
-        missing = {pair: [r for r in ranks if r not in known[pair]] for pair, ranks in wanted.items()}
-        missing = {pair: ranks for pair, ranks in missing.items() if ranks}
-        for pair, found in self._fit(missing, self._all_steps, until).items():
-            known[pair].update(found)
-        return {pair: {r: known[pair][r] for r in ranks if r in known[pair]} for pair, ranks in wanted.items()}
+    def _first_ranks(self, pair: Pair) -> tuple[Rank, ...]:
+        """Those that are fitted for any budget: all where fits take no steps."""
+        ranks = self.grid[pair].ranks
+        return ranks if DECOMPOSITIONS[pair[1]].closed_form else tuple(spread(ranks, self.effort.points))
 
-    def _all_steps(self, pair: Pair) -> int:
-        return math.ceil(self.effort.steps * self.grid[pair].steps)
+    def _further(self, wanted: Mapping[Pair, Sequence[Rank]], until: float = math.inf) -> Fits:
+        """The fits of the cells that hold these ranks, of which each is made once."""
+        hit = {pair: [c for c in self.cells[pair] if not set(c).isdisjoint(ranks)] for pair, ranks in wanted.items()}
+        missing = [(pair, c) for pair, found in hit.items() for c in found if c[0] not in self.made[pair]]
+        for pair, found in self._fit(missing, until).items():
+            self.made[pair].update(found)
+        made = self.made
+        return {pair: {r: made[pair][r] for c in found for r in c if r in made[pair]} for pair, found in hit.items()}
 
-    def _first_steps(self, pair: Pair) -> int:
-        every = self._all_steps(pair)
-        return every if DECOMPOSITIONS[pair[1]].closed_form else min(self.effort.first, every)
-
-    def _gains(self, pair: Pair) -> bool:
-        """Whether fits gain from more steps than the first ones take."""
-        return self._first_steps(pair) < self._all_steps(pair)
-
-    def _fit(
-        self, wanted: Mapping[Pair, Sequence[Rank]], steps: Callable[[Pair], int], until: float = math.inf
-    ) -> Fits:
-        requests = {
-            pair: self.grid[pair]._replace(ranks=tuple(ranks), steps=steps(pair), apart=True)
-            for pair, ranks in wanted.items()
-        }
-        fits, seconds = fit(self.statistics, [*requests.values()], self.workers, until)
+    def _fit(self, wanted: Sequence[tuple[Pair, tuple[Rank, ...]]], until: float = math.inf) -> Fits:
+        """Fit some ranks of a layer and family at once, and others."""
+        steps = {pair: math.ceil(self.effort.steps * self.grid[pair].steps) for pair, _ in wanted}
+        requests = [self.grid[pair]._replace(ranks=ranks, steps=steps[pair]) for pair, ranks in wanted]
+        made, seconds = fit(self.statistics, requests, self.workers, until)
         for family, spent in seconds.items():
             self.seconds[family] = self.seconds.get(family, 0.0) + spent
-        return {pair: {one.rank: one for one in found} for pair, found in zip(requests, fits, strict=True)}
+        found: Fits = {pair: {} for pair, _ in wanted}
+        for (pair, _), fits in zip(wanted, made, strict=True):
+            found[pair].update((one.rank, one) for one in fits)
+        return found
 
-    def _estimated(self, offers: Menus, final: Mapping[Pair, Mapping[Rank, Fitted]]) -> Menus:
+    def _estimated(self, offers: Menus, further: Mapping[Pair, Mapping[Rank, Fitted]]) -> Menus:
         """The offers, with the errors that are known or estimated."""
         errors: dict[Pair, dict[Rank, float]] = {}
         for pair, request in self.grid.items():
-            first, known = ({r: f.error for r, f in x.items()} for x in (self.first[pair], final.get(pair, {})))
-            values = estimated_errors(request.ranks, first, known, self._gains(pair))
-            errors[pair] = dict(zip(request.ranks, map(float, values), strict=True))
+            known = {r: f.error for r, f in {**self.first[pair], **further.get(pair, {})}.items()}
+            errors[pair] = dict(zip(request.ranks, map(float, estimated_errors(request.ranks, known)), strict=True))
 
         def of(name: str, c: Candidate) -> float:
             if c.method == DENSE:
@@ -244,25 +263,26 @@ class LazyFits:
 
         return {name: [dataclasses.replace(c, error=of(name, c)) for c in found] for name, found in offers.items()}
 
-    def _not_in(
-        self, final: Mapping[Pair, Mapping[Rank, Fitted]], wanted: Mapping[Pair, Sequence[Rank]]
+    def _missing(
+        self, further: Mapping[Pair, Mapping[Rank, Fitted]], wanted: Mapping[Pair, Sequence[Rank]]
     ) -> dict[Pair, list[Rank]]:
-        """What of the wanted is not among these fits, in the grid's order."""
+        """What of the wanted is neither among the first fits nor among these, in the grid's order."""
         missing = {}
         for pair, request in self.grid.items():
-            ranks = [r for r in request.ranks if r in wanted.get(pair, ()) and r not in final.get(pair, {})]
+            known = {*self.first[pair], *further.get(pair, {})}
+            ranks = [r for r in request.ranks if r in wanted.get(pair, ()) and r not in known]
             if ranks:
                 missing[pair] = ranks
         return missing
 
     def _entry(
-        self, final: Mapping[Pair, Mapping[Rank, Fitted]], band: _Band, rounds: int, *, settled: bool
+        self, further: Mapping[Pair, Mapping[Rank, Fitted]], band: _Band, rounds: int, *, settled: bool
     ) -> FittingEntry:
-        dropped = [pair for pair in self.grid if not final.get(pair)]
+        dropped = [pair for pair in self.grid if self.cells[pair] and not further.get(pair)]
         return {
             "candidates": sum(len(r.ranks) for r in self.grid.values()),
             "first": sum(map(len, self.first.values())),
-            "final": sum(map(len, final.values())),
+            "final": sum(map(len, further.values())),
             "rounds": rounds,
             "settled": settled,
             "bound": band.bound,

@@ -356,7 +356,8 @@ def _prepare(
         candidates = add_precisions(statistics, candidates, space.precisions, factors, needed)
     with clock.stage("sensitivity"):
         objective = task.objective or Divergence(task.model, batches)
-        curves, passes = _measure_curves(task, objective, statistics, candidates, factors, pool)
+        probed = lazy.worth_measuring(candidates, offers) if lazy else candidates
+        curves, passes = _measure_curves(task, objective, statistics, probed, factors, pool)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
         candidates = {x.name: _price_candidates(x, candidates[x.name], prices) for x in free}
     if lazy:

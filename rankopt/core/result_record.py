@@ -686,7 +686,7 @@ class TrainingEntry(FinetuneInfo, TrainingSource):
 
 
 class DroppedRow(TypedDict):
-    """A family of which no candidate was fitted with all its steps on a layer.
+    """A family of which only the candidates for any budget were fitted on a layer.
 
     Attributes:
         layer: Name of the layer.
@@ -706,13 +706,13 @@ class FittingEntry(TypedDict):
 
     Attributes:
         candidates: Fits that the search space allows.
-        first: Fits with few steps.
-        final: Fits with all steps for this budget.
+        first: Fits for any budget.
+        final: Further fits for this budget.
         rounds: How often candidates were chosen and fitted.
         settled: Whether a further round would have fitted nothing.
         bound: A lower bound of the predicted losses of all plans, with low estimates of the errors that are not known.
         gain: By what share of it fitting everything could lower the least predicted loss at most, by these estimates.
-        dropped: Families of which nothing was fitted with all steps, by layer.
+        dropped: Families of which nothing else was fitted than for any budget, by layer.
     """
 
     candidates: int

@@ -21,9 +21,8 @@ from rankopt.decompositions.types import Factors, Fit, Target
 from rankopt.decompositions.variable_projection import (
     NEGLIGIBLE,
     TOLERANCE,
+    StoredError,
     affordable_steps,
-    full_target,
-    stored_fit,
 )
 
 
@@ -79,12 +78,12 @@ class Joint(Decomposition):
         metric: Tensor | None = None,
         steps: int = 100,
     ) -> Iterator[Fit]:
-        target = full_target(layer, weight, moment, metric)
+        error = StoredError(self, layer, weight, moment, metric)
+        target = error.target
         dense = target.weight.reshape(layer.shape)
         steps = affordable_steps(math.ceil(steps * self.effort), dense.numel() * sum(target.weight.shape[1:]))
         for rank, start in zip(ranks, self.starts(layer, dense, ranks), strict=True):
-            factors = self.balance(layer, self._search(layer, start, target, steps))
-            yield stored_fit(self, layer, weight, factors, rank, moment, metric)
+            yield error(self.balance(layer, self._search(layer, start, target, steps)), rank)
 
     def _search(self, layer: Layer, start: Factors, target: Target, steps: int) -> Factors:
         """Improve all cores."""

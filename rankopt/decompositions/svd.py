@@ -19,12 +19,13 @@ from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.types import Aspect, Factors, Fit, Stage, Target
 from rankopt.decompositions.variable_projection import (
+    Blocks,
     OutputSolved,
     Parameters,
+    StoredError,
     absorb_metric,
     balanced,
     leading_rows,
-    stored_fit,
 )
 
 BLOCKS = (16, 8, 4, 2)
@@ -62,6 +63,7 @@ class SvdOut(Decomposition):
     ) -> Iterator[Fit]:
         target, undo = absorb_metric(layer, weight, moment, metric)
         vectors = torch.linalg.eigh(target.times_moment(target.weight) @ target.weight.mT)[1].flip(-1)
+        error = StoredError(self, layer, weight, moment, metric)
         for rank in ranks:
             u = vectors[..., : rank[0]]
             left, right = balanced(undo @ u, u.mT @ target.weight)
@@ -69,7 +71,7 @@ class SvdOut(Decomposition):
             second = left.reshape(-1, rank[0], 1, 1)
             if len(layer.shape) == 2:
                 first, second = first.flatten(1), second.flatten(1)
-            yield stored_fit(self, layer, weight, (first, second), rank, moment, metric)
+            yield error((first, second), rank)
 
 
 class SvdIn(OutputSolved):
@@ -96,8 +98,11 @@ class SvdIn(OutputSolved):
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         return (input_start(layer, target, rank[0]),)
 
+    def blocks(self, layer: Layer, theta: Parameters) -> Blocks:
+        return input_blocks(layer, theta[0])
+
     def rows(self, layer: Layer, theta: Parameters) -> Tensor:
-        return input_rows(layer, theta[0])
+        return self.blocks(layer, theta).dense()
 
     def factors(self, layer: Layer, theta: Parameters, output: Tensor, rank: Rank) -> Factors:
         channels, output = split_input(layer, theta[0], output)
@@ -136,13 +141,16 @@ class SvdSpatial(OutputSolved):
         unfolded = target.weight.unflatten(-1, (-1, layer.kernel[1])).transpose(-1, -2).flatten(1, 2)
         return (leading_rows(unfolded, rank[0]),)
 
+    def blocks(self, layer: Layer, theta: Parameters) -> Blocks:
+        return width_blocks(layer, theta[0])
+
     def rows(self, layer: Layer, theta: Parameters) -> Tensor:
-        return width_rows(layer, theta[0])
+        return self.blocks(layer, theta).dense()
 
     def factors(self, layer: Layer, theta: Parameters, output: Tensor, rank: Rank) -> Factors:
         height, width = layer.kernel
         g, r, _ = theta[0].shape
-        left = output.view(g, -1, r, width).transpose(-1, -2)  # (g, T, kw, R)
+        left = output.view(g, -1, width, r)
         new_left, right = balanced(left.flatten(1, 2), theta[0])
         second = new_left.view(left.shape).transpose(-1, -2)
         return (
@@ -165,7 +173,7 @@ class SvdGrouped(OutputSolved):
     effort = 0.2
     density = 0.5  # there are several aspects for each point
 
-    def blocks(self, layer: Layer) -> list[int]:
+    def divisors(self, layer: Layer) -> list[int]:
         """The numbers of blocks that divide the input channels, in descending order.
 
         Args:
@@ -174,15 +182,15 @@ class SvdGrouped(OutputSolved):
         return [b for b in BLOCKS if layer.in_channels % b == 0]
 
     def directions(self, layer: Layer) -> Sequence[Aspect]:
-        most, *fewer = self.blocks(layer)
+        most, *fewer = self.divisors(layer)
         return (most, 1.0), *((b, most / b) for b in fewer)  # fewer blocks with a higher rank each
 
     def full_rank(self, layer: Layer) -> Rank | None:
-        blocks = [] if layer.kind == "Embedding" else self.blocks(layer)
+        blocks = [] if layer.kind == "Embedding" else self.divisors(layer)
         return (blocks[0], min(layer.out_channels, layer.patch // blocks[0])) if blocks else None
 
     def valid(self, layer: Layer, rank: Rank) -> Rank:
-        allowed = self.blocks(layer)
+        allowed = self.divisors(layer)
         blocks = next((b for b in allowed if b <= rank[0]), allowed[-1])
         return blocks, max(1, min(rank[1], layer.out_channels, layer.patch // blocks))
 
@@ -206,10 +214,11 @@ class SvdGrouped(OutputSolved):
             rows.append(torch.nn.functional.normalize(u.mT @ part.weight, dim=-1))
         return (torch.stack(rows, 1),)
 
+    def blocks(self, layer: Layer, theta: Parameters) -> Blocks:
+        return Blocks(theta[0])
+
     def rows(self, layer: Layer, theta: Parameters) -> Tensor:
-        (right,) = theta
-        eye = torch.eye(right.shape[1], dtype=right.dtype, device=right.device)
-        return torch.einsum("gzrm,zy->gzrym", right, eye).flatten(3, 4).flatten(1, 2)
+        return self.blocks(layer, theta).dense()
 
     def factors(self, layer: Layer, theta: Parameters, output: Tensor, rank: Rank) -> Factors:
         blocks, r = rank
@@ -234,15 +243,14 @@ def input_start(layer: Layer, target: Target, rank: int) -> Tensor:
     return leading_rows(unfolded, rank)
 
 
-def input_rows(layer: Layer, channels: Tensor) -> Tensor:
-    """K = V ⊗ I over kernel positions, (g, R * kh * kw, n).
+def input_blocks(layer: Layer, channels: Tensor) -> Blocks:
+    """K = V ⊗ I over kernel positions, in blocks of (R, C).
 
     Args:
         layer: Layer to decompose.
         channels: V (g, R, C).
     """
-    eye = torch.eye(layer.patch // layer.in_channels, dtype=channels.dtype, device=channels.device)
-    return torch.einsum("grc,kl->grkcl", channels, eye).flatten(3, 4).flatten(1, 2)
+    return Blocks(channels.unsqueeze(1).expand(-1, layer.patch // layer.in_channels, -1, -1), interleaved=True)
 
 
 def split_input(layer: Layer, channels: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,23 +259,22 @@ def split_input(layer: Layer, channels: Tensor, output: Tensor) -> tuple[Tensor,
     Args:
         layer: Layer to decompose.
         channels: V (g, R, C).
-        output: B (g, T, R * kh * kw).
+        output: B (g, T, kh * kw * R).
 
     Returns:
-        V and B in the same shapes.
+        V in the same shape, and B (g, T, R * kh * kw).
     """
     g, r, _ = channels.shape
-    left = output.view(g, layer.out_channels, r, -1).transpose(-1, -2)  # (g, T, k, R)
+    left = output.view(g, layer.out_channels, -1, r)
     new_left, new_right = balanced(left.flatten(1, 2), channels)
     return new_right, new_left.view(left.shape).transpose(-1, -2).flatten(2)
 
 
-def width_rows(layer: Layer, columns: Tensor) -> Tensor:
-    """K = A ⊗ I over the kernel's width, (g, R * kw, n).
+def width_blocks(layer: Layer, columns: Tensor) -> Blocks:
+    """K = A ⊗ I over the kernel's width, in blocks of (R, C * kh).
 
     Args:
         layer: Layer to decompose.
         columns: A (g, R, C * kh).
     """
-    eye = torch.eye(layer.kernel[1], dtype=columns.dtype, device=columns.device)
-    return torch.einsum("gra,jl->grjal", columns, eye).flatten(3, 4).flatten(1, 2)
+    return Blocks(columns.unsqueeze(1).expand(-1, layer.kernel[1], -1, -1), interleaved=True)

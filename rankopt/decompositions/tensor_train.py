@@ -15,10 +15,10 @@ from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.core_networks import TRAIN, CoreNetwork, linear_modes
-from rankopt.decompositions.svd import input_start, width_rows
+from rankopt.decompositions.svd import input_start, width_blocks
 from rankopt.decompositions.tucker import low_rank
 from rankopt.decompositions.types import Bond, Factors, Stage, Target
-from rankopt.decompositions.variable_projection import OutputSolved, Parameters, balanced_bond, leading_rows
+from rankopt.decompositions.variable_projection import Blocks, OutputSolved, Parameters, balanced_bond, leading_rows
 
 
 class TensorTrain(CoreNetwork):
@@ -90,10 +90,13 @@ class TensorTrain(CoreNetwork):
         second = leading_rows(projected.flatten(3, 4).flatten(1, 2), rank[1])
         return first, second.unflatten(-1, (rank[0], -1))
 
-    def rows(self, layer: Layer, theta: Parameters) -> Tensor:
+    def blocks(self, layer: Layer, theta: Parameters) -> Blocks:
         first, second = theta
         columns = torch.einsum("gra,gsrb->gsab", first, second).flatten(2)
-        return columns if len(layer.shape) == 2 else width_rows(layer, columns)
+        return Blocks(columns.unsqueeze(1)) if len(layer.shape) == 2 else width_blocks(layer, columns)
+
+    def rows(self, layer: Layer, theta: Parameters) -> Tensor:
+        return self.blocks(layer, theta).dense()
 
     def output_rank(self, layer: Layer, rank: Rank) -> tuple[int, int] | None:
         modes = self.modes(layer)
@@ -108,6 +111,8 @@ class TensorTrain(CoreNetwork):
         g = len(first)
         if len(layer.shape) == 2:  # B (T1 T2, R2) -> (T2, R2 T1)
             output = output.view(g, c, d, r2).permute(0, 2, 3, 1).reshape(g, d, r2 * c)
+        else:  # B (T, kw R2)
+            output = output.view(g, d, c, r2).transpose(2, 3).flatten(2)
         last, third = low_rank(output, r3)  # (g, d, R3), (g, R3, R2 * c)
         third, second = balanced_bond(third.view(g, r3, r2, c), 2, second, 1)
         second, first = balanced_bond(second, 2, first, 1)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
-from rankopt.decompositions.svd import input_rows, input_start, split_input
+from rankopt.decompositions.svd import input_blocks, input_start, split_input
 from rankopt.decompositions.types import Aspect, Factors, Stage, Target
 from rankopt.decompositions.variable_projection import (
+    Blocks,
     OutputSolved,
     Parameters,
     balanced,
@@ -67,8 +68,11 @@ class Tucker2(OutputSolved):
             return plain_bases(target.weight.unflatten(-1, (layer.in_channels, -1)), rank[:1], rank[1])
         return (input_start(layer, target, rank[0]),)
 
+    def blocks(self, layer: Layer, theta: Parameters) -> Blocks:
+        return input_blocks(layer, theta[0])
+
     def rows(self, layer: Layer, theta: Parameters) -> Tensor:
-        return input_rows(layer, theta[0])
+        return self.blocks(layer, theta).dense()
 
     def output_rank(self, layer: Layer, rank: Rank) -> tuple[int, int] | None:
         return layer.out_channels, rank[1]

@@ -128,14 +128,15 @@ class Target(NamedTuple):
             product = self.outer.unsqueeze(1) @ product.view(*rows.shape[:2], self.outer.shape[-1], -1)
         return product.view(rows.shape)
 
-    def error(self, approximation: Tensor) -> float:
+    def error(self, approximation: Tensor, norm: float | None = None) -> float:
         """Relative squared error of an approximation; 0 for a weight of zeros.
 
         Args:
             approximation: Ŵ (g, T, n).
+            norm: `norm`, where it is known.
         """
         difference = self.weight - approximation
-        whole = self.norm
+        whole = self.norm if norm is None else norm
         return max(self._square(difference), 0.0) / whole if whole > 0 else 0.0
 
     @property
@@ -152,13 +153,15 @@ class Target(NamedTuple):
         outer = None if self.outer is None else self.outer.to(dtype)
         return Target(self.weight.to(dtype), self.moment.to(dtype), self.metric.to(dtype), outer, self.plain)
 
-    def inputs(self, part: slice) -> Target:
-        """The same for some of the inputs alone.
+    def inputs(self, part: slice | Tensor) -> Target:
+        """The same for some of the inputs alone, or in another order.
 
         Args:
             part: Which inputs.
         """
-        moment = self.moment[..., part] if self.diagonal or is_sketch(self.moment) else self.moment[:, part, part]
+        moment = self.moment[..., part]
+        if not (self.diagonal or is_sketch(self.moment)):
+            moment = moment[:, part]
         return self._replace(weight=self.weight[..., part], moment=moment)
 
     @property

@@ -24,7 +24,7 @@ from torch import Tensor
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.lbfgs import Evaluate, minimize
-from rankopt.decompositions.types import Factors, Fit, Target
+from rankopt.decompositions.types import Factors, Fit, Target, is_sketch
 from rankopt.model.layer_kinds import as_matrix
 
 RIDGE = 1e-10
@@ -62,6 +62,25 @@ Parameters = tuple[Tensor, ...]
 """The searched parameters θ, float64 tensors (g, ...)."""
 
 
+class Blocks(NamedTuple):
+    """A block-diagonal K, the rows of one block after those of the other. Products with it skip the zeros.
+
+    Attributes:
+        diagonal: The blocks (g, z, r, n / z): each holds r of the m = z r rows, over a z-th of the inputs.
+        interleaved: Whether block i has the inputs i, i + z, i + 2 z, ...: K = A ⊗ I. Otherwise they follow each other.
+    """
+
+    diagonal: Tensor
+    interleaved: bool = False
+
+    def dense(self) -> Tensor:
+        """K (g, m, n)."""
+        z = self.diagonal.shape[1]
+        eye = torch.eye(z, dtype=self.diagonal.dtype, device=self.diagonal.device)
+        order = "gzrny" if self.interleaved else "gzryn"
+        return torch.einsum(f"gzrn,zy->{order}", self.diagonal, eye).flatten(3).flatten(1, 2)
+
+
 # --- families with a free output factor ----------------------------------------------------------
 
 
@@ -86,6 +105,18 @@ class OutputSolved(Decomposition):
             layer: Layer to decompose.
             theta: Parameters in the shapes of `start`.
         """
+
+    def blocks(self, layer: Layer, theta: Parameters) -> Blocks:
+        """The same K(θ) as blocks along its diagonal, differentiable.
+
+        Args:
+            layer: Layer to decompose.
+            theta: Parameters in the shapes of `start`.
+
+        Returns:
+            The blocks. Default: all rows as one block.
+        """
+        return Blocks(self.rows(layer, theta).unsqueeze(1))
 
     @abstractmethod
     def factors(self, layer: Layer, theta: Parameters, output: Tensor, rank: Rank) -> Factors:
@@ -182,11 +213,12 @@ class OutputSolved(Decomposition):
         search = _Search(self, layer, stacked(targets), math.ceil(steps * self.effort))
         found = search([(r, self.start(layer, search.target, r)) for r in ranks])
         fits: list[list[Fit]] = [[] for _ in layers]
-        for rank, (theta, output) in zip(ranks, found, strict=True):
-            for i, (own, weight, moment, metric) in enumerate(given):
-                part = slice(i * g, (i + 1) * g)
-                factors = self.factors(own, tuple(t[part] for t in theta), undo[i] @ output[part], rank)
-                fits[i].append(stored_fit(self, own, weight, factors, rank, moment, metric))
+        for i, (own, weight, moment, metric) in enumerate(given):
+            part, error = slice(i * g, (i + 1) * g), StoredError(self, own, weight, moment, metric)
+            for rank, solutions in zip(ranks, found, strict=True):
+                # The search may minimise something else: an approximate metric, or a rank before H is undone
+                factors = (self.factors(own, tuple(t[part] for t in x), undo[i] @ y[part], rank) for x, y in solutions)
+                fits[i].append(min((error(f, rank) for f in factors), key=lambda fit: fit.error))
         return fits
 
 
@@ -199,54 +231,85 @@ class OutputSolver:
         target: W and the norm, with the output metric absorbed.
         output_rank: As `OutputSolved.output_rank` returns it.
         ridge: Ridge relative to each row's norm.
+        z: How many blocks K has.
+        interleaved: How their inputs are arranged; see `Blocks`.
     """
 
-    def __init__(self, target: Target, output_rank: tuple[int, int] | None, ridge: float = RIDGE) -> None:
-        self.target, self.ridge, self.output_rank = target, ridge, output_rank
-        self.weight = target.weight
-        self.weight_moment = target.times_moment(self.weight)
-        self.scales = (self.weight_moment.double() * self.weight).sum((-2, -1))
+    def __init__(
+        self,
+        target: Target,
+        output_rank: tuple[int, int] | None,
+        ridge: float = RIDGE,
+        z: int = 1,
+        interleaved: bool = False,
+    ) -> None:
+        self.ridge, self.output_rank = ridge, output_rank
+        order = torch.arange(target.weight.shape[-1], device=target.weight.device)
+        if interleaved:
+            target = target.inputs(order.view(-1, z).T.flatten())
+        self.target = target
+        weight_moment = target.times_moment(target.weight)
+        self.scales = (weight_moment.double() * target.weight).sum((-2, -1))
         self.scale = self.scales.sum().item()
+        self.weight, self.weight_moment = (  # (g, z, T, n / z)
+            w.unflatten(-1, (z, -1)).transpose(1, 2).contiguous() for w in (target.weight, weight_moment)
+        )
 
     def __call__(self, rows: Tensor) -> tuple[float, Tensor, Tensor]:
         """Solve for the output factor.
 
         Args:
-            rows: K (g, m, n).
+            rows: K (g, m, n), of a single block.
 
         Returns:
             The loss relative to ‖W‖², B (g, T, m), and the gradient of the loss with respect to K (g, m, n).
         """
         r = None if self.output_rank is None else torch.tensor([self.output_rank[1]], device=rows.device)
-        losses, output, gradient = self.solve(rows.unsqueeze(1), r)
+        losses, output, gradient = self.solve(rows[:, None, None], r)
         scale = self.scale or 1.0
-        return losses.sum().item() / scale, output[:, 0], gradient[:, 0] / scale
+        return losses.sum().item() / scale, output[:, 0], gradient[:, 0, 0] / scale
 
-    def solve(self, rows: Tensor, output_ranks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def solve(self, blocks: Tensor, output_ranks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Solve for the output factors of several K for each weight.
 
         Args:
-            rows: K (g, p, m, n).
+            blocks: K as blocks (g, p, z, r, n / z).
             output_ranks: In place of the rank of `output_rank`, one for each p.
 
         Returns:
-            The losses (g, p) in float64, B (g, p, T, m), and the gradients of the losses with respect to K.
+            The losses (g, p) in float64, B (g, p, T, m), and the gradients of the losses with respect to the blocks.
         """
-        g, p, m, _ = rows.shape
-        rows_moment = self.target.times_moment(rows.flatten(1, 2)).view(rows.shape)
-        gram = (rows_moment @ rows.mT).double()
-        cross = (rows_moment.flatten(1, 2) @ self.weight.mT).view(g, p, m, -1)
-        exact, ridge = _solve(gram, cross.double(), self.ridge)
+        z, r = blocks.shape[2:4]
+        together = blocks.transpose(1, 2).flatten(2, 3)  # (g, z, p r, n / z)
+        moment = self._times_moment(together, blocks.shape)
+        gram = (moment @ blocks.mT).transpose(2, 3).flatten(3).double()
+        cross = (together @ self.weight_moment.mT).unflatten(2, (-1, r)).transpose(1, 2).flatten(2, 3).double()
+        exact, ridge = _solve(gram, cross, self.ridge)
         if self.output_rank and output_ranks is not None:
-            exact = self._project(exact, cross.double(), self.output_rank[0], output_ranks)
-        output = exact.to(rows.dtype)
-        rest_moment = self.weight_moment.unsqueeze(1) - output @ rows_moment
+            exact = self._project(exact, cross, self.output_rank[0], output_ranks)
+        output = exact.to(blocks.dtype)
+        own = output.unflatten(-1, (z, r)).movedim(-2, 2)  # (g, p, z, T, r)
+        rest_moment = self.weight_moment.unsqueeze(1) - output.unsqueeze(2) @ moment
         # As a square, and not as a difference of squares, the loss keeps its digits in float32
-        losses = ((self.weight.unsqueeze(1) - output @ rows) * rest_moment).sum((-2, -1), dtype=torch.float64)
+        rest = self.weight.unsqueeze(1) - own @ blocks
+        losses = (rest * rest_moment).sum((-3, -2, -1), dtype=torch.float64)
         losses = losses + (ridge * exact.square().sum(-2)).sum(-1)
-        strength = (ridge / gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300) * exact.square().sum(-2)).to(rows.dtype)
-        gradient = 2 * (strength.unsqueeze(-1) * rows_moment - output.mT @ rest_moment)
-        return losses, output, gradient
+        strength = ridge / gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300) * exact.square().sum(-2)
+        inside = moment.unflatten(3, (z, r)).diagonal(dim1=2, dim2=3).movedim(-1, 2)
+        gradient = strength.to(blocks.dtype).view(*blocks.shape[:4], 1) * inside - own.mT @ rest_moment
+        return losses, output, 2 * gradient
+
+    def _times_moment(self, blocks: Tensor, shape: torch.Size) -> Tensor:
+        """K S by the block of its inputs, (g, p, z, m, n / z), of blocks (g, z, p r, n / z) of this shape."""
+        g, p, z, r, n = shape
+        s = self.target.moment
+        if z == 1:
+            return self.target.times_moment(blocks[:, 0]).view(g, p, 1, r, n)
+        if self.target.plain or self.target.diagonal or is_sketch(s):
+            product = self.target.times_moment(Blocks(blocks).dense())
+        else:
+            product = blocks @ s.view(g, z, n, z * n)
+        return product.view(g, z, p, r, z, n).permute(0, 2, 4, 1, 3, 5).reshape(g, p, z, z * r, n)
 
     def _project(self, output: Tensor, cross: Tensor, t: int, ranks: Tensor) -> Tensor:
         """B projected onto the leading eigenvectors of B K S Wᵀ over t."""
@@ -301,38 +364,50 @@ class _Search:
 
     def __init__(self, family: OutputSolved, layer: Layer, target: Target, steps: int) -> None:
         self.family, self.layer, self.target, self.steps = family, layer, target, steps
-        self.searched = {torch.float32: target.to(torch.float32), torch.float64: target}
+        self.solvers: dict[Hashable, OutputSolver] = {}
 
-    def __call__(self, starts: Sequence[tuple[Rank, Parameters]]) -> list[tuple[Parameters, Tensor]]:
-        """Improve θ of every rank; returns it and the output factor that belongs to it."""
+    def __call__(self, starts: Sequence[tuple[Rank, Parameters]]) -> list[list[tuple[Parameters, Tensor]]]:
+        """Improve θ of every rank; returns where it started, and what it became, each with its output factor."""
         width = self.target.weight.shape[-2] if self.target.diagonal else self.target.moment.shape[-2]
-        found: list[tuple[Parameters, Tensor]] = []
+        found: list[list[tuple[Parameters, Tensor]]] = []
         problems = []
         losses = []
         for i, (rank, theta) in enumerate(starts):
-            rows = self.family.rows(self.layer, theta)
-            loss, output = self._exact(rank, rows)
-            found.append((theta, output))
+            loss, output = self._exact(rank, theta)
+            found.append([(theta, output)])
             losses.append(loss)
-            steps = affordable_steps(self.steps, rows[: self.layer.groups].numel() * width)
+            rows = output.shape[-1]
+            steps = affordable_steps(self.steps, self.layer.groups * rows * self.target.weight.shape[-1] * width)
             if steps > 0 and (loss > NEGLIGIBLE).any():
-                problems.append(_Problem(i, rank, theta, rows.shape[1], steps))
+                problems.append(_Problem(i, rank, theta, rows, steps))
         for batch in self._batches(problems):
             for problem, theta in zip(batch, self._improved(batch), strict=True):
-                loss, output = self._exact(problem.rank, self.family.rows(self.layer, theta))
+                loss, output = self._exact(problem.rank, theta)
                 better = loss < losses[problem.place]
-                pairs = zip((*theta, output), (*problem.theta, found[problem.place][1]), strict=True)
+                ((start, first),) = found[problem.place]
+                pairs = zip((*theta, output), (*start, first), strict=True)
                 *best, output = (torch.where(better.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs)
-                found[problem.place] = (tuple(best), output)
+                found[problem.place].append((tuple(best), output))
         return found
 
-    def _exact(self, rank: Rank, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _exact(self, rank: Rank, theta: Parameters) -> tuple[Tensor, Tensor]:
         """The relative loss of each weight and the output factor, with hardly any ridge."""
-        output_rank = self.family.output_rank(self.layer, rank)
-        solver = OutputSolver(self.target, output_rank, RIDGE)
-        ranks = None if output_rank is None else torch.tensor([output_rank[1]], device=rows.device)
-        losses, output, _ = solver.solve(rows.unsqueeze(1), ranks)
+        blocks = self.family.blocks(self.layer, theta)
+        solver = self._solver(rank, blocks, RIDGE)
+        ranks = None
+        if (output_rank := self.family.output_rank(self.layer, rank)) is not None:
+            ranks = torch.tensor([output_rank[1]], device=blocks.diagonal.device)
+        losses, output, _ = solver.solve(blocks.diagonal.unsqueeze(1), ranks)
         return losses[:, 0] / solver.scales.clamp_min(1e-300), output[:, 0]
+
+    def _solver(self, rank: Rank, blocks: Blocks, ridge: float) -> OutputSolver:
+        """A solver for a rank and blocks like these, in their precision."""
+        output_rank = self.family.output_rank(self.layer, rank)
+        t, z, dtype = output_rank and output_rank[0], blocks.diagonal.shape[1], blocks.diagonal.dtype
+        if (key := (t, z, blocks.interleaved, dtype, ridge)) not in self.solvers:
+            target = self.target.to(dtype)
+            self.solvers[key] = OutputSolver(target, output_rank, ridge, z, blocks.interleaved)
+        return self.solvers[key]
 
     def _batches(self, problems: Sequence[_Problem]) -> Iterator[list[_Problem]]:
         """Problems that are fitted at once: as many as pay, of sizes as different as pays."""
@@ -357,8 +432,8 @@ class _Search:
         flat = [torch.cat([_padded(t, s).flatten(1) for t, s in zip(p.theta, largest, strict=True)], -1) for p in batch]
         point, steps = torch.stack(flat, 1), torch.tensor([p.steps for p in batch])
         for dtype, floor in ((torch.float32, FLOAT32_LOSS), (torch.float64, NEGLIGIBLE)):
-            output_rank = self.family.output_rank(self.layer, batch[0].rank)
-            solver = OutputSolver(self.searched[dtype], output_rank, SEARCH_RIDGE)
+            like = self.family.blocks(self.layer, tuple(t.to(dtype) for t in batch[0].theta))
+            solver = self._solver(batch[0].rank, like, SEARCH_RIDGE)
             evaluate = self._objective(solver, largest, [p.rank for p in batch])
             found = minimize(evaluate, point.to(dtype), steps, TOLERANCE, floor)
             point = found.points.double()
@@ -381,11 +456,12 @@ class _Search:
         def evaluate(points: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
             flat = points.detach().requires_grad_()
             parts = flat.flatten(0, 1).split(sizes, -1)
-            rows = self.family.rows(self.layer, tuple(t.reshape(-1, *s) for t, s in zip(parts, shapes, strict=True)))
+            theta = tuple(t.reshape(-1, *s) for t, s in zip(parts, shapes, strict=True))
+            blocks = self.family.blocks(self.layer, theta).diagonal
             own = None if output_ranks is None else output_ranks[columns].to(device)
-            losses, _, gradient = solver.solve(rows.detach().unflatten(0, points.shape[:2]), own)
-            gradient = (gradient / scales[..., None, None]).to(gradient.dtype)
-            (found,) = torch.autograd.grad(rows, flat, gradient.flatten(0, 1))
+            losses, _, gradient = solver.solve(blocks.detach().unflatten(0, points.shape[:2]), own)
+            gradient = (gradient / scales[..., None, None, None]).to(gradient.dtype)
+            (found,) = torch.autograd.grad(blocks, flat, gradient.flatten(0, 1))
             return losses / scales, found
 
         return evaluate
@@ -479,6 +555,36 @@ def full_target(layer: Layer, weight: Tensor, moment: Tensor | None, metric: Ten
     return Target(w, s, identity if metric is None else metric.to(w), plain=moment is None)
 
 
+class StoredError:
+    """Rounds factors of a layer to the weight's dtype and measures the error of the rounded ones.
+
+    Args:
+        family: The decomposition.
+        layer: The decomposed layer.
+        weight: The module's weight, in its own shape.
+        moment: S or None.
+        metric: H or None.
+    """
+
+    def __init__(
+        self, family: Decomposition, layer: Layer, weight: Tensor, moment: Tensor | None, metric: Tensor | None
+    ) -> None:
+        self.family, self.layer, self.dtype = family, layer, weight.dtype
+        self.target = full_target(layer, weight, moment, metric)
+        self.norm = self.target.norm
+
+    def __call__(self, factors: Factors, rank: Rank) -> Fit:
+        """The fit of some factors.
+
+        Args:
+            factors: The fitted factors, float64.
+            rank: Their rank.
+        """
+        stored = tuple(f.to(self.dtype).contiguous() for f in factors)
+        rebuilt = self.family.weight(self.layer, tuple(f.double() for f in stored))
+        return Fit(rank, stored, self.target.error(rebuilt.reshape(self.target.weight.shape), self.norm))
+
+
 def stored_fit(
     family: Decomposition,
     layer: Layer,
@@ -499,10 +605,7 @@ def stored_fit(
         moment: S or None.
         metric: H or None.
     """
-    stored = tuple(f.to(weight.dtype).contiguous() for f in factors)
-    rebuilt = family.weight(layer, tuple(f.double() for f in stored))
-    target = full_target(layer, weight, moment, metric)
-    return Fit(rank, stored, target.error(rebuilt.reshape(target.weight.shape)))
+    return StoredError(family, layer, weight, moment, metric)(factors, rank)
 
 
 # --- factors --------------------------------------------------------------------------------------

@@ -448,7 +448,7 @@ def fitting_lines(info: ResultInfo) -> list[str]:
         return []
     cut = "" if found["settled"] else ", cut short"
     return [
-        f"fitted  {found['final']:,} of {found['candidates']:,} candidates with all steps, {found['first']:,} briefly "
+        f"fitted  {found['final']:,} of {found['candidates']:,} candidates besides the first {found['first']:,} "
         f"(effort {info['effort']}{cut}); all of them could lower the predicted loss by {found['gain']:.1%} at most"
     ]
 

@@ -11,7 +11,7 @@ import torch
 import rankopt
 from rankopt.candidates import fit as fits
 from rankopt.candidates import lazy
-from rankopt.candidates.estimate import estimated_errors, spread
+from rankopt.candidates.estimate import LOW, cells, estimated_errors, spread
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.errors import BudgetError, RankoptError
@@ -123,6 +123,21 @@ def test_a_further_budget_fits_only_what_is_new_and_the_same_one_nothing(tmp_pat
     assert len(made) == before
 
 
+def test_where_the_best_of_each_family_is_known_what_is_nearly_as_good_is_still_fitted(cache, monkeypatch):
+    monkeypatch.setattr(lazy._Band, "best_of_families", lambda band: {})  # as if all of them were first fits
+    problem = prepared(cache).problem(BUDGETS[0])
+    assert problem.fitting["settled"] and problem.fitting["final"] > 0
+
+
+def test_sensitivities_are_not_measured_of_candidates_that_others_will_beat(cache):
+    found = prepared(cache)
+    menu = found.candidates["2"]
+    worse = dataclasses.replace(menu[-1], error=3 * menu[-1].error)
+    kept = found.lazy.worth_measuring({"2": [*menu, worse]}, found.offers)["2"]
+    assert worse not in kept and 2 <= len(kept) < len(menu)
+    assert found.lazy.worth_measuring({"2": [worse]}, found.offers)["2"] == [worse]  # better than none
+
+
 def test_the_chosen_plan_is_fitted_with_all_steps(cache):
     found = prepared(cache)
     problem = found.problem({"params": 0.3})
@@ -231,12 +246,21 @@ def test_the_first_ranks_cover_all():
     assert len(spread([(a, b) for a in range(1, 9) for b in range(1, 9)], 5)) == 8
 
 
+def test_every_other_rank_is_fitted_with_those_near_the_same_one_of_the_first():
+    ranks = [(r,) for r in range(1, 101)]
+    first = spread(ranks, 5)
+    found = cells(ranks, first)
+    assert sorted(r for cell in found for r in cell) == [r for r in ranks if r not in first]
+    assert found[:2] == [((2,), (4,), (5,)), tuple((r,) for r in range(6, 18) if r != 10)] and len(found) == 4
+    assert cells(ranks[:4], ranks[:4]) == []
+
+
 def test_errors_between_ranks_are_interpolated_in_logarithms():
     ranks = [(r,) for r in (1, 2, 4, 8, 16, 32)]
-    first = {(1,): 0.5, (4,): 0.125, (32,): 0.125 / 8}
-    found = estimated_errors(ranks, first, {}, gains=False)
-    np.testing.assert_allclose(found, [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625])
-    low = estimated_errors(ranks, first, {}, gains=True)
-    assert (low < found).all()
-    known = estimated_errors(ranks, first, {(4,): 0.1}, gains=True)
-    assert known[2] == 0.1 and (low < known).all() and (known[[1, 3]] < 0.9 * found[[1, 3]]).all()
+    known = {(1,): 0.5, (4,): 0.125, (32,): 0.125 / 8}
+    found = estimated_errors(ranks, known)
+    np.testing.assert_allclose(found[[0, 2, 5]], [0.5, 0.125, 0.015625])
+    np.testing.assert_allclose(found[[1, 3, 4]], LOW * np.array([0.25, 0.0625, 0.03125]))
+    more = estimated_errors(ranks, {**known, (8,): 0.05})
+    assert more[3] == 0.05 and more[4] < found[4]
+    np.testing.assert_allclose(estimated_errors(ranks, {(4,): 0.1}), [0.1 * (LOW if r != (4,) else 1) for r in ranks])

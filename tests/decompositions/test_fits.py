@@ -37,6 +37,49 @@ def test_more_rank_and_more_steps_lower_the_error(family, name):
     assert long <= build(family, case, ranks[0], steps=0)[1].error + 1e-9
 
 
+@pytest.mark.parametrize("family", ["tt", "tr", "ht"])
+def test_a_search_for_something_else_than_the_error_never_raises_the_error(family):
+    """On a Linear with an output metric: their rank over the outputs is chosen before the metric is undone, or with a
+    Kronecker product in its place."""
+    case, decomposition = make("linear"), DECOMPOSITIONS[family]
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        g = torch.randn(40, case.layer.out_channels, dtype=torch.float64, generator=generator)
+        g = g * torch.logspace(0, -2, case.layer.out_channels, dtype=torch.float64)
+        case.metric = (g.T @ g)[None]
+        for rank in decomposition.ranks(case.layer, [0.1, 0.3, 0.5]):
+            start, end = (build(family, case, rank, steps=round(k / decomposition.effort))[1].error for k in (0, 20))
+            assert end <= start
+
+
+@pytest.mark.parametrize("family", ["svd_in", "svd_spatial", "svd_grouped", "tucker2", "tt"])
+@pytest.mark.parametrize("kind", ["whole", "diagonal", "sketch", "identity"])
+def test_rows_in_blocks_are_solved_as_all_rows_are(family, kind):
+    case, decomposition = make("conv3x3"), DECOMPOSITIONS[family]
+    moments = {
+        "whole": case.moment,
+        "diagonal": case.moment.diagonal(dim1=1, dim2=2),
+        "sketch": torch.cat([case.moment.diagonal(dim1=1, dim2=2)[:, None], case.moment[:, :3]], 1),
+        "identity": None,
+    }
+    target, _ = decomposition.target(case.layer, case.module.weight, moments[kind], case.metric)
+    rank = decomposition.ranks(case.layer, [0.4])[0]
+    theta = tuple(t.requires_grad_() for t in decomposition.start(case.layer, target, rank))
+    rows, blocks = decomposition.rows(case.layer, theta), decomposition.blocks(case.layer, theta)
+    assert blocks.diagonal.shape[1] > 1
+    output_rank = decomposition.output_rank(case.layer, rank)
+    whole = OutputSolver(target, output_rank)
+    parts = OutputSolver(target, output_rank, z=blocks.diagonal.shape[1], interleaved=blocks.interleaved)
+    loss, output, gradient = whole(rows.detach())
+    ranks = None if output_rank is None else torch.tensor([output_rank[1]])
+    losses, outputs, gradients = parts.solve(blocks.diagonal.detach().unsqueeze(1), ranks)
+    assert float(losses) / parts.scale == pytest.approx(loss, rel=1e-9)
+    torch.testing.assert_close(outputs[:, 0] @ rows, output @ rows)
+    by_rows = torch.autograd.grad(rows, theta, gradient, retain_graph=True)
+    by_blocks = torch.autograd.grad(blocks.diagonal, theta, gradients[:, 0] / parts.scale)
+    torch.testing.assert_close(by_blocks, by_rows)
+
+
 @pytest.mark.parametrize(("family", "name"), ONE_EACH)
 def test_a_calibrated_fit_beats_a_plain_one_where_it_counts(family, name):
     case = make(name)
