@@ -293,7 +293,7 @@ def _panel(ax: Any, data: Benchmark, budget: str) -> None:
         ax.fill_between(
             x, [min(v) for v in columns], [max(v) for v in columns], step="post", color=colour, alpha=0.15, lw=0
         )
-        seen += [v for v in middle if math.isfinite(v)]
+        seen += [v for values in columns for v in values if math.isfinite(v)]
     pictures.objective_axis(ax, "y", seen)
 
 
