@@ -289,7 +289,8 @@ class OutputSolver:
             exact = self._project(exact, cross, self.output_rank[0], output_ranks)
         output = exact.to(blocks.dtype)
         own = output.unflatten(-1, (z, r)).movedim(-2, 2)  # (g, p, z, T, r)
-        rest_moment = self.weight_moment.unsqueeze(1) - output.unsqueeze(2) @ moment
+        product = output @ moment.transpose(2, 3).flatten(3)  # not block by block: that would copy B for each of them
+        rest_moment = self.weight_moment.unsqueeze(1) - product.unflatten(-1, (z, -1)).transpose(2, 3)
         # As a square, and not as a difference of squares, the loss keeps its digits in float32
         rest = self.weight.unsqueeze(1) - own @ blocks
         losses = (rest * rest_moment).sum((-3, -2, -1), dtype=torch.float64)

@@ -159,8 +159,10 @@ def test_clear_errors(write, text, message):
     assert message in str(caught.value) and "study.toml" in str(caught.value)
 
 
-def test_the_example_of_the_documentation_can_be_read(write):
-    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/reference/study-file.md").read_text(), re.S)
+def test_the_examples_of_the_documentation_can_be_read(write):
+    cases, example = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/reference/study-file.md").read_text(), re.S)
+    names = [case.name for case in read_study(write(cases)).cases]
+    assert names == ["svd_out-30%", "tt-30%", "svd_out-15%", "tt-15%"]
     found = read_study(write(example))
     assert len(found.hyperparameters) == 4 and found.searches == 40 and found.experiment.training.epochs == 5
 
