@@ -3,7 +3,7 @@
     python studies/time_to_plan.py                                   # all networks, on the CPU: hours
     python studies/time_to_plan.py --only resnet20,resnet56 --device cuda --limit-minutes 3
     python studies/time_to_plan.py --memory                          # VGG-16 at 224 x 224: below 8 GB, or exit code 1
-    python studies/time_to_plan.py --efforts                         # ResNet-20: normal beside thorough at six budgets
+    python studies/time_to_plan.py --efforts                         # ResNet-20: the efforts at six budgets
 
 Every network is a process of its own with an empty cache. Measured: seconds by stage up to the first plan, those of a
 further budget, forward passes of the sensitivities, peak memory (of the process, of its largest worker, of the GPU),
@@ -38,7 +38,7 @@ from torch import nn
 
 import rankopt
 from rankopt.candidates.calibration import moments
-from rankopt.candidates.effort import NORMAL, THOROUGH
+from rankopt.candidates.effort import EFFORTS, THOROUGH
 from rankopt.candidates.pool import release_workers
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace, load_space
@@ -240,18 +240,21 @@ def tltorch_fits(prepared: Any, share: float, kind: str) -> None:
 # --- efforts -------------------------------------------------------------------------------------------
 
 
-def compare_efforts(name: str, device: str, space: SearchSpace | None = None) -> list[dict[str, Any]]:
+def compare_efforts(
+    name: str, device: str, space: SearchSpace | None = None, efforts: Sequence[str] = (*EFFORTS, THOROUGH)
+) -> list[dict[str, Any]]:
     """CPU seconds and KL of every effort at six budgets, each effort with an empty cache.
 
     Args:
         name: The network.
         device: Where it runs.
         space: The search space. Default: `default`.
+        efforts: The efforts.
     """
     task = NETWORKS[name]()
     task = dataclasses.replace(task, model=task.model.to(device), score=None, test=None)
     rows = []
-    for effort in (NORMAL, THOROUGH):
+    for effort in efforts:
         with tempfile.TemporaryDirectory() as cache:
             start = _cpu_seconds()
             own = dataclasses.replace(space or load_space("default"), effort=effort)
@@ -268,7 +271,7 @@ def compare_efforts(name: str, device: str, space: SearchSpace | None = None) ->
                     "seconds": _cpu_seconds() - start,
                     "kl": found.info["objective"]["best"],
                     "predicted": allocate(problem).loss,
-                    "fits": fitting["first"] + fitting["final"] if fitting else sum(map(len, problem.frontiers)),
+                    "fits": fitting["first"] + fitting["final"] if fitting else None,  # None: all
                     "settled": fitting["settled"] if fitting else True,
                 }
         rows.append(row)
@@ -293,7 +296,8 @@ def efforts_table(rows: Sequence[dict[str, Any]]) -> str:
         cells = []
         for b, found in r["budgets"].items():
             above = f" ({found['kl'] / other['budgets'][b]['kl'] - 1:+.1%})" if other else ""
-            cells.append(f"{found['kl']:.4g}{above}, {found['seconds']:.0f} s, {found['fits']:,} fits")
+            fits = "" if found["fits"] is None else f", {found['fits']:,} fits"
+            cells.append(f"{found['kl']:.4g}{above}, {found['seconds']:.0f} s{fits}")
         lines.append(f"| {r['network']}, {r['effort']} | {r['preparation']:.0f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
