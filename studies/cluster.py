@@ -84,7 +84,7 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "# Preparation on a cluster",
         "",
-        f"`python studies/cluster.py` on {record['date']}, {record['machine']}: {record['task']}, cold caches, effort",
+        f"`python studies/cluster.py{' --quick' * (record['effort'] == 'quick')}` on {record['date']}, {record['machine']}: {record['task']}, cold caches, effort",
         f"{record['effort']}; two raylets on one machine of two cores. Seconds on the clock.",
         "",
         "| stage | one core | two nodes of one core | ratio |",
@@ -92,7 +92,7 @@ def table(record: dict[str, Any]) -> str:
     ]
     rows = [("all", one["seconds"], two["seconds"])]
     rows += [(name, spent, two["stages"].get(name, 0.0)) for name, spent in one["stages"].items()]
-    lines += [f"| {name} | {a} | {b} | {a / b if b else float('nan'):.2f} |" for name, a, b in rows]
+    lines += [f"| {name} | {a} | {b} | {f'{a / b:.2f}' if b else '–'} |" for name, a, b in rows]
     return "\n".join([*lines, "", f"The same plan: {'yes' if record['same plan'] else 'NO'}.", ""])
 
 

@@ -82,6 +82,18 @@ def _unpicklable(error: Exception) -> RankoptError:
     return NotSentError(f"the task cannot be sent to other processes ({why}): search without workers")
 
 
+def unpack(parcel: Parcel, scratch: Path) -> Any:
+    """Run the task files, register the decompositions that were sent, and unpickle what came with them.
+
+    Args:
+        parcel: A pickle of (registered decompositions, content).
+        scratch: Folder for task files that are not on this machine.
+    """
+    registered, content = parcel.open(scratch)
+    DECOMPOSITIONS.registered.update(registered)
+    return content
+
+
 _opened: tuple[str, Any] = "", None  # in a worker: the digest of the parcel that was opened last, and its content
 _scratch: tempfile.TemporaryDirectory[str] | None = None
 
@@ -98,9 +110,7 @@ def work(parcel: Parcel, function: Callable[..., Any], *arguments: Any) -> Any:
     if _opened[0] != (key := parcel.digest):
         if any(file.neighbours for file in parcel.files):  # this machine may lack them
             _scratch = _scratch or tempfile.TemporaryDirectory(prefix="rankopt-task-", ignore_cleanup_errors=True)
-        registered, shared = parcel.open(Path(_scratch.name if _scratch else ""))
-        DECOMPOSITIONS.registered.update(registered)
-        _opened = key, shared
+        _opened = key, unpack(parcel, Path(_scratch.name if _scratch else ""))
     with threads(1):
         return function(_opened[1], *arguments)
 

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rankopt.candidates.pool import pack
+from rankopt.candidates.pool import pack, unpack
 from rankopt.core.errors import RankoptError, StudyError, TaskError
 from rankopt.core.files import write_beside
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import Task
 from rankopt.core.run_folder import process_name
 from rankopt.core.task_file import Parcel
-from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.model.forward import device_of
 from rankopt.search.ray.session import OWNER, check_resources, line
 from rankopt.training import checkpoint
@@ -142,8 +141,7 @@ class Training:
             self.ended.set()
 
     def _finetune(self, parcel: Parcel, resume: bool, resources: Resources) -> Trained:
-        registered, (model, task, recipe, teacher) = parcel.open(self.folder)
-        DECOMPOSITIONS.registered.update(registered)
+        model, task, recipe, teacher = unpack(parcel, self.folder)
         if resources.gpus:
             for each in (model, task.model, teacher):
                 if each is not None and device_of(each.to("cuda")).type != "cuda":

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 
 from rankopt.candidates.cache import Cache, FactorStore
+from rankopt.candidates.pool import unpack
 from rankopt.core.errors import RankoptError, TaskError
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal
@@ -57,8 +58,7 @@ class Payload(Parcel):
             problem: The problem of an `Evaluator`.
             scratch: Folder for task files that are not on this machine.
         """
-        registered, evaluate = self.open(scratch)
-        DECOMPOSITIONS.registered.update(registered)
+        evaluate = unpack(self, scratch)
         if isinstance(evaluate, Evaluator):
             assert problem is not None
             evaluate.problem = problem
