@@ -84,8 +84,9 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "# Preparation on a cluster",
         "",
-        f"`python studies/cluster.py{' --quick' * (record['effort'] == 'quick')}` on {record['date']}, {record['machine']}: {record['task']}, cold caches, effort",
-        f"{record['effort']}; two raylets on one machine of two cores. Seconds on the clock.",
+        f"`python studies/cluster.py{' --quick' * (record['effort'] == 'quick')}` on {record['date']},",
+        f"{record['machine']}: {record['task']}, cold caches, effort {record['effort']}; two raylets on one machine",
+        "of two cores. Seconds on the clock.",
         "",
         "| stage | one core | two nodes of one core | ratio |",
         "|---|---|---|---|",
