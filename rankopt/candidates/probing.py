@@ -270,7 +270,7 @@ class Prober:
     def _measure(self, wanted: Sequence[Probe], units: Tensor) -> set[Probe]:
         """Measure probes on more units; returns those that could not be measured."""
         ascending, place = units.sort()
-        pieces = list(self._pieces(self.divergence.part(ascending)))
+        pieces = list(self._pieces(self.divergence.part(ascending).joined()))
         of_runs = [piece.units * self._behind[probe.layer.name] for piece in pieces for probe in wanted]
         work = Work(self._run(pieces, wanted), lambda x: of_runs[x[0] * len(wanted) + x[1]], sum(of_runs))
         seen = f"measuring sensitivities on {sum(x.units for x in pieces):,} examples"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.signals import discard_output, exit_status
 from rankopt.core.text import printable
 from rankopt.search.progress import console
+
+if TYPE_CHECKING:
+    from rankopt.core.records import Task
 
 app = Application(
     cls=Group,
@@ -85,6 +88,12 @@ EFFORT = "how much of the space to fit: quick, normal or thorough (all of it)"
 Effort = Annotated[str | None, typer.Option(help=EFFORT, show_default="the space's, thorough")]
 
 
+Device = Annotated[
+    str | None,
+    typer.Option(help="where the model is: cpu, cuda or cuda:1", show_default="where the task puts it"),
+]
+
+
 CacheFolder = Annotated[
     Path | None,
     typer.Option("--cache", help="where candidates are kept", show_default="RANKOPT_CACHE, or ~/.cache/rankopt"),
@@ -106,6 +115,24 @@ GpusPerTrial = Annotated[float, typer.Option(help="GPUs of one Ray trial, may be
 
 
 CpusPerTrial = Annotated[float, typer.Option(help="CPUs of one Ray trial", rich_help_panel=RAY)]
+
+
+def loaded(name: str, device: str | None) -> Task:
+    """Load a task, and say it if the model is on the CPU of a machine with a GPU.
+
+    Args:
+        name: The task.
+        device: Where its model is moved to; None: nowhere.
+    """
+    import torch
+
+    from rankopt.experiments.tasks import load_task
+    from rankopt.model.forward import device_of
+
+    task = load_task(name, device)
+    if device is None and torch.cuda.is_available() and device_of(task.model).type == "cpu":
+        console.print("the model is on the CPU, and there is a GPU: --device cuda uses it", markup=False)
+    return task
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from rankopt.cli.app import (
     COMPARE,
     CacheFolder,
     CpusPerTrial,
+    Device,
     Effort,
     GpusPerTrial,
     RayAddress,
@@ -20,6 +21,7 @@ from rankopt.cli.app import (
     app,
     default_folder,
     echo,
+    loaded,
     readable_errors,
 )
 from rankopt.cli.parameters import complete_strategy
@@ -40,6 +42,7 @@ def sweep(  # noqa: PLR0913  # a parameter for every option
     space: SpaceName = "default",
     effort: Effort = None,
     cache: CacheFolder = None,
+    device: Device = None,
     workers: Workers = 0,
     ray_address: RayAddress = None,
     gpus_per_trial: GpusPerTrial = 0.0,
@@ -51,10 +54,9 @@ def sweep(  # noqa: PLR0913  # a parameter for every option
         from rankopt.candidates.prepare import prepare
         from rankopt.candidates.search_space import load_space
         from rankopt.core.run_folder import folder_lock, open_folder
-        from rankopt.experiments.tasks import load_task
         from rankopt.report.sweep import table, write
 
-        found = load_task(task)
+        found = loaded(task, device)
         sweeps.check_evaluate(evaluate)
         loosest = sweeps.loosest(found, budgets)
         out = out or default_folder(task, "sweep")
@@ -101,6 +103,7 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
     space: SpaceName = "default",
     effort: Effort = None,
     cache: CacheFolder = None,
+    device: Device = None,
     workers: Workers = 0,
     ray_address: RayAddress = None,
     gpus_per_trial: GpusPerTrial = 0.0,
@@ -112,7 +115,6 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
         from rankopt.candidates.prepare import prepare
         from rankopt.candidates.search_space import load_space
         from rankopt.core.run_folder import folder_lock, open_folder
-        from rankopt.experiments.tasks import load_task
         from rankopt.report.benchmark import cell_line, text, write
 
         names = benchmarks.read_strategies(strategies)
@@ -125,7 +127,9 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
 
         with folder_lock(out), session(runner):
             adjusted = load_space(space).adjusted(effort=effort)
-            prepared = prepare(load_task(task), adjusted, cache, show_progress, pool_of(runner), budget[0].split(","))
+            prepared = prepare(
+                loaded(task, device), adjusted, cache, show_progress, pool_of(runner), budget[0].split(",")
+            )
             data = benchmarks.benchmark(
                 prepared, budget, names, trials, seeds, out, resume, print_cell, show_progress, runner
             )

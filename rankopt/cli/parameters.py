@@ -16,6 +16,7 @@ PLACEHOLDERS = {
     "budgets": "METRIC=VALUES",
     "cache": "FOLDER",
     "case": "CASE",
+    "device": "DEVICE",
     "effort": "quick|normal|thorough",
     "epochs": "EPOCHS",
     "evaluate": "knees|all|none",

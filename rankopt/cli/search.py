@@ -12,6 +12,7 @@ from rankopt.cli.app import (
     EFFORT,
     RAY,
     CpusPerTrial,
+    Device,
     GpusPerTrial,
     RayAddress,
     TaskName,
@@ -19,6 +20,7 @@ from rankopt.cli.app import (
     app,
     default_folder,
     echo,
+    loaded,
     readable_errors,
     write_page,
 )
@@ -164,6 +166,7 @@ def search(  # noqa: PLR0913  # a parameter for every option
             rich_help_panel=LATENCY,
         ),
     ] = None,
+    device: Device = None,
     workers: Workers = 0,
     ray_address: RayAddress = None,
     gpus_per_trial: GpusPerTrial = 0.0,
@@ -217,7 +220,6 @@ def search(  # noqa: PLR0913  # a parameter for every option
     """Search for the best plan within a budget and write the run folder."""
     with readable_errors():
         from rankopt.core.options import parse_pairs
-        from rankopt.experiments.tasks import load_task
         from rankopt.search.job import Job, run_job
         from rankopt.search.runners import RunnerSettings
 
@@ -256,7 +258,7 @@ def search(  # noqa: PLR0913  # a parameter for every option
                 dashboard,
             ),
         )
-        result = run_job(load_task(task), job, progress=not quiet)
+        result = run_job(loaded(task, device), job, progress=not quiet)
         echo(result.summary())
         _echo_fitting_times(result)
         write_page(folder, html)

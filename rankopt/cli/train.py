@@ -12,10 +12,12 @@ from rankopt.cli.app import (
     FINISHED,
     RAY,
     CpusPerTrial,
+    Device,
     GpusPerTrial,
     RayAddress,
     app,
     echo,
+    loaded,
     readable_errors,
 )
 from rankopt.cli.parameters import complete_task
@@ -84,6 +86,7 @@ def train(  # noqa: PLR0913  # a parameter for every option
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with a training that stopped", rich_help_panel=STOPPING)
     ] = False,
+    device: Device = None,
     workers: Annotated[
         int, typer.Option(help="1: train in a Ray worker, of whose resources below; 0: here", rich_help_panel=RAY)
     ] = 0,
@@ -96,6 +99,7 @@ def train(  # noqa: PLR0913  # a parameter for every option
         from rankopt.core.errors import RankoptError
         from rankopt.core.options import parse_pairs, typed_options
         from rankopt.experiments.tasks import load_task
+        from rankopt.model.forward import device_of
         from rankopt.report.html import write_report
         from rankopt.report.training import lines
         from rankopt.search.runners import RunnerSettings, make_runner, session, trainer_of
@@ -109,7 +113,8 @@ def train(  # noqa: PLR0913  # a parameter for every option
         recipe = dataclasses.replace(base, **given, seed=seed)
         if teacher is not None and not recipe.distill:
             raise RankoptError("--teacher is not listened to with distill=0: give --option distill=0.5, say")
-        found, other = load_task(task), None if teacher is None else load_task(teacher)
+        found = loaded(task, device)
+        other = None if teacher is None else load_task(teacher, str(device_of(found.model)))
         out, display, stop = out or run / "trained", ProgressBar(), StopCondition(minutes)
         runner = make_runner(
             RunnerSettings(min(workers, 1), ray_address, gpus_per_trial, cpus_per_trial=cpus_per_trial)

@@ -17,6 +17,7 @@ from torch import nn
 from rankopt.core.errors import TaskError
 from rankopt.core.records import Task
 from rankopt.core.task_file import as_a_script, load_file
+from rankopt.model.forward import move
 
 BUILT_IN = ("digits",)
 
@@ -24,15 +25,17 @@ BUILT_IN = ("digits",)
 HELP = f"name a built-in task ({', '.join(BUILT_IN)}), FILE.py:function or package.module:function"
 
 
-def load_task(name: str) -> Task:
+def load_task(name: str, device: str | None = None) -> Task:
     """Load a task.
 
     Args:
         name: A built-in task, FILE.py:function or package.module:function. The file or module is the user's own code
             and is run.
+        device: Where its model is moved to, as cuda or cuda:1. Default: it stays where the task put it.
 
     Raises:
-        TaskError: If there is no such task, its code fails, or it returns something else than a `Task` of a module.
+        TaskError: If there is no such task, its code fails, it returns something else than a `Task` of a module, or
+            there is no such device.
     """
     if name in BUILT_IN:
         function = getattr(importlib.import_module(f"rankopt.experiments.{name}"), name)
@@ -49,6 +52,8 @@ def load_task(name: str) -> Task:
     if not isinstance(task.model, nn.Module):
         raise TaskError(f"task {name!r} has a model of type {type(task.model).__name__}: give an nn.Module")
     task.name = name
+    if device is not None:
+        move(task.model, device)
     return task
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -211,6 +211,30 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def move(model: nn.Module, device: str) -> None:
+    """Move a model, in place.
+
+    Args:
+        model: The model.
+        device: Where to, as torch names it.
+
+    Raises:
+        TaskError: There is no such device, or the model does not move.
+    """
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise TaskError(f"unknown device {device!r}: cpu, cuda, or cuda:1 of several GPUs") from None
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise TaskError(f"device {device}: torch finds {torch.cuda.device_count() or 'no'} GPU(s) on this machine")
+    try:
+        model.to(wanted)
+    except Exception as error:  # whatever a model's own to() raises
+        raise TaskError(f"the model cannot be moved to {device}: {error}") from error
+    if (found := device_of(model)).type != wanted.type:
+        raise TaskError(f"the model was moved to {device} and is on {found}: its own to() does not move it")
+
+
 def device_name(device: torch.device) -> str:
     """Name a device for a report: a GPU by its number on the machine, whatever CUDA_VISIBLE_DEVICES hides.
 
@@ -278,6 +302,37 @@ def take(x: Any, part: slice | Tensor) -> Any:
         return type(rows)(rows[part] if isinstance(part, slice) else [rows[i] for i in part.tolist()])
 
     return map_batched(x, some)
+
+
+def join(batches: Sequence[Any]) -> Any | None:
+    """Several batches as one, in their order; None where they cannot be one.
+
+    Batches can be one if all that they hold is tensors with a row for each example, of equal types and shapes but for
+    the rows: not where texts are padded to the longest one of a batch.
+
+    Args:
+        batches: Nested inputs.
+    """
+
+    layouts = [_layout(x) for x in batches]
+    if layouts[0] is None or any(layout != layouts[0] for layout in layouts):
+        return None
+    columns = iter([torch.cat(rows) for rows in zip(*map(input_tensors, batches), strict=True)])
+    return map_tensors(batches[0], lambda _: next(columns))
+
+
+def _layout(x: Any) -> Any | None:
+    """The structure of a batch, with the type and shape of a row of each tensor; None where not all have examples."""
+    if isinstance(x, Undivided):
+        return None
+    n, leaves = batch_size(x), list[Any]()
+
+    def keep(value: Tensor | Examples) -> None:
+        rows = isinstance(value, Tensor) and value.ndim and len(value) == n
+        leaves.append((value.dtype, value.device, value.shape[1:]) if isinstance(value, Tensor) and rows else None)
+
+    structure = map_tensors(x, keep, (Tensor, Examples))
+    return None if None in leaves else (structure, leaves)
 
 
 # --- running a model -----------------------------------------------------------------------------

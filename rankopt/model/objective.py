@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt.core.errors import TaskError
-from rankopt.model.forward import batch_size, class_axis, inference, map_tensors, outputs, run, take, to_device
+from rankopt.model.forward import batch_size, class_axis, inference, join, map_tensors, outputs, run, take, to_device
 
 CHUNK = 2**20  # numbers of an output that are compared at once, in float64 (8 MB)
 KEPT = 2**30  # bytes of the dense model's outputs that are kept; it is run again for the others
@@ -199,6 +199,20 @@ class Divergence:
             at += n
         part.examples = sum(map(batch_size, part.batches))
         return part
+
+    def joined(self) -> Divergence:
+        """The same with all batches as one, where they can be: one larger run is faster than several small ones, above
+        all on a GPU, which chooses its kernels for every new size of a batch."""
+        if not self.divisible or len(self.batches) < 2 or (batch := join(self.batches)) is None:
+            return self
+        kept = [zs for zs in self.reference if zs is not None]
+        reference = join(kept) if self.kept else None
+        if self.kept and reference is None:
+            return self
+        same = copy.copy(self)
+        same.batches, same.reference = [batch], [reference]
+        same.lengths = [[self.examples] * len(self.parts)]
+        return same
 
     @property
     def kept(self) -> bool:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from rankopt.candidates.cache import FactorStore
@@ -18,7 +17,7 @@ from rankopt.core.errors import TaskError
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal
 from rankopt.decompositions.plan import apply
-from rankopt.model.forward import device_name, device_of
+from rankopt.model.forward import device_name, device_of, move
 from rankopt.model.objective import call
 from rankopt.search.fidelity import FULL_FIDELITY, FidelitySchedule
 from rankopt.search.trained_plans import TrainedPlans
@@ -110,11 +109,9 @@ class Evaluator:
         Raises:
             TaskError: If the model does not move.
         """
-        self.model.to(device)
+        move(self.model, device)
         if self.network is not None:
-            self.network.to(device)
-        if (found := device_of(self.model).type) != torch.device(device).type:
-            raise TaskError(f"the model was moved to {device} and is on {found}: its own to() does not move it")
+            move(self.network, device)
 
     def __call__(self, proposal: Proposal) -> tuple[float, float | None]:
         """Evaluate at full fidelity.

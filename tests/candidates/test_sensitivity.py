@@ -263,6 +263,26 @@ def test_parts_of_the_objective_add_up_to_the_whole():
         assert values.mean().item() == pytest.approx(whole(other), rel=1e-6)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_sample_from_several_batches_is_one_batch(kept, monkeypatch):
+    if not kept:
+        monkeypatch.setattr(objective, "KEPT", 0)
+    model, other, x = Chain(2), Chain(2), torch.randn(50, 6)
+    part = Divergence(model, x.split(16)).part(torch.arange(1, 50, 2))
+    joined = part.joined()
+    assert [len(batch) for batch in joined.batches] == [25] and len(part.batches) == 4
+    torch.testing.assert_close(joined.by_unit(other), part.by_unit(other))
+
+
+def test_sequences_of_several_lengths_stay_in_their_batches():
+    class Tagger(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).transpose(1, 2)
+
+    part = Divergence(Tagger(6, 5), [torch.randn(4, n, 6) for n in (3, 7)]).part(torch.arange(1, 8))
+    assert part.joined() is part
+
+
 # --- other processes -----------------------------------------------------------------------------------
 
 

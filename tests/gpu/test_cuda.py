@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from statistics import median
 
 import pytest
@@ -25,6 +26,7 @@ from rankopt.search.compress import run_search
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.settings import SearchSettings
 from rankopt.strategies.registry import make_strategy
+from tests.helpers.command import run
 from tests.helpers.latency import SPACE, make_task
 from tests.helpers.layers import ONE_EACH
 from tests.helpers.spaces import QUICK
@@ -83,6 +85,13 @@ def test_the_whole_job_stays_on_the_device(tmp_path):
     loaded = rankopt.load(on_gpu().model, tmp_path / "run")
     x = task.example_input.cuda()
     torch.testing.assert_close(loaded(x), result.model(x))
+
+
+def test_a_search_on_the_command_line_moves_the_model(tmp_path, quick_space):
+    out = tmp_path / "run"
+    run("search", "digits", "--budget", "params=0.3", "--device", "cuda", "--space", quick_space, "--out", out)
+    assert "cuda" in json.loads((out / "result.json").read_text())["environment"]["device"]
+    run("train", out, "--task", "digits", "--device", "cuda", "--epochs", 1)
 
 
 def test_half_precision_models(tmp_path):

@@ -1,6 +1,9 @@
 """Pools of processes, pretended."""
 
+import io
 import pickle
+
+from torch import Tensor
 
 from rankopt.candidates.pool import pack, work
 
@@ -13,7 +16,26 @@ class Elsewhere:
 
     def __call__(self, function, calls, memory, shared=None):
         parcel = pickle.loads(pickle.dumps(pack(shared, other_machines=False)))
+        calls = list(calls)
+        assert memory > 0 and all(map(_goes_alone, calls)), "what a tensor was cut from goes with it"
         sent = [pickle.loads(pickle.dumps((function, *arguments))) for arguments in calls]
         self.calls += len(sent)
-        assert memory > 0 and max(len(pickle.dumps(x)) for x in sent) < 50_000, "a whole batch goes with each call"
         yield from (work(parcel, *arguments) for arguments in reversed(sent))
+
+
+class _Pickler(pickle.Pickler):
+    """Counts the bytes of all tensors."""
+
+    tensors = 0
+
+    def reducer_override(self, value):
+        if isinstance(value, Tensor):
+            self.tensors += value.nbytes
+        return NotImplemented
+
+
+def _goes_alone(arguments):
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(arguments)
+    return file.tell() < pickler.tensors + 40_000

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankopt.model.forward import hooked, take
+from rankopt.model.forward import Examples, Undivided, hooked, join, take
 
 
 class Pair(NamedTuple):
@@ -83,3 +83,25 @@ def test_a_batch_is_cut_where_a_tensor_has_its_examples():
     assert isinstance(part["pair"], Pair)
     assert part["pair"].x.tolist() == [[2], [3]] and part["pair"].mask.shape == (2,)
     assert part["rest"][0] is table and part["rest"][1] is scalar and part["rest"][2] == "text"
+
+
+def test_batches_are_joined_where_they_can_be_one():
+    x = torch.randn(5, 3)
+    joined = join([{"a": Pair(x[:2], x[:2] > 0)}, {"a": Pair(x[2:], x[2:] > 0)}])
+    assert torch.equal(joined["a"].x, x) and torch.equal(joined["a"].mask, x > 0)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [torch.zeros(2, 3), torch.zeros(2, 4)],  # padded to the longest of each
+        [(torch.zeros(2, 3), torch.zeros(4)), (torch.zeros(2, 3), torch.zeros(4))],  # a table for all examples
+        [{"x": torch.zeros(2, 3)}, {"x": torch.zeros(2, 3), "mask": torch.zeros(2, 3)}],
+        [(torch.zeros(2, 3), 1), (torch.zeros(2, 3), 2)],
+        [torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float64)],
+        [Examples([torch.zeros(2)]), Examples([torch.zeros(2)])],
+        [Undivided(torch.zeros(2, 3)), Undivided(torch.zeros(2, 3))],
+    ],
+)
+def test_batches_that_cannot_be_one_are_not_joined(batches):
+    assert join(batches) is None
