@@ -195,14 +195,14 @@ def test_a_training_on_ray_takes_place_on_the_gpu_and_returns_to_the_cpu(tmp_pat
     """What the actor does, in this process; models come from a machine without a GPU."""
     from rankopt.candidates.pool import pack
     from rankopt.experiments.tasks import load_task
-    from rankopt.search.ray.training import Resources, Training
+    from rankopt.search.ray.away import Job, Resources, Workplace
+    from rankopt.search.ray.training import _train
 
     own, recipe = load_task("digits"), Recipe(epochs=1)
-    training = Training(pack((own.model, own, recipe, None), False), None, Resources(1, 1, 1), str(tmp_path))
-    while not training.ended.wait(1):
-        pass
-    update = training.poll(0)
+    parcel, job = pack((own.model, own, recipe, None), False), Job("the training", _train, None, folder=tmp_path)
+    training = Workplace(parcel, job, {}, Resources(1, 1, 1))
+    update = training.poll(600)
     training.close()
-    assert update.error is None and update.checkpoint
-    assert update.trained.info["execution"]["device"].startswith("cuda")
-    assert all(p.device.type == "cpu" for p in update.trained.model.parameters())
+    assert update.error is None and update.files
+    assert update.result.info["execution"]["device"].startswith("cuda")
+    assert all(p.device.type == "cpu" for p in update.result.model.parameters())

@@ -203,6 +203,13 @@ def check_resources(gpus: float, cpus: float) -> None:
         )
 
 
+def other_machines() -> bool:
+    """Whether the cluster has machines other than this one."""
+    import ray
+
+    return any(node["Alive"] and node["NodeManagerHostname"] != socket.gethostname() for node in ray.nodes())
+
+
 def reach(address: str) -> None:
     """Check that something answers at an address; Ray would try for two minutes and then exit the process.
 
