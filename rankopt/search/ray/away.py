@@ -259,8 +259,10 @@ def _content(path: Path) -> bytes | None:
     try:
         if path.suffix != ".db":
             return path.read_bytes()
-        file = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
+        file = sqlite3.connect(f"{path.as_uri()}?mode=ro", WAIT, isolation_level=None, uri=True)
         with closing(file), closing(sqlite3.connect(":memory:")) as copy:
+            file.execute("BEGIN")
+            file.execute("SELECT * FROM sqlite_master").fetchone()  # fails where others write; `backup` would wait
             file.backup(copy)
             return copy.serialize()
     except (OSError, sqlite3.Error):  # a database that is busy for long is fetched the next time
