@@ -140,6 +140,7 @@ def _run_tuning(study: StudyFile, out: Path, runner: Runner, cache: Path | None,
     display = ProgressBar()
     with TuningStudy(study, load_task(study.task), out).open() as searches:
         several = crew_of(runner) is not None
+        display.note("searches")
         text = (lambda: display.text) if several else (lambda: "searches")
         with display.lines(text, study.searches, len(searches.done()), alone=several) as advance:
 

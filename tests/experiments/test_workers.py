@@ -183,6 +183,14 @@ def test_cases_that_are_stopped_go_on(write, tmp_path):
     assert [e.name for e in again if isinstance(e, CaseFinished)] == ["macs", "learnt"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_case_that_asked_for_a_gpu_is_not_done_on_the_cpu(write, tmp_path):
+    study = read_study(write(CASES))
+    events = run_cases(study, tmp_path / "out", PretendedCrew(2, 0, 1.0), None, StopCondition(), ProgressBar())
+    failed = [e.error for e in events if not isinstance(e, CaseStarted)]
+    assert len(failed) == 3 and all("CUDA" in str(error) for error in failed)
+
+
 def test_limits_of_a_trial_are_refused_where_a_worker_does_a_whole_search(write, tmp_path):
     study = read_study(write(CASES))
     runner = make_runner(RunnerSettings(workers=2, trial_timeout=5))

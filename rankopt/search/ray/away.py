@@ -329,7 +329,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 @dataclass
-class Crew:
+class Dispatcher:
     """Does jobs in workers of the Ray that this process is connected to, some at a time.
 
     Attributes:
@@ -374,7 +374,12 @@ class Crew:
     def _begin(self) -> list[tuple[Job, Update]]:
         begun = []
         while len(self.running) < self.at_once and not self.stop() and (job := self.next_job()) is not None:
-            self.running.append(_Running(job, self._send(job.shared), set(job.files)))
+            try:
+                parcel = self._send(job.shared)
+            except RankoptError as error:  # that of another job may be sent
+                begun.append((job, Update(ended=True, error=error)))
+                continue
+            self.running.append(_Running(job, parcel, set(job.files)))
             self.running[-1].start(self.resources)
             begun.append((job, Update("waiting for a worker")))
         return begun

@@ -24,7 +24,7 @@ from rankopt.core.files import available_cores
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal, Task, Trial
 from rankopt.search.loop import WAIT, Evaluate, Outcome, Study, proposals
-from rankopt.search.ray.away import Crew, Job, Resources, Update
+from rankopt.search.ray.away import Dispatcher, Job, Resources, Update
 from rankopt.search.ray.session import check_resources, keep_logs, line, other_machines, quiet, started, surroundings
 from rankopt.search.ray.tasks import in_any_order
 from rankopt.search.ray.training import train_away
@@ -173,8 +173,8 @@ class RaySearch:
         """Do jobs in workers with the CPUs and GPUs of a trial, `workers` at a time.
 
         Args:
-            next_job: As of `Crew`.
-            stop: As of `Crew`.
+            next_job: As of `Dispatcher`.
+            stop: As of `Dispatcher`.
 
         Yields:
             News of the jobs.
@@ -184,17 +184,17 @@ class RaySearch:
         """
         resources = Resources(self.cpus, self.gpus, self.threads)
         with self.session():
-            crew = Crew(next_job, self.workers, resources, stop)
+            dispatcher = Dispatcher(next_job, self.workers, resources, stop)
             folder = self._start()
             try:
                 while True:
                     with quiet(folder):
-                        news = crew.step()
+                        news = dispatcher.step()
                     if news is None:
                         return
                     yield from news
             finally:
-                crew.close()
+                dispatcher.close()
                 if self.out:
                     keep_logs(Path(folder), self.out / RESULTS, self.out / "logs")
 
