@@ -29,6 +29,8 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a task may read files by relative paths
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # with Ray's 15, trials starve on a machine that does something else, too
+    "RAY_preload_python_modules": "rankopt.search.ray.preload",
+    "RAY_prestart_worker_first_driver": "0",  # workers that no trial gets, before those of the trials
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # a GCS that was killed does not come back
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV and JSON per trial
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's handler would end the run as if complete
