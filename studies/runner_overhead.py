@@ -1,7 +1,8 @@
 """What running trials costs beside the trials: in this process, on Ray with 1 and 2 workers, on paper with 100.
 
     python studies/runner_overhead.py            # about half an hour on two cores
-    python studies/runner_overhead.py --quick    # 1 s trials only
+    python studies/runner_overhead.py --quick    # 1 s trials only, nothing is written
+    python studies/runner_overhead.py --only start    # that table again, the others stay
 
 A trial is a real evaluation of the digits network, which then waits until its length is reached: so that what is
 measured is the runner, on whatever machine. Written: studies/results/runner_overhead.{json,md}.
@@ -14,6 +15,7 @@ import datetime
 import json
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ from rankopt.strategies.registry import make_strategy
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = {0.1: 30, 1.0: 12, 5.0: 6}  # seconds of a trial -> how many
 SPACE = SearchSpace(families=("svd_out", "cp_merged"), points=6, steps=20)
+SHORT, MANY = 0.3, 16  # seconds of a trial, and trials, of a search that ends almost before Ray has started
+ALLOWED = 12.0  # seconds that it may take longer on Ray than in this process
 SEED = 0
 
 
@@ -113,6 +117,24 @@ def driver(layers: int, strategy: str, options: dict[str, Any], trials: int) -> 
     return {k: float(np.mean(v[-max(1, len(v) // 3) :])) for k, v in spent.items()} | {"trials": len(spent["ask"])}
 
 
+def start_text(data: dict[str, Any]) -> list[str]:
+    """The table of a short search."""
+    rows = data["start"]
+    lines = [
+        "",
+        f"## A short search: {MANY} trials of {SHORT:g} s",
+        "",
+        f"Measured {rows[0]['date']}, {rows[0]['machine']}. The aim: at most {ALLOWED:g} s more on Ray.",
+        "",
+        "| runner | first trial starts after | all | more than in process |",
+        "|---|---|---|---|",
+    ]
+    for r in rows:
+        more = r["total"] - rows[0]["total"]
+        lines.append(f"| {r['runner']} | {r['first']:.1f} s | {r['total']:.1f} s | {more:.1f} s |")
+    return lines
+
+
 def text(data: dict[str, Any]) -> str:
     """The tables."""
     lines = [
@@ -130,6 +152,7 @@ def text(data: dict[str, Any]) -> str:
             f"| {r['runner']} | {r['seconds']:g} s | {r['trials']} | {r['first']:.2f} s | "
             f"{1000 * r['per_trial']:.0f} ms | {r['share']:.1%} | {r['end']:.2f} s |"
         )
+    lines += start_text(data) if "start" in data else []
     lines += [
         "",
         "## On paper: 100 workers",
@@ -155,31 +178,50 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--machine", default="two shared cores")
+    parser.add_argument("--only", choices=("runners", "start", "driver"), help="measure one table, keep the others")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    data = _kept() if arguments.only else {}
     prepared = prepare(load_task("digits"), SPACE)
-    lengths = {1.0: 6} if arguments.quick else LENGTHS
-    runners = {"in-process": (search, 1), "Ray, 1 worker": (RaySearch(1), 1), "Ray, 2 workers": (RaySearch(2), 2)}
-    data: dict[str, Any] = {
-        "date": str(datetime.date.today()),
-        "machine": arguments.machine,
-        "runners": [],
-        "driver": [],
-    }
-    for name, (runner, workers) in runners.items():
+    origin = {"date": str(datetime.date.today()), "machine": arguments.machine}
+    if arguments.only in (None, "runners"):
+        data |= origin | {"runners": _measured(prepared, (0, 1, 2), {1.0: 6} if arguments.quick else LENGTHS)}
+    if arguments.only in (None, "start"):
+        data["start"] = [row | origin for row in _measured(prepared, (0, 1, 2, 4), {SHORT: MANY})]
+    if arguments.only in (None, "driver"):
+        data["driver"] = _driven((20,) if arguments.quick else (20, 60, 200))
+    if not arguments.quick:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "runner_overhead.json").write_text(json.dumps(data, indent=1))
+        (RESULTS / "runner_overhead.md").write_text(text(data))
+
+
+def _kept() -> dict[str, Any]:
+    kept: dict[str, Any] = json.loads((RESULTS / "runner_overhead.json").read_text())
+    return kept
+
+
+def _measured(prepared: Prepared, numbers: Sequence[int], lengths: Mapping[float, int]) -> list[dict[str, Any]]:
+    """A row for each number of workers, 0 for this process, and each length of a trial."""
+    rows = []
+    for workers in numbers:
+        runner = RaySearch(workers) if workers else search
+        name = f"Ray, {workers} worker{'s' * (workers > 1)}" if workers else "in-process"
         for seconds, trials in lengths.items():
-            row = {"runner": name, "seconds": seconds, "trials": trials}
-            data["runners"].append(row | measure(prepared, runner, workers, seconds, trials))
-            print(data["runners"][-1], flush=True)
+            found = measure(prepared, runner, max(workers, 1), seconds, trials)
+            rows.append({"runner": name, "seconds": seconds, "trials": trials} | found)
+            print(rows[-1], flush=True)
+    return rows
+
+
+def _driven(sizes: Sequence[int]) -> list[dict[str, Any]]:
     strategies = {"random": {}, "optuna (gp)": {}, "optuna (tpe)": {"sampler": "tpe"}, "thompson": {}}
-    for layers in (20,) if arguments.quick else (20, 60, 200):
+    rows = []
+    for layers in sizes:
         for label, options in strategies.items():
-            name = label.split()[0]
-            data["driver"].append({"layers": layers, "strategy": label} | driver(layers, name, options, 45))
-            print(data["driver"][-1], flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "runner_overhead.json").write_text(json.dumps(data, indent=1))
-    (RESULTS / "runner_overhead.md").write_text(text(data))
+            rows.append({"layers": layers, "strategy": label} | driver(layers, label.split()[0], options, 45))
+            print(rows[-1], flush=True)
+    return rows
 
 
 if __name__ == "__main__":

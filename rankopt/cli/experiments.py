@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from rankopt.core.progress import StopCondition
 from rankopt.core.run_folder import folder_lock, read_result
 from rankopt.core.signals import received
 from rankopt.search.progress import LiveRunner, ProgressBar
-from rankopt.search.runners import make_runner, session
+from rankopt.search.runners import crew_of, make_runner, session
 
 if TYPE_CHECKING:
     from rankopt.experiments.config import StudyFile
@@ -52,17 +53,22 @@ def run(  # noqa: PLR0913  # a parameter for every option
     ] = None,
     cache: CacheFolder = None,
     workers: Annotated[
-        int | None, typer.Option(help="Ray Tune workers of each search", show_default=FILES, rich_help_panel=RAY)
+        int | None,
+        typer.Option(
+            help="Ray workers: for one search each does trials, for several cases or searches each does one of these",
+            show_default=FILES,
+            rich_help_panel=RAY,
+        ),
     ] = None,
     ray_address: Annotated[
         str | None, typer.Option(help="a running Ray cluster, or auto", show_default=FILES, rich_help_panel=RAY)
     ] = None,
     gpus_per_trial: Annotated[
         float | None,
-        typer.Option(help="GPUs of one Ray trial, may be a fraction", show_default=FILES, rich_help_panel=RAY),
+        typer.Option(help="GPUs of one worker, may be a fraction", show_default=FILES, rich_help_panel=RAY),
     ] = None,
     cpus_per_trial: Annotated[
-        float | None, typer.Option(help="CPUs of one Ray trial", show_default=FILES, rich_help_panel=RAY)
+        float | None, typer.Option(help="CPUs of one worker", show_default=FILES, rich_help_panel=RAY)
     ] = None,
 ) -> None:
     """Run a study's file, or resume it: one search, a list of cases, or a search for hyperparameters.
@@ -133,7 +139,10 @@ def _run_tuning(study: StudyFile, out: Path, runner: Runner, cache: Path | None,
 
     display = ProgressBar()
     with TuningStudy(study, load_task(study.task), out).open() as searches:
-        with display.lines(lambda: "searches", study.searches, len(searches.done())) as advance:
+        several = crew_of(runner) is not None
+        display.note("searches")
+        text = (lambda: display.text) if several else (lambda: "searches")
+        with display.lines(text, study.searches, len(searches.done()), alone=several) as advance:
 
             def report(text: str) -> None:
                 advance()
@@ -156,20 +165,38 @@ def _run_cases(
     study: StudyFile, out: Path, runner: Runner, cache: Path | None, stop: StopCondition, only: Sequence[str]
 ) -> bool:
     """All cases, or some, each with its report, and the table of all that are finished."""
-    from rankopt.experiments.cases import CaseStarted, finished_cases, run_cases
+    from rankopt.experiments.cases import CaseFailed, CaseStarted, case_crew, chosen_cases, finished_cases, run_cases
     from rankopt.report.cases import MARKDOWN, table, write
     from rankopt.report.html import write_report
 
-    for event in run_cases(study, out, runner, cache, stop, ProgressBar(), only):
-        if isinstance(event, CaseStarted):
-            echo(f"{event.name}:" if event.minutes is None else f"{event.name} (about {event.minutes:g} minutes):")
-            continue
-        write_report(event.folder)
-        with folder_lock(out, wait=True):  # several processes may share a study
-            write(out, study.path, finished_cases(study, out), len(study.cases))
+    cases, display = chosen_cases(study, only), ProgressBar()
+    failed: list[CaseFailed] = []
+    with _case_lines(display, len(cases), case_crew(cases, runner) is not None) as advance:
+        for event in run_cases(study, out, runner, cache, stop, display, only):
+            if isinstance(event, CaseStarted):
+                echo(f"{event.name}:" if event.minutes is None else f"{event.name} (about {event.minutes:g} minutes):")
+                continue
+            advance()
+            if isinstance(event, CaseFailed):
+                display.say(f"{event.name}: failed, {event.error}")
+                failed.append(event)
+                continue
+            write_report(event.folder)
+            with folder_lock(out, wait=True):  # several processes may share a study
+                write(out, study.path, finished_cases(study, out), len(study.cases))
     if rows := finished_cases(study, out):
         echo(table(rows))
         echo(f"written: {out / MARKDOWN}")
     if len(rows) < len(study.cases):
         echo(f"{len(rows)} of {len(study.cases)} cases are done: the same command goes on")
-    return {row["case"] for row in rows} >= set(only or (case.name for case in study.cases))
+    if failed:
+        raise RankoptError("; ".join(f"case {x.name} failed: {x.error}" for x in failed))
+    return {row["case"] for row in rows} >= {case.name for case in cases}
+
+
+def _case_lines(display: ProgressBar, total: int, several: bool) -> AbstractContextManager[Callable[..., None]]:
+    """Context: of several cases at a time a line says how far they are; a single one shows its own progress."""
+    if several:
+        display.note("cases")
+        return display.lines(lambda: display.text, total, alone=True)
+    return nullcontext(lambda: None)

@@ -305,3 +305,31 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Context: a piece of work is this process's own, unless another process has it. Who is killed has it no longer.
+
+    Args:
+        path: A file that stands for the work, and is there only as long as someone has it.
+
+    Yields:
+        Whether it is this process's.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    try:
+        descriptor = lock_folder(path)
+    except (StudyError, FileNotFoundError):
+        yield False
+        return
+    ours = False
+    try:
+        # It may be the file of a process that removed it in between: then a third process may have made another.
+        ours = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+        yield ours
+    finally:
+        if ours:
+            path.unlink(missing_ok=True)
+        os.close(descriptor)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from rankopt.core.records import Task
@@ -52,6 +51,8 @@ def data(part: slice) -> tuple[Tensor, Tensor]:
     Returns:
         Images (n, 1, 8, 8) in [0, 1] and labels (n,).
     """
+    from sklearn.datasets import load_digits  # a second of CPU time, which workers that evaluate do not need
+
     x, y = load_digits(return_X_y=True)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[part]
     return torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8)[order], torch.tensor(y)[order]

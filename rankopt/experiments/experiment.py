@@ -8,27 +8,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rankopt.candidates.cache import Cache
 from rankopt.candidates.prepare import Prepared, prepare
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError, StudyError
-from rankopt.core.files import without_folder, write_beside
+from rankopt.core.files import digest, without_folder, write_beside
 from rankopt.core.progress import Display, StopCondition, graceful_interrupt
 from rankopt.core.records import METRICS, Task
 from rankopt.core.result_record import TrainingSource
-from rankopt.core.run_folder import RESULT, check_no_links
+from rankopt.core.run_folder import RESULT, check_no_links, claim
 from rankopt.core.schema import checked, read_json
 from rankopt.core.text import reason
 from rankopt.experiments.tasks import load_task
 from rankopt.model.objective import call
 from rankopt.search.compress import open_run_folder, run_search
-from rankopt.search.loop import Runner
+from rankopt.search.loop import WAIT, Runner
 from rankopt.search.result import Result
-from rankopt.search.runners import pool_of, trainer_of
+from rankopt.search.runners import trainer_of, workers_of
 from rankopt.search.settings import SearchSettings
 from rankopt.search.train_run import train_run, untrained_network, with_training
 from rankopt.strategies.registry import read_options, strategy_options
@@ -176,13 +178,51 @@ def read_settings(out: Path) -> dict[str, Any] | None:
     return settings
 
 
-def run_experiment(experiment: Experiment, prepared: Prepared, runner: Runner) -> Result:
+def prepare_experiment(
+    experiment: Experiment, task: Task, cache: Path | None, display: Display, runner: Runner, stop: StopCondition
+) -> Prepared:
+    """Prepare a task for an experiment; processes that prepare the same with one cache do it one after the other.
+
+    The first one makes what the others read from the cache.
+
+    Args:
+        experiment: The experiment.
+        task: Its task.
+        cache: Folder of fitted candidates; None for the default.
+        display: Shows progress.
+        runner: The runner of its search, which says where to prepare.
+        stop: Whether to stop, where no signal can reach this thread.
+
+    Raises:
+        KeyboardInterrupt: It was asked to stop.
+    """
+    folder = Cache(cache).folder
+    turn = folder / f"{digest(experiment.as_json(task.name)['task'], experiment.space.settings())}.turn"
+
+    def shown(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+        for item in display(items, what, total):
+            if stop.stopping:
+                raise KeyboardInterrupt
+            yield item
+
+    while True:
+        with claim(turn) as ours:
+            if ours:
+                return prepare(task, experiment.space, folder, shown, workers_of(runner), experiment.budget)
+        display.note("waiting for another process that prepares the same")
+        if stop.stopping:
+            raise KeyboardInterrupt
+        time.sleep(WAIT)
+
+
+def run_experiment(experiment: Experiment, prepared: Prepared, runner: Runner, teacher: Task | None = None) -> Result:
     """Search, then train the model of the plan that was found; nothing is kept on disk.
 
     Args:
         experiment: What to do.
         prepared: The task, prepared with the experiment's search space.
         runner: Runs the search.
+        teacher: The experiment's teacher. Default: it is loaded.
 
     Returns:
         The result of the training, or of the search if there is no training or the search was interrupted.
@@ -195,7 +235,7 @@ def run_experiment(experiment: Experiment, prepared: Prepared, runner: Runner) -
         if experiment.from_scratch
         else result.model
     )
-    teacher = _load_teacher(experiment.teacher)
+    teacher = teacher or load_teacher(experiment.teacher)
     origin: TrainingSource = {
         "run": "the search",
         "from_scratch": experiment.from_scratch,
@@ -211,8 +251,12 @@ def run_experiment(experiment: Experiment, prepared: Prepared, runner: Runner) -
 
 
 @functools.cache
-def _load_teacher(name: str) -> Task | None:
-    """Load a teacher's task; it is kept, since all searches of a study share it."""
+def load_teacher(name: str) -> Task | None:
+    """Load a teacher's task; it is kept, since all searches of a study share it.
+
+    Args:
+        name: Its name; empty for none.
+    """
     return load_task(name) if name else None
 
 
@@ -224,6 +268,7 @@ def run_in_folder(
     cache: Path | None,
     stop: StopCondition,
     display: Display,
+    teacher: Task | None = None,
 ) -> Path | None:
     """Do an experiment in a run folder, or resume it: search there, then train in the folder `trained` within.
 
@@ -237,6 +282,7 @@ def run_in_folder(
         cache: Folder of fitted candidates; None for the default.
         stop: Whether to stop the training, asked after every step.
         display: Shows progress.
+        teacher: The experiment's teacher. Default: it is loaded.
 
     Returns:
         The folder that holds the result: `out`, or `trained` in it. None if it was stopped before there was one.
@@ -251,7 +297,7 @@ def run_in_folder(
         resume = out.is_dir() and any(out.rglob("study.db"))
         settings = dataclasses.replace(experiment.search, resume=resume)
         open_run_folder(out, settings)
-        prepared = prepare(task, experiment.space, cache, display, pool_of(runner), experiment.budget)
+        prepared = prepare_experiment(experiment, task, cache, display, runner, stop)
         result = run_search(prepared, prepared.problem(experiment.budget), settings, out, runner, display)
         if result.info["trials"]["interrupted"]:
             return None
@@ -269,7 +315,7 @@ def run_in_folder(
                 task,
                 experiment.recipe,
                 trained,
-                teacher=_load_teacher(experiment.teacher),
+                teacher=teacher or load_teacher(experiment.teacher),
                 from_scratch=experiment.from_scratch,
                 resume=True,
                 stop=stop,

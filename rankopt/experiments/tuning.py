@@ -23,29 +23,33 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import optuna
+from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import rankdata
 from typing_extensions import TypedDict
 
-from rankopt.candidates.prepare import Prepared, prepare
+from rankopt.candidates.cache import Cache
+from rankopt.candidates.prepare import Prepared
 from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.files import write_beside
-from rankopt.core.progress import Display, Progress, StopCondition
+from rankopt.core.progress import Display, StopCondition
 from rankopt.core.records import METRICS, Task
 from rankopt.core.run_folder import RESULT, check_same, folder_lock, open_folder
 from rankopt.core.schema import checked
 from rankopt.experiments.config import OBJECTIVES, StudyFile
-from rankopt.experiments.experiment import Experiment, run_experiment, run_in_folder
+from rankopt.experiments.elsewhere import Shared, WorkerSearch, run_in_folder_away, status, to_device
+from rankopt.experiments.experiment import Experiment, load_teacher, prepare_experiment, run_experiment, run_in_folder
 from rankopt.search.loop import ALL_FAILED, Runner, RunUntil
+from rankopt.search.ray.away import Desk, Job, Update
 from rankopt.search.result import Result
-from rankopt.search.runners import pool_of
+from rankopt.search.runners import Crew, crew_of
 from rankopt.search.storage.local import STUDY, create_study, load_study, storage_errors
 from rankopt.strategies.optuna import derived
 from rankopt.strategies.optuna_plugins import SamplerFactory
@@ -62,9 +66,14 @@ MIN_RANDOM = 10  # searches with random settings, before the sampler learns; at 
 LOST = "lost"  # attribute of the Optuna study: trials whose process was killed; they do not count
 
 
+POSITION = "position"
+"""Attribute of a trial: its place in the order of asking. A search that was lost is made again in its place."""
+
+
 class Measured(TypedDict, total=False):
     """What a study keeps of a search; see `measurements`."""
 
+    position: int
     error: str
     score: float
     objective: float
@@ -121,14 +130,14 @@ class TuningStudy:
             yield self
 
     def _create_or_load(self) -> None:
-        """Open the database; trials that still run in it were killed, and are marked as lost."""
+        """Open the database; trials that still run or wait in it were killed, and are marked as lost."""
         if not self.path.exists():
             directions = [OBJECTIVES[name] for name in self.objectives]
             write_beside(self.path, lambda p: create_study(p, STUDY, self.metadata(), directions))
         self.study = load_study(self.path)
         remedy = "Go on with the same file, or give another --out"
         check_same(self.study.user_attrs, self.metadata(), self.path, "study", remedy)
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
             self.study.set_user_attr(LOST, [*self.study.user_attrs.get(LOST, ()), trial.number])
             self.study.tell(trial.number, state=TrialState.FAIL)
         for trial in self.done():
@@ -199,21 +208,55 @@ class TuningStudy:
         values = {h.name: h.from_optuna(params[h.name]) for h in self.study_file.hyperparameters}
         return self.study_file.experiment.with_values(values)
 
-    def _ask(self) -> optuna.Trial:
-        """Start the next trial; the first has the settings of the file, if they lie within the ranges."""
-        number = len(self.done())
-        n_random = max(MIN_RANDOM, 2 * len(self.distributions))
-        seed = derived(self.study_file.experiment.search.seed, number)
-        self.study.sampler = SamplerFactory("tpe", n_startup_trials=n_random).make(seed)
+    def _positions(self) -> dict[int, FrozenTrial]:
+        """The searches that have ended, by their place in the order of asking."""
+        return {t.user_attrs.get(POSITION, i): t for i, t in enumerate(self.done())}
+
+    def next_position(self, running: Collection[int], at_once: int) -> int | None:
+        """Find the place of the next search.
+
+        Args:
+            running: Places of searches that run.
+            at_once: How many may run.
+
+        Returns:
+            The place; None if there is none, or it has to wait for the result of an earlier one.
+        """
+        done = self._positions()
+        for position in range(self.study_file.searches):
+            if position not in done and position not in running:
+                return position if all(p in done for p in range(position - at_once + 1)) else None
+        return None
+
+    def ask(self, position: int, at_once: int = 1) -> optuna.Trial:
+        """Start the search of a place; the first has the settings of the file, if they lie within the ranges.
+
+        The sampler sees the results of all places up to `at_once` before this one, and of no others, whether they have
+        ended or not: so the settings do not depend on how long searches take.
+
+        Args:
+            position: The place.
+            at_once: How many searches run at a time.
+        """
         usual = self.study_file.experiment.tunable()
-        own = {h.name: h.to_optuna(usual[h.name]) for h in self.study_file.hyperparameters}
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))  # of a process that was killed
-        if number == 0 and not waiting and None not in own.values():
-            self.study.enqueue_trial(own)
+        params = {h.name: h.to_optuna(usual[h.name]) for h in self.study_file.hyperparameters}
+        if position > 0 or None in params.values():
+            params = self._draw(position, [t for p, t in sorted(self._positions().items()) if p <= position - at_once])
+        self.study.sampler = RandomSampler()  # which has nothing to decide
+        self.study.enqueue_trial(params, user_attrs={POSITION: position})
         return self.study.ask(self.distributions)
 
-    def run(self, deadline: float, runner: Runner, cache: Path | None, report: Report, progress: Progress) -> bool:
-        """Search until the study is complete.
+    def _draw(self, position: int, known: Sequence[FrozenTrial]) -> dict[str, Any]:
+        """Choose settings, given some results."""
+        n_random = max(MIN_RANDOM, 2 * len(self.distributions))
+        seed = derived(self.study_file.experiment.search.seed, position)
+        sampler = SamplerFactory("tpe", n_startup_trials=n_random).make(seed)
+        seen = optuna.create_study(directions=self.study.directions, sampler=sampler)
+        seen.add_trials(known)
+        return seen.ask(self.distributions).params
+
+    def run(self, deadline: float, runner: Runner, cache: Path | None, report: Report, display: Display) -> bool:
+        """Search until the study is complete. With Ray workers several searches run beside each other, one in each.
 
         Args:
             deadline: When to stop, on the clock of `time.monotonic`. No search begins that would probably not end by
@@ -221,7 +264,7 @@ class TuningStudy:
             runner: Runs the searches.
             cache: Folder of fitted candidates; None for the default.
             report: Shows a line on every search that ends.
-            progress: Shows the progress of preparations.
+            display: Shows the progress of preparations, or what runs.
 
         Returns:
             Whether the study is complete.
@@ -229,32 +272,58 @@ class TuningStudy:
         Raises:
             StudyError: If all of the first searches failed.
         """
-        spent: list[float] = []
         untested = dataclasses.replace(self.task, test=None)  # only the best search may see test data
+        if (crew := crew_of(runner)) is not None:
+            _BesideEachOther(self, crew, untested, deadline, cache, report).run(display)
+        else:
+            self._run_here(untested, deadline, runner, cache, report, display)
+        return len(self.done()) >= self.study_file.searches
+
+    def _run_here(
+        self, task: Task, deadline: float, runner: Runner, cache: Path | None, report: Report, display: Display
+    ) -> None:
+        spent: list[float] = []
         prepared: Prepared | None = None
-        while len(self.done()) < self.study_file.searches:
+        while (position := self.next_position((), 1)) is not None:
             if time.monotonic() + (median(spent) if spent else 0) > deadline:
-                return False
+                return
             start = time.monotonic()
-            trial = self._ask()
+            trial = self.ask(position)
             try:
                 experiment = self.experiment(trial.params)
                 if prepared is None or prepared.space != experiment.space:
-                    prepared = prepare(untested, experiment.space, cache, progress, pool_of(runner), experiment.budget)
+                    prepared = prepare_experiment(experiment, task, cache, display, runner, StopCondition())
                 result = run_experiment(experiment, prepared, runner)
-                found = {**measurements(result), "seconds": round(time.monotonic() - start, 3)}
-                self._record(trial, found, report)
+                self.record(trial, {**measurements(result), "seconds": round(time.monotonic() - start, 3)}, report)
             except Exception as error:  # noqa: BLE001  # otherwise each resumption would repeat it, and fail again
-                said = str(error) if isinstance(error, RankoptError) else f"{type(error).__name__}: {error}"
-                trial.set_user_attr("error", said)
-                self.study.tell(trial, state=TrialState.FAIL)
-                report(f"search {len(self.done())} of {self.study_file.searches}: failed, {said}")
-                self._stop_if_hopeless(said)
+                self.record_failure(trial, error, report)
             spent.append(time.monotonic() - start)
-        return True
 
-    def _record(self, trial: optuna.Trial, found: dict[str, Any], report: Report) -> None:
-        """Store a search's measurements."""
+    def record_failure(self, trial: optuna.Trial, error: Exception, report: Report) -> None:
+        """Store that a search failed.
+
+        Args:
+            trial: Its trial.
+            error: Why.
+            report: Shows a line on it.
+
+        Raises:
+            StudyError: If all of the first searches failed.
+        """
+        said = str(error) if isinstance(error, RankoptError) else f"{type(error).__name__}: {error}"
+        trial.set_user_attr("error", said)
+        self.study.tell(trial, state=TrialState.FAIL)
+        report(f"search {len(self.done())} of {self.study_file.searches}: failed, {said}")
+        self._stop_if_hopeless(said)
+
+    def record(self, trial: optuna.Trial, found: dict[str, Any], report: Report) -> None:
+        """Store a search's measurements.
+
+        Args:
+            trial: Its trial.
+            found: The measurements.
+            report: Shows a line on it.
+        """
         for key, value in found.items():
             trial.set_user_attr(key, value)
         self.study.tell(trial, [found[name] for name in self.objectives])
@@ -282,7 +351,79 @@ class TuningStudy:
         folder, experiment = self.out / f"search-{trial.number}", self.experiment(trial.params)
         if not experiment.training.trains and (folder / RESULT).is_file():
             return folder
+        if (crew := crew_of(runner)) is not None:
+            return run_in_folder_away(crew, experiment, self.task, folder, cache, stop, display)
         return run_in_folder(experiment, self.task, folder, runner, cache, stop, display)
+
+
+class _BesideEachOther:
+    """The searches of a study in Ray workers, `crew.workers` at a time."""
+
+    def __init__(
+        self, study: TuningStudy, crew: Crew, task: Task, deadline: float, cache: Path | None, report: Report
+    ) -> None:
+        self.study, self.crew, self.deadline, self.report = study, crew, deadline, report
+        self.shared: Shared = task, load_teacher(study.study_file.experiment.teacher)
+        self.cache = Cache(cache).folder.resolve()
+        self.running: dict[Job, _Begun] = {}
+        self.spent: list[float] = []
+
+    def run(self, display: Display) -> None:
+        """Search until all is done, or time is over and what runs has ended."""
+        notes: dict[int, str] = {}
+        with closing(self.crew.do(self.next_job)) as news:
+            for job, update in news:
+                begun = self.running[job]
+                notes[begun.position] = status(update)
+                if update.ended:
+                    del self.running[job], notes[begun.position]
+                    self.take(begun, update)
+                display.note(" · ".join(f"search {p + 1}: {note}" for p, note in notes.items()) or "searches")
+
+    def next_job(self) -> Job | None:
+        """The job of the next search; None if there is none now."""
+        study, at_once = self.study, self.crew.workers
+        while time.monotonic() + (median(self.spent) if self.spent else 0) <= self.deadline:
+            position = study.next_position([x.position for x in self.running.values()], at_once)
+            if position is None:
+                return None
+            begun = _Begun(position, study.ask(position, at_once), time.monotonic())
+            try:
+                arguments = study.experiment(begun.trial.params), self.cache
+            except RankoptError as error:
+                study.record_failure(begun.trial, error, self.report)
+                continue
+            job = Job(f"search {position + 1}", _search, self.shared, arguments)
+            self.running[job] = begun
+            return job
+        return None
+
+    def take(self, begun: _Begun, update: Update) -> None:
+        """Record a search that has ended."""
+        self.spent.append(time.monotonic() - begun.start)
+        if update.error is not None:
+            self.study.record_failure(begun.trial, update.error, self.report)
+        elif update.result is not None:
+            self.study.record(begun.trial, update.result, self.report)
+
+
+class _Begun(NamedTuple):
+    """A search that runs."""
+
+    position: int
+    trial: optuna.Trial
+    start: float
+
+
+def _search(shared: Shared, desk: Desk, experiment: Experiment, cache: Path) -> dict[str, Any]:
+    """In a worker: make a search. Returns what is kept of it."""
+    start = time.monotonic()
+    task, teacher = shared
+    to_device(desk, shared)
+    runner = WorkerSearch(desk)
+    prepared = prepare_experiment(experiment, task, cache, desk, runner, desk.stop)
+    result = run_experiment(experiment, prepared, runner, teacher)
+    return {**measurements(result), "seconds": round(time.monotonic() - start, 3)}
 
 
 def measurements(result: Result) -> dict[str, Any]:

@@ -308,7 +308,7 @@ class ProgressBar:
 
     @contextmanager
     def lines(
-        self, text: Callable[[], str], total: int, before: int = 0, work: float | None = None
+        self, text: Callable[[], str], total: int, before: int = 0, work: float | None = None, alone: bool = False
     ) -> Iterator[Callable[..., None]]:
         """Context: where there is no bar, a line says how many steps are done.
 
@@ -317,6 +317,7 @@ class ProgressBar:
             total: Number of steps.
             before: How many of them were done before.
             work: The work of the steps that are left, from which the time left is predicted. Default: their number.
+            alone: Whether nothing within draws: then the line is shown on a terminal, too.
 
         Yields:
             A function to call after every step, with its work unless all steps have the same.
@@ -337,7 +338,7 @@ class ProgressBar:
             return f"{text()}: {before + done} of {total}, {duration(elapsed)} elapsed" + (left and f", {left}")
 
         # On a terminal the work within draws for itself: rich has one live display at a time.
-        live = nullcontext() if _draws(self.screen) else _live(self.screen, line, share, self.interval)
+        live = nullcontext() if _draws(self.screen) and not alone else _live(self.screen, line, share, self.interval)
         with live:
             yield advance
 

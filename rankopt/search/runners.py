@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rankopt.candidates.pool import Pool
 from rankopt.core.errors import RankoptError
 from rankopt.search.loop import Runner
 from rankopt.search.loop import search as search_in_process
 from rankopt.training.finetune import Trained, finetune
+
+if TYPE_CHECKING:
+    from rankopt.search.ray.away import Job, Update
+    from rankopt.search.ray.worker import Limits
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,19 @@ def pool_of(runner: Runner) -> Pool | None:
     return pool()
 
 
+def workers_of(runner: Runner) -> int | Pool | None:
+    """Who prepares the task of a search, as `rankopt.candidates.prepare.prepare` takes it.
+
+    Args:
+        runner: The search's runner.
+
+    Returns:
+        Its Ray cluster, the number of processes that it allows, or None for one process per core.
+    """
+    processes: int | None = getattr(_innermost(runner), "processes", None)
+    return pool_of(runner) or processes
+
+
 def trainer_of(runner: Runner, on_ray: bool = False) -> Callable[..., Trained]:
     """What trains the plans that a search finds.
 
@@ -124,6 +141,40 @@ def trainer_of(runner: Runner, on_ray: bool = False) -> Callable[..., Trained]:
     inner = _innermost(runner)
     trainer: Callable[..., Trained] = getattr(inner, "finetune", finetune)
     return trainer if on_ray or pool_of(runner) is not None or getattr(inner, "gpus", 0.0) > 0 else finetune
+
+
+class Crew(Protocol):
+    """Does jobs in Ray workers, each with the resources of a trial."""
+
+    workers: int
+    limits: Limits
+
+    def do(self, next_job: Callable[[], Job | None], stop: Callable[[], bool] = ...) -> Generator[tuple[Job, Update]]:
+        """Do jobs, `workers` at a time; see `rankopt.search.ray.runner.RaySearch.do`."""
+
+
+def crew_of(runner: Runner) -> Crew | None:
+    """Who does whole searches beside each other.
+
+    Args:
+        runner: The runner of one search.
+
+    Returns:
+        Its Ray workers; None if it has none.
+
+    Raises:
+        RankoptError: The workers have limits that only trials of their own can keep.
+    """
+    inner = _innermost(runner)
+    if not hasattr(inner, "do"):
+        return None
+    crew: Crew = inner
+    if crew.limits.seconds or crew.limits.memory:
+        raise RankoptError(
+            "trial_timeout and trial_memory limit trials that have workers of their own; here each worker does a whole "
+            "search: leave them out, or name one case (--case)"
+        )
+    return crew
 
 
 def _innermost(runner: Any) -> Any:

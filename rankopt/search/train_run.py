@@ -77,7 +77,7 @@ def train_run(  # noqa: PLR0913  # all but four are optional and by keyword
     open_folder(out, resume, checkpoint.FILE)
     learnt_from = None if teacher is None else teacher.model
     source: TrainingSource = {
-        "run": str(run),
+        "run": ".." if out.parent == run else str(run),  # both may be moved
         "from_scratch": from_scratch,
         "teacher": None if teacher is None else teacher.name,
     }

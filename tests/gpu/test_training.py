@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -195,14 +196,37 @@ def test_a_training_on_ray_takes_place_on_the_gpu_and_returns_to_the_cpu(tmp_pat
     """What the actor does, in this process; models come from a machine without a GPU."""
     from rankopt.candidates.pool import pack
     from rankopt.experiments.tasks import load_task
-    from rankopt.search.ray.training import Resources, Training
+    from rankopt.search.ray.away import Job, Resources, Workplace
+    from rankopt.search.ray.training import _train
 
     own, recipe = load_task("digits"), Recipe(epochs=1)
-    training = Training(pack((own.model, own, recipe, None), False), None, Resources(1, 1, 1), str(tmp_path))
-    while not training.ended.wait(1):
-        pass
-    update = training.poll(0)
+    parcel, job = pack((own.model, own, recipe, None), False), Job("the training", _train, None, folder=tmp_path)
+    training = Workplace(parcel, job, {}, Resources(1, 1, 1))
+    update = training.poll(600)
     training.close()
-    assert update.error is None and update.checkpoint
-    assert update.trained.info["execution"]["device"].startswith("cuda")
-    assert all(p.device.type == "cpu" for p in update.trained.model.parameters())
+    assert update.error is None and update.files
+    assert update.result.info["execution"]["device"].startswith("cuda")
+    assert all(p.device.type == "cpu" for p in update.result.model.parameters())
+
+
+def test_a_whole_case_takes_place_on_the_gpu(tmp_path):
+    """What a worker of `rankopt run --workers N --gpus-per-trial 1` does, in this process."""
+    from rankopt.core.progress import StopCondition
+    from rankopt.experiments.cases import CaseFinished, run_cases
+    from rankopt.experiments.config import read_study
+    from rankopt.search.progress import ProgressBar
+    from rankopt.search.storage.local import read_trials
+    from tests.helpers.crews import PretendedCrew
+
+    (tmp_path / "study.toml").write_text(
+        'task = "digits"\nspace = { base = "default", families = ["svd_out"], points = 4, steps = 0 }\n'
+        "training = { epochs = 0.5 }\n"
+        '[[cases]]\nname = "a"\nbudget.params = 0.3\n[[cases]]\nname = "b"\nbudget.macs = 0.5\n'
+    )
+    study, out = read_study(tmp_path / "study.toml"), tmp_path / "out"
+    events = list(run_cases(study, out, PretendedCrew(2, -1, 1.0), None, StopCondition(), ProgressBar()))
+    assert [e.name for e in events if isinstance(e, CaseFinished)] == ["b", "a"], events
+    for case in ("a", "b"):
+        assert all(trial["device"].startswith("cuda") for trial in read_trials(out / case))
+        training = json.loads((out / case / "trained" / "result.json").read_text())["training"]
+        assert training["execution"]["device"].startswith("cuda")

@@ -13,7 +13,7 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from rankopt.core.files import available_cores
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal, Task, Trial
 from rankopt.search.loop import WAIT, Evaluate, Outcome, Study, proposals
-from rankopt.search.ray.session import check_resources, keep_logs, line, quiet, started, surroundings
+from rankopt.search.ray.away import Dispatcher, Job, Resources, Update
+from rankopt.search.ray.session import check_resources, keep_logs, line, other_machines, quiet, started, surroundings
 from rankopt.search.ray.tasks import in_any_order
-from rankopt.search.ray.training import Resources, train_away
+from rankopt.search.ray.training import train_away
 from rankopt.search.ray.tune_options import TuneOptions
-from rankopt.search.ray.worker import Limits, Payload, Worker, WorkerError, other_machines, pack
+from rankopt.search.ray.worker import Limits, Payload, Worker, WorkerError, pack
 from rankopt.training.finetune import Trained
 from rankopt.training.recipe import Recipe
 
@@ -162,16 +163,40 @@ class RaySearch:
         Raises:
             RankoptError: As of `train_away`, or Ray cannot be reached.
         """
+        with self.session():
+            place = folder or Path(tempfile.mkdtemp(dir=self._start()))
+            return train_away(self.do, model, task, recipe, folder=place, **options)
+
+    def do(
+        self, next_job: Callable[[], Job | None], stop: Callable[[], bool] = lambda: False
+    ) -> Generator[tuple[Job, Update]]:
+        """Do jobs in workers with the CPUs and GPUs of a trial, `workers` at a time.
+
+        Args:
+            next_job: As of `Dispatcher`.
+            stop: As of `Dispatcher`.
+
+        Yields:
+            News of the jobs.
+
+        Raises:
+            RankoptError: Ray cannot be reached, or no machine has what a job needs.
+        """
         resources = Resources(self.cpus, self.gpus, self.threads)
-        with self.session(), quiet(ray_folder := self._start()):
-            place = folder or Path(tempfile.mkdtemp(dir=ray_folder))
+        with self.session():
+            dispatcher = Dispatcher(next_job, self.workers, resources, stop)
+            folder = self._start()
             try:
-                return train_away(
-                    model, task, recipe, resources, other_machines=other_machines(), folder=place, **options
-                )
+                while True:
+                    with quiet(folder):
+                        news = dispatcher.step()
+                    if news is None:
+                        return
+                    yield from news
             finally:
+                dispatcher.close()
                 if self.out:
-                    keep_logs(Path(ray_folder), self.out / RESULTS, self.out / "logs")
+                    keep_logs(Path(folder), self.out / RESULTS, self.out / "logs")
 
     @property
     def threads(self) -> int:

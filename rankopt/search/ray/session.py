@@ -29,6 +29,8 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a task may read files by relative paths
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # with Ray's 15, trials starve on a machine that does something else, too
+    "RAY_preload_python_modules": "rankopt.search.ray.preload",
+    "RAY_prestart_worker_first_driver": "0",  # workers that no trial gets, before those of the trials
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # a GCS that was killed does not come back
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV and JSON per trial
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's handler would end the run as if complete
@@ -201,6 +203,13 @@ def check_resources(gpus: float, cpus: float) -> None:
             f"a trial asks for {gpus:g} GPUs, Ray sees {most:g} on a machine: lower gpus_per_trial "
             "(--gpus-per-trial), or give the address of a cluster with GPUs"
         )
+
+
+def other_machines() -> bool:
+    """Whether the cluster has machines other than this one."""
+    import ray
+
+    return any(node["Alive"] and node["NodeManagerHostname"] != socket.gethostname() for node in ray.nodes())
 
 
 def reach(address: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
-import socket
 import sys
 import time
 import traceback
@@ -24,7 +23,7 @@ from rankopt.core.task_file import Parcel
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.loop import ETA, Evaluate, Outcome, stages
-from rankopt.search.ray.session import line
+from rankopt.search.ray.session import line, other_machines
 from rankopt.search.ray.tune_options import TIME, VALUE
 
 
@@ -90,13 +89,6 @@ def pack(evaluate: Evaluate) -> tuple[Payload, Problem | None]:
         raise
     except Exception as error:
         raise TaskError(f"the task cannot be sent to Ray's workers ({line(error)}): search without workers") from error
-
-
-def other_machines() -> bool:
-    """Whether the cluster has machines other than this one."""
-    import ray
-
-    return any(node["Alive"] and node["NodeManagerHostname"] != socket.gethostname() for node in ray.nodes())
 
 
 def _portable(evaluator: Evaluator, elsewhere: bool) -> Evaluator:

@@ -27,8 +27,10 @@ from rankopt.search.loop import Study
 from rankopt.search.ray.runner import RaySearch
 from rankopt.strategies.allocation import allocate
 from rankopt.strategies.registry import make_strategy
+from rankopt.training import checkpoint
 from tests.helpers.problems import synthetic
 from tests.search.ray.test_runner import SPACE
+from tests.search.ray.test_training import Loss, away, here, weights
 
 ray = pytest.importorskip("ray")
 
@@ -139,6 +141,28 @@ def test_a_task_is_prepared_on_all_nodes_to_the_same_plan(killed_in, cluster, tm
 
 def on_node(shared, function, *arguments):
     return function(shared, *arguments), ray.get_runtime_context().get_node_id()
+
+
+class Held:
+    """Holds a CPU."""
+
+
+def test_a_training_goes_on_without_the_node_that_died_to_the_same_weights(cluster, tmp_path):
+    held = ray.remote(num_cpus=1)(Held).remote()  # so that the training takes place on the other node
+    ray.get(held.__ray_ready__.remote())
+    second = cluster.add_node(num_cpus=1)
+    loss, killed = Loss(tmp_path, seconds=0.2), []
+
+    def note(text):
+        if not killed and (tmp_path / checkpoint.FILE).is_file() and sum(loss.counts()) >= 6:
+            killed.extend(loss.counts())
+            ray.kill(held)
+            cluster.remove_node(second, allow_graceful=False)
+
+    trained = away(tmp_path, loss, note=note)
+    first, rest = loss.counts()
+    assert 6 <= killed[0] <= first < 18 and 18 - first <= rest < 18, "from the last checkpoint that had come here"
+    assert torch.equal(weights(trained), here(tmp_path))
 
 
 class Heavy:

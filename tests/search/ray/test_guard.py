@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from rankopt.core import run_folder
 from rankopt.core.run_folder import process_name
 from rankopt.search.ray import guard, session
+from rankopt.search.ray.tune_options import TuneOptions
 
 FAKE = """
 import sys, time
@@ -173,3 +175,30 @@ def test_a_stop_signal_ends_a_search_on_ray_in_good_order(stop, tmp_path, quick_
     assert process.wait(300) == 128 + stop and "--resume" in rest and "Traceback" not in rest, rest
     assert (tmp_path / "run" / "result.json").is_file()
     nothing_left(folder, pids)
+
+
+# --- what is asked of Ray ------------------------------------------------------------------------------
+
+
+def test_the_dashboard_is_started_if_it_is_asked_for(monkeypatch, tmp_path, caplog):
+    ray, asked = pytest.importorskip("ray"), []
+    found = SimpleNamespace(dashboard_url="127.0.0.1:8265")
+    monkeypatch.setattr(ray, "init", lambda **options: asked.append(options["include_dashboard"]) or found)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for wanted, said in ((False, ""), (True, "http://127.0.0.1:8265")):
+        (tmp_path / str(wanted)).mkdir()
+        with session.started(None, 1, str(tmp_path / str(wanted)), wanted):
+            assert bool(caplog.text) == wanted and said in caplog.text
+    assert asked == [False, True]
+
+
+def test_trials_are_logged_where_it_is_asked_for(monkeypatch):
+    """The packages are pretended: what Ray's callbacks do with them is Ray's."""
+    pytest.importorskip("ray.tune")
+    monkeypatch.setattr("rankopt.search.ray.tune_options.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
+    monkeypatch.setattr("ray.air.integrations.wandb.wandb", ModuleType("wandb"))
+    options = TuneOptions(tensorboard=True, log_to=("mlflow", "wandb"))
+    names = [type(callback).__name__ for callback in options.callbacks()]
+    assert names == ["TBXLoggerCallback", "MLflowLoggerCallback", "WandbLoggerCallback"]
+    assert TuneOptions().callbacks() == []

@@ -331,6 +331,11 @@ def test_logs_of_workers_that_said_nothing_are_not_kept(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["worker-2.err"]
 
 
+def test_workers_collect_garbage_after_their_imports():
+    code = "import gc, sys, rankopt.search.ray.preload; assert gc.isenabled() and 'ray.tune' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_scheduler_needs_fidelities():
     with pytest.raises(RankoptError, match="--scheduler stops trials at low fidelities"):
         Job.parse({"params": 0.5}, strategy="random", runner=RunnerSettings(1, scheduler="asha"))

@@ -13,8 +13,9 @@ import rankopt.training.finetune as module
 from rankopt.candidates.pool import pack
 from rankopt.core.errors import StudyError, TaskError
 from rankopt.core.records import Task
+from rankopt.search.ray.away import Job, Resources, Workplace
 from rankopt.search.ray.runner import RaySearch
-from rankopt.search.ray.training import Resources, Training, _Shown
+from rankopt.search.ray.training import Shown, _train
 from rankopt.training import checkpoint
 from rankopt.training.finetune import finetune
 from rankopt.training.recipe import Recipe
@@ -90,7 +91,7 @@ def away(folder, loss, **options):
 
 
 def left_behind():
-    return {path.name for path in Path(tempfile.gettempdir()).glob("rankopt-*-train-*")}
+    return {path.name for path in Path(tempfile.gettempdir()).glob("rankopt-*-away-*")}
 
 
 @pytest.mark.slow
@@ -143,12 +144,13 @@ def test_an_error_of_the_training_is_one_sentence(cluster, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_training_that_asked_for_a_gpu_does_not_take_place_on_the_cpu(tmp_path):
     found = task(Loss(tmp_path))
-    training = Training(pack((found.model, found, RECIPE, None), False), None, Resources(1, 1, 1), str(tmp_path))
+    parcel, job = pack((found.model, found, RECIPE, None), False), Job("the training", _train, None, folder=tmp_path)
+    training = Workplace(parcel, job, {}, Resources(1, 1, 1))
     update = training.poll(60)
-    assert isinstance(update.error, TaskError) and "CUDA" in str(update.error) and update.trained is None
-    assert training.folder.is_dir()
+    assert isinstance(update.error, TaskError) and "CUDA" in str(update.error) and update.result is None
+    assert training.root.is_dir()
     training.close()
-    assert not training.folder.exists()
+    assert not training.root.exists()
 
 
 def test_displays_show_what_began_elsewhere():
@@ -160,7 +162,7 @@ def test_displays_show_what_began_elsewhere():
             yield item
         shown.append(f"end of {what}")
 
-    display = _Shown(progress)
+    display = Shown(progress)
     display.show(1, "layers", 2, 1)
     display.show(1, "layers", 2, 2)
     display.show(2, "layers", 2, 2)
