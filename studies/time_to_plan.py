@@ -271,7 +271,7 @@ def compare_efforts(
                     "seconds": _cpu_seconds() - start,
                     "kl": found.info["objective"]["best"],
                     "predicted": allocate(problem).loss,
-                    "fits": fitting["first"] + fitting["final"] if fitting else None,  # None: all
+                    "fits": fitting["final"] if fitting else None,  # None: all
                     "settled": fitting["settled"] if fitting else True,
                 }
         rows.append(row)
@@ -287,7 +287,7 @@ def _cpu_seconds() -> float:
 
 
 def efforts_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The efforts as Markdown: at each budget the KL (beside that of thorough), CPU seconds and fits."""
+    """The efforts as Markdown: at each budget the KL (beside that of thorough), CPU seconds and fits to the end."""
     budgets = list(rows[0]["budgets"])
     head = "".join(f" {float(b):.0%} |" for b in budgets)
     lines = [f"| network, effort | preparation, CPU s |{head}", "|" + "---|" * (2 + len(budgets))]

@@ -17,17 +17,17 @@ SMALL = 10.0
 
 @dataclass(frozen=True)
 class Effort:
-    """An effort that fits candidates as a budget asks for them.
+    """An effort that fits all candidates with few steps, and to the end only what a budget asks for.
 
     Attributes:
-        points: Ranks of a family that are fitted for any budget; more for families of several bonds.
-        steps: Share of the search space's steps that fits take.
+        rungs: Optimisation steps, rising, after each of which the candidates that others have beaten are given up.
+        steps: Share of the search space's steps that fits to the end take.
         width: Candidates are fitted that are best for losses of one layer up to e^width times larger or smaller.
         slack: And those that are worse than the best by this share of an average layer's loss.
         rounds: How often to allocate and fit, at most.
     """
 
-    points: int
+    rungs: tuple[int, ...]
     steps: float
     width: float
     slack: float
@@ -35,7 +35,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(points=4, steps=0.2, width=0.3, slack=0.02, rounds=2),
-    NORMAL: Effort(points=5, steps=1.0, width=0.6, slack=0.1, rounds=6),
+    "quick": Effort(rungs=(5, 20), steps=0.2, width=0.0, slack=0.0, rounds=2),
+    NORMAL: Effort(rungs=(5, 40), steps=1.0, width=0.15, slack=0.02, rounds=6),
 }
 """The efforts below THOROUGH."""

@@ -55,11 +55,13 @@ class Fitted(NamedTuple):
         rank: Its rank.
         error: Its relative error.
         key: Where its factors are.
+        start: The error that its search started from; None where that is not known.
     """
 
     rank: Rank
     error: float
     key: str
+    start: float | None = None
 
 
 class _Job(NamedTuple):
@@ -74,7 +76,7 @@ class _Job(NamedTuple):
     @property
     def work(self) -> int:
         """A rough measure of how long the fits take, to order jobs by."""
-        return _work(self.layer, self.family, self.ranks)
+        return work_of(self.layer, self.family, self.ranks)
 
     def seconds(self) -> float:
         """A rough estimate of how long the fits take."""
@@ -87,11 +89,18 @@ def rough_seconds(request: Request) -> float:
     Args:
         request: The fits.
     """
-    work = _work(request.layer, request.family, request.ranks)
+    work = work_of(request.layer, request.family, request.ranks)
     return (request.steps + 1) * (0.5e-3 * len(request.ranks) + 4e-9 * work)
 
 
-def _work(layer: Layer, family: str, ranks: Sequence[Rank]) -> int:
+def work_of(layer: Layer, family: str, ranks: Sequence[Rank]) -> int:
+    """A rough measure of what a step of fits takes.
+
+    Args:
+        layer: The layer.
+        family: Name of the decomposition.
+        ranks: The ranks.
+    """
     return sum(DECOMPOSITIONS[family].weights(layer, r) for r in ranks) * layer.patch
 
 
@@ -195,7 +204,7 @@ def as_candidates(layer: Layer, family: str, fitted: Sequence[Fitted]) -> list[C
         family: Name of the decomposition.
         fitted: The fits.
     """
-    return [c for one in fitted for c in in_each_form(layer, family, *one)]
+    return [c for one in fitted for c in in_each_form(layer, family, one.rank, one.error, one.key)]
 
 
 def _run(
@@ -325,13 +334,13 @@ def _fits(
 def _keep(cache: Cache, job: _Job, fits: Sequence[Fit]) -> None:
     """Write a job's fits to the cache."""
     tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(fits) for j, t in enumerate(fit.factors)}
-    cache.write_tensors(job.key, tensors, {"fits": json.dumps([(fit.rank, fit.error) for fit in fits])})
+    cache.write_tensors(job.key, tensors, {"fits": json.dumps([(fit.rank, fit.error, fit.start) for fit in fits])})
 
 
 def _read(cache: Cache, key: str) -> list[Fitted] | None:
     """The fits of an entry of the cache; None if it is not there or damaged."""
-    fits = cache.read_metadata(key, "fits", list[tuple[Rank, float]])
-    return None if fits is None else [Fitted(rank, error, f"{key}/{i}") for i, (rank, error) in enumerate(fits)]
+    fits = cache.read_metadata(key, "fits", list[tuple[Rank, float, float | None]])
+    return None if fits is None else [Fitted(rank, e, f"{key}/{i}", start) for i, (rank, e, start) in enumerate(fits)]
 
 
 def in_each_form(layer: Layer, family: str, rank: Rank, error: float, key: str | None = None) -> list[Candidate]:

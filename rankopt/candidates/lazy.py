@@ -1,19 +1,15 @@
-"""A lazy frontier: candidates are fitted as a budget asks for them.
+"""A lazy frontier: candidates are fitted with few steps at first, and to the end as a budget asks for them.
 
-A few ranks of every family are fitted for any budget. They show how the objective depends on a layer's error, and give
-low estimates of the errors of all other candidates (`rankopt.candidates.estimate`). For a budget, the candidates that
-these estimates make part of a good plan are fitted; that corrects the estimates, which is repeated until nothing that
-is not fitted could be part of a good plan. A family that never becomes part of one is dropped on the evidence of its
-few fits.
+All candidates are fitted with a few steps, for any budget. Those that another one of their layer has beaten by then are
+given up, whatever their family, and the others get more steps: successive halving (`rankopt.candidates.halving`). From
+the two errors of each that is left follows the error that it is likely to reach.
 
-These few are fitted with all their steps. What steps gain depends on the rank, for `cp` from 2 % with few components to
-nine tenths with many, so that shorter fits say little about the errors of others.
+For a budget, the candidates that these likely errors make part of a good plan are fitted to the end; that corrects the
+errors, which is repeated until all candidates of good plans are fitted to the end. A good plan is one at the prices of
+the limits (`rankopt.core.dual`): each layer takes a candidate of least loss plus priced cost, or nearly. That includes
+the exact allocations under losses that differ from the predicted ones by some factor, which strategies try.
 
-A good plan is one at the prices of the limits (`rankopt.core.dual`): each layer takes a candidate of least loss plus
-priced cost, or nearly. That includes the exact allocations under losses that differ from the predicted ones by some
-factor, which strategies try.
-
-Ranks near the same one of the few are fitted at once, in batches that are always the same: what is fitted for one
+Neighbouring ranks of small layers are fitted at once, in batches that are always the same: what is fitted for one
 budget does not depend on other budgets, nor on what the cache holds. All that is offered has factors and the error of
 these.
 """
@@ -35,8 +31,9 @@ from typing_extensions import TypedDict
 from rankopt.candidates.cache import VERSION
 from rankopt.candidates.calibration import Statistics
 from rankopt.candidates.effort import EFFORTS, SMALL, Effort
-from rankopt.candidates.estimate import LOW, cells, estimated_errors, spread
-from rankopt.candidates.fit import Fitted, Request, as_candidates, fit, in_order, rough_seconds
+from rankopt.candidates.fit import Fitted, Request, as_candidates, fit, in_order, rough_seconds, work_of
+from rankopt.candidates.halving import Reached, beaten
+from rankopt.candidates.pareto import dense_candidate
 from rankopt.candidates.pool import Pool
 from rankopt.core.dual import Array, Positions, drop_impossible, maximise_dual, pick
 from rankopt.core.files import digest
@@ -46,6 +43,11 @@ from rankopt.core.result_record import FittingEntry
 from rankopt.decompositions.registry import DECOMPOSITIONS
 
 FACTORS = 7  # factors on a layer's losses that are looked at, between e^-width and e^width
+
+
+AT_ONCE = 2_000_000
+"""`work_of` ranks that are fitted to the end at once: those of small layers, a step of which is mostly overhead."""
+
 
 Menus = dict[str, list[Candidate]]
 """Candidates by layer name."""
@@ -94,8 +96,9 @@ class LazyFits:
         limited: The minutes that were asked for, of which `limit` is what was left; None for no limit. What was
             fitted in that time is kept in the cache, so that a search that goes on has the same candidates.
         seconds: Seconds of fitting by family so far.
-        first: The fits of a few ranks, for any budget.
-        made: All fits that were made so far, for whatever budget.
+        first: The fits for any budget, of what no other candidate has beaten.
+        reached: What these have reached, by layer, family and rank.
+        made: All fits to the end that were made so far, for whatever budget.
         added: What a lower precision adds to the error, by layer name and precision; the dense layer's own error in it
             by layer name, precision and DENSE.
     """
@@ -108,6 +111,7 @@ class LazyFits:
     limited: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     first: Fits = field(default_factory=dict)
+    reached: dict[Pair, dict[Rank, Reached]] = field(default_factory=dict)
     made: Fits = field(default_factory=dict)
     added: dict[tuple[str, ...], float] = field(default_factory=dict)
 
@@ -118,18 +122,69 @@ class LazyFits:
 
     @cached_property
     def cells(self) -> dict[Pair, list[tuple[Rank, ...]]]:
-        """The ranks that are not fitted first, in groups that are fitted at once, by layer name and family."""
-        return {pair: cells(r.ranks, self._first_ranks(pair)) for pair, r in self.grid.items()}
+        """The ranks of the first fits that are not at their end, in groups that are fitted at once."""
+        return {pair: self._cells(pair) for pair in self.grid if not self._ended(pair, self.effort.rungs[-1])}
 
-    def start(self) -> tuple[Menus, dict[str, float]]:
-        """Fit a few ranks of every family.
+    def start(self, offers: Menus, metrics: Sequence[str]) -> tuple[Menus, dict[str, float]]:
+        """Fit all candidates with few steps, and those that are not beaten with more.
+
+        Args:
+            offers: All candidates that could be offered, with their costs.
+            metrics: Metrics that budgets may limit.
 
         Returns:
-            Their candidates, and seconds of fitting by family, to which those of later fits are added.
+            The candidates that are left, and seconds of fitting by family, to which those of later fits are added.
         """
-        self.first = self._fit([(pair, self._first_ranks(pair)) for pair in self.grid])
-        self.made = {pair: dict(found) for pair, found in self.first.items()}
+        going_on = {pair: r.ranks for pair, r in self.grid.items()}
+        for rung in self.effort.rungs:
+            steps = {pair: min(self._steps(pair), self._steps_of_rung(pair, rung)) for pair in going_on}
+            for pair, found in self._fit([*going_on.items()], steps).items():
+                before = {rank: x.error for rank, x in self.reached.get(pair, {}).items()}
+                ended = self._ended(pair, rung)
+                self.reached[pair] = {r: Reached(before.get(r, x.start), x.error, ended) for r, x in found.items()}
+                self.first[pair] = found
+            self._give_up(offers, metrics)
+            going_on = {p: tuple(found) for p, found in self.first.items() if found and not self._ended(p, rung)}
+        self.made = {pair: {} if pair in self.cells else dict(found) for pair, found in self.first.items()}
         return self.menus({}), self.seconds
+
+    def _give_up(self, offers: Menus, metrics: Sequence[str]) -> None:
+        """Leave out what another candidate of the layer has beaten in each of its forms; closed forms cost nothing."""
+        for layer in self.statistics.layers:
+            menu = [c for c in offers[layer.name] if c.precision == SAME and c.method != DENSE]
+            pairs = [((layer.name, c.method), c) for c in menu]
+            fitted = [(pair, c, self.reached[pair][c.rank]) for pair, c in pairs if c.rank in self.reached[pair]]
+            dense = dense_candidate(layer)
+            now = [dense, *(dataclasses.replace(c, error=x.error) for _, c, x in fitted)]
+            lost = beaten(now, [dense.error, *(x.best for *_, x in fitted)], metrics)[1:]
+            kept = {(pair, c.rank) for (pair, c, _), gone in zip(fitted, lost, strict=True) if not gone}
+            for pair, family in ((pair, DECOMPOSITIONS[pair[1]]) for pair in self.grid if pair[0] == layer.name):
+                if not family.closed_form:
+                    self.first[pair] = {r: x for r, x in self.first[pair].items() if (pair, r) in kept}
+                    self.reached[pair] = {r: x for r, x in self.reached[pair].items() if (pair, r) in kept}
+
+    def _steps(self, pair: Pair) -> int:
+        """Steps of fits to the end, before the family's own factor."""
+        return math.ceil(self.effort.steps * self.grid[pair].steps)
+
+    def _steps_of_rung(self, pair: Pair, rung: int) -> int:
+        return math.ceil(rung / DECOMPOSITIONS[pair[1]].effort)
+
+    def _ended(self, pair: Pair, rung: int) -> bool:
+        """Whether fits are at their end with the steps of a rung."""
+        return DECOMPOSITIONS[pair[1]].closed_form or self._steps(pair) <= self._steps_of_rung(pair, rung)
+
+    def _cells(self, pair: Pair) -> list[tuple[Rank, ...]]:
+        found: list[list[Rank]] = []
+        room = 0
+        for rank in self.first[pair]:
+            work = work_of(self.grid[pair].layer, pair[1], [rank])
+            if not found or work > room:
+                found.append([])
+                room = AT_ONCE
+            found[-1].append(rank)
+            room -= work
+        return [tuple(cell) for cell in found]
 
     def menus(self, further: Mapping[Pair, Mapping[Rank, Fitted]]) -> Menus:
         """The candidates of the first fits and of others.
@@ -142,22 +197,6 @@ class LazyFits:
             fits = {**self.first[pair], **further.get(pair, {})}
             found[pair[0]] += as_candidates(request.layer, request.family, list(fits.values()))
         return {name: in_order(candidates) for name, candidates in found.items()}
-
-    def worth_measuring(self, menus: Menus, offers: Menus) -> Menus:
-        """The candidates of the first fits that no estimate beats in both parameters and error.
-
-        Losses at equal errors differ between families; what is not going to be chosen says little about what is.
-
-        Args:
-            menus: Candidates of the first fits.
-            offers: All candidates that could be offered.
-        """
-        estimated = self._estimated(offers, {})
-
-        def kept(name: str, c: Candidate) -> bool:
-            return not any(o.cost.params <= c.cost.params and o.error < LOW * c.error for o in estimated[name])
-
-        return {name: [c for c in found if kept(name, c)] or found for name, found in menus.items()}
 
     def after_first(self, menus: Menus, spent: float, minutes: float | None) -> None:
         """Note what the first fits have shown.
@@ -179,12 +218,12 @@ class LazyFits:
                     self.added[name, precision, DENSE] = dense.error
 
     def all_of(self, name: str) -> Fits:
-        """Make all fits of one layer.
+        """Fit all of one layer to the end that no other candidate has beaten.
 
         Args:
             name: The layer's name.
         """
-        return self._further({pair: r.ranks for pair, r in self.grid.items() if pair[0] == name})
+        return self._further({pair: [*found] for pair, found in self.first.items() if pair[0] == name})
 
     def for_limits(self, offers: Menus, state: Callable[[Menus], Problem]) -> tuple[Fits, FittingEntry]:
         """Fit what can be part of a good plan.
@@ -206,8 +245,6 @@ class LazyFits:
             return further, self._entry(further, band, kept["rounds"], settled=kept["settled"])
         while True:
             wanted = self._missing(further, band.near())
-            if rounds == 0:  # that corrects the estimates by which the rest is chosen
-                wanted = self._missing(further, band.best_of_families()) or wanted
             if not wanted or rounds == self.effort.rounds or time.monotonic() >= until:
                 break
             for pair, found in self._further(wanted, until).items():
@@ -223,23 +260,19 @@ class LazyFits:
     def _first_keys(self) -> list[str]:
         return [one.key for found in self.first.values() for one in found.values()]
 
-    def _first_ranks(self, pair: Pair) -> tuple[Rank, ...]:
-        """Those that are fitted for any budget: all where fits take no steps."""
-        ranks = self.grid[pair].ranks
-        return ranks if DECOMPOSITIONS[pair[1]].closed_form else tuple(spread(ranks, self.effort.points))
-
     def _further(self, wanted: Mapping[Pair, Sequence[Rank]], until: float = math.inf) -> Fits:
         """The fits of the cells that hold these ranks, of which each is made once."""
-        hit = {pair: [c for c in self.cells[pair] if not set(c).isdisjoint(ranks)] for pair, ranks in wanted.items()}
+        hit = {p: [c for c in self.cells.get(p, ()) if not set(c).isdisjoint(ranks)] for p, ranks in wanted.items()}
         missing = [(pair, c) for pair, found in hit.items() for c in found if c[0] not in self.made[pair]]
-        for pair, found in self._fit(missing, until).items():
+        for pair, found in self._fit(missing, {pair: self._steps(pair) for pair in hit}, until).items():
             self.made[pair].update(found)
         made = self.made
         return {pair: {r: made[pair][r] for c in found for r in c if r in made[pair]} for pair, found in hit.items()}
 
-    def _fit(self, wanted: Sequence[tuple[Pair, tuple[Rank, ...]]], until: float = math.inf) -> Fits:
+    def _fit(
+        self, wanted: Sequence[tuple[Pair, tuple[Rank, ...]]], steps: Mapping[Pair, int], until: float = math.inf
+    ) -> Fits:
         """Fit some ranks of a layer and family at once, and others."""
-        steps = {pair: math.ceil(self.effort.steps * self.grid[pair].steps) for pair, _ in wanted}
         requests = [self.grid[pair]._replace(ranks=ranks, steps=steps[pair]) for pair, ranks in wanted]
         made, seconds = fit(self.statistics, requests, self.workers, until)
         for family, spent in seconds.items():
@@ -250,27 +283,32 @@ class LazyFits:
         return found
 
     def _estimated(self, offers: Menus, further: Mapping[Pair, Mapping[Rank, Fitted]]) -> Menus:
-        """The offers, with the errors that are known or estimated."""
-        errors: dict[Pair, dict[Rank, float]] = {}
-        for pair, request in self.grid.items():
-            known = {r: f.error for r, f in {**self.first[pair], **further.get(pair, {})}.items()}
-            errors[pair] = dict(zip(request.ranks, map(float, estimated_errors(request.ranks, known)), strict=True))
+        """What of the offers is left, with the errors that are known or likely."""
 
         def of(name: str, c: Candidate) -> float:
             if c.method == DENSE:
                 return self.added.get((name, c.precision, DENSE), 0.0)
-            return errors[name, c.method][c.rank] + self.added.get((name, c.precision), 0.0)
+            pair = (name, c.method)
+            fitted = further.get(pair, {}).get(c.rank)
+            own = self.reached[pair][c.rank].likely if fitted is None else fitted.error
+            return own + self.added.get((name, c.precision), 0.0)
 
-        return {name: [dataclasses.replace(c, error=of(name, c)) for c in found] for name, found in offers.items()}
+        def left(name: str, c: Candidate) -> bool:
+            return c.method == DENSE or c.rank in self.first[name, c.method]
+
+        return {
+            name: [dataclasses.replace(c, error=of(name, c)) for c in found if left(name, c)]
+            for name, found in offers.items()
+        }
 
     def _missing(
         self, further: Mapping[Pair, Mapping[Rank, Fitted]], wanted: Mapping[Pair, Sequence[Rank]]
     ) -> dict[Pair, list[Rank]]:
-        """What of the wanted is neither among the first fits nor among these, in the grid's order."""
+        """What of the wanted is not fitted to the end, in the grid's order."""
         missing = {}
-        for pair, request in self.grid.items():
-            known = {*self.first[pair], *further.get(pair, {})}
-            ranks = [r for r in request.ranks if r in wanted.get(pair, ()) and r not in known]
+        for pair in self.cells:
+            known = further.get(pair, {})
+            ranks = [r for r in self.first[pair] if r in wanted.get(pair, ()) and r not in known]
             if ranks:
                 missing[pair] = ranks
         return missing
@@ -278,7 +316,9 @@ class LazyFits:
     def _entry(
         self, further: Mapping[Pair, Mapping[Rank, Fitted]], band: _Band, rounds: int, *, settled: bool
     ) -> FittingEntry:
-        dropped = [pair for pair in self.grid if self.cells[pair] and not further.get(pair)]
+        dropped = [
+            pair for pair, found in self.first.items() if not found or (pair in self.cells and not further.get(pair))
+        ]
         return {
             "candidates": sum(len(r.ranks) for r in self.grid.values()),
             "first": sum(map(len, self.first.values())),
@@ -331,10 +371,7 @@ class _Band:
         for factor in np.exp(np.linspace(-effort.width, effort.width, FACTORS)):
             reduced = factor * table.losses + paid
             self.within |= reduced - reduced.min(axis=1, keepdims=True) <= factor * unit
-        for limit in range(len(problem.limits)):
-            costs = np.where(np.isfinite(table.losses), table.costs[limit], math.inf)
-            self.within[np.arange(len(costs)), costs.argmin(axis=1)] = True
-        self.behind = {pair: value for pair, (value, _) in self._best().items()}
+        self.behind = self._behind()
 
     def near(self) -> dict[Pair, list[Rank]]:
         """The ranks of the candidates in the band."""
@@ -344,16 +381,11 @@ class _Band:
                 found[layer.name, candidate.method].append(candidate.rank)
         return found
 
-    def best_of_families(self) -> dict[Pair, list[Rank]]:
-        """For each layer the best rank of each family that has candidates in the band."""
-        near = self.near()
-        return {pair: [rank] for pair, (_, rank) in self._best().items() if pair in near}
-
-    def _best(self) -> dict[Pair, tuple[float, Rank]]:
-        found: dict[Pair, tuple[float, Rank]] = {}
+    def _behind(self) -> dict[Pair, float]:
+        found: dict[Pair, float] = {}
         for i, (layer, frontier) in enumerate(zip(self.problem.layers, self.problem.frontiers, strict=True)):
             for j, candidate in enumerate(frontier):
-                pair, value = (layer.name, candidate.method), float(self.least[i, j])
-                if candidate.method != DENSE and value < found.get(pair, (math.inf,))[0]:
-                    found[pair] = value, candidate.rank
+                pair = (layer.name, candidate.method)
+                if candidate.method != DENSE:
+                    found[pair] = min(found.get(pair, math.inf), float(self.least[i, j]))
         return found

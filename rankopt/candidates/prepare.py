@@ -350,14 +350,14 @@ def _prepare(
         statistics.ensure_cached(pool)
     lazy = LazyFits(statistics, grid, effort, workers) if effort else None
     with clock.stage("fitting"):
-        candidates, family_seconds = lazy.start() if lazy else fit_candidates(statistics, grid, workers)
+        priced = [*METRICS, *sorted(metrics - {*METRICS})]
+        candidates, family_seconds = lazy.start(offers, priced) if lazy else fit_candidates(statistics, grid, workers)
     with clock.stage("rounding"):  # the stage's name in result.json
-        needed = _cheapest(free, offers, [*METRICS, *metrics - {*METRICS}])
+        needed = _cheapest(free, offers, priced)
         candidates = add_precisions(statistics, candidates, space.precisions, factors, needed)
     with clock.stage("sensitivity"):
         objective = task.objective or Divergence(task.model, batches)
-        probed = lazy.worth_measuring(candidates, offers) if lazy else candidates
-        curves, passes = _measure_curves(task, objective, statistics, probed, factors, pool)
+        curves, passes = _measure_curves(task, objective, statistics, candidates, factors, pool)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
         candidates = {x.name: _price_candidates(x, candidates[x.name], prices) for x in free}
     if lazy:

@@ -189,6 +189,20 @@ class Sample:
         return share
 
 
+def examples_are_apart(divergence: Divergence, model: nn.Module) -> bool:
+    """Find out whether examples can be measured in other batches than the given ones.
+
+    Args:
+        divergence: The objective.
+        model: The dense model.
+    """
+    return divergence.divisible and _are_apart(divergence.part(slice(TRIAL)), model)
+
+
+def _are_apart(piece: Divergence, model: nn.Module) -> bool:
+    return bool(piece.by_unit(model).abs().max() < 1e-6)
+
+
 class Prober:
     """Measures the sensitivity curves of a model's layers.
 
@@ -336,7 +350,7 @@ class Prober:
         runs, piece = self.runs, self._keeping(next(self._pieces(self.divergence.part(slice(TRIAL)))))
         if self.divergence.divisible:
             self._spent += piece.units
-            if not piece.by_unit(runs.model).abs().max() < 1e-6:  # examples depend on their batch
+            if not _are_apart(piece, runs.model):
                 self.divergence = copy.copy(self.divergence)
                 self.divergence.divisible, self._spent = False, 1
                 piece = self.divergence.part(slice(1))

@@ -686,14 +686,14 @@ class TrainingEntry(FinetuneInfo, TrainingSource):
 
 
 class DroppedRow(TypedDict):
-    """A family of which only the candidates for any budget were fitted on a layer.
+    """A family of which nothing was fitted to the end on a layer.
 
     Attributes:
         layer: Name of the layer.
         family: Name of the decomposition.
         behind: By how much more than `bound` a plan loses, as predicted, if it uses the family's best candidate on
-            this layer, by a low estimate of that candidate's error; None where another family's candidates are
-            better at any cost.
+            this layer, by the error that this is likely to reach; None where another family's candidates are better
+            at any cost.
     """
 
     layer: str
@@ -702,17 +702,17 @@ class DroppedRow(TypedDict):
 
 
 class FittingEntry(TypedDict):
-    """Which candidates were fitted for a budget, and on which evidence others were not.
+    """Which candidates were fitted to the end for a budget, and on which evidence others were not.
 
     Attributes:
-        candidates: Fits that the search space allows.
-        first: Fits for any budget.
-        final: Further fits for this budget.
+        candidates: Fits that the search space allows, all made with few steps.
+        first: Those that no other candidate had beaten by then.
+        final: Fits to the end for this budget.
         rounds: How often candidates were chosen and fitted.
         settled: Whether a further round would have fitted nothing.
-        bound: A lower bound of the predicted losses of all plans, with low estimates of the errors that are not known.
-        gain: By what share of it fitting everything could lower the least predicted loss at most, by these estimates.
-        dropped: Families of which nothing else was fitted than for any budget, by layer.
+        bound: A lower bound of the predicted losses of all plans, by the errors that fits are likely to reach.
+        gain: By what share of it fitting everything could lower the least predicted loss, by these errors.
+        dropped: Families of which nothing was fitted to the end, by layer.
     """
 
     candidates: int

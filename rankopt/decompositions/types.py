@@ -89,11 +89,13 @@ class Fit(NamedTuple):
         rank: The rank.
         factors: Factors in the weight's dtype.
         error: Relative squared error of these factors (see base.py).
+        start: The error that the search for them started from; None if there was no search, or that is not known.
     """
 
     rank: Rank
     factors: Factors
     error: float
+    start: float | None = None
 
 
 class Target(NamedTuple):

@@ -218,7 +218,8 @@ class OutputSolved(Decomposition):
             for rank, solutions in zip(ranks, found, strict=True):
                 # The search may minimise something else: an approximate metric, or a rank before H is undone
                 factors = (self.factors(own, tuple(t[part] for t in x), undo[i] @ y[part], rank) for x, y in solutions)
-                fits[i].append(min((error(f, rank) for f in factors), key=lambda fit: fit.error))
+                start, *better = (error(f, rank) for f in factors)
+                fits[i].append(min([start, *better], key=lambda fit: fit.error)._replace(start=start.error))
         return fits
 
 

@@ -448,8 +448,8 @@ def fitting_lines(info: ResultInfo) -> list[str]:
         return []
     cut = "" if found["settled"] else ", cut short"
     return [
-        f"fitted  {found['final']:,} of {found['candidates']:,} candidates besides the first {found['first']:,} "
-        f"(effort {info['effort']}{cut}); all of them could lower the predicted loss by {found['gain']:.1%} at most"
+        f"fitted  {found['final']:,} of {found['candidates']:,} candidates to the end, {found['first']:,} in part "
+        f"(effort {info['effort']}{cut}); all of them could lower the predicted loss by about {found['gain']:.1%}"
     ]
 
 

@@ -2,12 +2,14 @@
 
 A predicted loss is a sum over layers, each measured alone. All layers together lose up to twice as much, and plans of
 nearly equal sums differ by several per cent. So the exact allocation and a few others, exact under slightly different
-losses, are measured as whole models, and the best is proposed.
+losses, are measured as whole models, and the best is proposed (`rankopt.strategies.race`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,11 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal
 from rankopt.core.statistics import is_far
-from rankopt.model.objective import call
+from rankopt.model.objective import Divergence, call
 from rankopt.strategies.allocation import allocate
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.corrections import CONTENDERS, Corrections
+from rankopt.strategies.race import race
 
 REPAIRS = 5  # rounds of measuring a plan's layers alone, at most
 
@@ -49,10 +52,17 @@ class Knapsack(Strategy):
 
     def measure(self, prepared: Any, progress: Any) -> None:
         if self.contenders > 1:
-            plans = dict.fromkeys(self.corrections.contender(self.seed, n) for n in range(self.contenders))
-            shown = progress(plans, "measuring contenders", len(plans))
-            values = {plan: _measured(prepared, self.problem, plan) for plan in shown}
+            plans = [*dict.fromkeys(self.corrections.contender(self.seed, n) for n in range(self.contenders))]
+            values = self._compared(prepared, progress, plans) or {plans[0]: math.inf}
             self.chosen = self._repaired(prepared, progress, values)
+
+    def _compared(self, prepared: Any, progress: Any, plans: Sequence[Proposal]) -> dict[Proposal, float]:
+        """The measured objective of plans, at least of the best one."""
+        objective = prepared.objective
+        if len(plans) > 1 and isinstance(objective, Divergence) and objective.divisible:
+            return race(objective, prepared.task.model, partial(prepared.apply, self.problem), plans, progress)
+        shown = progress(plans, "measuring contenders", len(plans))
+        return {plan: _measured(prepared, self.problem, plan) for plan in shown}
 
     def _repaired(self, prepared: Any, progress: Any, values: dict[Proposal, float]) -> Proposal:
         """The best plan measured; where it is far from its prediction, after the losses of its layers were measured.

@@ -1,0 +1,83 @@
+"""A race between plans: all are measured on some examples, and those that are clearly behind on no more.
+
+Plans are compared on the same examples, so that most of the chance in these cancels: what counts is the standard error
+of the difference. Successive rejection by confidence bounds: Maron and Moore 1994, "Hoeffding Races".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rankopt.candidates.probing import Sample, examples_are_apart
+from rankopt.core.progress import Progress
+from rankopt.core.records import Proposal
+from rankopt.model.objective import Divergence
+
+FIRST = 256
+"""Examples that all plans are measured on."""
+
+CLEAR = 2.0
+"""Standard errors by which a plan is behind that is given up."""
+
+
+def race(
+    divergence: Divergence,
+    dense: nn.Module,
+    build: Callable[[Proposal], nn.Module],
+    plans: Sequence[Proposal],
+    progress: Progress,
+) -> dict[Proposal, float]:
+    """Measure plans on twice as many examples each time, and give up those that are clearly behind the best.
+
+    Args:
+        divergence: The objective.
+        dense: The dense model.
+        build: Makes a plan's model; whatever it or its forward raises loses the plan.
+        plans: The plans.
+        progress: Progress callback.
+
+    Returns:
+        The objective of the plans that were measured on all examples, the best among them; empty if none could be
+        measured.
+    """
+    sample, units = Sample(divergence.expected()), divergence.units
+    first = FIRST if examples_are_apart(divergence, dense) else units
+    rises = {plan: torch.zeros(0, dtype=torch.float64) for plan in plans}
+    seen, n = 0, min(first, units)
+    while rises and seen < units:
+        ascending, place = sample.order[seen:n].sort()
+        part = divergence.part(ascending)
+        for plan in progress(list(rises), f"measuring contenders on {n - seen:,} examples", len(rises)):
+            rise = _measured(part, build, plan)
+            if rise is None:
+                del rises[plan]
+            else:
+                rises[plan] = torch.cat([rises[plan], rise[place.argsort()]])
+        rises = {plan: rises[plan] for plan in _near_the_best(sample, rises)}
+        seen, n = n, min(2 * n, units) if len(rises) > 1 else units
+    return {plan: float(rise.mean()) for plan, rise in rises.items()}
+
+
+def _measured(part: Divergence, build: Callable[[Proposal], nn.Module], plan: Proposal) -> Tensor | None:
+    """The rise of each unit; None if it cannot be measured."""
+    try:
+        rise = part.by_unit(build(plan))
+    except Exception:  # noqa: BLE001  # a user's code: if no plan can be measured, the search's evaluation reports it
+        return None
+    return rise if rise.isfinite().all() else None
+
+
+def _near_the_best(sample: Sample, rises: dict[Proposal, Tensor]) -> list[Proposal]:
+    """The plans that may still be the best."""
+    if not rises:
+        return []
+    best = min(rises.values(), key=lambda rise: sample.mean(rise)[0])
+    kept = []
+    for plan, rise in rises.items():
+        behind, error = sample.mean(rise - best)
+        if behind <= 0 or error * CLEAR >= 1 or len(rise) == len(sample.order):
+            kept.append(plan)
+    return kept
