@@ -38,7 +38,7 @@ from torch import nn
 
 import rankopt
 from rankopt.candidates.calibration import moments
-from rankopt.candidates.effort import EFFORTS, THOROUGH
+from rankopt.candidates.effort import EFFORTS, THOROUGH, USUAL
 from rankopt.candidates.pool import release_workers
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace, load_space
@@ -109,14 +109,16 @@ NETWORKS: dict[str, Callable[[], rankopt.Task]] = {
 # --- one network, in a process of its own --------------------------------------------------------------
 
 
-def measure(name: str, device: str) -> dict[str, Any]:
+def measure(name: str, device: str, effort: str) -> dict[str, Any]:
     """Everything that is measured of one network."""
     task = NETWORKS[name]()
     task = dataclasses.replace(task, model=task.model.to(device), score=None, test=None)
+    space = load_space("default").adjusted(effort=effort)
     row: dict[str, Any] = {"network": name, "device": _described(device), "cores": len(os.sched_getaffinity(0))}
+    row["effort"] = effort
     with tempfile.TemporaryDirectory() as cache:
         start = time.perf_counter()
-        prepared = prepare(task, cache=cache, progress=show_progress)
+        prepared = prepare(task, space, cache, show_progress)
         first = _plan(prepared, FIRST)
         row["seconds"] = time.perf_counter() - start
         start = time.perf_counter()
@@ -307,7 +309,7 @@ def efforts_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    head = "| network | weights | seconds | further | stages | passes | peak | KL | others: seconds, KL |"
+    head = "| network, effort | weights | seconds | further | stages | passes | peak | KL | others: seconds, KL |"
     lines = [head, "|" + "---|" * 9]
     for r in rows:
         if "seconds" not in r:
@@ -317,7 +319,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         peak = ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in r["memory"].items())
         others = "; ".join(f"{k}: {v['seconds']:.1f}, {v['kl']:.3g}" for k, v in r["opponents"].items())
         lines.append(
-            f"| {r['network']} | {r['weights']:,} | {r['seconds']:.0f} | {r['further']:.1f} | {stages} "
+            f"| {r['network']}, {r['effort']} | {r['weights']:,} | {r['seconds']:.0f} | {r['further']:.1f} | {stages} "
             f"| {r['passes']:.1f} | {peak} | {r['kl']:.3g} | {others} |"
         )
     return "\n".join(lines) + "\n"
@@ -349,13 +351,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(NETWORKS), help="networks, separated by commas")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--effort", default=USUAL, choices=(*EFFORTS, THOROUGH))
     parser.add_argument("--limit-minutes", type=float, help="of all networks together")
     parser.add_argument("--memory", action="store_true", help="VGG-16 alone, against its bound on memory")
     parser.add_argument("--efforts", action="store_true", help="compare efforts at six budgets (of ResNet-20)")
     parser.add_argument("--row", help="measure this network here, and print its row as JSON in the last line")
     args = parser.parse_args()
     if args.row:
-        print(json.dumps(measure(args.row, args.device)))
+        print(json.dumps(measure(args.row, args.device, args.effort)))
         return
     if args.efforts:
         names = ["resnet20"] if args.only == parser.get_default("only") else args.only.split(",")
@@ -370,7 +373,7 @@ def main() -> None:
     if unknown := set(names) - NETWORKS.keys():
         parser.error(f"no network {', '.join(sorted(unknown))}: there are {', '.join(NETWORKS)}")
     end = time.monotonic() + 60 * (args.limit_minutes or 10**6)
-    rows = {name: _apart(name, args.device, end) for name in names}
+    rows = {name: _apart(name, args.device, args.effort, end) for name in names}
     for row in rows.values():
         print(table([row]))
     _write(rows, args.device.partition(":")[0])
@@ -378,9 +381,9 @@ def main() -> None:
         sys.exit(f"VGG-16 took more than {LIMIT_BYTES / 1e9:.0f} GB: {rows['vgg16'].get('memory', 'it did not end')}")
 
 
-def _apart(name: str, device: str, end: float) -> dict[str, Any]:
+def _apart(name: str, device: str, effort: str, end: float) -> dict[str, Any]:
     """The row of one network, measured in a process of its own."""
-    command = [sys.executable, __file__, "--row", name, "--device", device]
+    command = [sys.executable, __file__, "--row", name, "--device", device, "--effort", effort]
     left = end - time.monotonic()
     print(f"{name} ...", flush=True)
     try:

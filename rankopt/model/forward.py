@@ -226,7 +226,9 @@ def move(model: nn.Module, device: str) -> None:
     except RuntimeError:
         raise TaskError(f"unknown device {device!r}: cpu, cuda, or cuda:1 of several GPUs") from None
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise TaskError(f"device {device}: torch finds {torch.cuda.device_count() or 'no'} GPU(s) on this machine")
+        raise TaskError(
+            f"device {device}: torch finds {torch.cuda.device_count() or 'no'} GPU(s) with CUDA on this machine"
+        )
     try:
         model.to(wanted)
     except Exception as error:  # whatever a model's own to() raises

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt.candidates import instruments
+from rankopt.candidates import fit, instruments
 from rankopt.candidates.calibration import moments, output_metrics
 from rankopt.candidates.latency_table import Conditions, interleaved, passes
 from rankopt.candidates.prepare import prepare
@@ -37,6 +37,7 @@ SERVED = "cuda,batch=256,dtype=bfloat16,runtime=graph"
 """Work enough that ranks count, and no launches."""
 
 
+FEW_FITS = SearchSpace(name="few fits", families=("svd_out",), points=2, steps=2)
 FEW = SearchSpace(name="few", families=("svd_out",), points=2, steps=0, keep_dense=("first", "head"))
 
 
@@ -85,6 +86,22 @@ def test_the_whole_job_stays_on_the_device(tmp_path):
     loaded = rankopt.load(on_gpu().model, tmp_path / "run")
     x = task.example_input.cuda()
     torch.testing.assert_close(loaded(x), result.model(x))
+
+
+def test_small_layers_are_fitted_on_the_cpu_and_wide_ones_on_the_gpu(tmp_path, monkeypatch):
+    seen = {}
+    whole = fit._fits
+
+    def watch(jobs, weights, *others):
+        seen.update({job.layer.name: w.device.type for job, w in zip(jobs, weights, strict=True)})
+        return whole(jobs, weights, *others)
+
+    monkeypatch.setattr(fit, "_fits", watch)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, fit.GPU_INPUTS), nn.ReLU(), nn.Linear(fit.GPU_INPUTS, 64)).cuda()
+    task = rankopt.Task(model, torch.zeros(1, 64), calibration=[torch.randn(32, 64)])
+    prepare(task, FEW_FITS, tmp_path, workers=1)
+    assert seen == {"0": "cpu", "2": "cuda"}
 
 
 def test_a_search_on_the_command_line_moves_the_model(tmp_path, quick_space):

@@ -25,7 +25,7 @@ from rankopt.core.files import write_beside
 from rankopt.core.progress import StopCondition
 from rankopt.core.run_folder import process_name
 from rankopt.core.task_file import Parcel
-from rankopt.model.forward import device_of
+from rankopt.model.forward import move
 from rankopt.search.ray.session import OWNER, check_resources, line, other_machines
 
 log = logging.getLogger(__name__)
@@ -173,8 +173,8 @@ class Desk:
             TaskError: One does not move.
         """
         for model in models if self.resources.gpus else ():
-            if model is not None and device_of(model.to("cuda")).type != "cuda":
-                raise TaskError("a model was moved to cuda and is not there: its own to() does not move it")
+            if model is not None:
+                move(model, "cuda")
 
 
 class Workplace:
