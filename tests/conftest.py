@@ -27,7 +27,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
         patch.setenv("RANKOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
         # Hundreds of tests compress something; what its forward takes matters to few of them.
         patch.setattr("rankopt.model.speed.SECONDS", 0.02)
-        patch.setattr("rankopt.model.speed.LONGEST_PASS", 0.02)
+        patch.setattr("rankopt.model.speed.LONGEST_PASS", 0.005)
         yield
 
 

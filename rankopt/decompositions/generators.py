@@ -54,6 +54,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 USUAL = "tanh"
 """The activation of the families without one in their name."""
 
+KEPT_ENTRIES = 2**14
+"""Largest state of a circuit that is kept for the gradients of each gate: with all gates of a layer at most 8 MB in all.
+Computing one again takes about as long as computing it."""
+
 
 # --- the structure of a network -------------------------------------------------------------------
 
@@ -450,8 +454,9 @@ class BrickWall(WeightGenerator):
         return tuple(straight if number % 2 else shifted for number in range(rank[0]))
 
     def step(self, state: Tensor, bonds: list[int], level: Level, cores: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-        """As for the others, but with gradients only the state before each layer is kept, not one for each gate."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler plans its memory itself
+        """As for the others, but large states with gradients are kept before each layer only, not for each gate."""
+        small = state.numel() <= KEPT_ENTRIES
+        if small or not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler plans its memory itself
             return super().step(state, bonds, level, cores)
         found: tuple[Tensor, list[int]] = checkpoint(
             super().step, state, bonds, level, cores, use_reentrant=False, preserve_rng_state=False

@@ -30,7 +30,7 @@ from rankopt.model.forward import (
     to_device,
 )
 from rankopt.model.quantization import dequantized
-from rankopt.training.step import WORTH_IT, Capture, Loss, Step, can_fuse, gpu_settings, pinned, recorder
+from rankopt.training.step import WORTH_IT, Capture, Loss, Step, can_fuse, device_settings, pinned, recorder
 
 RATE = 3e-4  # learning rate of Adam in `train_briefly`
 
@@ -186,7 +186,7 @@ def train(  # noqa: PLR0913  # one keyword per option of a training loop
     device = moving[0].device if moving else device_of(model)
     on_gpu = device.type == "cuda"
     losses = Losses([] if history is None else history, start, READ_EVERY if on_gpu else 1)
-    with _prepared(model, moving, training), gpu_settings(device):
+    with _prepared(model, moving, training), device_settings(device):
         take_step = Step(model, loss, optimizer, clip, capture, tf32)
         repeated = endless(batches, seed, start)
         for step in progress(range(start, steps), "training", steps - start):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from rankopt.core.allocator import keep_freed_memory
 from rankopt.core.text import one_line
 from rankopt.model.forward import input_tensors, map_tensors
 
@@ -288,17 +289,20 @@ def tensor_float_32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-@contextmanager
-def gpu_settings(device: torch.device) -> Iterator[None]:
-    """Context of a training on a GPU: a stream of its own, since none is recorded on the default one, and the
-    fastest kernels of cuDNN for each shape. Elsewhere it does nothing.
+def device_settings(device: torch.device) -> AbstractContextManager[None]:
+    """Context of a training on a device: settings with which its steps are fast.
 
     Args:
         device: The device of the model.
     """
-    if device.type != "cuda":
-        yield
-        return
+    if device.type == "cuda":
+        return _gpu_settings(device)
+    return keep_freed_memory() if device.type == "cpu" else nullcontext()
+
+
+@contextmanager
+def _gpu_settings(device: torch.device) -> Iterator[None]:
+    """A stream of its own, since none is recorded on the default one, and cuDNN's fastest kernels for each shape."""
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     outside = torch.cuda.current_stream(device)

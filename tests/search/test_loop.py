@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import multiprocessing
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from itertools import product
 from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from rich.console import Console
 
 from rankopt import StudyError
+from rankopt.candidates.prepare import prepare
+from rankopt.experiments.tasks import load_task
 from rankopt.search.compress import run_search
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.loop import Study, best, search
@@ -26,6 +28,7 @@ from rankopt.search.settings import SearchSettings
 from rankopt.search.storage.local import Store, read_trials
 from rankopt.search.summary import budget_text
 from rankopt.strategies.registry import make_strategy
+from tests.helpers.spaces import QUICK
 
 
 def run(digits, trials, store=None, strategy="random", evaluate=None, seed=0):
@@ -102,50 +105,44 @@ def test_a_damaged_store_is_refused(digits, tmp_path):
         read_trials(tmp_path)
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from tests.helpers.spaces import QUICK
-from rankopt.search.compress import run_search
-from rankopt.search.settings import SearchSettings
-from rankopt.candidates.prepare import prepare
-from rankopt.experiments.tasks import load_task
-from rankopt.search.loop import search
+def search_slowly(folder, resume):
+    """In a process of its own."""
+    torch.set_num_threads(1)
+    prepared = prepare(load_task("digits"), QUICK, workers=1)
+    settings = SearchSettings("optuna", 12, seed=1, resume=resume)
 
-def slowly(study, evaluate):
-    return search(study, lambda proposal: (time.sleep(0.15), evaluate(proposal))[1])
+    def slowly(study, evaluate):
+        return search(study, lambda proposal: (time.sleep(0.15), evaluate(proposal))[1])
 
-prepared = prepare(load_task("digits"), QUICK, workers=1)
-settings = SearchSettings("optuna", 12, seed=1, resume="resume" in sys.argv)
-run_search(prepared, prepared.problem({"params": 0.3}), settings, Path(sys.argv[1]), slowly)
-"""
+    run_search(prepared, prepared.problem({"params": 0.3}), settings, folder, slowly)
 
 
 def test_kill_9_loses_nothing_and_changes_nothing(digits, tmp_path):
     """Killed again and again at random moments, the search ends with the plans of an undisturbed one."""
     out = tmp_path / "run"
     out.mkdir()
-    command = [sys.executable, "-c", KILLED, str(out)]
+    processes = multiprocessing.get_context("forkserver")  # they share what they import
+    processes.set_forkserver_preload([__name__])
     finished, kills = 0, 0
-    for wait in (0.4, 0.2):
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": "."})
+    for resume, wait in ((False, 0.4), (True, 0.2)):
+        process = processes.Process(target=search_slowly, args=(out, resume))
+        process.start()
         deadline = time.monotonic() + 600
-        while count_trials(out) <= finished and process.poll() is None and time.monotonic() < deadline:
+        while count_trials(out) <= finished and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(wait)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        if process.is_alive():
+            process.kill()
             kills += 1
-        process.wait()
+        process.join()
         kept = count_trials(out)
         assert kept >= finished
         finished = kept
-        if "resume" not in command:
-            command.append("resume")
     assert kills >= 1 and finished >= 1
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, check=True)
+    process = processes.Process(target=search_slowly, args=(out, True))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
     run_search(digits, digits.problem({"params": 0.3}), SearchSettings("optuna", 12, seed=1), undisturbed)

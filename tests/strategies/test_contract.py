@@ -18,6 +18,13 @@ from rankopt.strategies.allocation import project
 from rankopt.strategies.registry import STRATEGIES, make_strategy, strategy_class, strategy_name
 from tests.helpers.problems import synthetic
 
+QUICK = {"rl": {"walks": 256}}  # options with which a strategy is made in a moment
+
+
+def made(name, problem, seed=0):
+    return make_strategy(name, problem, seed, QUICK.get(name, {}))
+
+
 SEARCHERS = [name for name in STRATEGIES if not strategy_class(name).one_shot]
 
 
@@ -28,7 +35,7 @@ NUMBERS_ONLY = [n for n in STRATEGIES if not strategy_class(n).needs_model]  # o
 @pytest.mark.parametrize("share", [0.15, 0.5, 1.0])
 def test_proposals_are_on_the_menu_and_fit_after_projection(name, share):
     problem, truth = synthetic(share)
-    strategy = make_strategy(name, problem, seed=3)
+    strategy = made(name, problem, seed=3)
     trials = search(Study(problem, strategy, 1 if strategy.one_shot else 6), truth)
     assert len(trials) == (1 if strategy.one_shot else 6) or share == 1.0
     for trial in trials:
@@ -62,7 +69,7 @@ json.dump({name: plans(name) for name in sys.argv[1:]}, sys.stdout)
 
 def plans(name):
     problem, truth = synthetic(0.3)
-    strategy = make_strategy(name, problem, seed=5)
+    strategy = made(name, problem, seed=5)
     return [list(t.proposal) for t in search(Study(problem, strategy, 1 if strategy.one_shot else 14), truth)]
 
 
@@ -80,7 +87,7 @@ def test_same_seed_same_plans_in_another_process(name, plans_of_another_process)
 @pytest.mark.parametrize("name", SEARCHERS)
 def test_telling_out_of_order_and_failures(name):
     problem, truth = synthetic(0.3)
-    strategy = make_strategy(name, problem)
+    strategy = made(name, problem)
     proposals = [project(problem, strategy.ask()) for _ in range(12)]
     for i in reversed(range(12)):
         failed = i % 3 == 0
@@ -92,10 +99,10 @@ def test_telling_out_of_order_and_failures(name):
 @pytest.mark.parametrize("name", SEARCHERS)
 def test_restored_strategies_go_on_as_if_never_stopped(name):
     problem, truth = synthetic(0.3)
-    whole = search(Study(problem, make_strategy(name, problem), 12), truth)
-    first = Study(problem, make_strategy(name, problem), 8)
+    whole = search(Study(problem, made(name, problem), 12), truth)
+    first = Study(problem, made(name, problem), 8)
     search(first, truth)
-    second = Study(problem, make_strategy(name, problem), 12, trials=list(first.trials))
+    second = Study(problem, made(name, problem), 12, trials=list(first.trials))
     second.strategy.restore(first.trials, first.strategy.n_asked)
     assert [t.proposal for t in search(second, truth)] == [t.proposal for t in whole]
 
