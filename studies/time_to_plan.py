@@ -372,7 +372,7 @@ def main() -> None:
     names = ["vgg16"] if args.memory else args.only.split(",")
     if unknown := set(names) - NETWORKS.keys():
         parser.error(f"no network {', '.join(sorted(unknown))}: there are {', '.join(NETWORKS)}")
-    end = time.monotonic() + 60 * (args.limit_minutes or 10**6)
+    end = None if args.limit_minutes is None else time.monotonic() + 60 * args.limit_minutes
     rows = {name: _apart(name, args.device, args.effort, end) for name in names}
     for row in rows.values():
         print(table([row]))
@@ -381,13 +381,13 @@ def main() -> None:
         sys.exit(f"VGG-16 took more than {LIMIT_BYTES / 1e9:.0f} GB: {rows['vgg16'].get('memory', 'it did not end')}")
 
 
-def _apart(name: str, device: str, effort: str, end: float) -> dict[str, Any]:
+def _apart(name: str, device: str, effort: str, end: float | None) -> dict[str, Any]:
     """The row of one network, measured in a process of its own."""
     command = [sys.executable, __file__, "--row", name, "--device", device, "--effort", effort]
-    left = end - time.monotonic()
+    left = None if end is None else max(end - time.monotonic(), 0.01)
     print(f"{name} ...", flush=True)
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=max(left, 0.01), check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=left, check=True)
     except subprocess.TimeoutExpired:
         return {"network": name, "note": "over the time limit"}
     except subprocess.CalledProcessError as error:
