@@ -55,8 +55,7 @@ USUAL = "tanh"
 """The activation of the families without one in their name."""
 
 KEPT_ENTRIES = 2**14
-"""Largest state of a circuit that is kept for the gradients of each gate: with all gates of a layer at most 8 MB in all.
-Computing one again takes about as long as computing it."""
+"""Largest state of a circuit that is kept for each gate, which takes 8 MB at most; larger ones are computed again."""
 
 
 # --- the structure of a network -------------------------------------------------------------------

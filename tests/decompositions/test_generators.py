@@ -21,6 +21,7 @@ import rankopt
 from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import Layer
+from rankopt.decompositions import generators
 from rankopt.decompositions.generators import AugmentedTreeNetwork, BrickWall, Mera, TreeNetwork, WeightGenerator
 from rankopt.decompositions.joint_fit import Joint
 from rankopt.decompositions.modules import load_factors
@@ -368,6 +369,17 @@ def test_training_a_circuit_keeps_states_of_layers_not_of_gates():
     changes = [e.nbytes() for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert max(np.cumsum(changes)) < (8 + 8 + 6) * size  # of the gates: 8 * 8 * size
     assert all(core.grad.abs().max() > 0 for core in cores)
+
+
+@pytest.mark.parametrize("activation", ["linear", "tanh"])
+def test_states_that_are_computed_again_give_the_same_gradients(activation, monkeypatch):
+    family, layer, found = BrickWall(activation), linear(6, 7), []
+    for kept in (generators.KEPT_ENTRIES, 0):
+        monkeypatch.setattr(generators, "KEPT_ENTRIES", kept)
+        torch.manual_seed(0)
+        cores = [torch.randn(s, requires_grad=True) for s in family.shapes(layer, (3,))]
+        found.append(torch.autograd.grad(family.weight(layer, cores).square().sum(), cores))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # --- layers whose weight is built from cores --------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 
@@ -23,7 +25,7 @@ from rankopt.search.compress import run_search
 from rankopt.search.evaluator import Evaluator
 from rankopt.search.loop import Study, attempt, proposals, search
 from rankopt.search.settings import SearchSettings
-from rankopt.search.storage.local import Store, read_trials
+from rankopt.search.storage.local import Store, create_study, read_trials, sqlite_url
 from rankopt.search.storage.shared import SharedStore
 from rankopt.strategies.registry import make_strategy
 
@@ -268,3 +270,12 @@ def test_two_processes_on_one_postgresql_study_and_one_of_them_killed(digits, po
     assert len(rows) == trials and all(r["state"] == "finished" for r in rows)
     assert sum(counts.values()) - trials <= 1, "but for the one that ran in the killed process, each plan once"
     assert len({(*r["cost"], r["objective"]) for r in rows}) == trials
+
+
+def test_a_new_study_is_what_optuna_itself_makes(tmp_path):
+    ours, optunas = tmp_path / "a ? file", tmp_path / "b"
+    create_study(ours, "search", {"seed": 1})
+    study = optuna.create_study(storage=sqlite_url(optunas), study_name="search")
+    study.set_user_attr("seed", 1)
+    one, other = (list(sqlite3.connect(path).iterdump()) for path in (ours, optunas))
+    assert one == other and any("alembic_version" in line for line in one)
