@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 from rankopt.core.errors import RankoptError
+from rankopt.core.files import digest
 from rankopt.core.progress import StopCondition
 from rankopt.core.run_folder import claim
 from rankopt.experiments.cases import CaseFailed, CaseFinished, CaseStarted, finished_cases, run_cases
 from rankopt.experiments.config import read_study
+from rankopt.experiments.experiment import prepare_experiment
 from rankopt.experiments.tasks import load_task
 from rankopt.experiments.tuning import TuningStudy
 from rankopt.search.loop import search
@@ -196,6 +198,27 @@ def test_limits_of_a_trial_are_refused_where_a_worker_does_a_whole_search(write,
     runner = make_runner(RunnerSettings(workers=2, trial_timeout=5))
     with pytest.raises(RankoptError, match="each worker does a whole search"):
         next(run_cases(study, tmp_path / "out", runner, None, StopCondition(), ProgressBar()))
+
+
+def test_who_prepares_what_another_process_prepares_waits_for_it_and_can_be_stopped(write, tmp_path):
+    experiment, task = read_study(write(CASES)).cases[0].experiment, load_task("digits")
+    cache, stop, said = tmp_path / "cache", StopCondition(), []
+
+    class Display(ProgressBar):
+        def note(self, text):
+            said.append(text)
+            stop.stopping = True
+
+    def prepared():
+        return prepare_experiment(experiment, task, cache, Display(), search, stop)
+
+    cache.mkdir(mode=0o700)
+    name = digest("digits", experiment.space.settings())
+    with claim(cache / f"{name}.turn"), pytest.raises(KeyboardInterrupt):
+        prepared()
+    assert said == ["waiting for another process that prepares the same"] and not list(cache.iterdir())
+    stop.stopping = False
+    assert prepared().candidates and not list(cache.glob("*.turn"))
 
 
 # --- searches for hyperparameters ----------------------------------------------------------------------
