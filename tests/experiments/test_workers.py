@@ -273,6 +273,20 @@ def test_the_order_of_results_does_not_change_what_is_asked(write, tmp_path, at_
     assert alone[:10] == first[:10] and alone != first, "random settings are the same, chosen ones see less"
 
 
+def test_a_kill_between_choosing_settings_and_using_them_changes_nothing(write, tmp_path):
+    study, task = read_study(write(BASE + RANGES)), load_task("digits")
+    asked = []
+    for out in ("killed", "undisturbed"):
+        with TuningStudy(study, task, tmp_path / out).open() as searches:
+            searches.record(searches.ask(0), {"score": 1.0, "params": 1.0, "milliseconds": 1.0}, lambda text: None)
+            if out == "killed":
+                searches.study.enqueue_trial(searches.ask(1).params, user_attrs={"position": 1})
+        with TuningStudy(study, task, tmp_path / out).open() as searches:
+            assert searches.next_position((), 1) == 1 and len(searches.done()) == 1
+            asked.append(searches.ask(1).params)
+    assert asked[0] == asked[1]
+
+
 # --- with Ray ----------------------------------------------------------------------------------------
 
 
