@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,8 +198,8 @@ def prepare_experiment(
     Raises:
         KeyboardInterrupt: It was asked to stop.
     """
-    folder = Cache(cache).folder
-    turn = folder / f"{digest(experiment.as_json(task.name)['task'], experiment.space.settings())}.turn"
+    store = Cache(cache)
+    turn = store.folder / f"{digest(without_folder(task.name), experiment.space.settings())}.turn"
 
     def shown(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
         for item in display(items, what, total):
@@ -206,9 +208,9 @@ def prepare_experiment(
             yield item
 
     while True:
-        with claim(turn) as ours:
+        with claim(turn) if os.access(store.folder, os.W_OK) else nullcontext(True) as ours:
             if ours:
-                return prepare(task, experiment.space, folder, shown, workers_of(runner), experiment.budget)
+                return prepare(task, experiment.space, store.folder, shown, workers_of(runner), experiment.budget)
         display.note("waiting for another process that prepares the same")
         if stop.stopping:
             raise KeyboardInterrupt

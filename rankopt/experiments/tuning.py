@@ -12,9 +12,9 @@ space.points = [6, 12]
 ```
 
 A TPE sampler (Bergstra et al., "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011) chooses each search's
-settings. A search is a trial of the Optuna study in OUT/hyperparameters.db, on disk before the next begins. For every
-trial there is a new sampler, seeded by the study's seed and the number of finished trials, and it sees only these: a
-study that was killed therefore continues as if it had not been.
+settings. A search is a trial of the Optuna study in OUT/hyperparameters.db, on disk as soon as it has ended. For every
+trial there is a new sampler, seeded by the study's seed and the trial's place in the order of asking. It sees the trials
+before this one, without those that may still run: a study that was killed therefore continues as if it had not been.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ class TuningStudy:
         self.study = load_study(self.path)
         remedy = "Go on with the same file, or give another --out"
         check_same(self.study.user_attrs, self.metadata(), self.path, "study", remedy)
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+        for _ in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            self.study.ask()  # it runs, and can be ended
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.set_user_attr(LOST, [*self.study.user_attrs.get(LOST, ()), trial.number])
             self.study.tell(trial.number, state=TrialState.FAIL)
         for trial in self.done():

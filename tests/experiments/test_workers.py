@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 from rankopt.core.errors import RankoptError
+from rankopt.core.files import digest
 from rankopt.core.progress import StopCondition
 from rankopt.core.run_folder import claim
 from rankopt.experiments.cases import CaseFailed, CaseFinished, CaseStarted, finished_cases, run_cases
 from rankopt.experiments.config import read_study
+from rankopt.experiments.experiment import prepare_experiment
 from rankopt.experiments.tasks import load_task
 from rankopt.experiments.tuning import TuningStudy
 from rankopt.search.loop import search
@@ -198,6 +200,27 @@ def test_limits_of_a_trial_are_refused_where_a_worker_does_a_whole_search(write,
         next(run_cases(study, tmp_path / "out", runner, None, StopCondition(), ProgressBar()))
 
 
+def test_who_prepares_what_another_process_prepares_waits_for_it_and_can_be_stopped(write, tmp_path):
+    experiment, task = read_study(write(CASES)).cases[0].experiment, load_task("digits")
+    cache, stop, said = tmp_path / "cache", StopCondition(), []
+
+    class Display(ProgressBar):
+        def note(self, text):
+            said.append(text)
+            stop.stopping = True
+
+    def prepared():
+        return prepare_experiment(experiment, task, cache, Display(), search, stop)
+
+    cache.mkdir(mode=0o700)
+    name = digest("digits", experiment.space.settings())
+    with claim(cache / f"{name}.turn"), pytest.raises(KeyboardInterrupt):
+        prepared()
+    assert said == ["waiting for another process that prepares the same"] and not list(cache.iterdir())
+    stop.stopping = False
+    assert prepared().candidates and not list(cache.glob("*.turn"))
+
+
 # --- searches for hyperparameters ----------------------------------------------------------------------
 
 
@@ -248,6 +271,20 @@ def test_the_order_of_results_does_not_change_what_is_asked(write, tmp_path, at_
     assert sum(len(asked) for asked in killed) <= 16 + at_once - 1, "what was lost is made again, in its place"
     alone = tuned(path, tmp_path / "alone", 1, 0)
     assert alone[:10] == first[:10] and alone != first, "random settings are the same, chosen ones see less"
+
+
+def test_a_kill_between_choosing_settings_and_using_them_changes_nothing(write, tmp_path):
+    study, task = read_study(write(BASE + RANGES)), load_task("digits")
+    asked = []
+    for out in ("killed", "undisturbed"):
+        with TuningStudy(study, task, tmp_path / out).open() as searches:
+            searches.record(searches.ask(0), {"score": 1.0, "params": 1.0, "milliseconds": 1.0}, lambda text: None)
+            if out == "killed":
+                searches.study.enqueue_trial(searches.ask(1).params, user_attrs={"position": 1})
+        with TuningStudy(study, task, tmp_path / out).open() as searches:
+            assert searches.next_position((), 1) == 1 and len(searches.done()) == 1
+            asked.append(searches.ask(1).params)
+    assert asked[0] == asked[1]
 
 
 # --- with Ray ----------------------------------------------------------------------------------------
