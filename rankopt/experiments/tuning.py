@@ -14,8 +14,7 @@ space.points = [6, 12]
 A TPE sampler (Bergstra et al., "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011) chooses each search's
 settings. A search is a trial of the Optuna study in OUT/hyperparameters.db, on disk as soon as it has ended. For every
 trial there is a new sampler, seeded by the study's seed and the trial's place in the order of asking. It sees the
-trials before this one, without those that may still run: a study that was killed therefore continues as if it had not
-been.
+trials before this one, without those that may still run: a study that was killed continues as if it had not been.
 """
 
 from __future__ import annotations

@@ -39,6 +39,10 @@ WAIT = 0.5
 """Seconds between questions to a job."""
 
 
+CLOSING = 15
+"""Seconds that a worker has to clean up."""
+
+
 NOT_KEPT = (".part", "-journal", "-wal", "-shm")
 """Ends of names of files that hold half of something."""
 
@@ -319,7 +323,7 @@ class _Running:
 
         if self.begun:
             with suppress(Exception):  # it may be gone
-                ray.get(self.actor.close.remote(), timeout=5)
+                ray.get(self.actor.close.remote(), timeout=CLOSING)
         ray.kill(self.actor)
 
 
