@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from rankopt.candidates.pareto import frontier
 from rankopt.candidates.prepare import Prepared
 from rankopt.core.budget import Limit, share
+from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.records import FACTORISED, SAME, Candidate, Cost, Layer, Rank
 from rankopt.decompositions.plan import apply, replace
@@ -396,7 +397,18 @@ def start_network(
 
     Returns:
         The network, and the candidates of its factorised layers by name.
+
+    Raises:
+        RankoptError: At an effort below thorough, other families have beaten all of these on a layer.
     """
+    for layer in problem.layers:
+        offers = {c.method for c in prepared.offers.get(layer.name, ())}
+        if offers & set(families) and not any(c.method in families for c in prepared.candidates[layer.name]):
+            raise RankoptError(
+                f"layer {layer.name!r} has no candidate left whose ranks can be learnt: other families have beaten all "
+                "of them. Search with --effort thorough, or offer only some of the families "
+                + ", ".join(sorted(families))
+            )
     metrics = [x.metric for x in problem.limits]
     menus = tuple(_menu(layer, prepared.candidates[layer.name], metrics, families) for layer in problem.layers)
     chosen = _allocated(problem, menus, 1.0)

@@ -215,7 +215,7 @@ class Compression:
         self.may_stay: dict[str, bool] = {}
         for layer in problem.layers:
             weight = self.weight(layer)
-            offered = {c.method for c in prepared.candidates[layer.name]}
+            offered = {c.method for c in prepared.offers.get(layer.name, prepared.candidates[layer.name])}
             found = [DECOMPOSITIONS[f] for f in FAMILIES if f in offered]
             self.unfoldings[layer.name] = {f.name: Unfolding.of(f, layer, weight) for f in found}
             self.white[layer.name] = Whitening(layer, weight, *prepared.statistics[layer.name])

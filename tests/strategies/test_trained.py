@@ -316,3 +316,19 @@ def test_a_benchmark_measures_the_networks(digits):
     strategy = make_strategy("lc", digits.problem(BUDGET), best["seed"], {"steps": 4})
     strategy.measure(digits, silent)
     assert best["score"] == digits.task.test(strategy.network.model)
+
+
+def test_layers_whose_candidates_others_have_beaten_are_not_left_dense_silently(digits):
+    """As at an effort below thorough, which gives up candidates."""
+    name = digits.free[-1].name
+    left = {**digits.candidates, name: [c for c in digits.candidates[name] if c.method not in FAMILIES]}
+    beaten = dataclasses.replace(digits, candidates=left, offers=digits.candidates)
+    assert len(left[name]) < len(digits.candidates[name])
+    for strategy in ("lasso-train", "differentiable"):
+        with pytest.raises(RankoptError, match=f"layer '{name}' has no candidate left.*--effort thorough"):
+            make_strategy(strategy, digits.problem(BUDGET), 0, FEW).measure(beaten, silent)
+    compression = Compression(beaten, digits.problem(BUDGET), copy.deepcopy(digits.task.model))
+    assert (
+        compression.unfoldings[name].keys()
+        == Compression(digits, digits.problem(BUDGET), digits.task.model).unfoldings[name].keys()
+    )
