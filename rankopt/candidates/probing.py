@@ -231,6 +231,9 @@ class Prober:
         self.divergence, self.layers, self.progress, self.pool = divergence, layers, progress, pool
         self.runs = ProbeRuns(model, build)
         self._spent = 0  # units of the objective that went through the model
+        self._largest = max(
+            map(batch_size, divergence.batches), default=1
+        )  # examples that the model surely takes at once
         self._chunk = 0  # the most units whose outputs of modules are kept
         total = sum(x.macs for x in layers) or 1
         behind = np.cumsum([x.macs for x in reversed(layers)])[::-1] / total
@@ -331,11 +334,11 @@ class Prober:
 
     def _pieces(self, part: Divergence) -> Iterator[Divergence]:
         """An objective in pieces of a single batch, of which everything that is recorded fits into memory."""
-        at = 0
+        at, most = 0, min(self._chunk or self._largest, self._largest)
         for batch in part.batches:
             n = batch_size(batch) if part.divisible else 1
-            for start in range(at, at + n, self._chunk or n):
-                yield part.part(slice(start, min(start + (self._chunk or n), at + n)))
+            for start in range(at, at + n, most):
+                yield part.part(slice(start, min(start + most, at + n)))
             at += n
 
     def _keeping(self, piece: Divergence) -> Divergence:

@@ -213,6 +213,15 @@ def test_a_sample_of_the_examples_gives_nearly_the_same_curves():
         assert [rise for _, rise in curve] == pytest.approx(expected[name], rel=0.25), name
 
 
+def test_no_run_is_larger_than_the_batches_of_the_task():
+    """A task's batches may be as large as memory allows."""
+    torch.manual_seed(0)
+    model, x, sizes = Chain(4), torch.randn(1600, 6), []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    probed(model, x, 50)
+    assert max(sizes) == 50 and sizes.count(50) > len(sizes) / 2
+
+
 def test_runs_begin_at_the_layer():
     """The last layer's probes do not call the first layer."""
     model, x = Chain(3), torch.randn(96, 6)
