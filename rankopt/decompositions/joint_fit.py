@@ -20,13 +20,10 @@ from rankopt.decompositions.lbfgs import minimize
 from rankopt.decompositions.types import Factors, Fit, Target
 from rankopt.decompositions.variable_projection import (
     NEGLIGIBLE,
+    TOLERANCE,
     StoredError,
     affordable_steps,
 )
-
-TOLERANCE = 1e-4
-"""A search ends where its loss falls by less than this share of it in `lbfgs.WINDOW` steps: less than for linear
-families, since searches for generated weights cross plateaus."""
 
 
 class Joint(Decomposition):
