@@ -46,9 +46,9 @@ NEGLIGIBLE = 1e-12
 TOLERANCE = 1e-4
 """A search ends where its loss falls by less than this share of it in `lbfgs.WINDOW` steps.
 
-With 1e-3, searches on ResNet-20 take 0.53 (`cp_merged`) to 0.62 (`tucker2`) of the steps and end at losses that are higher
-by 1 % with `cp` and `cp_merged` and the same with others; but plans at 60, 50, 40, 30, 20, 15 % of the parameters had
-a KL that was 2.6, -5.0, 5.4, 5.8, 4.1, 2.6 % higher, for 0.80 of the CPU time of a preparation."""
+With 1e-3, searches on ResNet-20 take 0.53 (`cp_merged`) to 0.62 (`tucker2`) of the steps and end at losses that are
+higher by 1 % with `cp` and `cp_merged` and the same with others; but plans at 60, 50, 40, 30, 20, 15 % of the
+parameters had a KL that was 2.6, -5.0, 5.4, 5.8, 4.1, 2.6 % higher, for 0.8 or more of the CPU time to prepare."""
 
 FLOAT32_LOSS = 1e-5
 """Relative loss below which the search goes on in float64."""
