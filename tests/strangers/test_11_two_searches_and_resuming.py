@@ -419,8 +419,8 @@ def test_sigterm_ends_a_search_like_ctrl_c(tmp_path):
         while "trial 1:" not in (line := process.stderr.readline()):
             assert line
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=120)
-    assert process.returncode == 143 and "compressed" in said
+        said, errors = process.communicate(timeout=120)
+    assert process.returncode == 143 and "compressed" in said, errors
     done = len(read_trials(tmp_path / "run"))
     assert 2 <= done < 400 and read_result(tmp_path / "run")["trials"]["interrupted"]
     assert (tmp_path / "run" / "report.html").is_file()

@@ -447,7 +447,7 @@ def test_the_command_starts_ray_quietly_and_leaves_nothing(tmp_path):
     assert not {p.name for p in (tmp_path / "home").iterdir()} & {"ray_results", ".ray"}
     assert not list(Path("/tmp").glob(f"rankopt-{process.pid}-*"))
     assert not list((tmp_path / "temporary").glob("*ray*"))
-    ours = {"study.db", "plan.json", "model.safetensors", "result.json", "search.log"}
+    ours = {"study.db", "plan.json", "model.safetensors", "result.json", "frontiers.json", "search.log"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == {*ours, "logs", "ray"}
     assert len(list((tmp_path / "out" / "logs" / "tensorboard").glob("*/events.out.tfevents.*"))) == 4
     found = tune.ResultGrid(tune.ExperimentAnalysis(str(tmp_path / "out" / "ray" / "search-0")))
