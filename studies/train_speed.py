@@ -224,7 +224,7 @@ def main() -> None:
         print(f"rankopt {1e3 * own[-1]:.2f} ms a step, the script {1e3 * theirs[-1]:.2f}", flush=True)
     a, b = statistics.median(own), statistics.median(theirs)
     result = {
-        "run": given.run,
+        "run": Path(given.run).name,
         "params": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "batch": given.batch,

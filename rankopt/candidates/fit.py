@@ -220,19 +220,20 @@ def _run(
 ) -> Iterator[tuple[int, float]]:
     """Run jobs in any order; yield each one's index and seconds as it ends. None starts after `until`."""
 
-    def arguments(number: int, device: str = "cpu") -> tuple[Any, ...]:
-        job = jobs[number]
-        return (number, job, _weight(statistics, job.layer).detach().to(device), *statistics[job.layer.name])
+    on_gpu = {i for i, job in enumerate(jobs) if _is_for_gpu(statistics, job.layer)}
+
+    def arguments(number: int) -> tuple[Any, ...]:
+        layer = jobs[number].layer
+        weight = _weight(statistics, layer).detach()
+        return (number, jobs[number], weight if number in on_gpu else weight.cpu(), *statistics[layer.name])
 
     def in_time(items: Iterable[Any]) -> Iterator[Any]:
         return itertools.takewhile(lambda _: time.monotonic() < until, items)
 
     cache = statistics.cache
-    on_gpu = [i for i, job in enumerate(jobs) if _is_for_gpu(statistics, job.layer)]
-    for stack in in_time(_stacks(statistics, jobs, on_gpu)):
-        device = str(_weight(statistics, jobs[stack[0]].layer).device)
-        yield from _fit_stack(cache, *zip(*(arguments(number, device) for number in stack), strict=True))
-    left = sorted(set(range(len(jobs))) - set(on_gpu))
+    for stack in in_time(_stacks(statistics, jobs, sorted(on_gpu))):
+        yield from _fit_stack(cache, *zip(*map(arguments, stack), strict=True))
+    left = sorted(set(range(len(jobs))) - on_gpu)
     if not callable(workers):
         workers = min(workers or available_cores(), max(len(left), 1), _affordable(statistics.layers))
     if workers == 1:

@@ -231,9 +231,8 @@ class Prober:
         self.divergence, self.layers, self.progress, self.pool = divergence, layers, progress, pool
         self.runs = ProbeRuns(model, build)
         self._spent = 0  # units of the objective that went through the model
-        self._largest = max(
-            map(batch_size, divergence.batches), default=1
-        )  # examples that the model surely takes at once
+        # As many examples as the model surely takes at once
+        self._largest = max(map(batch_size, divergence.batches), default=1)
         self._chunk = 0  # the most units whose outputs of modules are kept
         total = sum(x.macs for x in layers) or 1
         behind = np.cumsum([x.macs for x in reversed(layers)])[::-1] / total

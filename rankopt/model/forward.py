@@ -225,10 +225,9 @@ def move(model: nn.Module, device: str) -> None:
         wanted = torch.device(device)
     except RuntimeError:
         raise TaskError(f"unknown device {device!r}: cpu, cuda, or cuda:1 of several GPUs") from None
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise TaskError(
-            f"device {device}: torch finds {torch.cuda.device_count() or 'no'} GPU(s) with CUDA on this machine"
-        )
+    gpus = torch.cuda.device_count()
+    if wanted.type == "cuda" and (wanted.index or 0) >= gpus:
+        raise TaskError(f"device {device}: torch finds {gpus or 'no'} GPU(s) with CUDA on this machine")
     try:
         model.to(wanted)
     except Exception as error:  # whatever a model's own to() raises
@@ -315,7 +314,6 @@ def join(batches: Sequence[Any]) -> Any | None:
     Args:
         batches: Nested inputs.
     """
-
     layouts = [_layout(x) for x in batches]
     if layouts[0] is None or any(layout != layouts[0] for layout in layouts):
         return None

@@ -205,8 +205,7 @@ class Divergence:
         all on a GPU, which chooses its kernels for every new size of a batch."""
         if not self.divisible or len(self.batches) < 2 or (batch := join(self.batches)) is None:
             return self
-        kept = [zs for zs in self.reference if zs is not None]
-        reference = join(kept) if self.kept else None
+        reference = join(self.reference) if self.kept else None
         if self.kept and reference is None:
             return self
         same = copy.copy(self)

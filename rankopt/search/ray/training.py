@@ -19,19 +19,9 @@ from rankopt.training.finetune import Trained, finetune
 from rankopt.training.recipe import Recipe
 
 
-def train_at(desk: Desk, model: nn.Module, task: Task, recipe: Recipe, teacher: nn.Module | None) -> Trained:
-    """In a worker: train, from the checkpoint in the folder if there is one.
-
-    Args:
-        desk: Where.
-        model: As of `finetune`, as the next three.
-        task: The task.
-        recipe: How to train.
-        teacher: What is learnt from.
-
-    Returns:
-        What `finetune` returns, with the model on the CPU.
-    """
+def _train(shared: tuple[nn.Module, Task, Recipe, nn.Module | None], desk: Desk) -> Trained:
+    """In a worker: train, from the checkpoint in the folder if there is one. The model comes back on the CPU."""
+    model, task, recipe, teacher = shared
     desk.place(model, task.model, teacher)
     trained = finetune(
         model,
@@ -46,10 +36,6 @@ def train_at(desk: Desk, model: nn.Module, task: Task, recipe: Recipe, teacher: 
     )
     trained.model.cpu()
     return trained
-
-
-def _train(shared: tuple[nn.Module, Task, Recipe, nn.Module | None], desk: Desk) -> Trained:
-    return train_at(desk, *shared)
 
 
 @dataclass
