@@ -15,7 +15,8 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.progress import StopCondition
 from rankopt.core.run_folder import folder_lock, read_result
 from rankopt.core.signals import received
-from rankopt.search.progress import LiveRunner, ProgressBar
+from rankopt.core.text import one_line
+from rankopt.search.progress import LiveRunner, ProgressBar, console
 from rankopt.search.runners import crew_of, make_runner, session
 
 if TYPE_CHECKING:
@@ -170,15 +171,17 @@ def _run_cases(
     from rankopt.report.html import write_report
 
     cases, display = chosen_cases(study, only), ProgressBar()
+    several = case_crew(cases, runner) is not None
+    say = display.say if several and console.is_terminal else echo  # which would write into the line of progress
     failed: list[CaseFailed] = []
-    with _case_lines(display, len(cases), case_crew(cases, runner) is not None) as advance:
+    with _case_lines(display, len(cases), several) as advance:
         for event in run_cases(study, out, runner, cache, stop, display, only):
             if isinstance(event, CaseStarted):
-                echo(f"{event.name}:" if event.minutes is None else f"{event.name} (about {event.minutes:g} minutes):")
+                say(f"{event.name}:" if event.minutes is None else f"{event.name} (about {event.minutes:g} minutes):")
                 continue
             advance()
             if isinstance(event, CaseFailed):
-                display.say(f"{event.name}: failed, {event.error}")
+                display.say(f"{event.name}: failed, {one_line(' '.join(str(event.error).split()))}")
                 failed.append(event)
                 continue
             write_report(event.folder)

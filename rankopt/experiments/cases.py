@@ -298,7 +298,7 @@ def _beside_each_other(
         with graceful_interrupt(stop, display.say), closing(crew.do(next_job, stop)) as news:
             for job, update in news:
                 take(job, update)
-                display.note(" · ".join(f"{name}: {note}" for name, note in notes.items()))
+                display.note(" · ".join(f"{name}: {note}" for name, note in notes.items()) or "cases")
                 while events:
                     yield events.pop(0)
     finally:

@@ -115,6 +115,8 @@ def status(update: Update) -> str:
     Args:
         update: Its last update.
     """
+    if not update.note:
+        return "starting"
     _, what, total, begun = update.shown or (0, "", 0, 0)
     return f"{update.note}, {begun} of {total}" if what == update.note and total else update.note
 
