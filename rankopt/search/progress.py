@@ -56,13 +56,30 @@ log = logging.getLogger("rankopt")
 class _StandardError(Console):
     """Standard error. Where nobody reads any more, as after `2>&1 | head`, the work goes on without a display."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._waiting: list[Callable[[], None]] = []
+
     def on_broken_pipe(self) -> None:
         self.quiet = True
         discard_output(2)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich's, with control characters in texts written as escapes."""
-        super().print(*(printable(x) if isinstance(x, str) else x for x in objects), **options)
+        """As rich's, with control characters in texts written as escapes.
+
+        What the handler of a signal prints while a line is being written, which Python refuses, follows that line.
+        """
+        texts = [printable(x) if isinstance(x, str) else x for x in objects]
+        line = partial(super().print, *texts, **options)
+        try:
+            line()
+        except RuntimeError as error:
+            if "reentrant call" not in str(error):
+                raise
+            self._waiting.append(line)
+            return
+        while self._waiting:
+            self._waiting.pop(0)()
 
 
 console = _StandardError(stderr=True, force_jupyter=False)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import sys
 import threading
+import time
 
 import pytest
 from rich.console import Console
@@ -11,7 +15,15 @@ from rich.console import Console
 from rankopt.core.progress import Work
 from rankopt.search.compress import run_search
 from rankopt.search.loop import search
-from rankopt.search.progress import INTERVAL, Heartbeat, LiveRunner, ProgressBar, duration, time_left
+from rankopt.search.progress import (
+    INTERVAL,
+    Heartbeat,
+    LiveRunner,
+    ProgressBar,
+    _StandardError,
+    duration,
+    time_left,
+)
 from rankopt.search.settings import SearchSettings
 
 SOON = 0.001  # seconds between lines, so that nothing waits for 30
@@ -164,3 +176,48 @@ def test_a_search_without_a_terminal_says_how_it_goes_during_a_trial(digits, tmp
     run_search(digits, problem, SearchSettings("random", trials=3), tmp_path, runner)
     assert not beating()
     assert sum(line.startswith("trial ") for line in out.lines()) == 3, "a line for every trial, as before"
+
+
+def test_what_a_signals_handler_says_while_a_line_is_written_follows_the_line():
+    """The line is written into a full pipe, so that the signal comes in the middle of it."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    full = 0
+    while True:
+        try:
+            full += os.write(writer, b"." * 4096)
+        except BlockingIOError:
+            break
+    os.set_blocking(writer, True)
+    read, said, main = bytearray(), threading.Event(), threading.main_thread().ident
+
+    def writes():
+        return sys._current_frames()[main].f_code.co_name == "_write_buffer"
+
+    def interrupt():
+        while not (writes() and not time.sleep(0.05) and writes()):  # twice: it waits for the pipe
+            time.sleep(0.01)
+        signal.pthread_kill(main, signal.SIGALRM)
+        said.wait(20)
+        while found := os.read(reader, 65536):
+            read.extend(found)
+
+    def handle(*_):
+        try:
+            screen.print("finishing what runs")
+        finally:
+            said.set()
+
+    other = threading.Thread(target=interrupt, daemon=True)
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        with os.fdopen(writer, "w", buffering=1) as file:
+            screen = _StandardError(file=file)
+            other.start()
+            screen.print("trial 1: a line")
+            screen.print("trial 2: another line")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    other.join(20)
+    os.close(reader)
+    assert read[full:].decode().splitlines() == ["trial 1: a line", "finishing what runs", "trial 2: another line"]
