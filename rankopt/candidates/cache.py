@@ -24,7 +24,7 @@ from rankopt.core.schema import checked, parse_json, read_json
 from rankopt.core.text import reason
 from rankopt.decompositions.types import Factors
 
-VERSION = 7  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
+VERSION = 8  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
 
 
 MOST = 20 * 10**9

@@ -1,8 +1,9 @@
 """A lazy frontier: candidates are fitted with few steps at first, and to the end as a budget asks for them.
 
-All candidates are fitted with a few steps, for any budget. Those that another one of their layer has beaten by then are
-given up, whatever their family, and the others get more steps: successive halving (`rankopt.candidates.halving`). From
-the two errors of each that is left follows the error that it is likely to reach.
+Some ranks of every family are fitted with a few steps, for any budget; errors of the ranks between are interpolated.
+Candidates that another one of their layer has beaten by then are given up, whatever their family, and the others get
+more steps: successive halving (`rankopt.candidates.halving`). From the two errors of each that is left follows the
+error that it is likely to reach.
 
 For a budget, the candidates that these likely errors make part of a good plan are fitted to the end; that corrects the
 errors, which is repeated until all candidates of good plans are fitted to the end. A good plan is one at the prices of
@@ -19,8 +20,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
@@ -32,13 +33,13 @@ from rankopt.candidates.cache import VERSION
 from rankopt.candidates.calibration import Statistics
 from rankopt.candidates.effort import EFFORTS, SMALL, Effort
 from rankopt.candidates.fit import Fitted, Request, as_candidates, fit, in_order, rough_seconds, work_of
-from rankopt.candidates.halving import Reached, beaten
+from rankopt.candidates.halving import UNKNOWN, Reached, beaten, between, paths, segments
 from rankopt.candidates.pareto import dense_candidate
 from rankopt.candidates.pool import Pool
 from rankopt.core.dual import Array, Positions, drop_impossible, maximise_dual, pick
 from rankopt.core.files import digest
 from rankopt.core.problem import Problem, ProblemTable
-from rankopt.core.records import DENSE, SAME, Candidate, Rank
+from rankopt.core.records import DENSE, SAME, Candidate, Layer, Rank
 from rankopt.core.result_record import FittingEntry
 from rankopt.decompositions.registry import DECOMPOSITIONS
 
@@ -97,7 +98,8 @@ class LazyFits:
             fitted in that time is kept in the cache, so that a search that goes on has the same candidates.
         seconds: Seconds of fitting by family so far.
         first: The fits for any budget, of what no other candidate has beaten.
-        reached: What these have reached, by layer, family and rank.
+        reached: What all that no other candidate has beaten have reached, by layer, family and rank: those of `first`,
+            and the ranks between.
         made: All fits to the end that were made so far, for whatever budget.
         added: What a lower precision adds to the error, by layer name and precision; the dense layer's own error in it
             by layer name, precision and DENSE.
@@ -123,10 +125,18 @@ class LazyFits:
     @cached_property
     def cells(self) -> dict[Pair, list[tuple[Rank, ...]]]:
         """The ranks of the first fits that are not at their end, in groups that are fitted at once."""
-        return {pair: self._cells(pair) for pair in self.grid if not self._ended(pair, self.effort.rungs[-1])}
+        return {pair: self._cells(pair) for pair in self.grid if not self._at_end(pair)}
+
+    @cached_property
+    def segments(self) -> dict[Pair, list[tuple[Rank, ...]]]:
+        """The ranks of each direction in which they grow, from one that is fitted first to the next."""
+        return {
+            pair: [x for path in paths(r.layer, r.family, r.ranks) for x in segments(path, self.effort.stride)]
+            for pair, r in self.grid.items()
+        }
 
     def start(self, offers: Menus, metrics: Sequence[str]) -> tuple[Menus, dict[str, float]]:
-        """Fit all candidates with few steps, and those that are not beaten with more.
+        """Fit candidates with few steps, and those that are not beaten with more.
 
         Args:
             offers: All candidates that could be offered, with their costs.
@@ -135,31 +145,86 @@ class LazyFits:
         Returns:
             The candidates that are left, and seconds of fitting by family, to which those of later fits are added.
         """
-        going_on = {pair: r.ranks for pair, r in self.grid.items()}
+        self.reached = {pair: dict.fromkeys(r.ranks, UNKNOWN) for pair, r in self.grid.items()}
         for rung in self.effort.rungs:
-            steps = {pair: min(self._steps(pair), self._steps_of_rung(pair, rung)) for pair in going_on}
-            for pair, found in self._fit([*going_on.items()], steps).items():
-                before = {rank: x.error for rank, x in self.reached.get(pair, {}).items()}
-                ended = self._ended(pair, rung)
-                self.reached[pair] = {r: Reached(before.get(r, x.start), x.error, ended) for r, x in found.items()}
-                self.first[pair] = found
+            leading = self._leading(offers, metrics)
+            self._climb(leading, rung)
+            self._give_up(offers, metrics)  # by leaders, which saves the steps of most others
+            self._climb(self.grid.keys() - leading, rung)
             self._give_up(offers, metrics)
-            going_on = {p: tuple(found) for p, found in self.first.items() if found and not self._ended(p, rung)}
         self.made = {pair: {} if pair in self.cells else dict(found) for pair, found in self.first.items()}
         return self.menus({}), self.seconds
+
+    def _climb(self, pairs: Collection[Pair], rung: int) -> None:
+        """Fit what is left of some families and layers with the steps of a rung."""
+        going_on = [p for p in self.grid if p in pairs and self.reached[p] and not self._is_known(p)]
+        wanted = {pair: self._to_fit(pair) for pair in going_on}
+        steps = {pair: min(self._steps(pair), self._steps_of_rung(pair, rung)) for pair in wanted}
+        for pair, found in self._fit([*wanted.items()], steps).items():
+            self.first[pair] = found
+            self._note(pair, self._ended(pair, rung))
+
+    def _leading(self, offers: Menus, metrics: Sequence[str]) -> set[Pair]:
+        """Of each layer the family with the most candidates that are likely to be better than cheaper ones."""
+        found = set()
+        for layer in self.statistics.layers:
+            fitted = [(pair, dataclasses.replace(c, error=x.likely)) for pair, c, x in self._known(layer, offers)]
+            likely = [c for _, c in fitted]
+            lost = beaten(likely, [c.error for c in likely], metrics)
+            places = Counter(pair for (pair, _), gone in zip(fitted, lost, strict=True) if not gone)
+            found |= {pair for pair, _ in places.most_common(1)}
+        return found
+
+    def _known(self, layer: Layer, offers: Menus) -> list[tuple[Pair, Candidate, Reached]]:
+        """The offers of a layer that are left and have been fitted, or lie between some that have."""
+        menu = [((layer.name, c.method), c) for c in offers[layer.name] if c.precision == SAME and c.method != DENSE]
+        found = [(pair, c, self.reached[pair].get(c.rank, UNKNOWN)) for pair, c in menu]
+        return [(pair, c, x) for pair, c, x in found if x is not UNKNOWN]
+
+    def _to_fit(self, pair: Pair) -> tuple[Rank, ...]:
+        """The ranks to fit in a rung: of fits that go on later, some, so that what is left is fitted or between two."""
+        left = self.reached[pair].keys()
+        if self._at_end(pair):
+            return tuple(left)
+        inner = [x for x in self.segments[pair] if not left.isdisjoint(x[1:-1])]
+        ends = {rank for x in inner for rank in (x[0], x[-1])}
+        fitted = {rank for x in self.segments[pair] for rank in (x[0], x[-1])}
+        return tuple(r for r in self.grid[pair].ranks if r in ends or (r in left and r in fitted))
+
+    def _note(self, pair: Pair, ended: bool) -> None:
+        """Note what fits have reached, and what those between them are likely to have."""
+        left, found = self.reached[pair], self.first[pair]
+        errors = {rank: x.error for rank, x in found.items()}
+        starts = {rank: x.start for rank, x in found.items() if x.start is not None}
+        for known in (errors, starts):
+            known.update(self._between(pair, known))
+        before = {rank: starts.get(rank) if x is UNKNOWN else x.error for rank, x in left.items()}
+        self.reached[pair] = {rank: Reached(before[rank], errors[rank], ended) for rank in left}
+        self.first[pair] = {rank: x for rank, x in found.items() if rank in left}
+
+    def _between(self, pair: Pair, known: Mapping[Rank, float]) -> dict[Rank, float]:
+        """Errors of the ranks between those whose errors are known."""
+        found = {}
+        for low, *middle, high in self.segments[pair]:
+            if low in known and high in known:
+                ends = [self._weights(pair, rank) for rank in (low, high)]
+                for rank in (r for r in middle if r not in known):
+                    found[rank] = between((known[low], known[high]), ends, self._weights(pair, rank))
+        return found
+
+    def _weights(self, pair: Pair, rank: Rank) -> int:
+        return DECOMPOSITIONS[pair[1]].weights(self.grid[pair].layer, rank)
 
     def _give_up(self, offers: Menus, metrics: Sequence[str]) -> None:
         """Leave out what another candidate of the layer has beaten in each of its forms; closed forms cost nothing."""
         for layer in self.statistics.layers:
-            menu = [c for c in offers[layer.name] if c.precision == SAME and c.method != DENSE]
-            pairs = [((layer.name, c.method), c) for c in menu]
-            fitted = [(pair, c, self.reached[pair][c.rank]) for pair, c in pairs if c.rank in self.reached[pair]]
+            fitted = self._known(layer, offers)
             dense = dense_candidate(layer)
             now = [dense, *(dataclasses.replace(c, error=x.error) for _, c, x in fitted)]
             lost = beaten(now, [dense.error, *(x.best for *_, x in fitted)], metrics)[1:]
             kept = {(pair, c.rank) for (pair, c, _), gone in zip(fitted, lost, strict=True) if not gone}
-            for pair, family in ((pair, DECOMPOSITIONS[pair[1]]) for pair in self.grid if pair[0] == layer.name):
-                if not family.closed_form:
+            for pair in {pair for pair, *_ in fitted}:
+                if not DECOMPOSITIONS[pair[1]].closed_form:
                     self.first[pair] = {r: x for r, x in self.first[pair].items() if (pair, r) in kept}
                     self.reached[pair] = {r: x for r, x in self.reached[pair].items() if (pair, r) in kept}
 
@@ -174,10 +239,18 @@ class LazyFits:
         """Whether fits are at their end with the steps of a rung."""
         return DECOMPOSITIONS[pair[1]].closed_form or self._steps(pair) <= self._steps_of_rung(pair, rung)
 
+    def _at_end(self, pair: Pair) -> bool:
+        """Whether the first fits are at their end."""
+        return self._ended(pair, self.effort.rungs[-1])
+
+    def _is_known(self, pair: Pair) -> bool:
+        """Whether all that is left is fitted to the end."""
+        return all(x.ended for x in self.reached[pair].values())
+
     def _cells(self, pair: Pair) -> list[tuple[Rank, ...]]:
         found: list[list[Rank]] = []
         room = 0
-        for rank in self.first[pair]:
+        for rank in self.reached[pair]:
             work = work_of(self.grid[pair].layer, pair[1], [rank])
             if not found or work > room:
                 found.append([])
@@ -223,7 +296,7 @@ class LazyFits:
         Args:
             name: The layer's name.
         """
-        return self._further({pair: [*found] for pair, found in self.first.items() if pair[0] == name})
+        return self._further({pair: [*left] for pair, left in self.reached.items() if pair[0] == name})
 
     def for_limits(self, offers: Menus, state: Callable[[Menus], Problem]) -> tuple[Fits, FittingEntry]:
         """Fit what can be part of a good plan.
@@ -294,7 +367,7 @@ class LazyFits:
             return own + self.added.get((name, c.precision), 0.0)
 
         def left(name: str, c: Candidate) -> bool:
-            return c.method == DENSE or c.rank in self.first[name, c.method]
+            return c.method == DENSE or c.rank in self.reached[name, c.method]
 
         return {
             name: [dataclasses.replace(c, error=of(name, c)) for c in found if left(name, c)]
@@ -308,7 +381,7 @@ class LazyFits:
         missing = {}
         for pair in self.cells:
             known = further.get(pair, {})
-            ranks = [r for r in self.first[pair] if r in wanted.get(pair, ()) and r not in known]
+            ranks = [r for r in self.reached[pair] if r in wanted.get(pair, ()) and r not in known]
             if ranks:
                 missing[pair] = ranks
         return missing
@@ -317,7 +390,7 @@ class LazyFits:
         self, further: Mapping[Pair, Mapping[Rank, Fitted]], band: _Band, rounds: int, *, settled: bool
     ) -> FittingEntry:
         dropped = [
-            pair for pair, found in self.first.items() if not found or (pair in self.cells and not further.get(pair))
+            pair for pair, left in self.reached.items() if not left or (pair in self.cells and not further.get(pair))
         ]
         return {
             "candidates": sum(len(r.ranks) for r in self.grid.values()),

@@ -41,6 +41,7 @@ from rankopt.candidates.probing import Prober
 from rankopt.candidates.quantize import add_precisions, in_each_precision
 from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.candidates.sensitivity import PASSES, Curve, measure, possible_probes, with_losses
+from rankopt.core.allocator import keep_freed_memory
 from rankopt.core.budget import Limit, limited_metrics, parse_budget
 from rankopt.core.errors import BudgetError, TaskError
 from rankopt.core.files import digest, gigabytes
@@ -346,7 +347,7 @@ def _prepare(
     pool = workers if callable(workers) and device_of(task.model).type == "cpu" else None
     statistics = Statistics(model_layers.unfolded, free, batches, key, store, progress)
     factors = FactorStore(store)
-    with clock.stage("calibration"):
+    with clock.stage("calibration"), keep_freed_memory():
         statistics.ensure_cached(pool)
     lazy = LazyFits(statistics, grid, effort, workers) if effort else None
     with clock.stage("fitting"):
@@ -355,7 +356,7 @@ def _prepare(
     with clock.stage("rounding"):  # the stage's name in result.json
         needed = _cheapest(free, offers, priced)
         candidates = add_precisions(statistics, candidates, space.precisions, factors, needed)
-    with clock.stage("sensitivity"):
+    with clock.stage("sensitivity"), keep_freed_memory():
         objective = task.objective or Divergence(task.model, batches)
         curves, passes = _measure_curves(task, objective, statistics, candidates, factors, pool)
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rankopt.candidates.prepare import Prepared
+from rankopt.core.allocator import keep_freed_memory
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import digest
 from rankopt.core.options import text_of
@@ -91,6 +92,7 @@ def run_search(
         return tuple(check(prepared, limit, problem, proposal) for limit in limits)
 
     files = ExitStack()
+    files.enter_context(keep_freed_memory())
     kept = _trained_plans(settings, out, files)
 
     def search_within(problem: Problem, limits_changed: bool = True) -> FinishedSearch:

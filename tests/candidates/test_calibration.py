@@ -7,7 +7,7 @@ from torch import nn
 import rankopt
 from rankopt.candidates import calibration
 from rankopt.candidates.cache import Cache
-from rankopt.candidates.calibration import Statistics
+from rankopt.candidates.calibration import Sample, Statistics, columns, moments
 from rankopt.core.progress import silent
 from tests.helpers.pools import Elsewhere
 
@@ -80,3 +80,52 @@ def test_a_model_that_cannot_be_sent_is_calibrated_here(model, tmp_path):
     pool = Elsewhere()
     model.lock = (number for number in range(3))
     assert statistics(model, tmp_path, pool).rows("0") == 64 and not pool.calls
+
+
+CONVOLUTIONS = {
+    "1d": (nn.Conv1d(3, 4, 3, padding=1), (5, 3, 40)),
+    "2d": (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (5, 4, 16, 16)),
+    "dilated": (nn.Conv2d(3, 4, 3, padding=2, dilation=2, padding_mode="circular"), (5, 3, 12, 12)),
+    "3d": (nn.Conv3d(2, 3, (1, 3, 3)), (3, 2, 4, 8, 8)),
+    "transposed": (nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1), (5, 3, 8, 8)),
+    "linear": (nn.Linear(6, 4), (50, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_a_sample_holds_vectors_that_the_layer_sees(kind):
+    module, shape = CONVOLUTIONS[kind]
+    (layer,) = rankopt.inventory(nn.Sequential(module), torch.zeros(1, *shape[1:]))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    (every,), (some,) = columns(layer, module, x), columns(layer, module, x, Sample(0.2))
+    assert every.shape[2] / 6 < some.shape[2] < every.shape[2] / 2
+    assert torch.equal(some, next(iter(columns(layer, module, x, Sample(0.2)))))  # always the same ones
+    apart = torch.cdist(some.flatten(0, 1).T, every.flatten(0, 1).T, compute_mode="donot_use_mm_for_euclid_dist")
+    assert (apart.min(1).values == 0).all()
+    assert apart.argmin(1).unique().numel() > some.shape[2] / 2  # and not one of them again and again
+
+
+def test_a_moment_of_many_vectors_is_that_of_a_sample_of_them(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3))
+    batches = torch.randn(256, 2, 20, 20).split(64)
+    layers = rankopt.inventory(model, batches[0][:1])
+    whole = moments(model, layers, batches)
+    for constant in ("ROWS", "ROWS_EACH"):
+        monkeypatch.setattr(calibration, constant, 200)
+    rows: dict[str, int] = {}
+    some = moments(model, layers, batches, rows=rows)
+    for layer in layers:
+        seen = 256 * layer.positions
+        assert 200 * layer.patch <= rows[layer.name] < seen / 2
+        assert torch.linalg.matrix_norm(some[layer.name] - whole[layer.name]) < 0.05 * torch.linalg.matrix_norm(
+            whole[layer.name]
+        )
+
+
+def test_gradients_and_whether_they_are_taken_are_left_as_they_were(model, tmp_path):
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    model[2].weight.requires_grad = False
+    statistics(model, tmp_path)
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False, True, True, True]
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight)) and model[4].weight.grad is None

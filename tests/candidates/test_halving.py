@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
-from rankopt.candidates.halving import LEAST_GAIN, Reached, beaten
-from rankopt.core.records import FACTORISED, RECONSTRUCTED, Candidate, Cost
+from rankopt.candidates.halving import BEST, LEAST_GAIN, Reached, beaten, between, paths, segments
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.core.records import FACTORISED, RECONSTRUCTED, Candidate, Cost, Layer
+from rankopt.decompositions.registry import DECOMPOSITIONS
 
 METRICS = ("params", "macs")
 
@@ -14,9 +18,11 @@ def candidate(params: int, macs: int, error: float, form: str = FACTORISED) -> C
     return Candidate("cp", (params,), Cost(params, macs, 4 * params), error, form=form)
 
 
-def test_a_search_is_expected_to_gain_a_power_of_what_its_last_steps_gained():
-    halved = Reached(before=0.2, error=0.1, ended=False)
-    assert halved.best == pytest.approx(0.1 * 0.5**1.5) and halved.likely == pytest.approx(0.1 * 0.5**0.6)
+@pytest.mark.parametrize(("error", "power"), [(0.1, 0.35), (0.001, 0.85), (1e-4, 1.1)])
+def test_a_search_is_expected_to_gain_a_power_of_what_its_last_steps_gained(error, power):
+    halved = Reached(before=2 * error, error=error, ended=False)
+    assert halved.likely == pytest.approx(error * 0.5**power)
+    assert halved.best == pytest.approx(error * 0.5 ** (power + BEST))
 
 
 def test_a_search_that_gained_little_may_still_gain_a_tenth():
@@ -50,3 +56,32 @@ def test_the_metrics_of_a_budget_decide():
 def test_equals_do_not_beat_each_other():
     twins = [candidate(100, 100, 0.1, form) for form in (FACTORISED, RECONSTRUCTED)]
     assert beaten(twins, [0.1, 0.1], METRICS) == [False, False]
+
+
+LAYERS = (Layer("conv", "Conv2d", (64, 32, 3, 3)), Layer("linear", "Linear", (96, 64)))
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda x: x.name)
+@pytest.mark.parametrize("family", sorted(DECOMPOSITIONS))
+def test_along_a_path_every_part_of_a_rank_grows(family, layer):
+    ranks = SearchSpace(families=(family,), points=20).ranks(family, layer)
+    found = paths(layer, family, ranks)
+    assert sorted(r for path in found for r in path) == sorted(ranks)
+    for path in found:
+        pairs = [(a, b) for low, high in itertools.pairwise(path) for a, b in zip(low, high, strict=True)]
+        shrinking = [(a, b) for a, b in pairs if b < a]
+        assert all(a - b <= 2 for a, b in shrinking) and len(shrinking) <= len(pairs) / 10  # by rounding
+
+
+def test_a_path_is_cut_into_pieces_that_share_their_ends():
+    path = [(r,) for r in range(8)]
+    assert segments(path, 3) == [((0,), (1,), (2,), (3,)), ((3,), (4,), (5,), (6,)), ((6,), (7,))]
+    assert segments(path[:1], 3) == [((0,), (0,))] and segments([], 3) == []
+    assert segments(path[:3], 1) == [((0,), (1,)), ((1,), (2,))]
+
+
+def test_an_error_between_two_ranks_is_a_power_of_the_weights():
+    errors = [w**-1.7 for w in (100, 200, 400)]
+    assert between((errors[0], errors[2]), (100, 400), 200) == pytest.approx(errors[1])
+    assert between((0.2, 0.1), (100, 400), 100) == pytest.approx(0.2)
+    assert between((0.1, 0.0), (100, 400), 300) < 1e-100  # exact at the larger rank
