@@ -66,6 +66,10 @@ class Reached(NamedTuple):
         return min(1.0, self.error / self.before) if self.before else 1.0
 
 
+PIECES = 4
+"""The least pieces that a path is cut into, if it has more ranks: errors in a coarse grid are not as smooth."""
+
+
 UNKNOWN = Reached(None, math.inf, ended=False)
 """Of a search that did not start."""
 
@@ -99,9 +103,9 @@ def segments(path: Sequence[Rank], stride: int) -> list[tuple[Rank, ...]]:
 
     Args:
         path: Ranks.
-        stride: How far the ends of a piece are apart at most.
+        stride: How far the ends of a piece are apart at most; less where there would be fewer pieces than `PIECES`.
     """
-    last = len(path) - 1
+    last, stride = len(path) - 1, max(1, min(stride, (len(path) - 1) // PIECES))
     return [tuple(path[i : min(i + stride, last) + 1]) for i in range(0, last, stride)] or [(r, r) for r in path]
 
 

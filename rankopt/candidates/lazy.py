@@ -220,7 +220,8 @@ class LazyFits:
         for layer in self.statistics.layers:
             fitted = self._known(layer, offers)
             dense = dense_candidate(layer)
-            now = [dense, *(dataclasses.replace(c, error=x.error) for _, c, x in fitted)]
+            errors = [x.error if c.rank in self.first[pair] else math.inf for pair, c, x in fitted]  # only fits beat
+            now = [dense, *(dataclasses.replace(c, error=e) for e, (_, c, _) in zip(errors, fitted, strict=True))]
             lost = beaten(now, [dense.error, *(x.best for *_, x in fitted)], metrics)[1:]
             kept = {(pair, c.rank) for (pair, c, _), gone in zip(fitted, lost, strict=True) if not gone}
             for pair in {pair for pair, *_ in fitted}:
