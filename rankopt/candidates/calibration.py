@@ -114,7 +114,7 @@ def moments(
         layers: Its layers to measure.
         batches: Inputs of the model.
         on_batch: Called after every batch.
-        rows: If given, how many vectors each moment is the mean of is written there, by layer name.
+        rows: If given, how many vectors each layer saw is written there, by layer name.
 
     Returns:
         By layer name, S as `shrunk` leaves it, float64 (groups, patch, patch) on the model's device, with patch =
@@ -156,12 +156,13 @@ def moments(
     except (RuntimeError, TypeError) as error:
         raise TaskError(f"the model does not run on a calibration batch: {type(error).__name__}: {error}") from error
     reached = [name for name in by_name if counts[name]]  # an idle expert is not
+    seen = {name: round(counts[name] * samples[name].seen_by_drawn) for name in reached}
     if rows is not None:
-        rows.update({name: counts[name] for name in reached})
+        rows.update(seen)
     return {
         name: sketches.pop(name).moment()
         if name in sketches
-        else _finished(by_name[name], sums.pop(name), counts[name])
+        else _finished(by_name[name], sums.pop(name), counts[name], seen[name])
         for name in reached
     }
 
@@ -174,9 +175,9 @@ def _accumulate(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
         sums[name] = part
 
 
-def _finished(layer: Layer, total: Tensor, rows: int) -> Tensor:
-    """The second moment: the mean of a sum over `rows` vectors. The sum is overwritten."""
-    return frequencies(total) if layer.kind == "Embedding" else shrunk(total.div_(rows), rows)
+def _finished(layer: Layer, total: Tensor, rows: int, seen: int) -> Tensor:
+    """The second moment: the mean of a sum over `rows` vectors, a sample of those `seen`. The sum is overwritten."""
+    return frequencies(total) if layer.kind == "Embedding" else shrunk(total.div_(rows), seen)
 
 
 def shrunk(moment: Tensor, rows: int) -> Tensor:
@@ -190,7 +191,7 @@ def shrunk(moment: Tensor, rows: int) -> Tensor:
 
     Args:
         moment: S, float64 (groups, n, n).
-        rows: How many vectors it is the mean of.
+        rows: How many vectors it is the mean of, or of how many these are a sample: images count, not positions.
     """
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     rho, added = _shrinkage(diagonal, moment.square().sum((-2, -1)), rows)
@@ -320,6 +321,7 @@ class Sample:
 
     def __init__(self, share: float) -> None:
         self.share = share
+        self._seen = self._drawn = 0
         self._generator = torch.Generator().manual_seed(0)
 
     @classmethod
@@ -331,6 +333,11 @@ class Sample:
             examples: How many examples it sees.
         """
         return cls(max(ROWS, ROWS_EACH * layer.patch) / max(1, examples * layer.positions))
+
+    @property
+    def seen_by_drawn(self) -> float:
+        """How many times as many vectors there were as were drawn."""
+        return self._seen / self._drawn if self._drawn else 1.0
 
     def __call__(self, groups: int, size: int, like: Tensor) -> Tensor | None:
         """Draw from each of some groups of vectors, with replacement.
@@ -344,7 +351,10 @@ class Sample:
             Indices (groups, drawn); None for all.
         """
         drawn = math.ceil(self.share * size)
-        if 2 * drawn > size:
+        all_of_them = 2 * drawn > size
+        self._seen += groups * size
+        self._drawn += groups * (size if all_of_them else drawn)
+        if all_of_them:
             return None
         return torch.randint(size, (groups, drawn), generator=self._generator).to(like.device)
 
