@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.types import Factors, Stage, Target
-from rankopt.decompositions.variable_projection import OutputSolved, Parameters, equal_norms
+from rankopt.decompositions.variable_projection import OutputSolved, Parameters, equal_norms, once_per_target
 
 
 class Cp(OutputSolved):
@@ -121,14 +121,8 @@ def rank_one_rows(layer: Layer, target: Target, rank: int) -> tuple[Tensor, Tens
     """
     w = target.weight
     g, area = len(w), layer.patch // layer.in_channels
-    directions = torch.linalg.eigh(target.times_moment(w) @ w.mT)[1]
-    rows = (directions.mT @ w).unflatten(-1, (layer.in_channels, area))
-    u, s, vh = torch.linalg.svd(rows, full_matrices=False)
-    channels = (u * s.sqrt().unsqueeze(-2)).transpose(-1, -2).flatten(1, 2)
-    spatial = (vh * s.sqrt().unsqueeze(-1)).flatten(1, 2)
-    parts = map(khatri_rao, channels.split(layer.patch, 1), spatial.split(layer.patch, 1))  # in parts, to bound memory
-    energy = torch.cat([(target.times_moment(terms) * terms).sum(-1) for terms in parts], 1)
-    order = energy.argsort(-1, descending=True)[:, :rank]
+    channels, spatial, order = rank_one_terms(layer, target)
+    order = order[:, :rank]
     picked = [torch.gather(v, 1, order.unsqueeze(-1).expand(-1, -1, v.shape[-1])) for v in (channels, spatial)]
     short = rank - order.shape[-1]
     if rank >= layer.patch or short > 0:  # one unit vector per input of the patch: exact
@@ -138,6 +132,28 @@ def rank_one_rows(layer: Layer, target: Target, rank: int) -> tuple[Tensor, Tens
         picked = unit if rank >= layer.patch else [torch.cat(pair, 1) for pair in zip(picked, unit, strict=True)]
     channels, spatial = equal_norms(picked)
     return channels.contiguous(), spatial.contiguous()
+
+
+@once_per_target
+def rank_one_terms(layer: Layer, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """The rank-one terms of each row of W along its principal output directions.
+
+    Args:
+        layer: Layer to decompose.
+        target: What is fitted.
+
+    Returns:
+        Input vectors (g, n, C), spatial vectors (g, n, kh * kw), and the order of the terms by falling energy (g, n).
+    """
+    w = target.weight
+    directions = torch.linalg.eigh(target.times_moment(w) @ w.mT)[1]
+    rows = (directions.mT @ w).unflatten(-1, (layer.in_channels, -1))
+    u, s, vh = torch.linalg.svd(rows, full_matrices=False)
+    channels = (u * s.sqrt().unsqueeze(-2)).transpose(-1, -2).flatten(1, 2)
+    spatial = (vh * s.sqrt().unsqueeze(-1)).flatten(1, 2)
+    parts = map(khatri_rao, channels.split(layer.patch, 1), spatial.split(layer.patch, 1))  # in parts, to bound memory
+    energy = torch.cat([(target.times_moment(terms) * terms).sum(-1) for terms in parts], 1)
+    return channels, spatial, energy.argsort(-1, descending=True)
 
 
 def _one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ from rankopt.decompositions.variable_projection import (
     absorb_metric,
     balanced,
     leading_rows,
+    left_vectors,
+    once_per_target,
 )
 
 BLOCKS = (16, 8, 4, 2)
@@ -138,8 +140,7 @@ class SvdSpatial(OutputSolved):
         return ()
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
-        unfolded = target.weight.unflatten(-1, (-1, layer.kernel[1])).transpose(-1, -2).flatten(1, 2)
-        return (leading_rows(unfolded, rank[0]),)
+        return (leading_rows(_spatial_unfolding(layer, target), rank[0], _spatial_vectors(layer, target)),)
 
     def blocks(self, layer: Layer, theta: Parameters) -> Blocks:
         return width_blocks(layer, theta[0])
@@ -206,13 +207,7 @@ class SvdGrouped(OutputSolved):
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         blocks, r = rank
-        size = layer.patch // blocks
-        rows = []
-        for i in range(blocks):
-            part = target.inputs(slice(i * size, (i + 1) * size))
-            u = torch.linalg.eigh(part.times_moment(part.weight) @ part.weight.mT)[1][..., -r:]
-            rows.append(torch.nn.functional.normalize(u.mT @ part.weight, dim=-1))
-        return (torch.stack(rows, 1),)
+        return (_slices(layer, target, blocks)[:, :, -r:].contiguous(),)
 
     def blocks(self, layer: Layer, theta: Parameters) -> Blocks:
         return Blocks(theta[0])
@@ -239,8 +234,44 @@ def input_start(layer: Layer, target: Target, rank: int) -> Tensor:
         target: What is fitted.
         rank: Number of combinations.
     """
-    unfolded = target.weight.unflatten(-1, (layer.in_channels, -1)).transpose(-1, -2).flatten(1, 2)
-    return leading_rows(unfolded, rank)
+    return leading_rows(_input_unfolding(layer, target), rank, _input_vectors(layer, target))
+
+
+def _input_unfolding(layer: Layer, target: Target) -> Tensor:
+    """The unfolding (g, kh kw T, C) of a weight."""
+    return target.weight.unflatten(-1, (layer.in_channels, -1)).transpose(-1, -2).flatten(1, 2)
+
+
+@once_per_target
+def _input_vectors(layer: Layer, target: Target) -> Tensor:
+    return left_vectors(_input_unfolding(layer, target))
+
+
+def _spatial_unfolding(layer: Layer, target: Target) -> Tensor:
+    """The unfolding (g, kw T, C kh) of a weight."""
+    return target.weight.unflatten(-1, (-1, layer.kernel[1])).transpose(-1, -2).flatten(1, 2)
+
+
+@once_per_target
+def _spatial_vectors(layer: Layer, target: Target) -> Tensor:
+    return left_vectors(_spatial_unfolding(layer, target))
+
+
+@once_per_target
+def _slices(layer: Layer, target: Target, blocks: int) -> Tensor:
+    """The SVD of each slice of the inputs alone, in their metric: rows of unit norm, by rising importance.
+
+    With W = Q R of a slice, of which R has no more rows than inputs, W S Wᵀ = Q (R S Rᵀ) Qᵀ. The shape is
+    (g, blocks, r, inputs).
+    """
+    size = layer.patch // blocks
+    found = []
+    for i in range(blocks):
+        part = target.inputs(slice(i * size, (i + 1) * size))
+        r = torch.linalg.qr(part.weight, mode="r")[1]
+        u = torch.linalg.eigh(part.times_moment(r) @ r.mT)[1]
+        found.append(torch.nn.functional.normalize(u.mT @ r, dim=-1))
+    return torch.stack(found, 1)
 
 
 def input_blocks(layer: Layer, channels: Tensor) -> Blocks:

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.base import Decomposition
@@ -61,6 +63,8 @@ CPU_FREE = 2**17
 
 CPU_RATIO = 1.5
 """In larger batches: how many times as large as the smallest problem the largest one is."""
+
+Result = TypeVar("Result")
 
 Parameters = tuple[Tensor, ...]
 """The searched parameters θ, float64 tensors (g, ...)."""
@@ -665,14 +669,46 @@ def equal_norms(vectors: Sequence[Tensor]) -> list[Tensor]:
     return [v * (mean / n.clamp_min(1e-300)) for v, n in zip(vectors, norms, strict=True)]
 
 
-def leading_rows(matrix: Tensor, rank: int) -> Tensor:
+_of_target = WeakTensorKeyDictionary()
+
+
+def once_per_target(compute: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorator: what a function of a layer, its target and other arguments returns is kept as long as the target is.
+
+    Starts of all ranks are truncations of one decomposition, which is taken once.
+
+    Args:
+        compute: The function. It returns new tensors: one that refers to the target's would keep it for ever.
+    """
+
+    @wraps(compute)
+    def known(layer: Layer, target: Target, *others: Any) -> Result:
+        of_target: dict[Any, Result] = _of_target.setdefault(target.weight, {})
+        if (key := (compute, layer.shape, others)) not in of_target:
+            of_target[key] = compute(layer, target, *others)
+        return of_target[key]
+
+    return known
+
+
+def left_vectors(matrix: Tensor) -> Tensor:
+    """The left singular vectors of a matrix.
+
+    Args:
+        matrix: Tensor (g, a, b).
+    """
+    return torch.linalg.svd(matrix, full_matrices=False)[0]
+
+
+def leading_rows(matrix: Tensor, rank: int, left: Tensor | None = None) -> Tensor:
     """The leading right singular vectors of a matrix as rows of unit norm, (g, rank, b).
 
     Args:
         matrix: Tensor (g, a, b).
         rank: Number of rows; beyond min(a, b) they are unit vectors.
+        left: Its left singular vectors, where they are known.
     """
-    u = torch.linalg.svd(matrix, full_matrices=False)[0]
+    u = left_vectors(matrix) if left is None else left
     rows = u[..., :rank].mT @ matrix
     if rows.shape[-2] < rank:
         extra = torch.eye(rank, matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 from rankopt.decompositions.lbfgs import minimize
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.svd import SvdIn
-from rankopt.decompositions.variable_projection import OutputSolved
+from rankopt.decompositions.variable_projection import OutputSolved, _of_target
 from tests.helpers.layers import make
 
 SOLVED = [f for f in DECOMPOSITIONS.built_in if isinstance(DECOMPOSITIONS[f], OutputSolved)]
@@ -83,6 +85,31 @@ def test_groups_end_on_their_own():
     with torch.no_grad():
         case.module.weight[6:] = 0
     assert 0 < errors("cp_merged", case, [(3,)], 50)[0] < errors("cp_merged", case, [(3,)], 0)[0]
+
+
+@pytest.mark.parametrize("family", ["svd_in", "svd_spatial", "svd_grouped", "tucker2", "cp", "cp_merged"])
+def test_starts_of_all_ranks_take_one_decomposition(family, monkeypatch):
+    case, taken = make("conv3x3"), []
+    for name in ("svd", "eigh"):
+        real = getattr(torch.linalg, name)
+
+        def counted(matrix, *args, real=real, name=name, **kwargs):
+            taken.append((name, matrix.shape))
+            return real(matrix, *args, **kwargs)
+
+        monkeypatch.setattr(torch.linalg, name, counted)
+
+    def decompositions(ranks):
+        taken.clear()
+        target, _ = DECOMPOSITIONS[family].target(case.layer, case.module.weight, case.moment, case.metric)
+        starts = [DECOMPOSITIONS[family].start(case.layer, target, r) for r in ranks]
+        assert len(starts) == len(ranks)
+        return len([x for x in taken if x[1][-2:] != case.layer.kernel])  # those of cp's terms are of its rank
+
+    ranks = [(2, r) for r in (1, 2, 3)] if family in {"svd_grouped", "tucker2"} else [(r,) for r in (1, 2, 3)]
+    assert decompositions(ranks) == decompositions(ranks[:1]) > 0
+    gc.collect()
+    assert len(_of_target) == 0  # kept no longer than the target
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
