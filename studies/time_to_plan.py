@@ -373,10 +373,11 @@ def main() -> None:
     if unknown := set(names) - NETWORKS.keys():
         parser.error(f"no network {', '.join(sorted(unknown))}: there are {', '.join(NETWORKS)}")
     end = None if args.limit_minutes is None else time.monotonic() + 60 * args.limit_minutes
-    rows = {name: _apart(name, args.device, args.effort, end) for name in names}
-    for row in rows.values():
-        print(table([row]))
-    _write(rows, args.device.partition(":")[0])
+    rows = {}
+    for name in names:
+        rows[name] = _apart(name, args.device, args.effort, end)
+        print(table([rows[name]]))
+        _write(rows, args.device.partition(":")[0])
     if args.memory and max(rows["vgg16"].get("memory", {"": math.inf}).values()) > LIMIT_BYTES:
         sys.exit(f"VGG-16 took more than {LIMIT_BYTES / 1e9:.0f} GB: {rows['vgg16'].get('memory', 'it did not end')}")
 
