@@ -705,8 +705,8 @@ class FittingEntry(TypedDict):
     """Which candidates were fitted to the end for a budget, and on which evidence others were not.
 
     Attributes:
-        candidates: Fits that the search space allows, all made with few steps.
-        first: Those that no other candidate had beaten by then.
+        candidates: Fits that the search space allows.
+        first: Those made with few steps that no other candidate had beaten by then.
         final: Fits to the end for this budget.
         rounds: How often candidates were chosen and fitted.
         settled: Whether a further round would have fitted nothing.

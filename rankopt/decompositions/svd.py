@@ -25,9 +25,9 @@ from rankopt.decompositions.variable_projection import (
     StoredError,
     absorb_metric,
     balanced,
-    leading_rows,
-    left_vectors,
+    first_rows,
     once_per_target,
+    singular_rows,
 )
 
 BLOCKS = (16, 8, 4, 2)
@@ -140,7 +140,7 @@ class SvdSpatial(OutputSolved):
         return ()
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
-        return (leading_rows(_spatial_unfolding(layer, target), rank[0], _spatial_vectors(layer, target)),)
+        return (first_rows(_spatial_rows(layer, target), rank[0]),)
 
     def blocks(self, layer: Layer, theta: Parameters) -> Blocks:
         return width_blocks(layer, theta[0])
@@ -234,27 +234,19 @@ def input_start(layer: Layer, target: Target, rank: int) -> Tensor:
         target: What is fitted.
         rank: Number of combinations.
     """
-    return leading_rows(_input_unfolding(layer, target), rank, _input_vectors(layer, target))
-
-
-def _input_unfolding(layer: Layer, target: Target) -> Tensor:
-    """The unfolding (g, kh kw T, C) of a weight."""
-    return target.weight.unflatten(-1, (layer.in_channels, -1)).transpose(-1, -2).flatten(1, 2)
+    return first_rows(_input_rows(layer, target), rank)
 
 
 @once_per_target
-def _input_vectors(layer: Layer, target: Target) -> Tensor:
-    return left_vectors(_input_unfolding(layer, target))
-
-
-def _spatial_unfolding(layer: Layer, target: Target) -> Tensor:
-    """The unfolding (g, kw T, C kh) of a weight."""
-    return target.weight.unflatten(-1, (-1, layer.kernel[1])).transpose(-1, -2).flatten(1, 2)
+def _input_rows(layer: Layer, target: Target) -> Tensor:
+    """The singular rows of the weight's unfolding (g, kh kw T, C)."""
+    return singular_rows(target.weight.unflatten(-1, (layer.in_channels, -1)).transpose(-1, -2).flatten(1, 2))
 
 
 @once_per_target
-def _spatial_vectors(layer: Layer, target: Target) -> Tensor:
-    return left_vectors(_spatial_unfolding(layer, target))
+def _spatial_rows(layer: Layer, target: Target) -> Tensor:
+    """The singular rows of the weight's unfolding (g, kw T, C kh)."""
+    return singular_rows(target.weight.unflatten(-1, (-1, layer.kernel[1])).transpose(-1, -2).flatten(1, 2))
 
 
 @once_per_target

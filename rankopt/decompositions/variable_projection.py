@@ -691,27 +691,38 @@ def once_per_target(compute: Callable[..., Result]) -> Callable[..., Result]:
     return known
 
 
-def left_vectors(matrix: Tensor) -> Tensor:
-    """The left singular vectors of a matrix.
-
-    Args:
-        matrix: Tensor (g, a, b).
-    """
-    return torch.linalg.svd(matrix, full_matrices=False)[0]
-
-
-def leading_rows(matrix: Tensor, rank: int, left: Tensor | None = None) -> Tensor:
+def leading_rows(matrix: Tensor, rank: int) -> Tensor:
     """The leading right singular vectors of a matrix as rows of unit norm, (g, rank, b).
 
     Args:
         matrix: Tensor (g, a, b).
         rank: Number of rows; beyond min(a, b) they are unit vectors.
-        left: Its left singular vectors, where they are known.
     """
-    u = left_vectors(matrix) if left is None else left
-    rows = u[..., :rank].mT @ matrix
+    return first_rows(singular_rows(matrix), rank)
+
+
+def singular_rows(matrix: Tensor) -> Tensor:
+    """The right singular vectors of a matrix as rows, the leading ones first, scaled by their singular values.
+
+    Args:
+        matrix: Tensor (g, a, b).
+
+    Returns:
+        Tensor (g, min(a, b), b).
+    """
+    return torch.linalg.svd(matrix, full_matrices=False)[0].mT @ matrix
+
+
+def first_rows(rows: Tensor, rank: int) -> Tensor:
+    """The first of some rows, scaled to unit norm, (g, rank, b).
+
+    Args:
+        rows: Tensor (g, m, b).
+        rank: Number of rows; beyond m they are unit vectors.
+    """
+    rows = rows[:, :rank]
     if rows.shape[-2] < rank:
-        extra = torch.eye(rank, matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        extra = torch.eye(rank, rows.shape[-1], dtype=rows.dtype, device=rows.device)
         rows = torch.cat([rows, extra[: rank - rows.shape[-2]].expand(len(rows), -1, -1)], -2)
     return torch.nn.functional.normalize(rows, dim=-1)
 

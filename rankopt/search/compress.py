@@ -92,13 +92,13 @@ def run_search(
         return tuple(check(prepared, limit, problem, proposal) for limit in limits)
 
     files = ExitStack()
-    files.enter_context(keep_freed_memory())
     kept = _trained_plans(settings, out, files)
 
     def search_within(problem: Problem, limits_changed: bool = True) -> FinishedSearch:
         return _search_once(prepared, problem, settings, out, store, kept, runner, progress, limits_changed)
 
     try:
+        files.enter_context(keep_freed_memory())
         finished = search_within(problem, limits_changed=False)
         checks: Checks = ()
         if limits:
