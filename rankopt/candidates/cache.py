@@ -7,7 +7,7 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,13 +22,22 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.files import digest, open_tensors, write_beside
 from rankopt.core.schema import checked, parse_json, read_json
 from rankopt.core.text import reason
-from rankopt.decompositions.types import Factors
+from rankopt.decompositions.types import Factors, Nested
+from rankopt.decompositions.variable_projection import cut
 
-VERSION = 8  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
+VERSION = 9  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
 
 
 MOST = 20 * 10**9
 """Bytes that a cache holds by default; see `Cache.prune`."""
+
+
+CUT_BYTES = 2**28
+"""Bytes of cut factors that a process remembers."""
+
+
+NESTED = ("left", "right", "like")
+"""Names of the tensors of an entry of `types.Nested`; the last one has the factors' precision, and no elements."""
 
 
 SPARED = 86400
@@ -251,9 +260,26 @@ class Cache:
         sums |= {f"crc.{name}": digest(text) for name, text in texts.items()}
         self._write(self.path(key, "safetensors"), lambda p: save_file(tensors, p, texts | sums))
 
+    def write_nested(
+        self, key: str, nested: Nested, shapes: Sequence[Sequence[Sequence[int]]], metadata: dict[str, str]
+    ) -> None:
+        """Write the factors of all ranks at once, from which `FactorStore` cuts single ones.
+
+        Args:
+            key: The entry's key.
+            nested: The factors.
+            shapes: Of each rank that may be read, the shapes of its two factors.
+            metadata: Further entries for the file's header.
+        """
+        tensors = (nested.left, nested.right, torch.empty(0, dtype=nested.dtype))
+        found = {name: t.cpu().contiguous() for name, t in zip(NESTED, tensors, strict=True)}
+        self.write_tensors(key, found, metadata | {"shapes": json.dumps(shapes)})
+
 
 class FactorStore:
     """Reads candidates' factors from a cache by key, "file/index".
+
+    Factors of all ranks at once (`write_nested`) are cut to the rank that is read.
 
     Factors that are loaded with `keep` are pickled with the store, for workers on other machines.
 
@@ -264,23 +290,46 @@ class FactorStore:
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self.kept: dict[str, Factors] = {}
+        self._cut: dict[str, Factors] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_cut": {}}
 
     def __getitem__(self, key: str) -> Factors:
-        if key in self.kept:
-            return self.kept[key]
+        for store in (self.kept, self._cut):
+            if key in store:
+                return store[key]
         file_key, index = key.rsplit("/", 1)
         try:
             with open_tensors(self.cache.used(file_key, "safetensors")) as file:
-                count = sum(n.startswith(f"{index}.") for n in file.keys())  # noqa: SIM118
-                found = {name: file.get_tensor(name) for name in (f"{index}.{i}" for i in range(count))}
-                damaged = [name for name, tensor in found.items() if not _sound(file, name, tensor)]
+                names = file.keys()
+                nested, count = NESTED[0] in names, sum(n.startswith(f"{index}.") for n in names)
+                wanted = NESTED if nested else [f"{index}.{i}" for i in range(count)]
+                found = {name: file.get_tensor(name) for name in wanted}
+                sound = all(_sound(file, name, tensor) for name, tensor in found.items())
         except (OSError, ValueError) as error:
             raise RankoptError(f"the candidate cache lost an entry ({reason(error)}): run the search again") from error
-        if damaged:
+        factors = self._cut_rank(file_key, int(index), *found.values()) if nested and sound else tuple(found.values())
+        if not sound or factors is None:
             path = self.cache.path(file_key, "safetensors")
             path.unlink(missing_ok=True)
             raise RankoptError(f"{path} is damaged, and removed now: run the search again, which recomputes it")
-        return tuple(found.values())
+        return self._remembered(key, factors) if nested else factors
+
+    def _cut_rank(self, key: str, index: int, left: Tensor, right: Tensor, like: Tensor) -> Factors | None:
+        """The factors of one of the ranks of an entry; None if it is damaged."""
+        shapes = self.cache.read_metadata(key, "shapes", list[tuple[tuple[int, ...], tuple[int, ...]]])
+        try:
+            return None if shapes is None else cut(left, right, shapes[index], like.dtype)
+        except (IndexError, RuntimeError):
+            return None
+
+    def _remembered(self, key: str, factors: Factors) -> Factors:
+        """Keep what was cut for a while: a search builds many models of the same candidates."""
+        self._cut[key] = factors
+        while sum(t.nbytes for kept in self._cut.values() for t in kept) > CUT_BYTES and len(self._cut) > 1:
+            del self._cut[next(iter(self._cut))]
+        return factors
 
     def keep(self, keys: Iterable[str]) -> None:
         """Load factors into memory.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 NORMAL, THOROUGH = "normal", "thorough"
 
@@ -15,21 +16,35 @@ SMALL = 10.0
 """Rough seconds of fitting, below which everything is fitted at any effort."""
 
 
+class Rung(NamedTuple):
+    """One of the rounds of fits before a budget is known.
+
+    Attributes:
+        steps: Optimisation steps.
+        stride: Of how many neighbouring ranks one is fitted.
+        pieces: The least pieces that a path of ranks is cut into, if it has more ranks.
+    """
+
+    steps: int
+    stride: int
+    pieces: int
+
+
 @dataclass(frozen=True)
 class Effort:
     """An effort that fits all candidates with few steps, and to the end only what a budget asks for.
 
     Attributes:
-        stride: Of how many neighbouring ranks one is fitted before a budget is known.
-        rungs: Optimisation steps, rising, after each of which the candidates that others have beaten are given up.
+        rungs: What is fitted before a budget is known, from few steps and ranks to more. After each rung the
+            candidates that others have beaten are given up. Those between the first and the last are left out where
+            the last one is short.
         steps: Share of the search space's steps that fits to the end take.
         width: Candidates are fitted that are best for losses of one layer up to e^width times larger or smaller.
         slack: And those that are worse than the best by this share of an average layer's loss.
         rounds: How often to allocate and fit, at most.
     """
 
-    stride: int
-    rungs: tuple[int, ...]
+    rungs: tuple[Rung, ...]
     steps: float
     width: float
     slack: float
@@ -37,7 +52,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(stride=3, rungs=(5, 20), steps=0.2, width=0.0, slack=0.0, rounds=2),
-    NORMAL: Effort(stride=3, rungs=(5, 40), steps=1.0, width=0.15, slack=0.02, rounds=6),
+    "quick": Effort(rungs=(Rung(5, 8, 2), Rung(20, 3, 4)), steps=0.2, width=0.0, slack=0.0, rounds=2),
+    NORMAL: Effort(rungs=(Rung(5, 8, 2), Rung(15, 8, 2), Rung(40, 3, 4)), steps=1.0, width=0.15, slack=0.02, rounds=6),
 }
 """The efforts below THOROUGH."""

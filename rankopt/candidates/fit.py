@@ -22,7 +22,7 @@ from rankopt.core.records import Candidate, Layer, Rank
 from rankopt.core.timing import threads
 from rankopt.decompositions.conformance import checked_fits, code_of, named
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.types import Fit
+from rankopt.decompositions.types import Fit, Nested
 
 START_UP = 2.0
 """Seconds of short fits before worker processes are started, which takes about as long: small models need none."""
@@ -40,12 +40,18 @@ class Request(NamedTuple):
         family: Name of the decomposition.
         ranks: The ranks to fit.
         steps: Optimisation steps of each, before the family's own factor.
+        factors: Whether the factors are kept; otherwise only errors are estimated, which takes less.
     """
 
     layer: Layer
     family: str
     ranks: tuple[Rank, ...]
     steps: int
+    factors: bool = True
+
+
+_Made = list[Fit] | Nested
+"""What a job has made."""
 
 
 GPU_INPUTS = 1024
@@ -62,13 +68,13 @@ class Fitted(NamedTuple):
     Attributes:
         rank: Its rank.
         error: Its relative error.
-        key: Where its factors are.
+        key: Where its factors are; None where they were not kept.
         start: The error that its search started from; None where that is not known.
     """
 
     rank: Rank
     error: float
-    key: str
+    key: str | None
     start: float | None = None
 
 
@@ -79,6 +85,7 @@ class _Job(NamedTuple):
     family: str
     ranks: tuple[Rank, ...]
     steps: int
+    factors: bool
     key: str
 
     @property
@@ -88,15 +95,18 @@ class _Job(NamedTuple):
 
     def seconds(self) -> float:
         """A rough estimate of how long the fits take."""
-        return rough_seconds(Request(self.layer, self.family, self.ranks, self.steps))
+        return rough_seconds(Request(*self[:-1]))
 
 
 def rough_seconds(request: Request) -> float:
-    """Estimate how long fits take on one core of a server of 2024; closed forms take less.
+    """Estimate how long fits take on one core of a server of 2024.
 
     Args:
         request: The fits.
     """
+    if DECOMPOSITIONS[request.family].closed_form:  # one eigendecomposition for all ranks
+        outputs, inputs = request.layer.out_channels, request.layer.patch
+        return 1e-3 + request.layer.groups * 4e-11 * outputs * (inputs**2 + 10 * outputs**2 + 2 * outputs * inputs)
     work = work_of(request.layer, request.family, request.ranks)
     return (request.steps + 1) * (0.5e-3 * len(request.ranks) + 4e-9 * work)
 
@@ -148,7 +158,7 @@ def fit(
     """
     cache = statistics.cache
     asked = [_Job(*request, _key(statistics, request)) for request in requests]
-    known = {job.key: _read(cache, job.key) for job in asked}
+    known = {job.key: _read(cache, job) for job in asked}
     jobs = [job for job in asked if known[job.key] is None]
     if jobs:
         cache.check_writable()
@@ -158,7 +168,7 @@ def fit(
     work = Work(ended, lambda end: jobs[end[0]].seconds(), sum(job.seconds() for job in jobs))
     for number, spent in statistics.progress(work, "fitting layers", len(jobs)):
         job = jobs[number]
-        known[job.key] = _read(cache, job.key)
+        known[job.key] = _read(cache, job)
         if known[job.key] is None:
             raise RankoptError(f"the cache {cache.folder} lost what was just written: is its disk sound?")
         seconds[job.family] = seconds.get(job.family, 0.0) + spent
@@ -169,7 +179,8 @@ def _key(statistics: Statistics, request: Request) -> str:
     """The key of a request's fits in the cache. They are made at once, and depend on each other by their rounding."""
     layer, family = request.layer, request.family
     steps = math.ceil(request.steps * DECOMPOSITIONS[family].effort)
-    return digest(VERSION, statistics.key, layer.name, family, steps, *code_of(family), request.ranks)
+    what = () if request.factors else ("errors",)
+    return digest(VERSION, statistics.key, layer.name, family, steps, *code_of(family), request.ranks, *what)
 
 
 def fit_candidates(
@@ -283,7 +294,7 @@ def _stacks(statistics: Statistics, jobs: Sequence[_Job], numbers: Sequence[int]
         job = jobs[number]
         if (name := job.layer.name) not in kinds:
             kinds[name] = _kind(statistics, job.layer)
-        found.setdefault((job.family, kinds[name], repr(job.ranks), job.steps), []).append(number)
+        found.setdefault((job.family, kinds[name], repr(job.ranks), job.steps, job.factors), []).append(number)
     for same in found.values():
         most = max(1, STACK_BYTES // statistics_bytes(jobs[same[0]].layer))
         yield from (same[i : i + most] for i in range(0, len(same), most))
@@ -299,7 +310,7 @@ def _kind(statistics: Statistics, layer: Layer) -> str:
 
 def _fit_away(
     _: None, number: int, job: _Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None
-) -> tuple[tuple[int, float], list[Fit]]:
+) -> tuple[tuple[int, float], _Made]:
     """On another machine, which may not have this cache: the number and the seconds, and the fits."""
     start = time.perf_counter()
     (fits,) = _fits([job], [weight], [moment], [output_metric])
@@ -328,15 +339,22 @@ def _fits(
     weights: Sequence[Tensor],
     moments: Sequence[Tensor | None],
     metrics: Sequence[Tensor | None],
-) -> list[list[Fit]]:
-    """The checked fits of each job."""
-    layers, (_, family, ranks, steps, _) = [job.layer for job in jobs], jobs[0]
+) -> list[_Made]:
+    """The checked fits of each job, or its nested factors."""
+    layers, (_, family, ranks, steps, factors, _) = [job.layer for job in jobs], jobs[0]
     names = ", ".join(repr(layer.name) for layer in layers)
+    decomposition = DECOMPOSITIONS[family]
     try:
+        if not factors:
+            one = zip(layers, weights, moments, metrics, strict=True)
+            return [decomposition.errors(layer, w, ranks, s, h, steps) for layer, w, s, h in one]
+        if decomposition.closed_form and DECOMPOSITIONS.is_own(family):
+            nested = [decomposition.nested(*one) for one in zip(layers, weights, moments, metrics, strict=True)]
+            return [one for one in nested if one is not None]
         if len(jobs) == 1:
-            stack = [list(DECOMPOSITIONS[family].fit(layers[0], weights[0], ranks, moments[0], metrics[0], steps))]
+            stack = [list(decomposition.fit(layers[0], weights[0], ranks, moments[0], metrics[0], steps))]
         else:
-            stack = DECOMPOSITIONS[family].fit_stack(layers, weights, ranks, moments, metrics, steps)
+            stack = decomposition.fit_stack(layers, weights, ranks, moments, metrics, steps)
     except RankoptError:
         raise
     except Exception as error:  # torch's, also those of linear algebra and out of memory, and other packages'
@@ -345,16 +363,25 @@ def _fits(
     return [checked_fits(family, job.layer, w, job.ranks, s, h, fits) for job, w, s, h, fits in given]
 
 
-def _keep(cache: Cache, job: _Job, fits: Sequence[Fit]) -> None:
+def _keep(cache: Cache, job: _Job, made: _Made) -> None:
     """Write a job's fits to the cache."""
-    tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(fits) for j, t in enumerate(fit.factors)}
-    cache.write_tensors(job.key, tensors, {"fits": json.dumps([(fit.rank, fit.error, fit.start) for fit in fits])})
+    if isinstance(made, Nested):
+        shapes = [DECOMPOSITIONS[job.family].shapes(job.layer, rank) for rank in job.ranks]
+        errors = made.errors.tolist()
+        fits: list[tuple[Rank, float, float | None]] = [(rank, errors[rank[0]], None) for rank in job.ranks]
+        cache.write_nested(job.key, made, shapes, {"fits": json.dumps(fits)})
+        return
+    tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(made) for j, t in enumerate(fit.factors)}
+    cache.write_tensors(job.key, tensors, {"fits": json.dumps([(fit.rank, fit.error, fit.start) for fit in made])})
 
 
-def _read(cache: Cache, key: str) -> list[Fitted] | None:
+def _read(cache: Cache, job: _Job) -> list[Fitted] | None:
     """The fits of an entry of the cache; None if it is not there or damaged."""
-    fits = cache.read_metadata(key, "fits", list[tuple[Rank, float, float | None]])
-    return None if fits is None else [Fitted(rank, e, f"{key}/{i}", start) for i, (rank, e, start) in enumerate(fits)]
+    fits = cache.read_metadata(job.key, "fits", list[tuple[Rank, float, float | None]])
+    if fits is None:
+        return None
+    keys = [f"{job.key}/{i}" if job.factors else None for i in range(len(fits))]
+    return [Fitted(rank, error, key, start) for key, (rank, error, start) in zip(keys, fits, strict=True)]
 
 
 def in_each_form(layer: Layer, family: str, rank: Rank, error: float, key: str | None = None) -> list[Candidate]:

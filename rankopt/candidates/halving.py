@@ -66,10 +66,6 @@ class Reached(NamedTuple):
         return min(1.0, self.error / self.before) if self.before else 1.0
 
 
-PIECES = 4
-"""The least pieces that a path is cut into, if it has more ranks: errors in a coarse grid are not as smooth."""
-
-
 UNKNOWN = Reached(None, math.inf, ended=False)
 """Of a search that did not start."""
 
@@ -98,14 +94,15 @@ def paths(layer: Layer, family: str, ranks: Sequence[Rank]) -> list[list[Rank]]:
     return [*found.values()]
 
 
-def segments(path: Sequence[Rank], stride: int) -> list[tuple[Rank, ...]]:
+def segments(path: Sequence[Rank], stride: int, pieces: int) -> list[tuple[Rank, ...]]:
     """Cut a path into pieces, each of which begins with the last rank of the one before.
 
     Args:
         path: Ranks.
-        stride: How far the ends of a piece are apart at most; less where there would be fewer pieces than `PIECES`.
+        stride: How far the ends of a piece are apart at most.
+        pieces: The least pieces, if there are more ranks: errors in a coarse grid are not as smooth.
     """
-    last, stride = len(path) - 1, max(1, min(stride, (len(path) - 1) // PIECES))
+    last, stride = len(path) - 1, max(1, min(stride, (len(path) - 1) // pieces))
     return [tuple(path[i : min(i + stride, last) + 1]) for i in range(0, last, stride)] or [(r, r) for r in path]
 
 

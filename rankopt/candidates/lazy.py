@@ -31,7 +31,7 @@ from typing_extensions import TypedDict
 
 from rankopt.candidates.cache import VERSION
 from rankopt.candidates.calibration import Statistics
-from rankopt.candidates.effort import EFFORTS, SMALL, Effort
+from rankopt.candidates.effort import EFFORTS, SMALL, Effort, Rung
 from rankopt.candidates.fit import Fitted, Request, as_candidates, fit, in_order, rough_seconds, work_of
 from rankopt.candidates.halving import UNKNOWN, Reached, beaten, between, paths, segments
 from rankopt.candidates.pareto import dense_candidate
@@ -44,6 +44,10 @@ from rankopt.core.result_record import FittingEntry
 from rankopt.decompositions.registry import DECOMPOSITIONS
 
 FACTORS = 7  # factors on a layer's losses that are looked at, between e^-width and e^width
+
+
+DEAR = 50.0
+"""Rough seconds of the last rung's fits of a layer and family, from which on the rungs between are gone through."""
 
 
 AT_ONCE = 2_000_000
@@ -128,11 +132,13 @@ class LazyFits:
         return {pair: self._cells(pair) for pair in self.grid if not self._at_end(pair)}
 
     @cached_property
-    def segments(self) -> dict[Pair, list[tuple[Rank, ...]]]:
-        """The ranks of each direction in which they grow, from one that is fitted first to the next."""
+    def segments(self) -> dict[tuple[Pair, Rung], list[tuple[Rank, ...]]]:
+        """The ranks of each direction in which they grow, from one that is fitted in a rung to the next."""
+        found = {pair: paths(r.layer, r.family, r.ranks) for pair, r in self.grid.items()}
         return {
-            pair: [x for path in paths(r.layer, r.family, r.ranks) for x in segments(path, self.effort.stride)]
-            for pair, r in self.grid.items()
+            (pair, rung): [x for path in of_pair for x in segments(path, rung.stride, rung.pieces)]
+            for pair, of_pair in found.items()
+            for rung in self.effort.rungs
         }
 
     def start(self, offers: Menus, metrics: Sequence[str]) -> tuple[Menus, dict[str, float]]:
@@ -155,14 +161,17 @@ class LazyFits:
         self.made = {pair: {} if pair in self.cells else dict(found) for pair, found in self.first.items()}
         return self.menus({}), self.seconds
 
-    def _climb(self, pairs: Collection[Pair], rung: int) -> None:
+    def _climb(self, pairs: Collection[Pair], rung: Rung) -> None:
         """Fit what is left of some families and layers with the steps of a rung."""
         going_on = [p for p in self.grid if p in pairs and self.reached[p] and not self._is_known(p)]
-        wanted = {pair: self._to_fit(pair) for pair in going_on}
+        if rung not in (self.effort.rungs[0], self.effort.rungs[-1]):
+            going_on = [p for p in going_on if self._is_dear(p)]
+        wanted = {pair: self._to_fit(pair, rung) for pair in going_on}
         steps = {pair: min(self._steps(pair), self._steps_of_rung(pair, rung)) for pair in wanted}
-        for pair, found in self._fit([*wanted.items()], steps).items():
+        passing = {p for p in wanted if rung != self.effort.rungs[-1] and not self._ended(p, rung)}
+        for pair, found in self._fit([*wanted.items()], steps, passing=passing).items():
             self.first[pair] = found
-            self._note(pair, self._ended(pair, rung))
+            self._note(pair, rung)
 
     def _leading(self, offers: Menus, metrics: Sequence[str]) -> set[Pair]:
         """Of each layer the family with the most candidates that are likely to be better than cheaper ones."""
@@ -181,31 +190,32 @@ class LazyFits:
         found = [(pair, c, self.reached[pair].get(c.rank, UNKNOWN)) for pair, c in menu]
         return [(pair, c, x) for pair, c, x in found if x is not UNKNOWN]
 
-    def _to_fit(self, pair: Pair) -> tuple[Rank, ...]:
+    def _to_fit(self, pair: Pair, rung: Rung) -> tuple[Rank, ...]:
         """The ranks to fit in a rung: of fits that go on later, some, so that what is left is fitted or between two."""
         left = self.reached[pair].keys()
         if self._at_end(pair):
             return tuple(left)
-        inner = [x for x in self.segments[pair] if not left.isdisjoint(x[1:-1])]
+        inner = [x for x in self.segments[pair, rung] if not left.isdisjoint(x[1:-1])]
         ends = {rank for x in inner for rank in (x[0], x[-1])}
-        fitted = {rank for x in self.segments[pair] for rank in (x[0], x[-1])}
+        fitted = {rank for x in self.segments[pair, rung] for rank in (x[0], x[-1])}
         return tuple(r for r in self.grid[pair].ranks if r in ends or (r in left and r in fitted))
 
-    def _note(self, pair: Pair, ended: bool) -> None:
+    def _note(self, pair: Pair, rung: Rung) -> None:
         """Note what fits have reached, and what those between them are likely to have."""
         left, found = self.reached[pair], self.first[pair]
         errors = {rank: x.error for rank, x in found.items()}
         starts = {rank: x.start for rank, x in found.items() if x.start is not None}
         for known in (errors, starts):
-            known.update(self._between(pair, known))
+            known.update(self._between(pair, rung, known))
         before = {rank: starts.get(rank) if x is UNKNOWN else x.error for rank, x in left.items()}
+        ended = self._ended(pair, rung)
         self.reached[pair] = {rank: Reached(before[rank], errors[rank], ended) for rank in left}
         self.first[pair] = {rank: x for rank, x in found.items() if rank in left}
 
-    def _between(self, pair: Pair, known: Mapping[Rank, float]) -> dict[Rank, float]:
+    def _between(self, pair: Pair, rung: Rung, known: Mapping[Rank, float]) -> dict[Rank, float]:
         """Errors of the ranks between those whose errors are known."""
         found = {}
-        for low, *middle, high in self.segments[pair]:
+        for low, *middle, high in self.segments[pair, rung]:
             if low in known and high in known:
                 ends = [self._weights(pair, rank) for rank in (low, high)]
                 for rank in (r for r in middle if r not in known):
@@ -233,10 +243,16 @@ class LazyFits:
         """Steps of fits to the end, before the family's own factor."""
         return math.ceil(self.effort.steps * self.grid[pair].steps)
 
-    def _steps_of_rung(self, pair: Pair, rung: int) -> int:
-        return math.ceil(rung / DECOMPOSITIONS[pair[1]].effort)
+    def _steps_of_rung(self, pair: Pair, rung: Rung) -> int:
+        return math.ceil(rung.steps / DECOMPOSITIONS[pair[1]].effort)
 
-    def _ended(self, pair: Pair, rung: int) -> bool:
+    def _is_dear(self, pair: Pair) -> bool:
+        """Whether the last rung takes so long that it pays to see first who is worth it."""
+        last = self.effort.rungs[-1]
+        request = self.grid[pair]._replace(ranks=self._to_fit(pair, last), steps=self._steps_of_rung(pair, last))
+        return not self._at_end(pair) and rough_seconds(request) > DEAR
+
+    def _ended(self, pair: Pair, rung: Rung) -> bool:
         """Whether fits are at their end with the steps of a rung."""
         return DECOMPOSITIONS[pair[1]].closed_form or self._steps(pair) <= self._steps_of_rung(pair, rung)
 
@@ -332,7 +348,7 @@ class LazyFits:
 
     @property
     def _first_keys(self) -> list[str]:
-        return [one.key for found in self.first.values() for one in found.values()]
+        return [one.key or "" for found in self.first.values() for one in found.values()]
 
     def _further(self, wanted: Mapping[Pair, Sequence[Rank]], until: float = math.inf) -> Fits:
         """The fits of the cells that hold these ranks, of which each is made once."""
@@ -344,10 +360,17 @@ class LazyFits:
         return {pair: {r: made[pair][r] for c in found for r in c if r in made[pair]} for pair, found in hit.items()}
 
     def _fit(
-        self, wanted: Sequence[tuple[Pair, tuple[Rank, ...]]], steps: Mapping[Pair, int], until: float = math.inf
+        self,
+        wanted: Sequence[tuple[Pair, tuple[Rank, ...]]],
+        steps: Mapping[Pair, int],
+        until: float = math.inf,
+        passing: Collection[Pair] = (),
     ) -> Fits:
-        """Fit some ranks of a layer and family at once, and others."""
-        requests = [self.grid[pair]._replace(ranks=ranks, steps=steps[pair]) for pair, ranks in wanted]
+        """Fit some ranks of a layer and family at once, and others; of those in passing only the errors are needed."""
+        requests = [
+            self.grid[pair]._replace(ranks=ranks, steps=steps[pair], factors=pair not in passing)
+            for pair, ranks in wanted
+        ]
         made, seconds = fit(self.statistics, requests, self.workers, until)
         for family, spent in seconds.items():
             self.seconds[family] = self.seconds.get(family, 0.0) + spent

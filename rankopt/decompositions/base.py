@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import FACTORISED, RECONSTRUCTED, Cost, Layer, Rank
 from rankopt.decompositions.modules import Reconstructed, build_chain, copy_settings
-from rankopt.decompositions.types import Aspect, Bond, Factors, Fit, Stage
+from rankopt.decompositions.types import Aspect, Bond, Factors, Fit, Nested, Stage
 from rankopt.model.forward import random_numbers
 
 
@@ -108,6 +108,46 @@ class Decomposition(ABC):
         Yields:
             One fit per rank, in order.
         """
+
+    def errors(
+        self,
+        layer: Layer,
+        weight: Tensor,
+        ranks: Sequence[Rank],
+        moment: Tensor | None = None,
+        metric: Tensor | None = None,
+        steps: int = 100,
+    ) -> list[Fit]:
+        """Estimate the errors of fits of which nothing else is needed.
+
+        Args:
+            layer: Layer to decompose.
+            weight: The module's weight, in its own shape.
+            ranks: Valid ranks.
+            moment: S or None, as of `fit`.
+            metric: H or None.
+            steps: As of `fit`.
+
+        Returns:
+            One fit per rank, in order, without factors. Default: the errors of `fit`.
+        """
+        return [x._replace(factors=()) for x in self.fit(layer, weight, ranks, moment, metric, steps)]
+
+    def nested(
+        self, layer: Layer, weight: Tensor, moment: Tensor | None = None, metric: Tensor | None = None
+    ) -> Nested | None:
+        """The factors of all ranks at once, where they are truncations of the same ones.
+
+        Args:
+            layer: Layer to decompose.
+            weight: The module's weight, in its own shape.
+            moment: S or None, as of `fit`.
+            metric: H or None.
+
+        Returns:
+            What `variable_projection.cut` cuts ranks (R,) from. Default: None, each rank has its own factors.
+        """
+        return None
 
     def fit_stack(
         self,

@@ -110,6 +110,9 @@ class CoreNetwork(OutputSolved):
         identity = torch.eye(t2, dtype=half.dtype, device=half.device)[None]
         return whole._replace(weight=half @ turned, metric=identity, outer=outer), undo
 
+    def searches_error(self, layer: Layer) -> bool:
+        return len(layer.shape) == 4 or linear_modes(layer) is None
+
 
 class CoreNetworkLinear(nn.Module):
     """A Linear y = x Wᵀ + b that contracts x (..., C) with a network of cores.

@@ -1,8 +1,8 @@
 """Fits of families without a free output factor: all cores are searched together.
 
 The dense weight is a differentiable function of the cores; L-BFGS minimises ‖W − Ŵ(cores)‖² in the norm of base.py,
-starting from a truncated SVD of the weight's unfoldings. Besides what autograd keeps for Ŵ, a step holds three tensors
-of the weight's size.
+starting from a truncated SVD of the weight's unfoldings; in float32, and in float64 where the loss is small. Besides
+what autograd keeps for Ŵ, a step holds three tensors of the weight's size.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.base import Decomposition
-from rankopt.decompositions.lbfgs import minimize
+from rankopt.decompositions.lbfgs import Evaluate, minimize
 from rankopt.decompositions.types import Factors, Fit, Target
 from rankopt.decompositions.variable_projection import (
+    FLOAT32_LOSS,
     NEGLIGIBLE,
     TOLERANCE,
     StoredError,
     affordable_steps,
+    full_target,
 )
 
 
@@ -79,30 +81,75 @@ class Joint(Decomposition):
         steps: int = 100,
     ) -> Iterator[Fit]:
         error = StoredError(self, layer, weight, moment, metric)
-        target = error.target
-        dense = target.weight.reshape(layer.shape)
-        steps = affordable_steps(math.ceil(steps * self.effort), dense.numel() * sum(target.weight.shape[1:]))
-        for rank, start in zip(ranks, self.starts(layer, dense, ranks), strict=True):
-            yield error(self.balance(layer, self._search(layer, start, target, steps)), rank)
+        search = _Search(self, layer, error.target, steps)
+        for rank, start in zip(ranks, self.starts(layer, search.dense, ranks), strict=True):
+            found, before, _ = search(start)
+            yield error(self.balance(layer, found), rank)._replace(start=before)
 
-    def _search(self, layer: Layer, start: Factors, target: Target, steps: int) -> Factors:
-        """Improve all cores."""
-        scale = target.norm
-        shapes, sizes = [core.shape for core in start], [core.numel() for core in start]
+    def errors(
+        self,
+        layer: Layer,
+        weight: Tensor,
+        ranks: Sequence[Rank],
+        moment: Tensor | None = None,
+        metric: Tensor | None = None,
+        steps: int = 100,
+    ) -> list[Fit]:
+        if type(self).fit is not Joint.fit:
+            return super().errors(layer, weight, ranks, moment, metric, steps)
+        search = _Search(self, layer, full_target(layer, weight, moment, metric), steps)
+        found = map(search, self.starts(layer, search.dense, ranks))
+        return [Fit(rank, (), after, before) for rank, (_, before, after) in zip(ranks, found, strict=True)]
 
-        def cores(point: Tensor) -> Factors:
-            return tuple(c.reshape(s) for c, s in zip(point.flatten().split(sizes), shapes, strict=True))
+
+class _Search:
+    """Improves the cores of a layer, in float32 as long as their loss allows it.
+
+    Args:
+        family: The decomposition.
+        layer: The layer.
+        target: What is fitted.
+        steps: The most steps, before the family's own factor.
+    """
+
+    def __init__(self, family: Joint, layer: Layer, target: Target, steps: int) -> None:
+        self.family, self.layer = family, layer
+        self.dense = target.weight.reshape(layer.shape)
+        self.scale = target.norm
+        products = self.dense.numel() * sum(target.weight.shape[1:])
+        self.steps = affordable_steps(math.ceil(steps * family.effort), products)
+        self.precisions = [(target.to(torch.float32), FLOAT32_LOSS), (target, NEGLIGIBLE)]
+
+    def __call__(self, start: Factors) -> tuple[Factors, float, float]:
+        """What becomes of some cores, and their relative losses before and after that."""
+        sizes = [core.numel() for core in start]
+        point = torch.cat([core.reshape(-1) for core in start]).view(1, 1, -1)
+        steps = self.steps if self.scale > 0 else 0
+        losses: list[float] = []
+        for target, floor in self.precisions:
+            evaluate = self._objective(target, start)
+            found = minimize(evaluate, point.to(target.weight.dtype), torch.tensor([steps]), TOLERANCE, floor)
+            losses += [found.start.item(), found.losses.item()]
+            if steps > 0:
+                point = found.points.double()
+            steps -= int(found.rounds)
+            if losses[-1] > floor:
+                break
+        flat = point.flatten().split(sizes)
+        return tuple(c.reshape(core.shape) for c, core in zip(flat, start, strict=True)), losses[0], losses[-1]
+
+    def _objective(self, target: Target, like: Factors) -> Evaluate:
+        shapes, sizes = [core.shape for core in like], [core.numel() for core in like]
+        scale = self.scale if self.scale > 0 else 1.0
 
         def evaluate(point: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
             point = point.detach().requires_grad_()
-            approximation = self.weight(layer, cores(point)).reshape(target.weight.shape)
+            cores = tuple(c.reshape(s) for c, s in zip(point.flatten().split(sizes), shapes, strict=True))
+            approximation = self.family.weight(self.layer, cores).reshape(target.weight.shape)
             difference = target.weight - approximation.detach()
             gradient = target.times_moment(target.metric @ difference).mul_(-2 / scale)
-            loss = -0.5 * (gradient * difference).sum()
+            loss = -0.5 * (gradient * difference).sum(dtype=torch.float64)
             (found,) = torch.autograd.grad(approximation, point, gradient)
             return loss.view(1, 1), found
 
-        if steps == 0 or scale <= 0:
-            return start
-        flat = torch.cat([core.reshape(-1) for core in start]).view(1, 1, -1)
-        return cores(minimize(evaluate, flat, torch.tensor([steps]), TOLERANCE, NEGLIGIBLE).points)
+        return evaluate

@@ -42,11 +42,13 @@ class Minimum(NamedTuple):
     Attributes:
         points: Tensor (g, p, N).
         losses: Tensor (g, p).
+        start: The losses of the initial points (g, p).
         rounds: How many rounds each column took, (p,).
     """
 
     points: Tensor
     losses: Tensor
+    start: Tensor
     rounds: Tensor
 
 
@@ -68,7 +70,7 @@ def minimize(evaluate: Evaluate, start: Tensor, steps: Tensor, tolerance: float,
     columns = torch.arange(start.shape[1])
     points, rounds = start.clone(), torch.zeros_like(columns)
     state = _State(start, *evaluate(start, columns), int(steps.max()))
-    losses, before = state.loss.clone(), state.loss
+    losses, first, before = state.loss.clone(), state.loss, state.loss
     done = state.loss <= floor
     stops = {*range(0, int(steps.max()) + 1, WINDOW), *steps.tolist()}
     for taken in range(int(steps.max()) + 1):
@@ -85,7 +87,7 @@ def minimize(evaluate: Evaluate, start: Tensor, steps: Tensor, tolerance: float,
             if not len(columns):
                 break
         state.advance(*evaluate(state.trial, columns))
-    return Minimum(points, losses, rounds)
+    return Minimum(points, losses, first, rounds)
 
 
 class _State:

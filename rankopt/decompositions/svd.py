@@ -17,15 +17,16 @@ from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.base import Decomposition
-from rankopt.decompositions.types import Aspect, Factors, Fit, Stage, Target
+from rankopt.decompositions.types import Aspect, Factors, Fit, Nested, Stage, Target
 from rankopt.decompositions.variable_projection import (
     Blocks,
     OutputSolved,
     Parameters,
-    StoredError,
     absorb_metric,
     balanced,
+    cut,
     first_rows,
+    full_target,
     once_per_target,
     singular_rows,
 )
@@ -63,17 +64,24 @@ class SvdOut(Decomposition):
         metric: Tensor | None = None,
         steps: int = 100,
     ) -> Iterator[Fit]:
-        target, undo = absorb_metric(layer, weight, moment, metric)
-        vectors = torch.linalg.eigh(target.times_moment(target.weight) @ target.weight.mT)[1].flip(-1)
-        error = StoredError(self, layer, weight, moment, metric)
+        found = self.nested(layer, weight, moment, metric)
         for rank in ranks:
-            u = vectors[..., : rank[0]]
-            left, right = balanced(undo @ u, u.mT @ target.weight)
-            first = right.reshape(-1, layer.in_channels, *layer.kernel)
-            second = left.reshape(-1, rank[0], 1, 1)
-            if len(layer.shape) == 2:
-                first, second = first.flatten(1), second.flatten(1)
-            yield error((first, second), rank)
+            factors = cut(found.left, found.right, self.shapes(layer, rank), found.dtype)
+            yield Fit(rank, factors, found.errors[rank[0]].item())
+
+    def nested(
+        self, layer: Layer, weight: Tensor, moment: Tensor | None = None, metric: Tensor | None = None
+    ) -> Nested:
+        target, undo = absorb_metric(layer, weight, moment, metric)
+        values, vectors = torch.linalg.eigh(target.times_moment(target.weight) @ target.weight.mT)
+        rank = min(layer.out_channels, layer.patch)
+        values, vectors = (v.flip(-1)[..., :rank] for v in (values.clamp_min(0), vectors))
+        left, right = undo @ vectors, vectors.mT @ target.weight
+        # In the metric itself, which differs from the absorbed one where that had to be invertible
+        h = full_target(layer, weight, moment, metric).metric
+        lost = (values * (left * (h @ left)).sum(-2)).sum(0)
+        errors = torch.nn.functional.pad(lost.flip(0).cumsum(0).flip(0), (0, 1))
+        return Nested(left, right, errors / errors[0].clamp_min(1e-300), weight.dtype)
 
 
 class SvdIn(OutputSolved):

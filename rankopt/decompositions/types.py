@@ -87,7 +87,7 @@ class Fit(NamedTuple):
 
     Attributes:
         rank: The rank.
-        factors: Factors in the weight's dtype.
+        factors: Factors in the weight's dtype; none where only the error was estimated.
         error: Relative squared error of these factors (see base.py).
         start: The error that the search for them started from; None if there was no search, or that is not known.
     """
@@ -96,6 +96,22 @@ class Fit(NamedTuple):
     factors: Factors
     error: float
     start: float | None = None
+
+
+class Nested(NamedTuple):
+    """Factors of all ranks: rank r has the first r columns of the left one and the first r rows of the right one.
+
+    Attributes:
+        left: Tensor (g, T, R), float64.
+        right: Tensor (g, R, n), float64.
+        errors: Relative squared error of each rank from 0 to R, float64.
+        dtype: The precision of the factors that are cut from these.
+    """
+
+    left: Tensor
+    right: Tensor
+    errors: Tensor
+    dtype: torch.dtype
 
 
 class Target(NamedTuple):

@@ -55,6 +55,9 @@ parameters had a KL that was 2.6, -5.0, 5.4, 5.8, 4.1, 2.6 % higher, for 0.8 or 
 FLOAT32_LOSS = 1e-5
 """Relative loss below which the search goes on in float64."""
 
+CLEARLY = 0.999
+"""A search that leaves less than this share of the loss has found something better, whatever was rounded."""
+
 CPU_BATCH, GPU_BATCH = 2**18, 2**26
 """Elements of K in a batch: on a CPU larger ones leave its cache, on a GPU they leave its memory."""
 
@@ -68,6 +71,9 @@ Result = TypeVar("Result")
 
 Parameters = tuple[Tensor, ...]
 """The searched parameters θ, float64 tensors (g, ...)."""
+
+Solution = tuple[Parameters, Tensor]
+"""θ and its output factor B (g, T, m)."""
 
 
 class Blocks(NamedTuple):
@@ -165,6 +171,14 @@ class OutputSolved(Decomposition):
         """
         return absorb_metric(layer, weight, moment, metric)
 
+    def searches_error(self, layer: Layer) -> bool:
+        """Whether the search minimises the error of the factors that it gives, and not an approximation of it.
+
+        Args:
+            layer: Layer to decompose.
+        """
+        return True
+
     def padding(self, layer: Layer, rank: Rank) -> Hashable:
         """Which ranks of a layer may be fitted in one batch.
 
@@ -192,6 +206,30 @@ class OutputSolved(Decomposition):
     ) -> Iterator[Fit]:
         (fits,) = self._fit_stack([layer], [weight], ranks, [moment], [metric], steps)
         yield from fits
+
+    def errors(
+        self,
+        layer: Layer,
+        weight: Tensor,
+        ranks: Sequence[Rank],
+        moment: Tensor | None = None,
+        metric: Tensor | None = None,
+        steps: int = 100,
+    ) -> list[Fit]:
+        if type(self).fit is not OutputSolved.fit:
+            return super().errors(layer, weight, ranks, moment, metric, steps)
+        target, undo = self.target(layer, weight, moment, metric)
+        search = _Search(self, layer, target, math.ceil(steps * self.effort))
+        found = search.improved([(r, self.start(layer, target, r)) for r in ranks])
+        fits = [Fit(r, (), search.whole(x.loss), search.whole(x.start)) for r, x in zip(ranks, found, strict=True)]
+        if self.searches_error(layer):
+            return fits
+        stored = StoredError(self, layer, weight, moment, metric)
+        for i, (fit, x) in enumerate(zip(fits, found, strict=True)):
+            factors = self.factors(layer, x.theta, undo @ search.exact(fit.rank, x.theta)[1], fit.rank)
+            error = stored(factors, fit.rank).error
+            fits[i] = fit._replace(error=error, start=error * (fit.start or 0.0) / max(fit.error, 1e-300))
+        return fits
 
     def fit_stack(
         self,
@@ -223,11 +261,11 @@ class OutputSolved(Decomposition):
         fits: list[list[Fit]] = [[] for _ in layers]
         for i, (own, weight, moment, metric) in enumerate(given):
             part, error = slice(i * g, (i + 1) * g), StoredError(self, own, weight, moment, metric)
-            for rank, solutions in zip(ranks, found, strict=True):
-                # The search may minimise something else: an approximate metric, or a rank before H is undone
+            for rank, (before, solutions) in zip(ranks, found, strict=True):
                 factors = (self.factors(own, tuple(t[part] for t in x), undo[i] @ y[part], rank) for x, y in solutions)
                 start, *better = (error(f, rank) for f in factors)
-                fits[i].append(min([start, *better], key=lambda fit: fit.error)._replace(start=start.error))
+                started = start.error if before is None else search.whole(before, part)
+                fits[i].append(min([start, *better], key=lambda fit: fit.error)._replace(start=started))
         return fits
 
 
@@ -362,6 +400,20 @@ class _Problem(NamedTuple):
     steps: int
 
 
+class Improved(NamedTuple):
+    """What a search made of the parameters of one rank.
+
+    Attributes:
+        theta: The parameters.
+        start: The relative loss of each weight (g,) before the search.
+        loss: And after it.
+    """
+
+    theta: Parameters
+    start: Tensor
+    loss: Tensor
+
+
 class _Search:
     """Improves the parameters of all ranks of a stack of layers, in batches.
 
@@ -374,34 +426,72 @@ class _Search:
 
     def __init__(self, family: OutputSolved, layer: Layer, target: Target, steps: int) -> None:
         self.family, self.layer, self.target, self.steps = family, layer, target, steps
+        self.scales = (target.times_moment(target.weight) * target.weight).sum((-2, -1))
         self.solvers: dict[Hashable, OutputSolver] = {}
 
-    def __call__(self, starts: Sequence[tuple[Rank, Parameters]]) -> list[list[tuple[Parameters, Tensor]]]:
-        """Improve θ of every rank; returns where it started, and what it became, each with its output factor."""
-        width = self.target.weight.shape[-2] if self.target.diagonal else self.target.moment.shape[-2]
-        found: list[list[tuple[Parameters, Tensor]]] = []
-        problems = []
-        losses = []
-        for i, (rank, theta) in enumerate(starts):
-            loss, output = self._exact(rank, theta)
-            found.append([(theta, output)])
-            losses.append(loss)
-            rows = output.shape[-1]
-            steps = affordable_steps(self.steps, self.layer.groups * rows * self.target.weight.shape[-1] * width)
-            if steps > 0 and (loss > NEGLIGIBLE).any():
-                problems.append(_Problem(i, rank, theta, rows, steps))
-        for batch in self._batches(problems):
-            for problem, theta in zip(batch, self._improved(batch), strict=True):
-                loss, output = self._exact(problem.rank, theta)
-                better = loss < losses[problem.place]
-                ((start, first),) = found[problem.place]
-                pairs = zip((*theta, output), (*start, first), strict=True)
-                *best, output = (torch.where(better.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs)
-                found[problem.place].append((tuple(best), output))
+    def __call__(self, starts: Sequence[tuple[Rank, Parameters]]) -> list[tuple[Tensor | None, list[Solution]]]:
+        """Improve θ of every rank.
+
+        Args:
+            starts: Each rank, and its θ.
+
+        Returns:
+            For every rank what the search found, with its output factor. If that may be worse than where it started,
+            this comes first; otherwise the relative losses before the search come with it.
+        """
+        found: list[tuple[Tensor | None, list[Solution]]] = []
+        for (rank, theta), improved in zip(starts, self.improved(starts), strict=True):
+            loss, output = self.exact(rank, improved.theta)
+            if improved.theta is theta:
+                found.append((None, [(theta, output)]))
+                continue
+            if self.family.searches_error(self.layer) and (improved.loss < CLEARLY * improved.start).all():
+                found.append((improved.start, [(improved.theta, output)]))
+                continue
+            before, first = self.exact(rank, theta)
+            pairs = zip((*improved.theta, output), (*theta, first), strict=True)
+            *best, output = (torch.where((loss < before).view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs)
+            found.append((None, [(theta, first), (tuple(best), output)]))
         return found
 
-    def _exact(self, rank: Rank, theta: Parameters) -> tuple[Tensor, Tensor]:
-        """The relative loss of each weight and the output factor, with hardly any ridge."""
+    def improved(self, starts: Sequence[tuple[Rank, Parameters]]) -> list[Improved]:
+        """Improve θ of every rank, with output factors that are not exact, in float32 if the losses allow it.
+
+        Args:
+            starts: Each rank, and its θ.
+        """
+        width = self.target.weight.shape[-2] if self.target.diagonal else self.target.moment.shape[-2]
+        found: dict[int, Improved] = {}
+        problems = []
+        for i, (rank, theta) in enumerate(starts):
+            rows = math.prod(self.family.blocks(self.layer, theta).diagonal.shape[1:3])
+            steps = affordable_steps(self.steps, self.layer.groups * rows * self.target.weight.shape[-1] * width)
+            if steps > 0:
+                problems.append(_Problem(i, rank, theta, rows, steps))
+            else:
+                loss, _ = self.exact(rank, theta)
+                found[i] = Improved(theta, loss, loss)
+        for batch in self._batches(problems):
+            found |= zip((problem.place for problem in batch), self._improved(batch), strict=True)
+        return [found[i] for i in range(len(starts))]
+
+    def whole(self, losses: Tensor, part: slice | None = None) -> float:
+        """The relative loss of all weights together.
+
+        Args:
+            losses: The relative loss of each (g,).
+            part: Only these weights.
+        """
+        scales = self.scales[part or slice(None)]
+        return ((losses[part or slice(None)] * scales).sum() / scales.sum().clamp_min(1e-300)).item()
+
+    def exact(self, rank: Rank, theta: Parameters) -> tuple[Tensor, Tensor]:
+        """The relative loss of each weight and the output factor, with hardly any ridge.
+
+        Args:
+            rank: A rank.
+            theta: Its parameters.
+        """
         blocks = self.family.blocks(self.layer, theta)
         solver = self._solver(rank, blocks, RIDGE)
         ranks = None
@@ -435,26 +525,28 @@ class _Search:
         if batch:
             yield batch
 
-    def _improved(self, batch: Sequence[_Problem]) -> Iterator[Parameters]:
+    def _improved(self, batch: Sequence[_Problem]) -> Iterator[Improved]:
         """Search in float32, and on in float64 where the loss is too small for it."""
         shapes = [[t.shape[1:] for t in problem.theta] for problem in batch]
         largest = [torch.Size(map(max, zip(*parts, strict=True))) for parts in zip(*shapes, strict=True)]
         flat = [torch.cat([_padded(t, s).flatten(1) for t, s in zip(p.theta, largest, strict=True)], -1) for p in batch]
         point, steps = torch.stack(flat, 1), torch.tensor([p.steps for p in batch])
+        starts = []
         for dtype, floor in ((torch.float32, FLOAT32_LOSS), (torch.float64, NEGLIGIBLE)):
             like = self.family.blocks(self.layer, tuple(t.to(dtype) for t in batch[0].theta))
             solver = self._solver(batch[0].rank, like, SEARCH_RIDGE)
             evaluate = self._objective(solver, largest, [p.rank for p in batch])
             found = minimize(evaluate, point.to(dtype), steps, TOLERANCE, floor)
             point = found.points.double()
+            starts.append(found.start)
             steps = torch.where((found.losses <= floor).any(0).cpu(), steps - found.rounds, 0)
             if not steps.any():
                 break
-        for problem_shapes, own in zip(shapes, point.unbind(1), strict=True):
+        columns = (point.unbind(1), starts[0].unbind(1), found.losses.unbind(1))
+        for own_shapes, own, before, after in zip(shapes, *columns, strict=True):
             whole = [t.view(-1, *s) for t, s in zip(own.split([s.numel() for s in largest], -1), largest, strict=True)]
-            yield tuple(
-                t[(slice(None), *map(slice, s))].contiguous() for t, s in zip(whole, problem_shapes, strict=True)
-            )
+            cropped = (t[(slice(None), *map(slice, s))] for t, s in zip(whole, own_shapes, strict=True))
+            yield Improved(tuple(t.contiguous() for t in cropped), before, after)
 
     def _objective(self, solver: OutputSolver, shapes: Sequence[torch.Size], ranks: Sequence[Rank]) -> Evaluate:
         constraints = [self.family.output_rank(self.layer, r) for r in ranks]
@@ -641,6 +733,20 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         new_left = torch.nn.functional.pad(new_left, (0, short))
         new_right = torch.nn.functional.pad(new_right, (0, 0, 0, short))
     return new_left, new_right
+
+
+def cut(left: Tensor, right: Tensor, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> Factors:
+    """The balanced factors of one rank (`types.Nested`).
+
+    Args:
+        left: Tensor (g, T, R).
+        right: Tensor (g, R, n).
+        shapes: The shapes of the two factors, input first: (g r, ...) and (T, r, ...).
+        dtype: Their precision.
+    """
+    rank = shapes[1][1]
+    second, first = balanced(left[..., :rank], right[..., :rank, :])
+    return tuple(f.reshape(*s).to(dtype).contiguous() for f, s in zip((first, second), shapes, strict=True))
 
 
 def balanced_bond(left: Tensor, left_dim: int, right: Tensor, right_dim: int) -> tuple[Tensor, Tensor]:

@@ -75,10 +75,10 @@ def test_along_a_path_every_part_of_a_rank_grows(family, layer):
 
 def test_a_path_is_cut_into_pieces_that_share_their_ends():
     path = [(r,) for r in range(14)]
-    assert segments(path, 3) == [tuple(path[i : i + 4]) for i in (0, 3, 6, 9)] + [((12,), (13,))]
-    assert segments(path[:9], 3) == [tuple(path[i : i + 3]) for i in (0, 2, 4, 6)]  # four pieces at least
-    assert segments(path[:3], 3) == [((0,), (1,)), ((1,), (2,))]
-    assert segments(path[:1], 3) == [((0,), (0,))] and segments([], 3) == []
+    assert segments(path, 3, 4) == [tuple(path[i : i + 4]) for i in (0, 3, 6, 9)] + [((12,), (13,))]
+    assert segments(path[:9], 3, 4) == [tuple(path[i : i + 3]) for i in (0, 2, 4, 6)]  # four pieces at least
+    assert segments(path[:3], 3, 4) == [((0,), (1,)), ((1,), (2,))]
+    assert segments(path[:1], 3, 4) == [((0,), (0,))] and segments([], 3, 4) == []
 
 
 def test_an_error_between_two_ranks_is_a_power_of_the_weights():

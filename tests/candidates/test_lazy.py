@@ -140,7 +140,9 @@ def test_what_is_given_up_is_on_no_frontier_of_the_whole_grid(cache):
 def test_of_ranks_between_those_that_are_fitted_the_errors_are_known_nearly(tmp_path, monkeypatch):
     fine = dataclasses.replace(SPACE, points=24)
     some = prepared(tmp_path, space=fine).lazy
-    monkeypatch.setitem(lazy.EFFORTS, "normal", dataclasses.replace(lazy.EFFORTS["normal"], stride=1))
+    effort = lazy.EFFORTS["normal"]
+    fine_rungs = tuple(rung._replace(stride=1) for rung in effort.rungs)
+    monkeypatch.setitem(lazy.EFFORTS, "normal", dataclasses.replace(effort, rungs=fine_rungs))
     every = prepared(tmp_path, space=fine).lazy
     off = []
     for pair, left in some.reached.items():

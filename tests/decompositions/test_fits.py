@@ -11,7 +11,14 @@ from torch import nn
 
 from rankopt.core.records import Layer
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.variable_projection import SEARCH_RIDGE, OutputSolved, OutputSolver, full_target
+from rankopt.decompositions.variable_projection import (
+    SEARCH_RIDGE,
+    OutputSolved,
+    OutputSolver,
+    cut,
+    full_target,
+    stored_fit,
+)
 from tests.helpers.layers import MODULES, ONE_EACH, PAIRS, build, make
 
 
@@ -188,6 +195,32 @@ def test_svd_out_is_optimal_in_the_output_metric():
     for rank in (1, 3, 7):
         best = float(s[rank:].square().sum() / s.square().sum())
         assert build("svd_out", case, (rank,))[1].error == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize(("family", "name"), [pair for pair in ONE_EACH if DECOMPOSITIONS[pair[0]].closed_form])
+def test_ranks_cut_from_the_factors_of_all_have_the_errors_that_they_declare(family, name):
+    case, decomposition = make(name), DECOMPOSITIONS[family]
+    given = (case.layer, case.module.weight, case.moment, case.metric)
+    nested = decomposition.nested(*given)
+    assert len(nested.errors) == nested.left.shape[-1] + 1 == nested.right.shape[-2] + 1 and nested.errors[0] == 1
+    for rank in decomposition.ranks(case.layer, [0.2, 0.5, 1.0]):
+        factors = cut(nested.left, nested.right, decomposition.shapes(case.layer, rank), nested.dtype)
+        fit = stored_fit(decomposition, *given[:2], factors, rank, *given[2:])
+        assert fit.error == pytest.approx(float(nested.errors[rank[0]]), rel=1e-6, abs=1e-10)
+
+
+@pytest.mark.parametrize(("family", "name"), ONE_EACH)
+@pytest.mark.parametrize("steps", [0, 20])
+def test_estimated_errors_are_nearly_those_of_fits(family, name, steps):
+    case, decomposition = make(name), DECOMPOSITIONS[family]
+    ranks = decomposition.ranks(case.layer, [0.2, 0.5])
+    given = (case.layer, case.module.weight, ranks, case.moment, case.metric, steps)
+    for fit, estimate in zip(decomposition.fit(*given), decomposition.errors(*given), strict=True):
+        assert estimate.rank == fit.rank and estimate.factors == ()
+        assert estimate.error == pytest.approx(fit.error, rel=0.1, abs=1e-6)
+        assert (estimate.start is None) == (fit.start is None)
+        if fit.start is not None:
+            assert estimate.start == pytest.approx(fit.start, rel=0.2, abs=1e-6)
 
 
 def test_factors_are_balanced():

@@ -17,6 +17,7 @@ from rankopt.candidates.cache import Cache, FactorStore
 from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.run_folder import read_result, report_damage
 from rankopt.core.schema import LARGEST
+from rankopt.decompositions.types import Nested
 from rankopt.experiments.digits import DigitsNet
 from rankopt.report.html import write_report
 from rankopt.search.compress import run_search
@@ -194,4 +195,19 @@ def test_silent_damage_of_the_cache_is_noticed(tmp_path):
     assert len(FactorStore(cache)["fit/0"][0]) == 3
     with pytest.raises(RankoptError, match="is damaged, and removed now"):
         FactorStore(cache)["fit/1"]
+    assert not cache.path("fit", "safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", ["tensor", "shapes", "rank"])
+def test_damaged_factors_of_all_ranks_are_noticed(tmp_path, damage):
+    cache = Cache(tmp_path)
+    nested = Nested(torch.rand(1, 5, 3).double(), torch.rand(1, 3, 4).double(), torch.rand(4), torch.float32)
+    cache.write_nested("fit", nested, [[[2, 4], [5, 2]]], {})
+    assert [tuple(f.shape) for f in FactorStore(cache)["fit/0"]] == [(2, 4), (5, 2)]
+    if damage == "tensor":
+        flip(cache.path("fit", "safetensors"))
+    elif damage == "shapes":
+        cache.write_nested("fit", nested, [[[7, 4], [5, 2]]], {})
+    with pytest.raises(RankoptError, match="is damaged, and removed now"):
+        FactorStore(cache)["fit/1" if damage == "rank" else "fit/0"]
     assert not cache.path("fit", "safetensors").exists()
