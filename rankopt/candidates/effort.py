@@ -37,11 +37,12 @@ class Effort:
     Attributes:
         rungs: What is fitted before a budget is known, from few steps and ranks to more. After each rung the
             candidates that others have beaten are given up. Those between the first and the last are left out where
-            the last one is short.
+            the last one is short; where it is long, all rungs fit as few ranks as the first.
         steps: Share of the search space's steps that fits to the end take.
         width: Candidates are fitted that are best for losses of one layer up to e^width times larger or smaller.
         slack: And those that are worse than the best by this share of an average layer's loss.
         rounds: How often to allocate and fit, at most.
+        passes: The most forward passes of all examples that sensitivities take.
     """
 
     rungs: tuple[Rung, ...]
@@ -49,10 +50,13 @@ class Effort:
     width: float
     slack: float
     rounds: int
+    passes: int
 
 
 EFFORTS = {
-    "quick": Effort(rungs=(Rung(5, 8, 2), Rung(20, 3, 4)), steps=0.2, width=0.0, slack=0.0, rounds=2),
-    NORMAL: Effort(rungs=(Rung(5, 8, 2), Rung(15, 8, 2), Rung(40, 3, 4)), steps=1.0, width=0.15, slack=0.02, rounds=6),
+    "quick": Effort(rungs=(Rung(5, 8, 2), Rung(20, 3, 4)), steps=0.2, width=0.0, slack=0.0, rounds=2, passes=20),
+    NORMAL: Effort(
+        rungs=(Rung(5, 8, 2), Rung(15, 8, 2), Rung(40, 3, 4)), steps=1.0, width=0.15, slack=0.02, rounds=6, passes=30
+    ),
 }
 """The efforts below THOROUGH."""

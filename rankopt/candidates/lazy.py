@@ -47,7 +47,8 @@ FACTORS = 7  # factors on a layer's losses that are looked at, between e^-width 
 
 
 DEAR = 50.0
-"""Rough seconds of the last rung's fits of a layer and family, from which on the rungs between are gone through."""
+"""Rough seconds of a layer's fits of one family in the last rung, from which on only a few ranks are fitted, and the
+rungs between are gone through, which show whether it is worth it."""
 
 
 AT_ONCE = 2_000_000
@@ -134,12 +135,20 @@ class LazyFits:
     @cached_property
     def segments(self) -> dict[tuple[Pair, Rung], list[tuple[Rank, ...]]]:
         """The ranks of each direction in which they grow, from one that is fitted in a rung to the next."""
-        found = {pair: paths(r.layer, r.family, r.ranks) for pair, r in self.grid.items()}
+        coarse, found = self.effort.rungs[0], {p: paths(r.layer, r.family, r.ranks) for p, r in self.grid.items()}
         return {
-            (pair, rung): [x for path in of_pair for x in segments(path, rung.stride, rung.pieces)]
+            (pair, rung): [x for path in of_pair for x in segments(path, used.stride, used.pieces)]
             for pair, of_pair in found.items()
             for rung in self.effort.rungs
+            for used in [coarse if pair in self.dear else rung]
         }
+
+    @cached_property
+    def dear(self) -> set[Pair]:
+        """Families and layers whose fits in the last rung take long: all rungs fit few of their ranks."""
+        last = self.effort.rungs[-1]
+        every = {p: r._replace(steps=self._steps_of_rung(p, last)) for p, r in self.grid.items()}
+        return {p for p, r in every.items() if rough_seconds(r) > DEAR * last.stride}
 
     def start(self, offers: Menus, metrics: Sequence[str]) -> tuple[Menus, dict[str, float]]:
         """Fit candidates with few steps, and those that are not beaten with more.
@@ -165,7 +174,7 @@ class LazyFits:
         """Fit what is left of some families and layers with the steps of a rung."""
         going_on = [p for p in self.grid if p in pairs and self.reached[p] and not self._is_known(p)]
         if rung not in (self.effort.rungs[0], self.effort.rungs[-1]):
-            going_on = [p for p in going_on if self._is_dear(p)]
+            going_on = [p for p in going_on if p in self.dear]
         wanted = {pair: self._to_fit(pair, rung) for pair in going_on}
         steps = {pair: min(self._steps(pair), self._steps_of_rung(pair, rung)) for pair in wanted}
         passing = {p for p in wanted if rung != self.effort.rungs[-1] and not self._ended(p, rung)}
@@ -245,12 +254,6 @@ class LazyFits:
 
     def _steps_of_rung(self, pair: Pair, rung: Rung) -> int:
         return math.ceil(rung.steps / DECOMPOSITIONS[pair[1]].effort)
-
-    def _is_dear(self, pair: Pair) -> bool:
-        """Whether the last rung takes so long that it pays to see first who is worth it."""
-        last = self.effort.rungs[-1]
-        request = self.grid[pair]._replace(ranks=self._to_fit(pair, last), steps=self._steps_of_rung(pair, last))
-        return not self._at_end(pair) and rough_seconds(request) > DEAR
 
     def _ended(self, pair: Pair, rung: Rung) -> bool:
         """Whether fits are at their end with the steps of a rung."""

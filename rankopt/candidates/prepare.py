@@ -358,7 +358,9 @@ def _prepare(
         candidates = add_precisions(statistics, candidates, space.precisions, factors, needed)
     with clock.stage("sensitivity"), keep_freed_memory():
         objective = task.objective or Divergence(task.model, batches)
-        curves, passes = _measure_curves(task, objective, statistics, candidates, factors, pool)
+        curves, passes = _measure_curves(
+            task, objective, statistics, candidates, factors, pool, effort.passes if effort else PASSES
+        )
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
         candidates = {x.name: _price_candidates(x, candidates[x.name], prices) for x in free}
     if lazy:
@@ -634,6 +636,7 @@ def _measure_curves(
     candidates: dict[str, list[Candidate]],
     factors: FactorStore,
     pool: Pool | None,
+    most: int,
 ) -> tuple[dict[str, Curve], float]:
     """Sensitivity curves by layer name, and how many forward passes of all calibration examples they took.
 
@@ -648,7 +651,7 @@ def _measure_curves(
     # The forms of a fit share its key and error, and count once.
     assert isinstance(objective, Divergence)
     fits = {n: [*dict.fromkeys((c.key, c.error) for c in candidates[n])] for n in names}
-    key = "sensitivity-" + digest(statistics.key, PASSES, fits)
+    key = "sensitivity-" + digest(statistics.key, most, fits)
     kept = statistics.cache.read_json(key, dict[str, Curve])
     if kept is not None and kept.keys() == set(names):
         return kept, 0.0
@@ -656,7 +659,7 @@ def _measure_curves(
         factors = FactorStore(factors.cache)
         factors.keep(c.key for n in names for c in possible_probes(candidates[n]) if c.key)
     build = partial(_replaced_module, factors)
-    prober = Prober(objective, statistics.model, statistics.layers, build, statistics.progress, pool)
+    prober = Prober(objective, statistics.model, statistics.layers, build, statistics.progress, pool, most)
     curves = prober.curves(candidates)
     statistics.cache.write_json(key, curves)
     return curves, prober.passes

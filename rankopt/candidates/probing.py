@@ -213,6 +213,7 @@ class Prober:
         build: Builds a candidate's module. A pool needs one that can be pickled.
         progress: Progress callback.
         pool: Processes that measure, with the same results; None for this one.
+        most: The most forward passes of all examples that the probes take together.
 
     Attributes:
         passes: Forward passes of all examples that were spent so far. A run that begins at a layer counts as a whole
@@ -227,7 +228,9 @@ class Prober:
         build: Build,
         progress: Progress,
         pool: Pool | None = None,
+        most: int = PASSES,
     ) -> None:
+        self.most = most
         self.divergence, self.layers, self.progress, self.pool = divergence, layers, progress, pool
         self.runs = ProbeRuns(model, build)
         self._spent = 0  # units of the objective that went through the model
@@ -271,7 +274,7 @@ class Prober:
 
     def _left(self) -> int:
         """Units that may still go through the model."""
-        return PASSES * self.divergence.units - self._spent
+        return self.most * self.divergence.units - self._spent
 
     def _first_sample(self, layers: int) -> tuple[int, int]:
         """Probes of each layer, and the units that each of them sees first."""
@@ -356,7 +359,7 @@ class Prober:
                 self.divergence = copy.copy(self.divergence)
                 self.divergence.divisible, self._spent = False, 1
                 piece = self.divergence.part(slice(1))
-        if (2 * len(self.layers) + 2) * piece.units > TRIAL_SHARE * PASSES * self.divergence.units:
+        if (2 * len(self.layers) + 2) * piece.units > TRIAL_SHARE * self.most * self.divergence.units:
             return
         try:
             runs.replay = Replay(runs.model, [x.name for x in self.layers], piece.batches[0])

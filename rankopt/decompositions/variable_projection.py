@@ -816,7 +816,10 @@ def singular_rows(matrix: Tensor) -> Tensor:
     Returns:
         Tensor (g, min(a, b), b).
     """
-    return torch.linalg.svd(matrix, full_matrices=False)[0].mT @ matrix
+    if matrix.shape[-2] <= matrix.shape[-1]:
+        return torch.linalg.eigh(matrix @ matrix.mT)[1].flip(-1).mT @ matrix
+    values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
+    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)).flip(-1).mT.contiguous()
 
 
 def first_rows(rows: Tensor, rank: int) -> Tensor:

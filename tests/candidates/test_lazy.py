@@ -68,6 +68,17 @@ def test_a_few_fits_predict_as_good_a_plan_as_all_of_them(cache, budget):
     assert whole.fitting is None
 
 
+def test_where_fits_are_dear_few_ranks_are_fitted_and_the_plan_is_as_good(cache, tmp_path, monkeypatch):
+    fine, budget = dataclasses.replace(SPACE, points=24), {"params": 0.4}
+    usual = prepared(cache, space=fine)
+    whole = measured(usual, budget)
+    monkeypatch.setattr(lazy, "DEAR", 0.0)
+    few = prepared(tmp_path, space=fine)
+    assert few.lazy.dear and not usual.lazy.dear
+    assert sum(map(len, few.lazy.first.values())) < sum(map(len, usual.lazy.first.values()))
+    assert measured(few, budget) <= 1.1 * whole
+
+
 @pytest.mark.slow
 def test_on_a_trained_model_the_plan_of_a_few_fits_is_as_good(cache):
     task = dataclasses.replace(load_task("digits"), score=None, test=None)
