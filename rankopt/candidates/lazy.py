@@ -385,13 +385,12 @@ class LazyFits:
     def _estimated(self, offers: Menus, further: Mapping[Pair, Mapping[Rank, Fitted]]) -> Menus:
         """What of the offers is left, with the errors that are known or likely."""
 
+        errors = {pair: self._likely(pair, further.get(pair, {})) for pair in self.grid}
+
         def of(name: str, c: Candidate) -> float:
             if c.method == DENSE:
                 return self.added.get((name, c.precision, DENSE), 0.0)
-            pair = (name, c.method)
-            fitted = further.get(pair, {}).get(c.rank)
-            own = self.reached[pair][c.rank].likely if fitted is None else fitted.error
-            return own + self.added.get((name, c.precision), 0.0)
+            return errors[name, c.method][c.rank] + self.added.get((name, c.precision), 0.0)
 
         def left(name: str, c: Candidate) -> bool:
             return c.method == DENSE or c.rank in self.reached[name, c.method]
@@ -400,6 +399,22 @@ class LazyFits:
             name: [dataclasses.replace(c, error=of(name, c)) for c in found if left(name, c)]
             for name, found in offers.items()
         }
+
+    def _likely(self, pair: Pair, fitted: Mapping[Rank, Fitted]) -> dict[Rank, float]:
+        """The errors of what is left: those of fits to the end, and otherwise likely ones.
+
+        Fits to the end show by how much the likely errors of their family and layer are off, which is interpolated.
+        """
+        likely = {rank: x.likely for rank, x in self.reached[pair].items()}
+        known = sorted(
+            (self._weights(pair, rank), x.error / likely[rank]) for rank, x in fitted.items() if likely[rank]
+        )
+        if known:
+            sizes, off = np.log(np.array(known).T.clip(1e-300))
+            likely = {
+                r: x * math.exp(np.interp(math.log(self._weights(pair, r)), sizes, off)) for r, x in likely.items()
+            }
+        return likely | {rank: x.error for rank, x in fitted.items()}
 
     def _missing(
         self, further: Mapping[Pair, Mapping[Rank, Fitted]], wanted: Mapping[Pair, Sequence[Rank]]
