@@ -14,9 +14,12 @@ from tensorly.tt_tensor import validate_tt_rank
 from tensorly.tucker_tensor import validate_tucker_rank
 from torch import nn
 
+from rankopt.candidates.prepare import mark_dense
 from rankopt.core.records import Layer
 from rankopt.decompositions.plan import replace
 from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.experiments.config import read_study
+from rankopt.model.inventory import inventory
 from tests.helpers import ROOT
 
 STUDIES = ROOT / "studies"
@@ -81,3 +84,26 @@ def test_counts_are_those_of_models_that_run(method, family):
     assert sum(p.numel() for p in model.parameters()) == counted - beside
     with torch.no_grad():
         assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("name", thesis["UNCOMPRESSED"])
+def test_every_case_of_one_family_fits_its_budget_and_factorises_every_layer(name):
+    """The budget is CP's printed count, or for ResNet-50 that of our own ranks."""
+    network = thesis["Network"].of(name)
+    layers = inventory(thesis["MODELS"]["build"](name), torch.zeros(1, 3, 32, 32))
+    cases = [c for c in read_study(STUDIES / "thesis_accuracy.toml").cases if c.name.startswith(f"{name}-")]
+    one_family = [c.experiment for c in cases if c.experiment.search.strategy == "uniform"]
+    assert len(one_family) == 4 * 3 * 2
+    for experiment in one_family:
+        space, (limit,) = experiment.space, experiment.budget.values()
+        free = [x for x in mark_dense(layers, space) if x.reason is None]
+        assert [x.name for x in free] == [x.name for x in network.layers]
+        count, beside = network.dense, 0
+        for layer in free:
+            (family,) = space.families_of(layer)
+            rank = min(space.ranks(family, layer), key=lambda r: DECOMPOSITIONS[family].weights(layer, r))
+            count += DECOMPOSITIONS[family].cost(layer, rank).params - layer.cost.params
+            beside += thesis["stored_besides"]("CP", layer, rank) if family == "cp" else 0
+        assert count + beside <= limit
+        if space.families == ("cp",) and name != "ResNet-50":
+            assert count + beside == limit
