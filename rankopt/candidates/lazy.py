@@ -106,6 +106,7 @@ class LazyFits:
         reached: What all that no other candidate has beaten have reached, by layer, family and rank: those of `first`,
             and the ranks between.
         made: All fits to the end that were made so far, for whatever budget.
+        untried: Layers and families that no time was left for.
         added: What a lower precision adds to the error, by layer name and precision; the dense layer's own error in it
             by layer name, precision and DENSE.
     """
@@ -120,6 +121,7 @@ class LazyFits:
     first: Fits = field(default_factory=dict)
     reached: dict[Pair, dict[Rank, Reached]] = field(default_factory=dict)
     made: Fits = field(default_factory=dict)
+    untried: set[Pair] = field(default_factory=set)
     added: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     @cached_property
@@ -150,37 +152,82 @@ class LazyFits:
         every = {p: r._replace(steps=self._steps_of_rung(p, last)) for p, r in self.grid.items()}
         return {p for p, r in every.items() if rough_seconds(r) > DEAR * last.stride}
 
-    def start(self, offers: Menus, metrics: Sequence[str]) -> tuple[Menus, dict[str, float]]:
+    def start(
+        self, offers: Menus, metrics: Sequence[str], begun: float = 0.0, minutes: float | None = None
+    ) -> tuple[Menus, dict[str, float]]:
         """Fit candidates with few steps, and those that are not beaten with more.
 
         Args:
             offers: All candidates that could be offered, with their costs.
             metrics: Metrics that budgets may limit.
+            begun: Value of `time.monotonic()` when the preparation began.
+            minutes: How long it may take, after which no further fits start, but for those that each layer needs to
+                be offered anything; None for as long as it takes. What was fitted in that time is kept in the cache,
+                as for a budget.
 
         Returns:
             The candidates that are left, and seconds of fitting by family, to which those of later fits are added.
         """
+        self.limited, until = minutes, math.inf if minutes is None else begun + 60 * minutes
         self.reached = {pair: dict.fromkeys(r.ranks, UNKNOWN) for pair, r in self.grid.items()}
+        asked = [(layer, family, r.ranks, r.steps) for (layer, family), r in self.grid.items()]
+        record = "first-" + digest(VERSION, self.statistics.key, self.effort, minutes, asked)
+        kept = self.statistics.cache.read_json(record, list[list[Pair]]) if minutes else None
+        known = iter(kept if kept and len(kept) == 2 * len(self.effort.rungs) else ())
+        made = []
         for rung in self.effort.rungs:
             leading = self._leading(offers, metrics)
-            self._climb(leading, rung)
+            made.append(self._climb(leading, rung, until, next(known, None)))
             self._give_up(offers, metrics)  # by leaders, which saves the steps of most others
-            self._climb(self.grid.keys() - leading, rung)
+            made.append(self._climb(self.grid.keys() - leading, rung, until, next(known, None)))
             self._give_up(offers, metrics)
+        if minutes:
+            self.statistics.cache.write_json(record, [[[*pair] for pair in pairs] for pairs in made])
         self.made = {pair: {} if pair in self.cells else dict(found) for pair, found in self.first.items()}
         return self.menus({}), self.seconds
 
-    def _climb(self, pairs: Collection[Pair], rung: Rung) -> None:
-        """Fit what is left of some families and layers with the steps of a rung."""
+    def _climb(self, pairs: Collection[Pair], rung: Rung, until: float, only: Collection[Pair] | None) -> list[Pair]:
+        """Fit what is left of some families and layers with the steps of a rung.
+
+        Args:
+            pairs: The families and layers.
+            rung: The rung.
+            until: When time is out.
+            only: What was fitted in the time of an earlier search; None for what there is time for.
+
+        Returns:
+            What was fitted.
+        """
+        first, last = self.effort.rungs[0], self.effort.rungs[-1]
         going_on = [p for p in self.grid if p in pairs and self.reached[p] and not self._is_known(p)]
-        if rung not in (self.effort.rungs[0], self.effort.rungs[-1]):
+        if rung not in (first, last):
             going_on = [p for p in going_on if p in self.dear]
-        wanted = {pair: self._to_fit(pair, rung) for pair in going_on}
+        wanted = {pair: self._to_fit(pair, rung) for pair in going_on if only is None or pair in only}
         steps = {pair: min(self._steps(pair), self._steps_of_rung(pair, rung)) for pair in wanted}
-        passing = {p for p in wanted if rung != self.effort.rungs[-1] and not self._ended(p, rung)}
-        for pair, found in self._fit([*wanted.items()], steps, passing=passing).items():
-            self.first[pair] = found
+        # With a limit, what has no more steps when time is out is offered as it is
+        passing = {p for p in wanted if rung != last and not self._ended(p, rung)} if self.limited is None else set()
+        sure = {p: ranks for p, ranks in wanted.items() if only is not None or (rung == first and p in self.needed)}
+        found = self._fit([*sure.items()], steps, passing=passing)
+        found |= self._fit([x for x in wanted.items() if x[0] not in sure], steps, until, passing)
+        made = [pair for pair, fits in found.items() if fits]
+        for pair in made:
+            self.first[pair] = found[pair]
             self._note(pair, rung)
+        if rung == first:
+            self.untried |= set(going_on).difference(made)
+            self.first |= {pair: {} for pair in self.untried}
+            self.reached |= {pair: {} for pair in self.untried}
+        return made
+
+    @cached_property
+    def needed(self) -> set[Pair]:
+        """What each layer is offered however little time there is: closed forms, or its first family."""
+        closed = {pair for pair in self.grid if DECOMPOSITIONS[pair[1]].closed_form}
+        layers = {name for name, _ in closed}
+        others: dict[str, Pair] = {}
+        for pair in self.grid:
+            others.setdefault(pair[0], pair)
+        return closed | {pair for name, pair in others.items() if name not in layers}
 
     def _leading(self, offers: Menus, metrics: Sequence[str]) -> set[Pair]:
         """Of each layer the family with the most candidates that are likely to be better than cheaper ones."""
@@ -291,16 +338,14 @@ class LazyFits:
             found[pair[0]] += as_candidates(request.layer, request.family, list(fits.values()))
         return {name: in_order(candidates) for name, candidates in found.items()}
 
-    def after_first(self, menus: Menus, spent: float, minutes: float | None) -> None:
+    def after_first(self, menus: Menus, spent: float) -> None:
         """Note what the first fits have shown.
 
         Args:
             menus: Their candidates in all precisions. Lower ones add to the error: the median over a layer's counts.
             spent: Seconds that the preparation took so far.
-            minutes: How long it may take for a budget; None for as long as it takes.
         """
-        self.limited = minutes
-        self.limit = math.inf if minutes is None else max(0.0, 60 * minutes - spent)
+        self.limit = math.inf if self.limited is None else max(0.0, 60 * self.limited - spent)
         for name, candidates in menus.items():
             own = {(c.method, c.rank): c.error for c in candidates if c.precision == SAME}
             for precision in {c.precision for c in candidates} - {SAME}:
@@ -439,7 +484,7 @@ class LazyFits:
             "first": sum(map(len, self.first.values())),
             "final": sum(map(len, further.values())),
             "rounds": rounds,
-            "settled": settled,
+            "settled": settled and not self.untried,
             "bound": band.bound,
             "gain": 0.0,
             "dropped": [

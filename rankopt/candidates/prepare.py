@@ -352,7 +352,9 @@ def _prepare(
     lazy = LazyFits(statistics, grid, effort, workers) if effort else None
     with clock.stage("fitting"):
         priced = [*METRICS, *sorted(metrics - {*METRICS})]
-        candidates, family_seconds = lazy.start(offers, priced) if lazy else fit_candidates(statistics, grid, workers)
+        candidates, family_seconds = (
+            lazy.start(offers, priced, start, space.minutes) if lazy else fit_candidates(statistics, grid, workers)
+        )
     with clock.stage("rounding"):  # the stage's name in result.json
         needed = _cheapest(free, offers, priced)
         candidates = add_precisions(statistics, candidates, space.precisions, factors, needed)
@@ -364,7 +366,7 @@ def _prepare(
         candidates = {name: with_losses(candidates[name], curves[name]) for name in candidates}
         candidates = {x.name: _price_candidates(x, candidates[x.name], prices) for x in free}
     if lazy:
-        lazy.after_first(candidates, time.monotonic() - start, space.minutes)
+        lazy.after_first(candidates, time.monotonic() - start)
     return Prepared(
         task,
         model_layers.unfolded,

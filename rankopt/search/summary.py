@@ -446,10 +446,10 @@ def fitting_lines(info: ResultInfo) -> list[str]:
     found = info.get("fitting")
     if not found:
         return []
-    cut = "" if found["settled"] else ", cut short"
+    cut, more = ("", "") if found["settled"] else (", cut short", " or more")
     return [
         f"fitted  {found['final']:,} of {found['candidates']:,} candidates to the end, {found['first']:,} in part "
-        f"(effort {info['effort']}{cut}); all of them could lower the predicted loss by about {found['gain']:.1%}"
+        f"(effort {info['effort']}{cut}); all of them could lower the predicted loss by about {found['gain']:.1%}{more}"
     ]
 
 
