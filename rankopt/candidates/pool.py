@@ -7,6 +7,7 @@ import pickle
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -131,6 +132,8 @@ def local_pool(workers: int) -> Pool:
         memory: int,  # noqa: ARG001  # who chose the number of workers has seen to it
         shared: Any = None,
     ) -> Iterator[Any]:
+        # joblib replaces a worker that has grown by 100 MB, as on wide layers; nothing is lost
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given to the executor", UserWarning)
         with parallel_config("loky", initializer=_end_with, initargs=(os.getpid(),)):
             pool = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")
         with tempfile.TemporaryDirectory(prefix="rankopt-shared-") as folder:
