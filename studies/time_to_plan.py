@@ -47,7 +47,6 @@ from rankopt.core.environment import processor
 from rankopt.core.records import Layer
 from rankopt.model.forward import batch_size
 from rankopt.model.layer_kinds import as_matrix, in_own_shape
-from rankopt.model.objective import Divergence
 from rankopt.search.compress import run_search
 from rankopt.search.progress import show_progress
 from rankopt.search.settings import SearchSettings
@@ -186,7 +185,7 @@ def transformer(depth: int, width: int, tokens: int = 197, examples: int = 128) 
 def opponents(prepared: Any, params: int) -> dict[str, Any]:
     """Seconds and KL of other tools at the same number of parameters."""
     batches = prepared.statistics.batches
-    divergence = Divergence(prepared.model, batches)
+    divergence = prepared.objective
     dense = {x.name: prepared.model.get_submodule(x.name).weight.detach().clone() for x in prepared.free}
     share = (params - (prepared.dense.params - sum(w.numel() for w in dense.values()))) / sum(
         w.numel() for w in dense.values()
