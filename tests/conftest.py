@@ -31,6 +31,12 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_signal_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that is tested in this process must not take an earlier test's signal for its own."""
+    monkeypatch.setattr("rankopt.core.signals._received", [])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _signals() -> None:
     """A shell starts background jobs with Ctrl-C ignored, and nohup ignores SIGHUP; child processes inherit that."""
