@@ -57,9 +57,9 @@ stays dense: fits take H apart into eigenvectors, whose time grows with the cube
 
 
 ROWS, ROWS_EACH = 2**15, 100
-"""An input moment is the mean of so many vectors, or of so many for each input of the layer if that is more.
+"""How many vectors an input moment is averaged over: ROWS, or ROWS_EACH times the layer's inputs if that is more.
 
-A layer that sees more vectors gets a random sample of them. Measured on a ResNet-20 with 2,000 images: the error of a
+Of a layer that sees more, a random sample is drawn. Measured on a ResNet-20 with 2,000 images: the error of a
 truncated SVD rises by 0.01 to 0.03 % with 1/4 to 1/30 of the vectors, and by 0.03 to 0.08 % with half of the images."""
 
 

@@ -429,7 +429,6 @@ class LazyFits:
 
     def _estimated(self, offers: Menus, further: Mapping[Pair, Mapping[Rank, Fitted]]) -> Menus:
         """What of the offers is left, with the errors that are known or likely."""
-
         errors = {pair: self._likely(pair, further.get(pair, {})) for pair in self.grid}
 
         def of(name: str, c: Candidate) -> float:

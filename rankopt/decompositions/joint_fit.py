@@ -10,21 +10,20 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.base import Decomposition
-from rankopt.decompositions.lbfgs import Evaluate, minimize
+from rankopt.decompositions.lbfgs import Evaluate
 from rankopt.decompositions.types import Factors, Fit, Target
 from rankopt.decompositions.variable_projection import (
-    FLOAT32_LOSS,
-    NEGLIGIBLE,
-    TOLERANCE,
     StoredError,
     affordable_steps,
     full_target,
+    minimize_in_both,
 )
 
 
@@ -118,34 +117,26 @@ class _Search:
         self.scale = target.norm
         products = self.dense.numel() * sum(target.weight.shape[1:])
         self.steps = affordable_steps(math.ceil(steps * family.effort), products)
-        self.precisions = [(target.to(torch.float32), FLOAT32_LOSS), (target, NEGLIGIBLE)]
+        self.targets = {dtype: target.to(dtype) for dtype in (torch.float32, torch.float64)}
 
     def __call__(self, start: Factors) -> tuple[Factors, float, float]:
         """What becomes of some cores, and their relative losses before and after that."""
-        sizes = [core.numel() for core in start]
         point = torch.cat([core.reshape(-1) for core in start]).view(1, 1, -1)
         steps = self.steps if self.scale > 0 else 0
-        losses: list[float] = []
-        for target, floor in self.precisions:
-            evaluate = self._objective(target, start)
-            found = minimize(evaluate, point.to(target.weight.dtype), torch.tensor([steps]), TOLERANCE, floor)
-            losses += [found.start.item(), found.losses.item()]
-            if steps > 0:
-                point = found.points.double()
-            steps -= int(found.rounds)
-            if losses[-1] > floor:
-                break
-        flat = point.flatten().split(sizes)
-        return tuple(c.reshape(core.shape) for c, core in zip(flat, start, strict=True)), losses[0], losses[-1]
+        evaluate = partial(self._objective, like=start)
+        if steps == 0:
+            loss = evaluate(torch.float64)(point, torch.arange(1))[0].item()
+            return start, loss, loss
+        found = minimize_in_both(evaluate, point, torch.tensor([steps]))
+        return _split(found.points, start), found.start.item(), found.losses.item()
 
-    def _objective(self, target: Target, like: Factors) -> Evaluate:
-        shapes, sizes = [core.shape for core in like], [core.numel() for core in like]
+    def _objective(self, dtype: torch.dtype, like: Factors) -> Evaluate:
+        target = self.targets[dtype]
         scale = self.scale if self.scale > 0 else 1.0
 
         def evaluate(point: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
             point = point.detach().requires_grad_()
-            cores = tuple(c.reshape(s) for c, s in zip(point.flatten().split(sizes), shapes, strict=True))
-            approximation = self.family.weight(self.layer, cores).reshape(target.weight.shape)
+            approximation = self.family.weight(self.layer, _split(point, like)).reshape(target.weight.shape)
             difference = target.weight - approximation.detach()
             gradient = target.times_moment(target.metric @ difference).mul_(-2 / scale)
             loss = -0.5 * (gradient * difference).sum(dtype=torch.float64)
@@ -153,3 +144,9 @@ class _Search:
             return loss.view(1, 1), found
 
         return evaluate
+
+
+def _split(point: Tensor, like: Factors) -> Factors:
+    """A point as cores of these shapes."""
+    parts = point.flatten().split([core.numel() for core in like])
+    return tuple(part.reshape(core.shape) for part, core in zip(parts, like, strict=True))

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.base import Decomposition
-from rankopt.decompositions.lbfgs import Evaluate, minimize
+from rankopt.decompositions.lbfgs import Evaluate, Minimum, minimize
 from rankopt.decompositions.types import Factors, Fit, Target, is_sketch
 from rankopt.model.layer_kinds import as_matrix
 
@@ -407,11 +407,13 @@ class Improved(NamedTuple):
         theta: The parameters.
         start: The relative loss of each weight (g,) before the search.
         loss: And after it.
+        output: The output factor of parameters that take no steps; None of others, whose was not exact.
     """
 
     theta: Parameters
     start: Tensor
     loss: Tensor
+    output: Tensor | None = None
 
 
 class _Search:
@@ -441,10 +443,10 @@ class _Search:
         """
         found: list[tuple[Tensor | None, list[Solution]]] = []
         for (rank, theta), improved in zip(starts, self.improved(starts), strict=True):
-            loss, output = self.exact(rank, improved.theta)
-            if improved.theta is theta:
-                found.append((None, [(theta, output)]))
+            if improved.output is not None:
+                found.append((None, [(theta, improved.output)]))
                 continue
+            loss, output = self.exact(rank, improved.theta)
             if self.family.searches_error(self.layer) and (improved.loss < CLEARLY * improved.start).all():
                 found.append((improved.start, [(improved.theta, output)]))
                 continue
@@ -469,8 +471,8 @@ class _Search:
             if steps > 0:
                 problems.append(_Problem(i, rank, theta, rows, steps))
             else:
-                loss, _ = self.exact(rank, theta)
-                found[i] = Improved(theta, loss, loss)
+                loss, output = self.exact(rank, theta)
+                found[i] = Improved(theta, loss, loss, output)
         for batch in self._batches(problems):
             found |= zip((problem.place for problem in batch), self._improved(batch), strict=True)
         return [found[i] for i in range(len(starts))]
@@ -526,23 +528,19 @@ class _Search:
             yield batch
 
     def _improved(self, batch: Sequence[_Problem]) -> Iterator[Improved]:
-        """Search in float32, and on in float64 where the loss is too small for it."""
+        """Improve the problems of a batch at once."""
         shapes = [[t.shape[1:] for t in problem.theta] for problem in batch]
         largest = [torch.Size(map(max, zip(*parts, strict=True))) for parts in zip(*shapes, strict=True)]
         flat = [torch.cat([_padded(t, s).flatten(1) for t, s in zip(p.theta, largest, strict=True)], -1) for p in batch]
         point, steps = torch.stack(flat, 1), torch.tensor([p.steps for p in batch])
-        starts = []
-        for dtype, floor in ((torch.float32, FLOAT32_LOSS), (torch.float64, NEGLIGIBLE)):
+
+        def objective(dtype: torch.dtype) -> Evaluate:
             like = self.family.blocks(self.layer, tuple(t.to(dtype) for t in batch[0].theta))
             solver = self._solver(batch[0].rank, like, SEARCH_RIDGE)
-            evaluate = self._objective(solver, largest, [p.rank for p in batch])
-            found = minimize(evaluate, point.to(dtype), steps, TOLERANCE, floor)
-            point = found.points.double()
-            starts.append(found.start)
-            steps = torch.where((found.losses <= floor).any(0).cpu(), steps - found.rounds, 0)
-            if not steps.any():
-                break
-        columns = (point.unbind(1), starts[0].unbind(1), found.losses.unbind(1))
+            return self._objective(solver, largest, [p.rank for p in batch])
+
+        found = minimize_in_both(objective, point, steps)
+        columns = (found.points.unbind(1), found.start.unbind(1), found.losses.unbind(1))
         for own_shapes, own, before, after in zip(shapes, *columns, strict=True):
             whole = [t.view(-1, *s) for t, s in zip(own.split([s.numel() for s in largest], -1), largest, strict=True)]
             cropped = (t[(slice(None), *map(slice, s))] for t, s in zip(whole, own_shapes, strict=True))
@@ -576,6 +574,28 @@ def _padded(theta: Tensor, shape: torch.Size) -> Tensor:
 
 
 # --- the search -----------------------------------------------------------------------------------
+
+
+def minimize_in_both(objective: Callable[[torch.dtype], Evaluate], start: Tensor, steps: Tensor) -> Minimum:
+    """Search in float32, and on in float64 where the loss is too small for it.
+
+    Args:
+        objective: Makes losses and gradients in a precision.
+        start: Initial points (g, p, N), float64.
+        steps: The most rounds of each column, integers (p,) on the CPU, not all 0.
+
+    Returns:
+        The points found, float64, with their losses and those of the start.
+    """
+    point, losses = start, []
+    for dtype, floor in ((torch.float32, FLOAT32_LOSS), (torch.float64, NEGLIGIBLE)):
+        found = minimize(objective(dtype), point.to(dtype), steps, TOLERANCE, floor)
+        point = found.points.double()
+        losses.append(found.start)
+        steps = torch.where((found.losses <= floor).any(0).cpu(), steps - found.rounds, 0)
+        if not steps.any():
+            break
+    return found._replace(points=point, start=losses[0])
 
 
 def affordable_steps(steps: int, products: int) -> int:
