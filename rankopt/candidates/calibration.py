@@ -48,6 +48,10 @@ LEAST_SHRINKAGE = 1e-4
 """Of second moments towards their diagonal and mean, however many rows there are."""
 
 
+BLOCKS, LEAST_BLOCK = 4, 256
+"""How many blocks of rows a product a aᵀ is taken in, at most, and the least rows of a block."""
+
+
 WIDEST = 8192
 """The most inputs (or outputs, of one group) for which S (or H) is a full matrix: 512 MiB in float64.
 
@@ -366,7 +370,7 @@ def _gram(layer: Layer, module: nn.Module, x: Tensor, sample: Sample) -> tuple[T
     total = torch.zeros(layer.groups, layer.patch, layer.patch, dtype=torch.float64, device=x.device)
     rows = 0
     for part in columns(layer, module, x, sample):
-        total += outer(part, part)
+        add_gram(total, part)
         rows += part.shape[-1]
     return total, rows
 
@@ -407,6 +411,21 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
     """
     a, b = (t if t.dtype == torch.float64 else t.float() for t in (a, b))
     return (a @ b.mT).double()
+
+
+def add_gram(total: Tensor, a: Tensor) -> None:
+    """Add the sum of the outer products of columns with themselves, a aᵀ; the half that follows by symmetry is copied.
+
+    Args:
+        total: (groups, p, p), float64; it is changed.
+        a: (groups, p, rows).
+    """
+    size = max(LEAST_BLOCK, -(-a.shape[1] // BLOCKS))
+    for i in range(0, a.shape[1], size):
+        rows = slice(i, i + size)
+        product = outer(a[:, rows], a[:, i:])
+        total[:, rows, i:] += product
+        total[:, i + size :, rows] += product[..., size:].mT
 
 
 def patches(conv: _ConvNd, x: Tensor, sample: Sample | None = None) -> Tensor:
@@ -482,7 +501,9 @@ def output_metrics(
     def collect(layer: Layer, gradient: Tensor) -> None:
         axis = 1 - len(layer.own_shape)  # before those of the kernel
         channels = gradient.detach().movedim(axis, 0).reshape(layer.groups, layer.out_channels, -1)
-        _accumulate(sums, layer.name, outer(channels, channels))
+        if layer.name not in sums:
+            sums[layer.name] = channels.new_zeros(layer.groups, *2 * (layer.out_channels,), dtype=torch.float64)
+        add_gram(sums[layer.name], channels)
         rows[layer.name] += channels.shape[-1]
 
     def watch(name: str, _args: Any, _kwargs: Any, output: Tensor) -> Tensor:

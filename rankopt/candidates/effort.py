@@ -36,8 +36,8 @@ class Effort:
 
     Attributes:
         rungs: What is fitted before a budget is known, from few steps and ranks to more. After each rung the
-            candidates that others have beaten are given up. Those between the first and the last are left out where
-            the last one is short; where it is long, all rungs fit as few ranks as the first.
+            candidates that others have beaten are given up.
+        dear: The same, as many, for families and layers whose fits take long.
         steps: Share of the search space's steps that fits to the end take.
         width: Candidates are fitted that are best for losses of one layer up to e^width times larger or smaller.
         slack: And those that are worse than the best by this share of an average layer's loss.
@@ -46,6 +46,7 @@ class Effort:
     """
 
     rungs: tuple[Rung, ...]
+    dear: tuple[Rung, ...]
     steps: float
     width: float
     slack: float
@@ -53,10 +54,15 @@ class Effort:
     passes: int
 
 
+_DEAR = (Rung(5, 8, 2), Rung(12, 8, 2))
+
+
 EFFORTS = {
-    "quick": Effort(rungs=(Rung(5, 8, 2), Rung(20, 3, 4)), steps=0.2, width=0.0, slack=0.0, rounds=2, passes=20),
+    "quick": Effort(
+        rungs=(Rung(5, 8, 2), Rung(20, 3, 4)), dear=_DEAR, steps=0.2, width=0.0, slack=0.0, rounds=2, passes=20
+    ),
     NORMAL: Effort(
-        rungs=(Rung(5, 8, 2), Rung(15, 8, 2), Rung(40, 3, 4)), steps=1.0, width=0.15, slack=0.02, rounds=6, passes=30
+        rungs=(Rung(5, 8, 2), Rung(25, 3, 4)), dear=_DEAR, steps=1.0, width=0.05, slack=0.01, rounds=6, passes=30
     ),
 }
 """The efforts below THOROUGH."""

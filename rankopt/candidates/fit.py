@@ -51,6 +51,10 @@ class Request(NamedTuple):
     factors: bool = True
 
 
+_Noted = tuple[Rank, float, float | None, bool]
+"""What is kept of a fit besides its factors: rank, error, start, ended."""
+
+
 _Made = list[Fit] | Nested
 """What a job has made."""
 
@@ -71,12 +75,14 @@ class Fitted(NamedTuple):
         error: Its relative error.
         key: Where its factors are; None where they were not kept.
         start: The error that its search started from; None where that is not known.
+        ended: Whether more steps would change nothing; False where that is not known.
     """
 
     rank: Rank
     error: float
     key: str | None
     start: float | None = None
+    ended: bool = False
 
 
 PER_WORK = 4
@@ -375,20 +381,21 @@ def _keep(cache: Cache, job: _Job, made: _Made) -> None:
     if isinstance(made, Nested):
         shapes = [DECOMPOSITIONS[job.family].shapes(job.layer, rank) for rank in job.ranks]
         errors = made.errors.tolist()
-        fits: list[tuple[Rank, float, float | None]] = [(rank, errors[rank[0]], None) for rank in job.ranks]
+        fits: list[_Noted] = [(rank, errors[rank[0]], None, True) for rank in job.ranks]
         cache.write_nested(job.key, made, shapes, {"fits": json.dumps(fits)})
         return
     tensors = {f"{i}.{j}": t.cpu() for i, fit in enumerate(made) for j, t in enumerate(fit.factors)}
-    cache.write_tensors(job.key, tensors, {"fits": json.dumps([(fit.rank, fit.error, fit.start) for fit in made])})
+    noted: list[_Noted] = [(fit.rank, fit.error, fit.start, fit.ended) for fit in made]
+    cache.write_tensors(job.key, tensors, {"fits": json.dumps(noted)})
 
 
 def _read(cache: Cache, job: _Job) -> list[Fitted] | None:
     """The fits of an entry of the cache; None if it is not there or damaged."""
-    fits = cache.read_metadata(job.key, "fits", list[tuple[Rank, float, float | None]])
+    fits = cache.read_metadata(job.key, "fits", list[_Noted])
     if fits is None:
         return None
     keys = [f"{job.key}/{i}" if job.factors else None for i in range(len(fits))]
-    return [Fitted(rank, error, key, start) for key, (rank, error, start) in zip(keys, fits, strict=True)]
+    return [Fitted(rank, error, key, *others) for key, (rank, error, *others) in zip(keys, fits, strict=True)]
 
 
 def in_each_form(layer: Layer, family: str, rank: Rank, error: float, key: str | None = None) -> list[Candidate]:

@@ -46,9 +46,16 @@ from rankopt.decompositions.registry import DECOMPOSITIONS
 FACTORS = 7  # factors on a layer's losses that are looked at, between e^-width and e^width
 
 
-DEAR = 50.0
-"""Rough seconds of a layer's fits of one family in the last rung, from which on only a few ranks are fitted, and the
-rungs between are gone through, which show whether it is worth it."""
+DEAR = 30.0
+"""Rough seconds of a layer's fits of one family in the last rung, from which on they go through `Effort.dear`."""
+
+
+DEAREST = 1 / 3
+"""The largest share of a layer's weights of such ranks: errors of larger ones are extrapolated."""
+
+
+INTERPOLATED = 1.1
+"""By how much an interpolated error may be too small, at most, where it decides that other candidates are given up."""
 
 
 AT_ONCE = 2_000_000
@@ -137,17 +144,24 @@ class LazyFits:
     @cached_property
     def segments(self) -> dict[tuple[Pair, Rung], list[tuple[Rank, ...]]]:
         """The ranks of each direction in which they grow, from one that is fitted in a rung to the next."""
-        coarse, found = self.effort.rungs[0], {p: paths(r.layer, r.family, r.ranks) for p, r in self.grid.items()}
+        found = {p: paths(r.layer, r.family, r.ranks) for p, r in self.grid.items()}
         return {
-            (pair, rung): [x for path in of_pair for x in segments(path, used.stride, used.pieces)]
+            (pair, rung): [x for path in of_pair for x in segments(path, rung.stride, rung.pieces, self._cheap(pair))]
             for pair, of_pair in found.items()
-            for rung in self.effort.rungs
-            for used in [coarse if pair in self.dear else rung]
+            for rung in self._rungs(pair)
         }
+
+    def _rungs(self, pair: Pair) -> tuple[Rung, ...]:
+        return self.effort.dear if pair in self.dear else self.effort.rungs
+
+    def _cheap(self, pair: Pair) -> Callable[[Rank], bool]:
+        """Whether a rank is fitted before a budget asks for it: of dear fits those of large ranks are dearest."""
+        most = DEAREST * self.grid[pair].layer.weights if pair in self.dear else math.inf
+        return lambda rank: self._weights(pair, rank) <= most
 
     @cached_property
     def dear(self) -> set[Pair]:
-        """Families and layers whose fits in the last rung take long: all rungs fit few of their ranks."""
+        """Families and layers whose fits in the last rung would take long."""
         last = self.effort.rungs[-1]
         every = {p: r._replace(steps=self._steps_of_rung(p, last)) for p, r in self.grid.items()}
         return {p for p, r in every.items() if rough_seconds(r) > DEAR * last.stride}
@@ -175,45 +189,45 @@ class LazyFits:
         kept = self.statistics.cache.read_json(record, list[list[Pair]]) if minutes else None
         known = iter(kept if kept and len(kept) == 2 * len(self.effort.rungs) else ())
         made = []
-        for rung in self.effort.rungs:
+        for number in range(len(self.effort.rungs)):
             leading = self._leading(offers, metrics)
-            made.append(self._climb(leading, rung, until, next(known, None)))
+            made.append(self._climb(leading, number, until, next(known, None)))
             self._give_up(offers, metrics)  # by leaders, which saves the steps of most others
-            made.append(self._climb(self.grid.keys() - leading, rung, until, next(known, None)))
+            made.append(self._climb(self.grid.keys() - leading, number, until, next(known, None)))
             self._give_up(offers, metrics)
         if minutes:
             self.statistics.cache.write_json(record, [[[*pair] for pair in pairs] for pairs in made])
         self.made = {pair: {} if pair in self.cells else dict(found) for pair, found in self.first.items()}
         return self.menus({}), self.seconds
 
-    def _climb(self, pairs: Collection[Pair], rung: Rung, until: float, only: Collection[Pair] | None) -> list[Pair]:
+    def _climb(self, pairs: Collection[Pair], number: int, until: float, only: Collection[Pair] | None) -> list[Pair]:
         """Fit what is left of some families and layers with the steps of a rung.
 
         Args:
             pairs: The families and layers.
-            rung: The rung.
+            number: The number of the rung, from 0.
             until: When time is out.
             only: What was fitted in the time of an earlier search; None for what there is time for.
 
         Returns:
             What was fitted.
         """
-        first, last = self.effort.rungs[0], self.effort.rungs[-1]
         going_on = [p for p in self.grid if p in pairs and self.reached[p] and not self._is_known(p)]
-        if rung not in (first, last):
-            going_on = [p for p in going_on if p in self.dear]
-        wanted = {pair: self._to_fit(pair, rung) for pair in going_on if only is None or pair in only}
-        steps = {pair: min(self._steps(pair), self._steps_of_rung(pair, rung)) for pair in wanted}
-        # With a limit, what has no more steps when time is out is offered as it is
-        passing = {p for p in wanted if rung != last and not self._ended(p, rung)} if self.limited is None else set()
-        sure = {p: ranks for p, ranks in wanted.items() if only is not None or (rung == first and p in self.needed)}
+        rung = {pair: self._rungs(pair)[number] for pair in going_on}
+        wanted = {pair: self._to_fit(pair, rung[pair]) for pair in going_on if only is None or pair in only}
+        wanted = {pair: ranks for pair, ranks in wanted.items() if ranks}
+        steps = {pair: min(self._steps(pair), self._steps_of_rung(pair, rung[pair])) for pair in wanted}
+        passing: set[Pair] = set()
+        if self.limited is None and number < len(self.effort.rungs) - 1:  # with a limit, these are offered as they are
+            passing = {pair for pair in wanted if not self._ended(pair, rung[pair])}
+        sure = {p: ranks for p, ranks in wanted.items() if only is not None or (number == 0 and p in self.needed)}
         found = self._fit([*sure.items()], steps, passing=passing)
         found |= self._fit([x for x in wanted.items() if x[0] not in sure], steps, until, passing)
         made = [pair for pair, fits in found.items() if fits]
         for pair in made:
-            self.first[pair] = found[pair]
-            self._note(pair, rung)
-        if rung == first:
+            self.first[pair] = {r: x for r, x in self.first.get(pair, {}).items() if x.ended} | found[pair]
+            self._note(pair, rung[pair])
+        if number == 0:
             self.untried |= set(going_on).difference(made)
             self.first |= {pair: {} for pair in self.untried}
             self.reached |= {pair: {} for pair in self.untried}
@@ -247,14 +261,18 @@ class LazyFits:
         return [(pair, c, x) for pair, c, x in found if x is not UNKNOWN]
 
     def _to_fit(self, pair: Pair, rung: Rung) -> tuple[Rank, ...]:
-        """The ranks to fit in a rung: of fits that go on later, some, so that what is left is fitted or between two."""
+        """The ranks to fit in a rung: of fits that go on later, some, so that what is left is fitted or between two.
+
+        Those whose search has come to its own end are left out.
+        """
         left = self.reached[pair].keys()
         if self._at_end(pair):
             return tuple(left)
         inner = [x for x in self.segments[pair, rung] if not left.isdisjoint(x[1:-1])]
         ends = {rank for x in inner for rank in (x[0], x[-1])}
         fitted = {rank for x in self.segments[pair, rung] for rank in (x[0], x[-1])}
-        return tuple(r for r in self.grid[pair].ranks if r in ends or (r in left and r in fitted))
+        known = {r for r, x in self.first.get(pair, {}).items() if x.ended}
+        return tuple(r for r in self.grid[pair].ranks if (r in ends or (r in left and r in fitted)) and r not in known)
 
     def _note(self, pair: Pair, rung: Rung) -> None:
         """Note what fits have reached, and what those between them are likely to have."""
@@ -264,8 +282,9 @@ class LazyFits:
         for known in (errors, starts):
             known.update(self._between(pair, rung, known))
         before = {rank: starts.get(rank) if x is UNKNOWN else x.error for rank, x in left.items()}
-        ended = self._ended(pair, rung)
-        self.reached[pair] = {rank: Reached(before[rank], errors[rank], ended) for rank in left}
+        ended = left.keys() if self._ended(pair, rung) else {rank for rank, x in found.items() if x.ended}
+        ended |= {r for low, *middle, high in self.segments[pair, rung] if {low, high} <= ended for r in middle}
+        self.reached[pair] = {rank: Reached(before[rank], errors[rank], rank in ended) for rank in left}
         self.first[pair] = {rank: x for rank, x in found.items() if rank in left}
 
     def _between(self, pair: Pair, rung: Rung, known: Mapping[Rank, float]) -> dict[Rank, float]:
@@ -286,7 +305,7 @@ class LazyFits:
         for layer in self.statistics.layers:
             fitted = self._known(layer, offers)
             dense = dense_candidate(layer)
-            errors = [x.error if c.rank in self.first[pair] else math.inf for pair, c, x in fitted]  # only fits beat
+            errors = [x.sure if c.rank in self.first[pair] else INTERPOLATED * x.sure for pair, c, x in fitted]
             now = [dense, *(dataclasses.replace(c, error=e) for e, (_, c, _) in zip(errors, fitted, strict=True))]
             lost = beaten(now, [dense.error, *(x.best for *_, x in fitted)], metrics)[1:]
             kept = {(pair, c.rank) for (pair, c, _), gone in zip(fitted, lost, strict=True) if not gone}
@@ -308,7 +327,7 @@ class LazyFits:
 
     def _at_end(self, pair: Pair) -> bool:
         """Whether the first fits are at their end."""
-        return self._ended(pair, self.effort.rungs[-1])
+        return self._ended(pair, self._rungs(pair)[-1])
 
     def _is_known(self, pair: Pair) -> bool:
         """Whether all that is left is fitted to the end."""
@@ -335,7 +354,7 @@ class LazyFits:
         found: Menus = {layer.name: [] for layer in self.statistics.layers}
         for pair, request in self.grid.items():
             fits = {**self.first[pair], **further.get(pair, {})}
-            found[pair[0]] += as_candidates(request.layer, request.family, list(fits.values()))
+            found[pair[0]] += as_candidates(request.layer, request.family, [x for x in fits.values() if x.key])
         return {name: in_order(candidates) for name, candidates in found.items()}
 
     def after_first(self, menus: Menus, spent: float) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
-from rankopt.decompositions.types import Factors, Stage, Target
+from rankopt.decompositions.types import Factors, Stage, Target, is_sketch, mean_squares
 from rankopt.decompositions.variable_projection import OutputSolved, Parameters, equal_norms, once_per_target
 
 
@@ -23,6 +23,7 @@ class Cp(OutputSolved):
     """
 
     name = "cp"
+    effort = 0.7
 
     def full_rank(self, layer: Layer) -> Rank | None:
         if min(layer.kernel) == 1:
@@ -47,6 +48,11 @@ class Cp(OutputSolved):
         root = s[..., :1].sqrt()
         return channels, (u[..., 0] * root).contiguous(), (vh[..., 0, :] * root).contiguous()
 
+    def mode_moments(self, layer: Layer, target: Target) -> Parameters:
+        channels, spatial = channel_and_spatial_moments(layer, target)
+        pixels = spatial.unflatten(-1, layer.kernel).unflatten(1, layer.kernel)
+        return channels, torch.einsum("gyxzx->gyz", pixels), torch.einsum("gyxyz->gxz", pixels)
+
     def rows(self, layer: Layer, theta: Parameters) -> Tensor:
         channels, vertical, horizontal = theta
         return khatri_rao(channels, khatri_rao(vertical, horizontal))
@@ -69,7 +75,7 @@ class CpMerged(OutputSolved):
     """
 
     name = "cp_merged"
-    effort = 1.6  # chosen most often, so better fits pay most here
+    effort = 0.9
 
     def full_rank(self, layer: Layer) -> Rank | None:
         if layer.patch == layer.in_channels:
@@ -89,6 +95,9 @@ class CpMerged(OutputSolved):
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         return rank_one_rows(layer, target, rank[0])
+
+    def mode_moments(self, layer: Layer, target: Target) -> Parameters:
+        return channel_and_spatial_moments(layer, target)
 
     def rows(self, layer: Layer, theta: Parameters) -> Tensor:
         return khatri_rao(*theta)
@@ -151,9 +160,28 @@ def rank_one_terms(layer: Layer, target: Target) -> tuple[Tensor, Tensor, Tensor
     u, s, vh = torch.linalg.svd(rows, full_matrices=False)
     channels = (u * s.sqrt().unsqueeze(-2)).transpose(-1, -2).flatten(1, 2)
     spatial = (vh * s.sqrt().unsqueeze(-1)).flatten(1, 2)
-    parts = map(khatri_rao, channels.split(layer.patch, 1), spatial.split(layer.patch, 1))  # in parts, to bound memory
-    energy = torch.cat([(target.times_moment(terms) * terms).sum(-1) for terms in parts], 1)
+    single = target.to(torch.float32)  # enough for their order
+    vectors = (
+        v.to(single.weight.dtype).split(layer.patch, 1) for v in (channels, spatial)
+    )  # in parts, to bound memory
+    energy = torch.cat([(single.times_moment(x) * x).sum(-1) for x in map(khatri_rao, *vectors)], 1)
     return channels, spatial, energy.argsort(-1, descending=True)
+
+
+@once_per_target
+def channel_and_spatial_moments(layer: Layer, target: Target) -> tuple[Tensor, Tensor]:
+    """Partial traces of the input moment: of the channels (g, C, C) and of the kernel's pixels (g, kh kw, kh kw).
+
+    Args:
+        layer: Layer to decompose.
+        target: What is fitted.
+    """
+    size = (layer.in_channels, layer.patch // layer.in_channels)
+    if target.diagonal or is_sketch(target.moment):
+        squares = mean_squares(target.moment).unflatten(1, size)
+        return torch.diag_embed(squares.sum(2)), torch.diag_embed(squares.sum(1))
+    moment = target.moment.unflatten(2, size).unflatten(1, size)
+    return torch.einsum("gcpdp->gcd", moment), torch.einsum("gcpcq->gpq", moment)
 
 
 def _one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.base import Decomposition
-from rankopt.decompositions.lbfgs import Evaluate
+from rankopt.decompositions.lbfgs import Objective
 from rankopt.decompositions.types import Factors, Fit, Target
 from rankopt.decompositions.variable_projection import (
     StoredError,
@@ -82,8 +82,8 @@ class Joint(Decomposition):
         error = StoredError(self, layer, weight, moment, metric)
         search = _Search(self, layer, error.target, steps)
         for rank, start in zip(ranks, self.starts(layer, search.dense, ranks), strict=True):
-            found, before, _ = search(start)
-            yield error(self.balance(layer, found), rank)._replace(start=before)
+            found, before, _, ended = search(start)
+            yield error(self.balance(layer, found), rank)._replace(start=before, ended=ended)
 
     def errors(
         self,
@@ -98,7 +98,8 @@ class Joint(Decomposition):
             return super().errors(layer, weight, ranks, moment, metric, steps)
         search = _Search(self, layer, full_target(layer, weight, moment, metric), steps)
         found = map(search, self.starts(layer, search.dense, ranks))
-        return [Fit(rank, (), after, before) for rank, (_, before, after) in zip(ranks, found, strict=True)]
+        pairs = zip(ranks, found, strict=True)
+        return [Fit(rank, (), after, before, ended) for rank, (_, before, after, ended) in pairs]
 
 
 class _Search:
@@ -116,21 +117,24 @@ class _Search:
         self.dense = target.weight.reshape(layer.shape)
         self.scale = target.norm
         products = self.dense.numel() * sum(target.weight.shape[1:])
-        self.steps = affordable_steps(math.ceil(steps * family.effort), products)
+        asked = math.ceil(steps * family.effort)
+        self.steps = affordable_steps(asked, products)
+        self.cut = self.steps < asked
         self.targets = {dtype: target.to(dtype) for dtype in (torch.float32, torch.float64)}
 
-    def __call__(self, start: Factors) -> tuple[Factors, float, float]:
-        """What becomes of some cores, and their relative losses before and after that."""
+    def __call__(self, start: Factors) -> tuple[Factors, float, float, bool]:
+        """What becomes of some cores, their relative losses before and after that, and if more steps were no use."""
         point = torch.cat([core.reshape(-1) for core in start]).view(1, 1, -1)
         steps = self.steps if self.scale > 0 else 0
-        evaluate = partial(self._objective, like=start)
+        objective = partial(self._objective, like=start)
         if steps == 0:
-            loss = evaluate(torch.float64)(point, torch.arange(1))[0].item()
-            return start, loss, loss
-        found = minimize_in_both(evaluate, point, torch.tensor([steps]))
-        return _split(found.points, start), found.start.item(), found.losses.item()
+            loss = objective(torch.float64).evaluate(point, torch.arange(1))[0].item()
+            return start, loss, loss, True
+        found = minimize_in_both(objective, point, torch.tensor([steps]))
+        ended = self.cut or bool(found.ended.item())
+        return _split(found.points, start), found.start.item(), found.losses.item(), ended
 
-    def _objective(self, dtype: torch.dtype, like: Factors) -> Evaluate:
+    def _objective(self, dtype: torch.dtype, like: Factors) -> Objective:
         target = self.targets[dtype]
         scale = self.scale if self.scale > 0 else 1.0
 
@@ -143,7 +147,7 @@ class _Search:
             (found,) = torch.autograd.grad(approximation, point, gradient)
             return loss.view(1, 1), found
 
-        return evaluate
+        return Objective(evaluate)
 
 
 def _split(point: Tensor, like: Factors) -> Factors:

@@ -90,12 +90,14 @@ class Fit(NamedTuple):
         factors: Factors in the weight's dtype; none where only the error was estimated.
         error: Relative squared error of these factors (see base.py).
         start: The error that the search for them started from; None if there was no search, or that is not known.
+        ended: Whether the search came to its own end, so that more steps would change nothing; False if not known.
     """
 
     rank: Rank
     factors: Factors
     error: float
     start: float | None = None
+    ended: bool = False
 
 
 class Nested(NamedTuple):

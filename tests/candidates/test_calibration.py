@@ -7,7 +7,7 @@ from torch import nn
 import rankopt
 from rankopt.candidates import calibration
 from rankopt.candidates.cache import Cache
-from rankopt.candidates.calibration import Sample, Statistics, columns, moments
+from rankopt.candidates.calibration import Sample, Statistics, add_gram, columns, moments
 from rankopt.core.progress import silent
 from tests.helpers.pools import Elsewhere
 
@@ -129,3 +129,12 @@ def test_gradients_and_whether_they_are_taken_are_left_as_they_were(model, tmp_p
     statistics(model, tmp_path)
     assert [p.requires_grad for p in model.parameters()] == [True, True, False, True, True, True]
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight)) and model[4].weight.grad is None
+
+
+@pytest.mark.parametrize(("size", "rows"), [(5, 7), (256, 300), (600, 90), (1500, 40)])
+def test_a_gram_matrix_in_blocks_is_the_product(size, rows):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, size, rows, generator=generator)
+    total = torch.ones(2, size, size, dtype=torch.float64)
+    add_gram(total, a)
+    torch.testing.assert_close(total - 1, a.double() @ a.double().mT, rtol=1e-4, atol=1e-4)

@@ -18,7 +18,7 @@ def candidate(params: int, macs: int, error: float, form: str = FACTORISED) -> C
     return Candidate("cp", (params,), Cost(params, macs, 4 * params), error, form=form)
 
 
-@pytest.mark.parametrize(("error", "power"), [(0.1, 0.35), (0.001, 0.85), (1e-4, 1.1)])
+@pytest.mark.parametrize(("error", "power"), [(0.1, 0.4), (0.001, 1.1), (1e-4, 1.45)])
 def test_a_search_is_expected_to_gain_a_power_of_what_its_last_steps_gained(error, power):
     halved = Reached(before=2 * error, error=error, ended=False)
     assert halved.likely == pytest.approx(error * 0.5**power)
@@ -79,6 +79,22 @@ def test_a_path_is_cut_into_pieces_that_share_their_ends():
     assert segments(path[:9], 3, 4) == [tuple(path[i : i + 3]) for i in (0, 2, 4, 6)]  # four pieces at least
     assert segments(path[:3], 3, 4) == [((0,), (1,)), ((1,), (2,))]
     assert segments(path[:1], 3, 4) == [((0,), (0,))] and segments([], 3, 4) == []
+
+
+def test_ranks_that_are_too_dear_stand_beyond_the_last_piece():
+    path = [(r,) for r in range(1, 11)]
+    cheap = lambda rank: rank[0] <= 5  # noqa: E731
+    assert segments(path, 8, 2, cheap) == [((1,), (2,), (3,)), ((3,), (4,), (5,)), ((3,), *path[5:], (5,))]
+    assert segments(path, 3, 2, lambda _: True) == segments(path, 3, 2)
+    assert segments(path, 3, 2, lambda rank: rank[0] < 2) == segments(path, 3, 2)  # two are needed
+    assert between((0.4, 0.2), (100, 200), 400) == pytest.approx(0.1)
+
+
+def test_what_is_sure_lies_between_what_is_likely_and_what_is_there():
+    for error in (0.3, 0.03, 0.003, 1e-5):
+        x = Reached(1.5 * error, error, ended=False)
+        assert x.best < x.likely <= x.sure <= x.error
+    assert Reached(0.2, 0.1, ended=True).sure == 0.1
 
 
 def test_an_error_between_two_ranks_is_a_power_of_the_weights():

@@ -16,6 +16,7 @@ from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.errors import BudgetError, RankoptError
 from rankopt.core.records import DENSE, Task
 from rankopt.core.run_folder import read_result
+from rankopt.decompositions import variable_projection
 from rankopt.decompositions.plan import apply
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.variable_projection import full_target
@@ -87,6 +88,25 @@ def test_on_a_trained_model_the_plan_of_a_few_fits_is_as_good(cache):
     found = {e: prepare(task, dataclasses.replace(SPACE, effort=e), cache, workers=1) for e in ("normal", "thorough")}
     few, whole = (measured(found[e], {"params": 0.3}) for e in ("normal", "thorough"))
     assert few <= 1.05 * whole
+
+
+def test_a_search_that_came_to_its_end_is_not_begun_again_by_a_later_rung(tmp_path, monkeypatch):
+    """Where no further steps are affordable, as on very wide layers, later rungs have nothing to do."""
+    made = []
+    run = fits._run
+
+    def noted(statistics, jobs, *others):
+        made.append([(job.layer.name, job.family, job.steps) for job in jobs if job.family != "svd_out"])
+        return run(statistics, jobs, *others)
+
+    monkeypatch.setattr(fits, "_run", noted)
+    monkeypatch.setattr(variable_projection, "MAX_FLOPS", 0.0)
+    found = prepared(tmp_path)
+    first, *later = filter(None, made)
+    assert len(first) > 4 and not later
+    problem = found.problem({"params": 0.5})
+    assert all(c.key for f in problem.frontiers for c in f if c.method != DENSE)
+    assert run_search(found, problem, SearchSettings()).info["cost"]["compressed"]["params"] <= 0.5 * found.dense.params
 
 
 def test_all_that_is_offered_is_fitted_and_has_the_error_of_its_factors(cache):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 
 import pytest
 import torch
 
-from rankopt.decompositions.lbfgs import minimize
+from rankopt.core.records import Layer
+from rankopt.decompositions.lbfgs import Objective, minimize
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.svd import SvdIn
-from rankopt.decompositions.variable_projection import OutputSolved, _of_target
+from rankopt.decompositions.types import Target
+from rankopt.decompositions.variable_projection import DAMPING, OutputSolved, _of_target, inverse_curvature
 from tests.helpers.layers import make
 
 SOLVED = [f for f in DECOMPOSITIONS.built_in if isinstance(DECOMPOSITIONS[f], OutputSolved)]
@@ -123,12 +126,53 @@ def test_minima_of_a_batch(dtype):
         return losses.detach().double(), torch.autograd.grad(losses.sum(), x)[0]
 
     start = torch.tensor([-1.2, 1.0], dtype=dtype) + 0.1 * torch.arange(6, dtype=dtype).view(2, 3, 1)
-    found = minimize(evaluate, start, torch.tensor([200, 200, 200]), 1e-9, 1e-9)
+    found = minimize(Objective(evaluate), start, torch.tensor([200, 200, 200]), 1e-9, 1e-9)
     assert found.losses.max() < 1e-5
-    short = minimize(evaluate, start, torch.tensor([3, 200, 0]), 1e-9, 1e-9)
+    short = minimize(Objective(evaluate), start, torch.tensor([3, 200, 0]), 1e-9, 1e-9)
     assert short.rounds[0] == 3 and short.rounds[2] == 0
     assert torch.equal(short.points[:, 2], start[:, 2]) and short.losses[:, 1].max() < 1e-5
     assert (short.losses <= evaluate(start, torch.arange(3))[0]).all()
+
+
+def test_a_preconditioner_makes_up_for_bad_scales():
+    """Quadratic functions whose curvatures differ by 10⁶, some of which leave the batch earlier than others."""
+    generator = torch.Generator().manual_seed(0)
+    curvatures = 10 ** (6 * torch.rand(2, 3, 40, generator=generator, dtype=torch.float64))
+    start = torch.randn(2, 3, 40, generator=generator, dtype=torch.float64)
+
+    def evaluate(points, columns):
+        gradient = curvatures[:, columns] * points
+        return 0.5 * (gradient * points).sum(-1), gradient
+
+    def preconditioner(_, columns):
+        return lambda vectors: vectors / curvatures[:, columns].unsqueeze(2)
+
+    plain = minimize(Objective(evaluate), start, torch.tensor([40, 40, 40]), 0.0, 1e-20)
+    assert plain.losses.min() > 1e-3
+    found = minimize(Objective(evaluate, preconditioner), start, torch.tensor([7, 40, 23]), 0.0, 1e-20)
+    assert found.losses.max() < 1e-20 and found.rounds.max() <= 10
+
+
+def test_a_preconditioner_that_changes_keeps_the_search_exact():
+    """Rosenbrock's function: from the inverse of its own Hessian, made positive, at the last points."""
+
+    def evaluate(points, _):
+        x = points.detach().requires_grad_()
+        losses = 100 * (x[..., 1] - x[..., 0] ** 2) ** 2 + (1 - x[..., 0]) ** 2
+        return losses.detach(), torch.autograd.grad(losses.sum(), x)[0]
+
+    def preconditioner(points, _):
+        x, y = points.unbind(-1)
+        across = -400 * x
+        hessian = torch.stack([1200 * x**2 - 400 * y + 2, across, across, torch.full_like(x, 200)], -1)
+        values, vectors = torch.linalg.eigh(hessian.unflatten(-1, (2, 2)))
+        inverse = (vectors / values.abs().clamp_min(1).unsqueeze(-2)) @ vectors.mT
+        return lambda vectors: vectors @ inverse
+
+    start = torch.tensor([-1.2, 1.0], dtype=torch.float64) + torch.rand(2, 5, 2, dtype=torch.float64)
+    found = minimize(Objective(evaluate, preconditioner), start, torch.full((5,), 100), 1e-9, 1e-15)
+    assert found.losses.max() < 1e-12
+    assert found.points.flatten().numpy() == pytest.approx(1, abs=1e-4)
 
 
 def test_a_loss_that_is_not_finite_is_stepped_back_from():
@@ -138,5 +182,36 @@ def test_a_loss_that_is_not_finite_is_stepped_back_from():
         losses = (points.log() + 1 / points).sum(-1)
         return losses, (1 / points - 1 / points**2).nan_to_num()
 
-    found = minimize(evaluate, torch.tensor([[[1.5]]], dtype=torch.float64), torch.tensor([100]), 0.0, 1.0)
+    found = minimize(Objective(evaluate), torch.tensor([[[1.5]]], dtype=torch.float64), torch.tensor([100]), 0.0, 1.0)
     assert found.points.item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["cp", "cp_merged"])
+def test_the_curvature_is_the_hessian_of_a_kronecker_moment(family):
+    generator = torch.Generator().manual_seed(0)
+    layer, own = Layer("x", "Conv2d", (5, 4, 3, 2)), DECOMPOSITIONS[family]
+    modes = (4, 3, 2) if family == "cp" else (4, 6)
+    moments = [_positive(n, generator)[None] for n in modes]
+    theta = tuple(torch.randn(1, 3, n, generator=generator, dtype=torch.float64) for n in modes)
+    weight, output = (torch.randn(1, 5, n, generator=generator, dtype=torch.float64) for n in (24, 3))
+    s = functools.reduce(torch.kron, (m[0] for m in moments))
+    target = Target(weight, s[None], torch.eye(5, dtype=torch.float64)[None])
+    for found, m in zip(own.mode_moments(layer, target), moments, strict=True):
+        torch.testing.assert_close(found / found[0, 0, 0], m / m[0, 0, 0])
+
+    for i, inverse in enumerate(inverse_curvature(theta, output, moments)):
+
+        def loss(x, i=i):
+            rest = weight - output @ own.rows(layer, (*theta[:i], x.view_as(theta[i]), *theta[i + 1 :]))
+            return (rest @ s * rest).sum()
+
+        hessian = torch.autograd.functional.hessian(loss, theta[i].flatten())
+        curvature = torch.linalg.inv(inverse[0])
+        diagonal = curvature.diagonal() / (1 + DAMPING)
+        curvature = curvature - DAMPING * torch.diag(diagonal)
+        torch.testing.assert_close(2 * torch.kron(curvature.contiguous(), moments[i][0]), hessian, rtol=1e-4, atol=1e-4)
+
+
+def _positive(size, generator):
+    root = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    return root @ root.T + torch.eye(size, dtype=torch.float64)
