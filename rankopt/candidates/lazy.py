@@ -217,9 +217,11 @@ class LazyFits:
         wanted = {pair: self._to_fit(pair, rung[pair]) for pair in going_on if only is None or pair in only}
         wanted = {pair: ranks for pair, ranks in wanted.items() if ranks}
         steps = {pair: min(self._steps(pair), self._steps_of_rung(pair, rung[pair])) for pair in wanted}
-        passing: set[Pair] = set()
-        if self.limited is None and number < len(self.effort.rungs) - 1:  # with a limit, these are offered as they are
-            passing = {pair for pair in wanted if not self._ended(pair, rung[pair])}
+        passing = {pair for pair in wanted if not self._ended(pair, rung[pair])}
+        if number == len(self.effort.rungs) - 1:
+            passing &= self.dear - self.needed
+        if self.limited is not None:  # when time is out, these are offered as they are
+            passing = set()
         sure = {p: ranks for p, ranks in wanted.items() if only is not None or (number == 0 and p in self.needed)}
         found = self._fit([*sure.items()], steps, passing=passing)
         found |= self._fit([x for x in wanted.items() if x[0] not in sure], steps, until, passing)

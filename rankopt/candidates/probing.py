@@ -37,7 +37,7 @@ from rankopt.model.replay import Replay
 log = logging.getLogger(__name__)
 
 
-FIRST = 128
+FIRST = 64
 """Examples that every probe sees first."""
 
 LEAST = 48

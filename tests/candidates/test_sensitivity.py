@@ -186,12 +186,12 @@ class BatchNormed(nn.Module):
 @pytest.mark.parametrize(
     ("model", "x"),
     [
-        (Chain(5), torch.randn(96, 6)),
-        (Residual(), torch.randn(96, 3, 6, 6)),
-        (Twice(), torch.randn(96, 6)),
-        (Stateful(), torch.randn(96, 6)),
-        (BatchNormed(), torch.randn(96, 6)),
-        (nn.Linear(6, 5), torch.randn(96, 6)),
+        (Chain(5), torch.randn(60, 6)),
+        (Residual(), torch.randn(60, 3, 6, 6)),
+        (Twice(), torch.randn(60, 6)),
+        (Stateful(), torch.randn(60, 6)),
+        (BatchNormed(), torch.randn(60, 6)),
+        (nn.Linear(6, 5), torch.randn(60, 6)),
     ],
     ids=lambda value: type(value).__name__,
 )
