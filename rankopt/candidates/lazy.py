@@ -1,9 +1,9 @@
 """A lazy frontier: candidates are fitted with few steps at first, and to the end as a budget asks for them.
 
 Some ranks of every family are fitted with a few steps, for any budget; errors of the ranks between are interpolated.
-Candidates that another one of their layer has beaten by then are given up, whatever their family, and the others get
-more steps: successive halving (`rankopt.candidates.halving`). From the two errors of each that is left follows the
-error that it is likely to reach.
+Candidates that another one of their layer will beat are given up, whatever their family, and the others get more steps:
+successive halving (`rankopt.candidates.halving`). From the two errors of each that is left follows the error that it is
+likely to reach. A search that came to its own end is not begun again.
 
 For a budget, the candidates that these likely errors make part of a good plan are fitted to the end; that corrects the
 errors, which is repeated until all candidates of good plans are fitted to the end. A good plan is one at the prices of

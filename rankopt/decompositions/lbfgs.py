@@ -21,7 +21,7 @@ HISTORY = 15
 """Pairs of steps and gradient differences that approximate the inverse Hessian."""
 
 HISTORY_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
-"""Bound on the elements of each of the two buffers of pairs, by device: of very large problems fewer are kept."""
+"""Bound on the elements of each buffer of pairs, by device: of very large problems fewer are kept."""
 
 WINDOW = 10
 """Rounds between two looks at which problems are done; each waits for the device."""
