@@ -217,9 +217,9 @@ class LazyFits:
         wanted = {pair: self._to_fit(pair, rung[pair]) for pair in going_on if only is None or pair in only}
         wanted = {pair: ranks for pair, ranks in wanted.items() if ranks}
         steps = {pair: min(self._steps(pair), self._steps_of_rung(pair, rung[pair])) for pair in wanted}
-        passing = {pair for pair in wanted if not self._ended(pair, rung[pair])}
+        passing = {pair for pair in wanted if not self._ended(pair, rung[pair])} - self.needed
         if number == len(self.effort.rungs) - 1:
-            passing &= self.dear - self.needed
+            passing &= self.dear
         if self.limited is not None:  # when time is out, these are offered as they are
             passing = set()
         sure = {p: ranks for p, ranks in wanted.items() if only is not None or (number == 0 and p in self.needed)}
