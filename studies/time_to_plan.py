@@ -37,14 +37,14 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt.candidates.calibration import moments
-from rankopt.candidates.effort import EFFORTS, THOROUGH, USUAL
+from rankopt.candidates.calibration import ROWS, ROWS_EACH, moments
+from rankopt.candidates.effort import EFFORTS, NORMAL, THOROUGH, USUAL
 from rankopt.candidates.pool import release_workers
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace, load_space
-from rankopt.candidates.sensitivity import PASSES
 from rankopt.core.environment import processor
 from rankopt.core.records import Layer
+from rankopt.decompositions.variable_projection import MAX_FLOPS
 from rankopt.model.forward import batch_size
 from rankopt.model.layer_kinds import as_matrix, in_own_shape
 from rankopt.search.compress import run_search
@@ -58,6 +58,7 @@ RESULTS = Path(__file__).parent / "results" / "time_to_plan"
 FIRST, FURTHER = 0.3, 0.4  # budgets: shares of the parameters
 BUDGETS = (0.6, 0.5, 0.4, 0.3, 0.2, 0.15)  # at which efforts are compared
 LIMIT_BYTES = 8 * 10**9  # of VGG-16
+STEP = 4e7  # multiply-accumulates in the time that a step of a fit takes besides products
 TRANSFORMERS = {"ViT-L shapes": (24, 1024), "1.3 G weights": (40, 1664)}  # depth, width: counted only
 
 
@@ -159,24 +160,35 @@ def _described(device: str) -> str:
 
 
 def operations(layers: Sequence[Layer], examples: int) -> float:
-    """Multiply-accumulates of a preparation: runs over the data, moments and metrics, sensitivities, a step of a fit of
-    every layer. Up to a factor, which is measured."""
-    data = sum((4 + PASSES / 2) * x.macs + x.positions * x.groups * (x.patch**2 + x.out_channels**2) for x in layers)
-    fits = sum(_fit_operations(x.weights, x.patch, x.out_channels, x.groups) for x in layers)
-    return float(examples * data + fits)
+    """Multiply-accumulates of a preparation by `normal`, up to a factor of two or so, which is measured.
+
+    Args:
+        layers: The layers.
+        examples: Calibration examples.
+    """
+    shapes = ((x.weights, x.patch, x.out_channels, x.groups, x.positions, x.patch == x.in_channels) for x in layers)
+    return math.fsum(_operations(*shape, examples) for shape in shapes)
 
 
-def _fit_operations(weights: int, patch: int, outputs: int, groups: int) -> float:
-    """Of a hundred steps at twenty ranks in ten families, products of the weight with S, and eigenvectors of H."""
-    return 100 * 20 * 10 * weights * patch + 20 * 10 * groups * outputs**3
+def _operations(
+    weights: int, inputs: int, outputs: int, groups: int, positions: float, linear: bool, examples: int
+) -> float:
+    """Of one layer: runs over the data, moments and metrics, sensitivities, fits."""
+    macs, seen = weights * positions, examples * positions
+    data = examples * (4 + EFFORTS[NORMAL].passes / 2) * macs + seen * groups * outputs**2
+    moment = 0.6 * groups * min(seen, max(ROWS, ROWS_EACH * inputs)) * inputs**2
+    step = STEP + weights * inputs / 3  # at a quarter of the weights
+    most = MAX_FLOPS / 2
+    families = 3 if linear else 7  # besides svd_out
+    begun = 2 * (10 * groups * outputs**3 + 4 * weights * inputs) + 8 * min(10 * step, most)
+    return data + moment + families * begun + 3 * min(300 * step, most)
 
 
 def transformer(depth: int, width: int, tokens: int = 197, examples: int = 128) -> tuple[float, float]:
     """Weights and operations of a ViT's Linears, counted."""
     shapes = depth * [(width, width)] * 4 + depth * [(4 * width, width), (width, 4 * width)]
-    weights = sum(t * n for t, n in shapes)
-    data = sum(tokens * ((4 + PASSES / 2) * t * n + n**2 + t**2) for t, n in shapes)
-    return float(weights), examples * data + sum(_fit_operations(t * n, n, t, 1) for t, n in shapes)
+    counted = math.fsum(_operations(t * n, n, t, 1, tokens, True, examples) for t, n in shapes)
+    return float(sum(t * n for t, n in shapes)), counted
 
 
 # --- other ways to a compressed model ------------------------------------------------------------------
