@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rankopt.candidates.cache import VERSION, Cache
-from rankopt.candidates.calibration import Statistics, statistics_bytes
+from rankopt.candidates.calibration import Statistics, is_wide, sketch_rows, statistics_bytes
 from rankopt.candidates.pool import WORKER_BYTES, Pool, local_pool
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError
@@ -85,6 +85,10 @@ class Fitted(NamedTuple):
     ended: bool = False
 
 
+BESIDE = 3
+"""How many steps starts, exact solutions and stored errors take as long as."""
+
+
 PER_WORK = 4
 """Multiply-accumulates of a step for each unit of `work_of`: 2 to 8 in convolutions and wide Linears."""
 
@@ -105,14 +109,20 @@ class _Job(NamedTuple):
         return work_of(self.layer, self.family, self.ranks)
 
     def seconds(self) -> float:
-        """A rough estimate of how long the fits take, in proportion to other jobs."""
+        """Estimate how long the fits take on one core of a server of 2024, where time goes to products and overhead."""
+        layer = self.layer
+        width = min(layer.patch, 2 + 2 * sketch_rows(layer)) if is_wide(layer) else layer.patch  # products with S
+        if DECOMPOSITIONS[self.family].closed_form:  # in float64
+            outputs = layer.out_channels
+            return 1e-3 + layer.groups * 5e-11 * outputs * (layer.patch * width + 10 * outputs**2)
+        work = self.work * width // layer.patch
         steps = math.ceil(self.steps * DECOMPOSITIONS[self.family].effort)
-        products = PER_WORK * self.work // len(self.ranks)
-        return rough_seconds(Request(*self[:-1])._replace(steps=affordable_steps(steps, products)))
+        steps = affordable_steps(steps, max(1, PER_WORK * work // len(self.ranks)))
+        return (steps + BESIDE) * (1e-3 * len(self.ranks) + 1.5e-10 * work)
 
 
 def rough_seconds(request: Request) -> float:
-    """Estimate how long fits take on one core of a server of 2024.
+    """A rough measure of how dear fits are, several times their seconds on one core; products count most.
 
     Args:
         request: The fits.
