@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
-from rankopt.decompositions.types import Factors, Stage, Target, is_sketch, mean_squares
+from rankopt.decompositions.types import Factors, Stage, Target, is_sketch
 from rankopt.decompositions.variable_projection import OutputSolved, Parameters, equal_norms, once_per_target
 
 
@@ -177,10 +177,15 @@ def channel_and_spatial_moments(layer: Layer, target: Target) -> tuple[Tensor, T
         target: What is fitted.
     """
     size = (layer.in_channels, layer.patch // layer.in_channels)
-    if target.diagonal or is_sketch(target.moment):
-        squares = mean_squares(target.moment).unflatten(1, size)
-        return torch.diag_embed(squares.sum(2)), torch.diag_embed(squares.sum(1))
-    moment = target.moment.unflatten(2, size).unflatten(1, size)
+    moment = target.moment
+    if target.diagonal or is_sketch(moment):
+        squares = (moment if target.diagonal else moment[:, 0]).unflatten(1, size)
+        factor = moment[:, 1:].unflatten(2, size) if is_sketch(moment) else moment.new_zeros(len(moment), 0, *size)
+        return (
+            torch.diag_embed(squares.sum(2)) + torch.einsum("glcp,gldp->gcd", factor, factor),
+            torch.diag_embed(squares.sum(1)) + torch.einsum("glcp,glcq->gpq", factor, factor),
+        )
+    moment = moment.unflatten(2, size).unflatten(1, size)
     return torch.einsum("gcpdp->gcd", moment), torch.einsum("gcpcq->gpq", moment)
 
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-HISTORY = 15
-"""Pairs of steps and gradient differences that approximate the inverse Hessian."""
+HISTORY = 30
+"""Pairs of steps and gradient differences that approximate the inverse Hessian; half as many with a preconditioner."""
 
 HISTORY_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 """Bound on the elements of each buffer of pairs, by device: of very large problems fewer are kept."""
@@ -132,7 +132,7 @@ class _State:
     ) -> None:
         self.point, self.loss, self.gradient, self.apply = point, loss, gradient, apply
         affordable = HISTORY_ELEMENTS.get(point.device.type, 2**25) // max(1, point.numel()) - WINDOW
-        self.history = min(HISTORY, rounds, max(affordable, 5))
+        self.history = min(HISTORY // 2 if apply else HISTORY, rounds, max(affordable, 5))
         self.slack, self.first = max(1, min(WINDOW, rounds - self.history)), 0
         shape, size = point.shape[:2], self.history + self.slack
         self.steps, self.differences = (point.new_zeros(*shape, size, point.shape[-1]) for _ in range(2))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import cached_property, wraps
+from functools import cached_property, reduce, wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -714,7 +714,7 @@ def inverse_curvature(theta: Parameters, output: Tensor, moments: Sequence[Tenso
     grams = [x @ m @ x.mT for x, m in zip(theta, moments, strict=True)]
     found = []
     for i in range(len(theta)):
-        curvature = torch.stack([output.mT @ output, *grams[:i], *grams[i + 1 :]]).prod(0).double()
+        curvature = reduce(torch.mul, [*grams[:i], *grams[i + 1 :]], output.mT @ output).double()
         diagonal = curvature.diagonal(dim1=-2, dim2=-1)
         # Rows of padding, and those of no effect, have no curvature
         floor = (1e-8 * diagonal.amax(-1, keepdim=True)).clamp_min(1e-300)
