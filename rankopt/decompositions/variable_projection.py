@@ -59,6 +59,9 @@ FLOAT32_LOSS = 1e-5
 CLEARLY = 0.999
 """A search that leaves less than this share of the loss has found something better, whatever was rounded."""
 
+PENALISED = 100 * SEARCH_RIDGE
+"""Relative loss of a start below which much of it may be the ridge's penalty, which says nothing of its error."""
+
 CPU_BATCH, GPU_BATCH = 2**18, 2**26
 """Elements of K in a batch: on a CPU larger ones leave its cache, on a GPU they leave its memory."""
 
@@ -480,7 +483,8 @@ class _Search:
                 found.append(Searched(None, [(theta, improved.output)], improved.ended))
                 continue
             loss, output = self.exact(rank, improved.theta)
-            if self.family.searches_error(self.layer) and (improved.loss < CLEARLY * improved.start).all():
+            better = (improved.loss < CLEARLY * improved.start) & (improved.start > PENALISED)
+            if self.family.searches_error(self.layer) and better.all():
                 found.append(Searched(improved.start, [(improved.theta, output)], improved.ended))
                 continue
             before, first = self.exact(rank, theta)

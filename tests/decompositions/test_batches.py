@@ -215,3 +215,9 @@ def test_the_curvature_is_the_hessian_of_a_kronecker_moment(family):
 def _positive(size, generator):
     root = torch.randn(size, size, generator=generator, dtype=torch.float64)
     return root @ root.T + torch.eye(size, dtype=torch.float64)
+
+
+def test_an_exact_start_is_not_given_up_for_a_smaller_penalty():
+    """The loss that is searched holds a ridge's penalty, which a search can lower where no error is left."""
+    case = make("1x3 circular")
+    assert errors("btt", case, [DECOMPOSITIONS["btt"].full_rank(case.layer)], 20)[0] < 1e-8
