@@ -48,7 +48,7 @@ LEAST_SHRINKAGE = 1e-4
 """Of second moments towards their diagonal and mean, however many rows there are."""
 
 
-BLOCKS, LEAST_BLOCK = 4, 256
+ROW_BLOCKS, LEAST_ROWS = 4, 256
 """How many blocks of rows a product a aᵀ is taken in, at most, and the least rows of a block."""
 
 
@@ -420,7 +420,7 @@ def add_gram(total: Tensor, a: Tensor) -> None:
         total: (groups, p, p), float64; it is changed.
         a: (groups, p, rows).
     """
-    size = max(LEAST_BLOCK, -(-a.shape[1] // BLOCKS))
+    size = max(LEAST_ROWS, math.ceil(a.shape[1] / ROW_BLOCKS))
     for i in range(0, a.shape[1], size):
         rows = slice(i, i + size)
         product = outer(a[:, rows], a[:, i:])

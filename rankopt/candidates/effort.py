@@ -37,7 +37,7 @@ class Effort:
     Attributes:
         rungs: What is fitted before a budget is known, from few steps and ranks to more. After each rung the
             candidates that others have beaten are given up.
-        dear: The same, as many, for families and layers whose fits take long.
+        dear: The same for families and layers whose fits take long; there are as many as in `rungs`.
         steps: Share of the search space's steps that fits to the end take.
         width: Candidates are fitted that are best for losses of one layer up to e^width times larger or smaller.
         slack: And those that are worse than the best by this share of an average layer's loss.

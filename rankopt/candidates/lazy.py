@@ -51,7 +51,7 @@ DEAR = 30.0
 
 
 DEAREST = 1 / 3
-"""The largest share of a layer's weights of such ranks: errors of larger ones are extrapolated."""
+"""The largest share of a layer's weights at which such fits are made; errors of larger ranks are extrapolated."""
 
 
 INTERPOLATED = 1.1
@@ -155,7 +155,7 @@ class LazyFits:
         return self.effort.dear if pair in self.dear else self.effort.rungs
 
     def _cheap(self, pair: Pair) -> Callable[[Rank], bool]:
-        """Whether a rank is fitted before a budget asks for it: of dear fits those of large ranks are dearest."""
+        """Tells which ranks are fitted before a budget asks for them: where fits take long, no large ones."""
         most = DEAREST * self.grid[pair].layer.weights if pair in self.dear else math.inf
         return lambda rank: self._weights(pair, rank) <= most
 

@@ -45,6 +45,9 @@ MAX_FLOPS = 1e11
 DAMPING = 1e-2
 """Relative to the diagonal of a curvature: keeps its inverse bounded where components are nearly the same."""
 
+LEAST_MODE = 1e-3
+"""The least eigenvalue of a mode's moment in a preconditioner, as a share of the largest."""
+
 NEGLIGIBLE = 1e-12
 """Relative loss below which a start is not improved further."""
 
@@ -610,8 +613,7 @@ class _Batch:
         self.sizes = [s.numel() for s in shapes]
         constraints = [family.output_rank(layer, r) for r in ranks]
         self.output_ranks = None if solver.output_rank is None else torch.tensor([c[1] for c in constraints if c])
-        scales = solver.scales.where(solver.scales > 0, 1.0)  # where no input comes, no loss is left
-        self.scales = scales.unsqueeze(-1)
+        self.scales = solver.scales.where(solver.scales > 0, 1.0).unsqueeze(-1)  # where no input comes, no loss is left
         self.moments = family.mode_moments(layer, target)
         self.solved: tuple[Tensor, Tensor] | None = None  # the last points and their output factors
 
@@ -652,9 +654,8 @@ class _Batch:
     def _mode_moments(self) -> list[tuple[Tensor, Tensor]]:
         """M and M^−½ of each parameter's mode, M with a mean of 1 on its diagonal."""
         like = self.solver.target.weight
-        means = [m.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)[:, None, None] for m in self.moments or ()]
-        scaled = [m / mean for m, mean in zip(self.moments or (), means, strict=True)]
-        return [(m.to(like), inverse_root(m).to(like)) for m in scaled]
+        scaled = [m / m.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)[:, None, None] for m in self.moments or ()]
+        return [(m.to(like), roots(m, LEAST_MODE)[1].to(like)) for m in scaled]
 
     def _theta(self, points: Tensor) -> Parameters:
         parts = points.flatten(0, 1).split(self.sizes, -1)
@@ -727,17 +728,6 @@ def inverse_curvature(theta: Parameters, output: Tensor, moments: Sequence[Tenso
     return found
 
 
-def inverse_root(moment: Tensor) -> Tensor:
-    """M^−½, with eigenvalues raised to a thousandth of the largest.
-
-    Args:
-        moment: M (g, n, n), symmetric positive semidefinite.
-    """
-    values, vectors = torch.linalg.eigh(moment)
-    floor = (1e-3 * values.amax(-1, keepdim=True)).clamp_min(1e-300)
-    return (vectors * values.maximum(floor).rsqrt().unsqueeze(-2)) @ vectors.mT
-
-
 def affordable_steps(steps: int, products: int) -> int:
     """Limit the steps of a fit so that it stays below MAX_FLOPS.
 
@@ -788,16 +778,17 @@ def absorb_metric(layer: Layer, weight: Tensor, moment: Tensor | None, metric: T
     return target._replace(weight=half @ target.weight, metric=identity), undo
 
 
-def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
+def roots(metric: Tensor, least: float = 1e-4) -> tuple[Tensor, Tensor]:
     """H^½ and its inverse, (g, t, t) each.
 
-    Eigenvalues are raised to 1e-4 of the largest, so that the inverse exists and full rank stays exact.
+    Small eigenvalues are raised, so that the inverse exists and full rank stays exact.
 
     Args:
         metric: H (g, t, t), symmetric positive semidefinite.
+        least: The least eigenvalue, as a share of the largest.
     """
     values, vectors = torch.linalg.eigh(metric)
-    root = values.clamp_min(1e-4 * values.amax(-1, keepdim=True).clamp_min(1e-30)).sqrt().unsqueeze(-2)
+    root = values.clamp_min(least * values.amax(-1, keepdim=True).clamp_min(1e-30)).sqrt().unsqueeze(-2)
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
 
 
