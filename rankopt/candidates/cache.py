@@ -25,7 +25,7 @@ from rankopt.core.text import reason
 from rankopt.decompositions.types import Factors, Nested
 from rankopt.decompositions.variable_projection import cut
 
-VERSION = 10  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
+VERSION = 11  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
 
 
 MOST = 20 * 10**9
@@ -246,6 +246,19 @@ class Cache:
                 return found if all(_sound(file, name, t) for name, t in found.items()) else None
         except (OSError, ValueError):
             return None
+
+    def read_shapes(self, key: str, names: Collection[str]) -> dict[str, list[int]]:
+        """Read the shapes of some tensors of an entry, as far as they are there.
+
+        Args:
+            key: The entry's key.
+            names: Their names.
+        """
+        try:
+            with open_tensors(self.used(key, "safetensors")) as file:
+                return {name: file.get_slice(name).get_shape() for name in file.keys() if name in names}  # noqa: SIM118
+        except (OSError, ValueError):
+            return {}
 
     def write_tensors(self, key: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Write an entry of tensors, with a checksum for each, and for each text beside them.

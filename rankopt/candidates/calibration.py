@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from rankopt.candidates.cache import Cache
 from rankopt.candidates.pool import WORKER_BYTES, NotSentError, Pool
+from rankopt.candidates.probing import examples_are_apart
 from rankopt.core.errors import RankoptError, TaskError
 from rankopt.core.files import available_memory, gigabytes
 from rankopt.core.progress import Progress
@@ -34,9 +35,11 @@ from rankopt.model.forward import (
     model_input,
     outputs,
     run,
+    take,
     to_device,
 )
 from rankopt.model.inputs import check_batches
+from rankopt.model.objective import Divergence
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +72,10 @@ truncated SVD rises by 0.01 to 0.03 % with 1/4 to 1/30 of the vectors, and by 0.
 
 CALIBRATION_BYTES = 2**31
 """The most bytes of inputs that are held in memory: of large images fewer than `CALIBRATION_EXAMPLES` are taken."""
+
+
+SAVED_BYTES = 2**30
+"""The most bytes that a forward saves for its backward, unless a single example takes more."""
 
 
 BLOCK_BYTES = 2**30
@@ -516,6 +523,7 @@ def output_metrics(
         return output
 
     by_name = {layer.name: layer for layer in layers}
+    pieces = _Pieces(model, batches)
     try:
         with (
             _parameters_apart(model, by_name),
@@ -525,10 +533,11 @@ def output_metrics(
             torch.backends.cudnn.flags(enabled=False),
         ):
             for batch in batches:
-                x = map_tensors(to_device(batch, model), _with_gradient)
-                directions = _directions(outputs(run(model, x)), generator)
-                if directions is not None:
-                    directions.backward()
+                for piece in pieces(batch):
+                    x = map_tensors(to_device(piece, model), _with_gradient)
+                    directions = _directions(outputs(run(model, x)), generator)
+                    if directions is not None:
+                        directions.backward()
                 if on_batch:
                     on_batch()
     except RuntimeError as error:  # a forward that takes gradients itself, or only runs without them
@@ -536,6 +545,45 @@ def output_metrics(
         sums.clear()
     used = [name for name, h in sums.items() if torch.isfinite(h).all() and h.abs().max() > 0]
     return {name: _unit_trace(shrunk(sums.pop(name) / rows[name], rows[name])) for name in used}
+
+
+class _Pieces:
+    """Cuts batches so that what a backward needs of a forward takes up to `SAVED_BYTES`, if that changes no gradient.
+
+    Args:
+        model: The model.
+        batches: The batches.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        self.most = max(map(batch_size, batches), default=1)
+        if self.most > 1 and (saved := _saved_bytes(model, take(batches[0], slice(1)))) * self.most > SAVED_BYTES:
+            first = Divergence(model, batches[:1])
+            if examples_are_apart(first, model):
+                self.most = max(1, SAVED_BYTES // saved)
+
+    def __call__(self, batch: Any) -> Iterator[Any]:
+        n = batch_size(batch)
+        yield from [batch] if n <= self.most else (take(batch, slice(i, i + self.most)) for i in range(0, n, self.most))
+
+
+def _saved_bytes(model: nn.Module, batch: Any) -> int:
+    """Bytes of the tensors that a forward saves for its backward, without the model's own."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if (place := t.untyped_storage().data_ptr()) not in own:
+            found[place] = t.untyped_storage().nbytes()
+        return t
+
+    try:
+        with inference(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            kept = run(model, map_tensors(to_device(batch, model), _with_gradient))
+    except RuntimeError:  # it will be met again, and said
+        return 0
+    del kept
+    return sum(found.values())
 
 
 @contextmanager
@@ -803,6 +851,40 @@ def few_examples(statistics: Statistics) -> list[str]:
     ]
 
 
+def _in_float64(found: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    s, h = (found[kind].double() if kind in found else None for kind in ("moment", "metric"))
+    return s, h
+
+
+class StoredStatistics:
+    """What `Statistics` gives, where it lies in the cache already; it can be sent to processes that share the cache.
+
+    Args:
+        cache: The cache.
+        entries: The key of the entry of each layer, by layer name.
+    """
+
+    def __init__(self, cache: Cache, entries: Mapping[str, str]) -> None:
+        self.cache, self.entries = cache, entries
+
+    def __getitem__(self, name: str) -> tuple[Any, Any]:
+        found = self.read(name, "moment", "metric")
+        if found is None:
+            raise RankoptError(f"the cache {self.cache.folder} lost what was just written: is its disk sound?")
+        return _in_float64(found)
+
+    def read(self, name: str, *kinds: str) -> dict[str, Tensor] | None:
+        """Some of a layer's tensors, by kind, as far as they are there; None if the entry is missing or damaged.
+
+        Args:
+            name: The layer's name.
+            kinds: "moment", "metric" or "rows".
+        """
+        wanted = {f"{kind}.{name}": kind for kind in kinds}
+        found = self.cache.read_tensors(self.entries[name], wanted)
+        return None if found is None else {wanted[key]: t for key, t in found.items()}
+
+
 class Statistics(Mapping[str, tuple[Any, Any]]):
     """Calibration statistics by layer name: (input moment S, output metric H), each None where there is none.
 
@@ -831,6 +913,8 @@ class Statistics(Mapping[str, tuple[Any, Any]]):
         self.key, self.cache, self.progress = key, cache, progress
         self._blocks = blocks(layers)
         self._block_of = {layer.name: i for i, block in enumerate(self._blocks) for layer in block}
+        self.stored = StoredStatistics(cache, {name: self._file(i) for name, i in self._block_of.items()})
+        self._sound: set[str] = set()
 
     def ensure_cached(self, pool: Pool | None = None) -> None:
         """Measure the statistics that are not in the cache; leave reading the others until they are needed.
@@ -883,20 +967,38 @@ class Statistics(Mapping[str, tuple[Any, Any]]):
 
     def _read(self, name: str, *kinds: str) -> dict[str, Tensor]:
         """Some of a layer's entries, by kind; those that there are."""
-        block = self._block_of[name]
-        wanted = {f"{kind}.{name}": kind for kind in kinds}
-        found = self.cache.read_tensors(self._file(block), wanted)
+        found = self.stored.read(name, *kinds)
         if found is None:  # not there yet, or damaged
-            self._measure([block])
-            found = self.cache.read_tensors(self._file(block), wanted)
+            self._measure([self._block_of[name]])
+            found = self.stored.read(name, *kinds)
         if found is None:
             raise RankoptError(f"the cache {self.cache.folder} lost what was just written: is its disk sound?")
-        return {wanted[key]: t for key, t in found.items()}
+        return found
 
     def __getitem__(self, name: str) -> tuple[Any, Any]:
         found = self._read(name, "moment", "metric")
-        s, h = (found[kind].double() if kind in found else None for kind in ("moment", "metric"))
-        return s, h
+        self._sound.add(name)
+        return _in_float64(found)
+
+    def ensure_sound(self, name: str) -> None:
+        """Measure a layer's statistics again if they are damaged; they are looked at once.
+
+        Args:
+            name: The layer's name.
+        """
+        if name not in self._sound:
+            self._read(name, "moment", "metric")
+            self._sound.add(name)
+
+    def shapes(self, name: str) -> dict[str, list[int]]:
+        """The shapes of what there is of a layer: "moment" and "metric".
+
+        Args:
+            name: The layer's name.
+        """
+        wanted = {f"{kind}.{name}": kind for kind in ("moment", "metric")}
+        found = self.cache.read_shapes(self._file(self._block_of[name]), wanted)
+        return {wanted[key]: shape for key, shape in found.items()}
 
     def rows(self, name: str) -> int:
         """How many vectors a layer's input moment is the mean of; 0 if no input reached it.

@@ -7,13 +7,15 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from rankopt.candidates.cache import VERSION, Cache
-from rankopt.candidates.calibration import Statistics, is_wide, sketch_rows, statistics_bytes
-from rankopt.candidates.pool import WORKER_BYTES, Pool, local_pool
+from rankopt.candidates.calibration import Statistics, StoredStatistics, statistics_bytes
+from rankopt.candidates.jobs import Job, Request, for_gpu, stacks
+from rankopt.candidates.pool import WORKER_BYTES, Pool, are_started, local_pool
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError
 from rankopt.core.files import available_cores, available_memory, digest
@@ -23,32 +25,13 @@ from rankopt.core.timing import threads
 from rankopt.decompositions.conformance import checked_fits, code_of, named
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import Fit, Nested
-from rankopt.decompositions.variable_projection import affordable_steps
 
 START_UP = 2.0
 """Seconds of short fits before worker processes are started, which takes about as long: small models need none."""
 
 
-STACK_BYTES = 2**31
-"""Bytes of statistics of layers that are fitted at once on a GPU."""
-
-
-class Request(NamedTuple):
-    """Fits of one family to one layer, which share work.
-
-    Attributes:
-        layer: The layer.
-        family: Name of the decomposition.
-        ranks: The ranks to fit.
-        steps: Optimisation steps of each, before the family's own factor.
-        factors: Whether the factors are kept; otherwise only errors are estimated, which takes less.
-    """
-
-    layer: Layer
-    family: str
-    ranks: tuple[Rank, ...]
-    steps: int
-    factors: bool = True
+IDLE = 0.1
+"""The same where processes wait for work: sending it to them takes as long."""
 
 
 _Noted = tuple[Rank, float, float | None, bool]
@@ -57,14 +40,6 @@ _Noted = tuple[Rank, float, float | None, bool]
 
 _Made = list[Fit] | Nested
 """What a job has made."""
-
-
-GPU_INPUTS = 1024
-"""Inputs of a patch from which on layers of a model on a GPU are fitted there; for smaller ones it waits for launches.
-
-Twenty steps of `cp_merged` took a core of an H200's machine 0.42, 8.6, 9.0, 12.8 s with 576, 1,152, 2,304, 4,608
-inputs, and the GPU 0.48, 7.7, 3.8, 0.5 s. All fits of ResNet-20 (at most 576 inputs) took an H100 45 s with 20
-steps, and the 16 cores beside it 61 s with up to 500."""
 
 
 class Fitted(NamedTuple):
@@ -83,66 +58,6 @@ class Fitted(NamedTuple):
     key: str | None
     start: float | None = None
     ended: bool = False
-
-
-BESIDE = 3
-"""How many steps starts, exact solutions and stored errors take as long as."""
-
-
-PER_WORK = 4
-"""Multiply-accumulates of a step for each unit of `work_of`: 2 to 8 in convolutions and wide Linears."""
-
-
-class _Job(NamedTuple):
-    """A request that the cache does not hold, and the key under which it will."""
-
-    layer: Layer
-    family: str
-    ranks: tuple[Rank, ...]
-    steps: int
-    factors: bool
-    key: str
-
-    @property
-    def work(self) -> int:
-        """A rough measure of how long the fits take, to order jobs by."""
-        return work_of(self.layer, self.family, self.ranks)
-
-    def seconds(self) -> float:
-        """Estimate how long the fits take on one core of a server of 2024, where time goes to products and overhead."""
-        layer = self.layer
-        width = min(layer.patch, 2 + 2 * sketch_rows(layer)) if is_wide(layer) else layer.patch  # products with S
-        if DECOMPOSITIONS[self.family].closed_form:  # in float64
-            outputs = layer.out_channels
-            return 1e-3 + layer.groups * 5e-11 * outputs * (layer.patch * width + 10 * outputs**2)
-        work = self.work * width // layer.patch
-        steps = math.ceil(self.steps * DECOMPOSITIONS[self.family].effort)
-        steps = affordable_steps(steps, max(1, PER_WORK * work // len(self.ranks)))
-        return (steps + BESIDE) * (1e-3 * len(self.ranks) + 1.5e-10 * work)
-
-
-def rough_seconds(request: Request) -> float:
-    """A rough measure of how dear fits are, several times their seconds on one core; products count most.
-
-    Args:
-        request: The fits.
-    """
-    if DECOMPOSITIONS[request.family].closed_form:  # one eigendecomposition for all ranks
-        outputs, inputs = request.layer.out_channels, request.layer.patch
-        return 1e-3 + request.layer.groups * 4e-10 * outputs * (inputs**2 + 10 * outputs**2 + 2 * outputs * inputs)
-    work = work_of(request.layer, request.family, request.ranks)
-    return (request.steps + 1) * (0.5e-3 * len(request.ranks) + 4e-9 * work)
-
-
-def work_of(layer: Layer, family: str, ranks: Sequence[Rank]) -> int:
-    """A rough measure of what a step of fits takes.
-
-    Args:
-        layer: The layer.
-        family: Name of the decomposition.
-        ranks: The ranks.
-    """
-    return sum(DECOMPOSITIONS[family].weights(layer, r) for r in ranks) * layer.patch
 
 
 def whole_grid(layers: Sequence[Layer], space: SearchSpace) -> list[Request]:
@@ -180,7 +95,7 @@ def fit(
         RankoptError: A fit failed, or its result could not be read back from the cache.
     """
     cache = statistics.cache
-    asked = [_Job(*request, _key(statistics, request)) for request in requests]
+    asked = [Job(*request, _key(statistics, request)) for request in requests]
     known = {job.key: _read(cache, job) for job in asked}
     jobs = [job for job in asked if known[job.key] is None]
     if jobs:
@@ -250,49 +165,116 @@ def as_candidates(layer: Layer, family: str, fitted: Sequence[Fitted]) -> list[C
 
 
 def _run(
-    statistics: Statistics, jobs: Sequence[_Job], workers: int | Pool | None, until: float
+    statistics: Statistics, jobs: Sequence[Job], workers: int | Pool | None, until: float
 ) -> Iterator[tuple[int, float]]:
     """Run jobs in any order; yield each one's index and seconds as it ends. None starts after `until`."""
-
-    on_gpu = {i for i, job in enumerate(jobs) if _is_for_gpu(statistics, job.layer)}
+    workers = workers if callable(workers) else worker_count(statistics.layers, workers)
+    cores = available_cores() if callable(workers) else workers
+    start_up = 0.0 if workers == 1 else IDLE if are_started() else START_UP
+    found = stacks(jobs, partial(_kind, statistics)) if is_on_gpu(statistics) else []
+    here = for_gpu(jobs, found, cores, start_up)
+    left = sorted(set(range(len(jobs))) - {i for stack in here for i in stack})
+    held = _Held(statistics)
 
     def arguments(number: int) -> tuple[Any, ...]:
-        layer = jobs[number].layer
-        weight = _weight(statistics, layer).detach()
-        return (number, jobs[number], weight if number in on_gpu else weight.cpu(), *statistics[layer.name])
+        return (number, jobs[number], _weight(statistics, jobs[number].layer).detach().cpu())
 
     def in_time(items: Iterable[Any]) -> Iterator[Any]:
         return itertools.takewhile(lambda _: time.monotonic() < until, items)
 
-    cache = statistics.cache
-    for stack in in_time(_stacks(statistics, jobs, sorted(on_gpu))):
-        yield from _fit_stack(cache, *zip(*map(arguments, stack), strict=True))
-    left = sorted(set(range(len(jobs))) - on_gpu)
-    if not callable(workers):
-        workers = min(workers or available_cores(), max(len(left), 1), _affordable(statistics.layers))
-    if workers == 1:
-        yield from (_fit_one(cache, *arguments(number)) for number in in_time(left))
-        return
-    start_up = time.perf_counter() + START_UP
-    while left and time.perf_counter() + jobs[left[-1]].seconds() < start_up:  # the shortest first
+    until_started = time.perf_counter() + (0.0 if here else start_up)
+    while left and time.perf_counter() + jobs[left[-1]].seconds() < until_started:  # the shortest first
         with threads(1):
-            ended = _fit_one(cache, *arguments(left.pop()))
+            ended = _fit_one(statistics, *arguments(left.pop()))
         yield ended
-    if not left:
-        return
-    calls, memory = (arguments(number) for number in in_time(left)), _memory(statistics.layers)
-    if callable(workers):
-        for ended, fits in workers(_fit_away, calls, memory):
-            _keep(cache, jobs[ended[0]], fits)
-            yield ended
-    else:
-        yield from local_pool(workers)(_fit_one, calls, memory, cache)
+    alone = len(left) == 1 and not here
+    elsewhere = _on_workers(statistics, jobs, (arguments(n) for n in in_time(left)), 1 if alone else workers)
+    for stack in in_time(here):  # meanwhile
+        own = [jobs[i] for i in stack]
+        yield from _fit_stack(statistics.cache, stack, own, *zip(*held.of([job.layer for job in own]), strict=True))
+    yield from elsewhere
 
 
-def _affordable(layers: Sequence[Layer]) -> int:
-    """How many workers the free memory is enough for, at least one: each holds a layer's statistics several times."""
-    free = available_memory()
-    return max(1, free // _memory(layers)) if free is not None else available_cores()
+def is_on_gpu(statistics: Statistics) -> bool:
+    """Whether a model is on a GPU.
+
+    Args:
+        statistics: The statistics of its layers.
+    """
+    return any(_weight(statistics, layer).is_cuda for layer in statistics.layers)
+
+
+class _Held:
+    """Weights and statistics of the layers that are fitted at the moment, on the device of the model.
+
+    Args:
+        statistics: Calibration statistics of all layers.
+    """
+
+    def __init__(self, statistics: Statistics) -> None:
+        self.statistics = statistics
+        self.found: dict[str, tuple[Any, ...]] = {}
+
+    def of(self, layers: Sequence[Layer]) -> list[tuple[Any, ...]]:
+        """The weight, S and H of each of some layers; what is held of others is let go.
+
+        Args:
+            layers: The layers.
+        """
+        names = [layer.name for layer in layers]
+        self.found = {name: self.found[name] for name in names if name in self.found}
+        for layer in layers:
+            if layer.name not in self.found:
+                weight = _weight(self.statistics, layer).detach()
+                given = (None if t is None else t.to(weight.device) for t in self.statistics[layer.name])
+                self.found[layer.name] = (weight, *given)
+        return [self.found[name] for name in names]
+
+
+def _kind(statistics: Statistics, layer: Layer) -> str:
+    """What layers that are fitted at once have in common: shapes of weight and statistics, type and device."""
+    weight = _weight(statistics, layer)
+    kind = (layer.kind, layer.shape, layer.kernel, layer.groups, weight.shape, weight.dtype, weight.device)
+    return repr((kind, statistics.shapes(layer.name)))
+
+
+def _on_workers(
+    statistics: Statistics, jobs: Sequence[Job], calls: Iterable[tuple[Any, ...]], workers: int | Pool
+) -> Iterator[tuple[int, float]]:
+    """Begin to run jobs in other processes, or with a single worker in this one; returns what `_run` yields."""
+    memory = _memory(statistics.layers)
+    if workers == 1:
+        return itertools.starmap(partial(_fit_one, statistics), calls)
+    if not callable(workers):
+        return local_pool(workers)(_fit_one, _with_sound_statistics(statistics, calls), memory, statistics.stored)
+
+    def keep(ended: tuple[int, float], fits: _Made) -> tuple[int, float]:
+        _keep(statistics.cache, jobs[ended[0]], fits)
+        return ended
+
+    whole = ((number, job, weight, *statistics[job.layer.name]) for number, job, weight in calls)
+    return itertools.starmap(keep, workers(_fit_away, whole, memory))
+
+
+def _with_sound_statistics(statistics: Statistics, calls: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """The same calls, once what they will read is known to be sound."""
+    for call in calls:
+        statistics.ensure_sound(call[1].layer.name)
+        yield call
+
+
+def worker_count(layers: Sequence[Layer], workers: int | None = None) -> int:
+    """How many worker processes fit layers: each holds a layer's statistics several times.
+
+    Args:
+        layers: The layers.
+        workers: The most. Default: one per available core.
+
+    Returns:
+        As many as the free memory is enough for, at least one.
+    """
+    most, free = workers or available_cores(), available_memory()
+    return most if free is None else min(most, max(1, free // _memory(layers)))
 
 
 def _memory(layers: Sequence[Layer]) -> int:
@@ -300,39 +282,13 @@ def _memory(layers: Sequence[Layer]) -> int:
     return WORKER_BYTES + 12 * max(map(statistics_bytes, layers), default=0)
 
 
-def _is_for_gpu(statistics: Statistics, layer: Layer) -> bool:
-    return _weight(statistics, layer).is_cuda and layer.patch >= GPU_INPUTS
-
-
 def _weight(statistics: Statistics, layer: Layer) -> Tensor:
     weight: Tensor = statistics.model.get_submodule(layer.name).weight  # type: ignore[assignment]
     return weight
 
 
-def _stacks(statistics: Statistics, jobs: Sequence[_Job], numbers: Sequence[int]) -> Iterator[list[int]]:
-    """Jobs that can be fitted at once: of one family, equal shapes, ranks and steps; a few gigabytes at most."""
-    kinds: dict[str, str] = {}  # by layer: all families of one share its statistics, which are read from the cache
-    found: dict[Any, list[int]] = {}
-    for number in numbers:
-        job = jobs[number]
-        if (name := job.layer.name) not in kinds:
-            kinds[name] = _kind(statistics, job.layer)
-        found.setdefault((job.family, kinds[name], repr(job.ranks), job.steps, job.factors), []).append(number)
-    for same in found.values():
-        most = max(1, STACK_BYTES // statistics_bytes(jobs[same[0]].layer))
-        yield from (same[i : i + most] for i in range(0, len(same), most))
-
-
-def _kind(statistics: Statistics, layer: Layer) -> str:
-    """What layers that are fitted at once have in common: shapes of weight and statistics, type and device."""
-    weight = _weight(statistics, layer)
-    given = [None if x is None else x.shape for x in statistics[layer.name]]
-    kind = (layer.kind, layer.shape, layer.kernel, layer.groups, weight.shape, weight.dtype, weight.device)
-    return repr((kind, given))
-
-
 def _fit_away(
-    _: None, number: int, job: _Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None
+    _: None, number: int, job: Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None
 ) -> tuple[tuple[int, float], _Made]:
     """On another machine, which may not have this cache: the number and the seconds, and the fits."""
     start = time.perf_counter()
@@ -340,15 +296,14 @@ def _fit_away(
     return (number, time.perf_counter() - start), fits
 
 
-def _fit_one(
-    cache: Cache, number: int, job: _Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None
-) -> tuple[int, float]:
-    (ended,) = _fit_stack(cache, [number], [job], [weight], [moment], [output_metric])
+def _fit_one(statistics: Statistics | StoredStatistics, number: int, job: Job, weight: Tensor) -> tuple[int, float]:
+    moment, metric = statistics[job.layer.name]
+    (ended,) = _fit_stack(statistics.cache, [number], [job], [weight], [moment], [metric])
     return ended
 
 
 def _fit_stack(
-    cache: Cache, numbers: Sequence[int], jobs: Sequence[_Job], *tensors: Sequence[Any]
+    cache: Cache, numbers: Sequence[int], jobs: Sequence[Job], *tensors: Sequence[Any]
 ) -> list[tuple[int, float]]:
     """Fit several jobs of one family whose layers have equal shapes and ranks, and write to the cache."""
     start = time.perf_counter()
@@ -358,7 +313,7 @@ def _fit_stack(
 
 
 def _fits(
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     weights: Sequence[Tensor],
     moments: Sequence[Tensor | None],
     metrics: Sequence[Tensor | None],
@@ -369,8 +324,7 @@ def _fits(
     decomposition = DECOMPOSITIONS[family]
     try:
         if not factors:
-            one = zip(layers, weights, moments, metrics, strict=True)
-            return [decomposition.errors(layer, w, ranks, s, h, steps) for layer, w, s, h in one]
+            return [*decomposition.errors_stack(layers, weights, ranks, moments, metrics, steps)]
         if decomposition.closed_form and DECOMPOSITIONS.is_own(family):
             nested = [decomposition.nested(*one) for one in zip(layers, weights, moments, metrics, strict=True)]
             return [one for one in nested if one is not None]
@@ -386,7 +340,7 @@ def _fits(
     return [checked_fits(family, job.layer, w, job.ranks, s, h, fits) for job, w, s, h, fits in given]
 
 
-def _keep(cache: Cache, job: _Job, made: _Made) -> None:
+def _keep(cache: Cache, job: Job, made: _Made) -> None:
     """Write a job's fits to the cache."""
     if isinstance(made, Nested):
         shapes = [DECOMPOSITIONS[job.family].shapes(job.layer, rank) for rank in job.ranks]
@@ -399,7 +353,7 @@ def _keep(cache: Cache, job: _Job, made: _Made) -> None:
     cache.write_tensors(job.key, tensors, {"fits": json.dumps(noted)})
 
 
-def _read(cache: Cache, job: _Job) -> list[Fitted] | None:
+def _read(cache: Cache, job: Job) -> list[Fitted] | None:
     """The fits of an entry of the cache; None if it is not there or damaged."""
     fits = cache.read_metadata(job.key, "fits", list[_Noted])
     if fits is None:

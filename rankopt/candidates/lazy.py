@@ -32,8 +32,9 @@ from typing_extensions import TypedDict
 from rankopt.candidates.cache import VERSION
 from rankopt.candidates.calibration import Statistics
 from rankopt.candidates.effort import EFFORTS, SMALL, Effort, Rung
-from rankopt.candidates.fit import Fitted, Request, as_candidates, fit, in_order, rough_seconds, work_of
+from rankopt.candidates.fit import Fitted, as_candidates, fit, in_order
 from rankopt.candidates.halving import UNKNOWN, Reached, beaten, between, paths, segments
+from rankopt.candidates.jobs import Request, rough_seconds, work_of
 from rankopt.candidates.pareto import dense_candidate
 from rankopt.candidates.pool import Pool
 from rankopt.core.dual import Array, Positions, drop_impossible, maximise_dual, pick
@@ -82,6 +83,15 @@ class _Record(TypedDict):
     settled: bool
 
 
+def is_small(grid: Sequence[Request]) -> bool:
+    """Whether all fits of a task take seconds.
+
+    Args:
+        grid: All fits that the search space allows.
+    """
+    return sum(map(rough_seconds, grid)) < SMALL
+
+
 def lazy_effort(name: str, grid: Sequence[Request]) -> Effort | None:
     """The effort of a name, for a task.
 
@@ -92,8 +102,7 @@ def lazy_effort(name: str, grid: Sequence[Request]) -> Effort | None:
     Returns:
         None where everything is to be fitted: because that was asked for, takes seconds, or needs no steps.
     """
-    small = sum(map(rough_seconds, grid)) < SMALL
-    return None if small or all(x.steps == 0 for x in grid) else EFFORTS.get(name)
+    return None if is_small(grid) or all(x.steps == 0 for x in grid) else EFFORTS.get(name)
 
 
 @dataclass

@@ -30,7 +30,7 @@ class Pool(Protocol):
     def __call__(
         self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], memory: int, shared: Any = None
     ) -> Iterator[Any]:
-        """Make calls.
+        """Begin to make calls, which go on while the caller does something else.
 
         Args:
             function: What is called, by its name in a module: `function(shared, *arguments)`.
@@ -38,11 +38,8 @@ class Pool(Protocol):
             memory: Bytes that a call takes.
             shared: What all calls are given first. It is sent once.
 
-        Yields:
-            What the calls return, in any order.
-
-        Raises:
-            Exception: What a call raised.
+        Returns:
+            What the calls return, in any order. It raises what a call raised.
         """
         ...
 
@@ -119,6 +116,9 @@ def work(parcel: Parcel, function: Callable[..., Any], *arguments: Any) -> Any:
 # --- processes on this machine -------------------------------------------------------------------------
 
 
+_started = False
+
+
 def local_pool(workers: int) -> Pool:
     """Make a pool of processes on this machine.
 
@@ -132,14 +132,23 @@ def local_pool(workers: int) -> Pool:
         memory: int,  # noqa: ARG001  # who chose the number of workers has seen to it
         shared: Any = None,
     ) -> Iterator[Any]:
+        global _started  # noqa: PLW0603  # as the processes are this process's
+        _started = True
         # joblib replaces a worker that has grown by 100 MB, as on wide layers; nothing is lost
         warnings.filterwarnings("ignore", "A worker stopped while some jobs were given to the executor", UserWarning)
         with parallel_config("loky", initializer=_end_with, initargs=(os.getpid(),)):
             pool = Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="2*n_jobs")
-        with tempfile.TemporaryDirectory(prefix="rankopt-shared-") as folder:
-            path = Path(folder) / "parcel"
-            path.write_bytes(pickle.dumps(pack(shared, other_machines=False)))
-            yield from pool(delayed(_work_on_file)(path, function, arguments) for arguments in calls)
+        parcel = pickle.dumps(pack(shared, other_machines=False))
+        folder = tempfile.TemporaryDirectory(prefix="rankopt-shared-")
+        path = Path(folder.name) / "parcel"
+        path.write_bytes(parcel)
+        found = pool(delayed(_work_on_file)(path, function, arguments) for arguments in calls)  # the calls begin here
+
+        def results() -> Iterator[Any]:
+            with folder:
+                yield from found
+
+        return results()
 
     return run
 
@@ -154,11 +163,33 @@ def _work_on_file(path: Path, function: Callable[..., Any], arguments: tuple[Any
     return work(_file[1], function, *arguments)
 
 
+def start_workers(workers: int) -> None:
+    """Start the processes of a `local_pool`, which takes seconds, while this one does something else.
+
+    Args:
+        workers: How many.
+    """
+    threading.Thread(
+        target=lambda: list(local_pool(workers)(_ready, [()], 0)), name="rankopt-start", daemon=True
+    ).start()
+
+
+def _ready(_: None) -> None:
+    """In a worker: it has imported what it works with."""
+
+
+def are_started() -> bool:
+    """Whether there are worker processes, or soon will be."""
+    return _started
+
+
 def release_workers() -> None:
     """Shut down idle worker processes.
 
     They would hold memory for minutes, and print tracebacks on Ctrl-C.
     """
+    global _started  # noqa: PLW0603  # as the processes are this process's
+    _started = False
     from joblib.externals.loky import get_reusable_executor
 
     get_reusable_executor().shutdown()

@@ -28,15 +28,16 @@ from rankopt.candidates.calibration import (
     wide_layers,
     without_metric,
 )
-from rankopt.candidates.fit import Request, fit_candidates, in_each_form, whole_grid
+from rankopt.candidates.fit import fit_candidates, in_each_form, is_on_gpu, whole_grid, worker_count
 from rankopt.candidates.instruments import INSTRUMENTS
+from rankopt.candidates.jobs import Request
 from rankopt.candidates.latency import MeasuredCosts, measure_costs
 from rankopt.candidates.latency_table import Conditions
-from rankopt.candidates.lazy import Fits, LazyFits, Menus, lazy_effort, with_gain
+from rankopt.candidates.lazy import Fits, LazyFits, Menus, is_small, lazy_effort, with_gain
 from rankopt.candidates.memory import MemoryCosts, measured
 from rankopt.candidates.model_layers import ModelLayers
 from rankopt.candidates.pareto import considered, dense_candidate, frontier
-from rankopt.candidates.pool import Pool
+from rankopt.candidates.pool import Pool, start_workers
 from rankopt.candidates.probing import Prober
 from rankopt.candidates.quantize import add_precisions, in_each_precision
 from rankopt.candidates.search_space import SearchSpace, load_space
@@ -50,7 +51,7 @@ from rankopt.core.progress import Clock, Progress, silent
 from rankopt.core.records import MEASURED, METRICS, SAME, Candidate, Cost, Layer, Proposal, Task
 from rankopt.core.result_record import FittingEntry, Metric
 from rankopt.decompositions.conformance import check_modules
-from rankopt.decompositions.plan import apply, replacement
+from rankopt.decompositions.plan import apply, apply_to_measure, replacement, to_measure
 from rankopt.model.checks import check_model, with_trainable_weights
 from rankopt.model.counting import count
 from rankopt.model.forward import (
@@ -261,6 +262,17 @@ class Prepared:
             return copy.deepcopy(self.network)
         return apply(self.task.model, problem.layers, problem.candidates(proposal), self.factors)
 
+    def to_measure(self, problem: Problem, proposal: Proposal) -> nn.Module:
+        """Build a model with the outputs of a compressed one, in the form in which it is measured soonest.
+
+        Args:
+            problem: The problem that the proposal belongs to.
+            proposal: One frontier index per layer.
+        """
+        if self.network is not None:
+            return self.apply(problem, proposal)
+        return apply_to_measure(self.task.model, problem.layers, problem.candidates(proposal), self.factors)
+
 
 def prepare(
     task: Task,
@@ -347,8 +359,8 @@ def _prepare(
     pool = workers if callable(workers) and device_of(task.model).type == "cpu" else None
     statistics = Statistics(model_layers.unfolded, free, batches, key, store, progress)
     factors = FactorStore(store)
-    with clock.stage("calibration"), keep_freed_memory():
-        statistics.ensure_cached(pool)
+    with clock.stage("calibration"):
+        _calibrate(statistics, grid, workers, pool)
     lazy = LazyFits(statistics, grid, effort, workers) if effort else None
     with clock.stage("fitting"):
         priced = [*METRICS, *sorted(metrics - {*METRICS})]
@@ -387,6 +399,14 @@ def _prepare(
         lazy,
         offers if lazy else {},
     )
+
+
+def _calibrate(statistics: Statistics, grid: Sequence[Request], workers: int | Pool | None, pool: Pool | None) -> None:
+    """Measure the statistics. A GPU leaves the cores idle, so the processes that will fit are started meanwhile."""
+    if is_on_gpu(statistics) and not callable(workers) and not is_small(grid):
+        start_workers(worker_count(statistics.layers, workers))
+    with keep_freed_memory():
+        statistics.ensure_cached(pool)
 
 
 def _check_families(model: nn.Module, grid: Sequence[Request]) -> None:
@@ -668,7 +688,7 @@ def _measure_curves(
 
 
 def _replaced_module(factors: FactorStore, module: nn.Module, layer: Layer, candidate: Candidate) -> nn.Module:
-    return replacement(module, layer, candidate, factors)
+    return replacement(module, layer, to_measure(layer, candidate, device_of(module)), factors)
 
 
 def _measure_calls(

@@ -30,7 +30,7 @@ from rankopt.candidates.sensitivity import PASSES, POINTS, Curve, probes
 from rankopt.core.progress import Progress, Work
 from rankopt.core.records import Candidate, Layer
 from rankopt.decompositions.plan import replace
-from rankopt.model.forward import batch_size
+from rankopt.model.forward import batch_size, device_of
 from rankopt.model.objective import Divergence
 from rankopt.model.replay import Replay
 
@@ -196,11 +196,21 @@ def examples_are_apart(divergence: Divergence, model: nn.Module) -> bool:
         divergence: The objective.
         model: The dense model.
     """
-    return divergence.divisible and _are_apart(divergence.part(slice(TRIAL)), model)
+    return divergence.divisible and _trial(divergence, model)[0]
 
 
-def _are_apart(piece: Divergence, model: nn.Module) -> bool:
-    return bool(piece.by_unit(model).abs().max() < 1e-6)
+def _trial(divergence: Divergence, model: nn.Module) -> tuple[bool, int]:
+    """Whether a few examples alone give what they give in their batch, and how many examples were run for that."""
+    tried = min(TRIAL, divergence.units)
+    if divergence.kept and device_of(model).type == "cpu":
+        return _are_apart(divergence, model), tried
+    with torch.backends.cudnn.flags(enabled=False):  # its rounding (to TF32) depends on the size of the batch
+        first = Divergence(model, divergence.batches[:1])
+        return _are_apart(first.keeping(), model), (1 if first.kept else 2) * first.examples + tried
+
+
+def _are_apart(divergence: Divergence, model: nn.Module) -> bool:
+    return bool(divergence.part(slice(TRIAL)).by_unit(model).abs().max() < 1e-6)
 
 
 class Prober:
@@ -292,7 +302,7 @@ class Prober:
         pieces = list(self._pieces(self.divergence.part(ascending).joined()))
         of_runs = [piece.units * self._behind[probe.layer.name] for piece in pieces for probe in wanted]
         work = Work(self._run(pieces, wanted), lambda x: of_runs[x[0] * len(wanted) + x[1]], sum(of_runs))
-        seen = f"measuring sensitivities on {sum(x.units for x in pieces):,} examples"
+        seen = f"measuring sensitivities on {sum(x.examples for x in pieces):,} examples"
         failed: dict[Probe, str] = {}
         rises: dict[Probe, dict[int, Tensor]] = {probe: {} for probe in wanted}
         for piece, number, rise in self.progress(work, seen, len(of_runs)):
@@ -346,7 +356,7 @@ class Prober:
     def _keeping(self, piece: Divergence) -> Divergence:
         """A piece with the dense model's outputs in memory."""
         self._spent += 0 if piece.kept else piece.units
-        return piece.keeping()
+        return piece.keeping().beside(self.runs.model)
 
     # --- which shortcuts hold ---
 
@@ -354,8 +364,9 @@ class Prober:
         """Find out whether examples can be measured apart, and which layers a run may begin at."""
         runs, piece = self.runs, self._keeping(next(self._pieces(self.divergence.part(slice(TRIAL)))))
         if self.divergence.divisible:
-            self._spent += piece.units
-            if not _are_apart(piece, runs.model):
+            apart, spent = _trial(self.divergence, runs.model)
+            self._spent += spent
+            if not apart:
                 self.divergence = copy.copy(self.divergence)
                 self.divergence.divisible, self._spent = False, 1
                 piece = self.divergence.part(slice(1))

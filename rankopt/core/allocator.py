@@ -10,8 +10,8 @@ from threading import Lock
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-KEPT = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: (1 << 31) - 1}
-"""Blocks of up to 1 GiB come from the heap, which does not shrink."""
+KEPT = {M_MMAP_THRESHOLD: 1 << 28, M_TRIM_THRESHOLD: (1 << 31) - 1}
+"""Blocks of up to 256 MiB come from the heap, which does not shrink; gaps between larger ones would take too much."""
 
 USUAL = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 """What glibc itself sets after a block of 32 MiB was freed; the values before cannot be read."""

@@ -174,6 +174,31 @@ class Decomposition(ABC):
         given = zip(layers, weights, moments, metrics, strict=True)
         return [list(self.fit(layer, w, ranks, s, h, steps)) for layer, w, s, h in given]
 
+    def errors_stack(
+        self,
+        layers: Sequence[Layer],
+        weights: Sequence[Tensor],
+        ranks: Sequence[Rank],
+        moments: Sequence[Tensor | None],
+        metrics: Sequence[Tensor | None],
+        steps: int = 100,
+    ) -> list[list[Fit]]:
+        """As `errors` of layers of the same shape; families that can fit them at once override this.
+
+        Args:
+            layers: Layers, as of `fit_stack`.
+            weights: One for each layer.
+            ranks: Valid ranks, the same for all.
+            moments: As of `fit_stack`.
+            metrics: As of `fit_stack`.
+            steps: As of `fit`.
+
+        Returns:
+            For each layer one fit per rank, in order, without factors.
+        """
+        given = zip(layers, weights, moments, metrics, strict=True)
+        return [self.errors(layer, w, ranks, s, h, steps) for layer, w, s, h in given]
+
     # --- ranks ---
 
     def valid(self, layer: Layer, rank: Rank) -> Rank:

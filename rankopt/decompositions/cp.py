@@ -157,15 +157,32 @@ def rank_one_terms(layer: Layer, target: Target) -> tuple[Tensor, Tensor, Tensor
     w = target.weight
     directions = torch.linalg.eigh(target.times_moment(w) @ w.mT)[1]
     rows = (directions.mT @ w).unflatten(-1, (layer.in_channels, -1))
-    u, s, vh = torch.linalg.svd(rows, full_matrices=False)
-    channels = (u * s.sqrt().unsqueeze(-2)).transpose(-1, -2).flatten(1, 2)
-    spatial = (vh * s.sqrt().unsqueeze(-1)).flatten(1, 2)
+    channels, spatial = (x.flatten(1, 2) for x in rank_one_parts(rows))
     single = target.to(torch.float32)  # enough for their order
     vectors = (
         v.to(single.weight.dtype).split(layer.patch, 1) for v in (channels, spatial)
     )  # in parts, to bound memory
     energy = torch.cat([(single.times_moment(x) * x).sum(-1) for x in map(khatri_rao, *vectors)], 1)
     return channels, spatial, energy.argsort(-1, descending=True)
+
+
+def rank_one_parts(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """The terms s_i u_i v_iᵀ of the SVDs of many small matrices, by eigenvectors of their smaller Gram matrix.
+
+    A GPU takes many small SVDs one after the other. Terms below 1e-8 of a matrix's largest one are not exact.
+
+    Args:
+        matrices: Tensor (..., a, b).
+
+    Returns:
+        Vectors (..., min(a, b), a) and (..., min(a, b), b), of the same norms s_i^½ in each term.
+    """
+    if matrices.shape[-2] < matrices.shape[-1]:
+        return rank_one_parts(matrices.mT)[::-1]
+    right = torch.linalg.eigh(matrices.mT @ matrices)[1].mT.flip(-2)
+    left = right @ matrices.mT
+    root = left.norm(dim=-1, keepdim=True).sqrt()
+    return left / root.clamp_min(1e-150), right * root
 
 
 @once_per_target

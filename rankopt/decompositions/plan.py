@@ -45,6 +45,7 @@ from rankopt.decompositions.modules import Factorised, Reconstructed, load_facto
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import FactorLookup
 from rankopt.model.composites import expand_composites, parts, take_ordinary_path
+from rankopt.model.forward import device_of
 from rankopt.model.layer_kinds import describe, is_kind
 from rankopt.model.pretrained import holds_pretrained, mark_replaced
 from rankopt.model.quantization import quantize_
@@ -111,6 +112,40 @@ def replacement(module: nn.Module, layer: Layer, candidate: Candidate, factors: 
         new = DECOMPOSITIONS[candidate.method].build(module, layer, candidate.rank, candidate.form)
     _fill(new, candidate, factors)
     return new
+
+
+def to_measure(layer: Layer, candidate: Candidate, device: torch.device) -> Candidate:
+    """The form of a candidate in which its loss is measured soonest; outputs are the same up to rounding.
+
+    On a GPU, cuDNN takes about 10 ms to plan a convolution of a shape that it has not met, and each rank has shapes of
+    its own. Reconstructed convolutions have the dense layer's.
+
+    Args:
+        layer: The layer.
+        candidate: A candidate for it.
+        device: Where the model is.
+    """
+    if device.type != "cuda" or len(layer.own_shape) == 2 or candidate.method == DENSE or candidate.precision != SAME:
+        return candidate
+    if RECONSTRUCTED not in DECOMPOSITIONS[candidate.method].forms:
+        return candidate
+    return dataclasses.replace(candidate, form=RECONSTRUCTED)
+
+
+def apply_to_measure(
+    model: nn.Module, layers: Sequence[Layer], candidates: Sequence[Candidate], factors: FactorLookup
+) -> nn.Module:
+    """As `apply`, in the form in which the model is measured soonest: see `to_measure`.
+
+    Args:
+        model: The dense model; it is not changed.
+        layers: Its layers.
+        candidates: One candidate per layer.
+        factors: Factors by `Candidate.key`.
+    """
+    device = device_of(model)
+    found = [to_measure(layer, candidate, device) for layer, candidate in zip(layers, candidates, strict=True)]
+    return apply(model, layers, found, factors)
 
 
 def _fill(new: nn.Module, candidate: Candidate, factors: FactorLookup) -> None:

@@ -261,14 +261,13 @@ def _spatial_rows(layer: Layer, target: Target) -> Tensor:
 def _slices(layer: Layer, target: Target, blocks: int) -> Tensor:
     """The SVD of each slice of the inputs alone, in their metric: rows of unit norm, by rising importance.
 
-    With W = Q R of a slice, of which R has no more rows than inputs, W S Wᵀ = Q (R S Rᵀ) Qᵀ. The shape is
-    (g, blocks, r, inputs).
+    With W = Q R of a slice of fewer inputs than rows, W S Wᵀ = Q (R S Rᵀ) Qᵀ. The shape is (g, blocks, r, inputs).
     """
     size = layer.patch // blocks
     found = []
     for i in range(blocks):
         part = target.inputs(slice(i * size, (i + 1) * size))
-        r = torch.linalg.qr(part.weight, mode="r")[1]
+        r = part.weight if part.weight.shape[1] <= size else torch.linalg.qr(part.weight, mode="r")[1]
         u = torch.linalg.eigh(part.times_moment(r) @ r.mT)[1]
         found.append(torch.nn.functional.normalize(u.mT @ r, dim=-1))
     return torch.stack(found, 1)

@@ -240,18 +240,38 @@ class OutputSolved(Decomposition):
     ) -> list[Fit]:
         if type(self).fit is not OutputSolved.fit:
             return super().errors(layer, weight, ranks, moment, metric, steps)
-        target, undo = self.target(layer, weight, moment, metric)
-        search = _Search(self, layer, target, math.ceil(steps * self.effort))
-        found = search.improved([(r, self.start(layer, target, r)) for r in ranks])
-        pairs = zip(ranks, found, strict=True)
-        fits = [Fit(r, (), search.whole(x.loss), search.whole(x.start), x.ended) for r, x in pairs]
-        if self.searches_error(layer):
+        (fits,) = self.errors_stack([layer], [weight], ranks, [moment], [metric], steps)
+        return fits
+
+    def errors_stack(
+        self,
+        layers: Sequence[Layer],
+        weights: Sequence[Tensor],
+        ranks: Sequence[Rank],
+        moments: Sequence[Tensor | None],
+        metrics: Sequence[Tensor | None],
+        steps: int = 100,
+    ) -> list[list[Fit]]:
+        if type(self).fit is not OutputSolved.fit:  # a subclass fits in its own way
+            return super().errors_stack(layers, weights, ranks, moments, metrics, steps)
+        given = list(zip(layers, weights, moments, metrics, strict=True))
+        targets, undo = zip(*(self.target(*one) for one in given), strict=True)
+        search = _Search(self, layers[0], stacked(targets), math.ceil(steps * self.effort))
+        improved = search.improved([(r, self.start(layers[0], search.target, r)) for r in ranks])
+        found, g = list(zip(ranks, improved, strict=True)), layers[0].groups
+        parts = [slice(i * g, (i + 1) * g) for i in range(len(layers))]
+        fits = [
+            [Fit(r, (), search.whole(x.loss, p), search.whole(x.start, p), x.ended) for r, x in found] for p in parts
+        ]
+        if self.searches_error(layers[0]):
             return fits
-        stored = StoredError(self, layer, weight, moment, metric)
-        for i, (fit, x) in enumerate(zip(fits, found, strict=True)):
-            factors = self.factors(layer, x.theta, undo @ search.exact(fit.rank, x.theta)[1], fit.rank)
-            error = stored(factors, fit.rank).error
-            fits[i] = fit._replace(error=error, start=error * (fit.start or 0.0) / max(fit.error, 1e-300))
+        outputs = [search.exact(rank, x.theta)[1] for rank, x in found]
+        for i, (own, part) in enumerate(zip(given, parts, strict=True)):
+            stored = StoredError(self, *own)
+            for j, ((rank, x), y) in enumerate(zip(found, outputs, strict=True)):
+                fit, theta = fits[i][j], tuple(t[part] for t in x.theta)
+                error = stored(self.factors(own[0], theta, undo[i] @ y[part], rank), rank).error
+                fits[i][j] = fit._replace(error=error, start=error * (fit.start or 0.0) / max(fit.error, 1e-300))
         return fits
 
     def fit_stack(
@@ -773,9 +793,20 @@ def absorb_metric(layer: Layer, weight: Tensor, moment: Tensor | None, metric: T
     target = full_target(layer, weight, moment, metric)
     if metric is None:
         return target, target.metric
-    half, undo = roots(target.metric)
+    half, undo = _roots_once(target.metric)
     identity = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device).expand_as(half)
     return target._replace(weight=half @ target.weight, metric=identity), undo
+
+
+_of_metric = WeakTensorKeyDictionary()
+
+
+def _roots_once(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """`roots`, kept as long as the metric is: on a GPU all families of a layer are fitted with the same tensor."""
+    if metric not in _of_metric:
+        _of_metric[metric] = roots(metric)
+    found: tuple[Tensor, Tensor] = _of_metric[metric]
+    return found
 
 
 def roots(metric: Tensor, least: float = 1e-4) -> tuple[Tensor, Tensor]:
@@ -921,8 +952,7 @@ def equal_norms(vectors: Sequence[Tensor]) -> list[Tensor]:
         vectors: One tensor (g, r, size) per mode.
     """
     norms = [v.norm(dim=-1, keepdim=True) for v in vectors]
-    product = torch.stack([n.squeeze(-1) for n in norms]).prod(0).unsqueeze(-1)
-    mean = product ** (1 / len(vectors))
+    mean = reduce(torch.mul, norms) ** (1 / len(vectors))
     return [v * (mean / n.clamp_min(1e-300)) for v, n in zip(vectors, norms, strict=True)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, sdpa_flop_count
 
 from rankopt.core.errors import TaskError
 from rankopt.core.records import Cost
@@ -60,6 +60,19 @@ def count(model: nn.Module, example_input: Any) -> Cost:
         macs=flops.get_total_flops() // 2,
         bytes=sum(t.numel() * t.element_size() for t in tensors),
     )
+
+
+def _without_dynamo() -> None:
+    """Keep torch's counter from importing torch._dynamo, to tell it that it skips the counter: 2 to 5 seconds.
+
+    Nothing is compiled while it counts.
+    """
+    function = getattr(_FlopCounterMode.__torch_dispatch__, "__wrapped__", None)
+    if function is not None and not hasattr(function, "__dynamo_disable"):
+        setattr(function, "__dynamo_disable", function)  # as an attribute it would be mangled in a class
+
+
+_without_dynamo()
 
 
 @contextmanager

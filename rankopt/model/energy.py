@@ -109,7 +109,7 @@ def of_models(models: Sequence[nn.Module], example_input: Any) -> EnergyEntry:
     found = []
     for model in models:
         with inference(model, fused=True):
-            found.append(per_inference(partial(run, model, x), seconds=1.0, gpu=gpu))
+            found.append(per_inference(partial(run, model, x), seconds=0.5, gpu=gpu))
     dense, small = found
     return {
         "dense": dense.joules,

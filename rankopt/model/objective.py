@@ -224,6 +224,16 @@ class Divergence:
         same.reference, same.dense = list(self.references()), None
         return same
 
+    def beside(self, model: nn.Module) -> Divergence:
+        """The same with its batches on the device of a model: they are moved once, and not in each run.
+
+        Args:
+            model: The model.
+        """
+        same = copy.copy(self)
+        same.batches = [to_device(batch, model) for batch in self.batches]
+        return same
+
     def apart(self) -> Divergence:
         """The same with tensors of its own: pickles of slices hold all that they were cut from."""
         same = copy.copy(self)

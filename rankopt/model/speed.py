@@ -22,7 +22,7 @@ LARGEST_BATCH = 4096
 SECONDS = 0.5
 """How long a batch is timed at least."""
 
-LONGEST_PASS = 0.2
+LONGEST_PASS = 0.05
 """Seconds of a forward pass from which no larger batch is tried."""
 
 FULL = 1.9
@@ -66,7 +66,10 @@ def forward_times(
     Returns:
         The times of one example and, unless that fills the device or the model takes no larger batch, of a full one.
     """
-    batches = sorted({1, max(full_batch(model, example) for model in models)})
+    full = 1
+    for model in models:
+        full = full_batch(model, example, full)
+    batches = sorted({1, full})
     return [batch_times(models, expanded(example, n), n, programs, seconds) for n in batches]
 
 
@@ -92,17 +95,18 @@ def batch_times(
     return ForwardTimes(examples, tuple(first * median(r) for r in ratios), tuple(map(interval, ratios)), len(times[0]))
 
 
-def full_batch(model: nn.Module, example: Any) -> int:
+def full_batch(model: nn.Module, example: Any, least: int = 1) -> int:
     """Find a batch that fills the device: from it on, twice as many examples take about twice as long.
 
     Args:
         model: The model.
         example: One example.
+        least: A smaller one is not looked for: on a GPU each size takes seconds, in which cuDNN plans.
 
     Returns:
-        A power of two. 1, too, where the model takes one example at a time.
+        `least` times a power of two. 1, too, where the model takes one example at a time.
     """
-    size, before = 1, 0.0
+    size, before = least, 0.0
     with threads(1), inference(model, fused=True):
         while size <= LARGEST_BATCH:
             took = 0.0
@@ -113,4 +117,4 @@ def full_batch(model: nn.Module, example: Any) -> int:
             if took > LONGEST_PASS:
                 return size
             size, before = 2 * size, took
-    return max(1, size // 2)
+    return max(least, size // 2)

@@ -60,7 +60,7 @@ class Knapsack(Strategy):
         """The measured objective of plans, at least of the best one."""
         objective = prepared.objective
         if len(plans) > 1 and isinstance(objective, Divergence) and objective.divisible:
-            return race(objective, prepared.task.model, partial(prepared.apply, self.problem), plans, progress)
+            return race(objective, prepared.task.model, partial(prepared.to_measure, self.problem), plans, progress)
         shown = progress(plans, "measuring contenders", len(plans))
         return {plan: _measured(prepared, self.problem, plan) for plan in shown}
 
@@ -104,6 +104,6 @@ class Knapsack(Strategy):
 
 def _measured(prepared: Any, problem: Problem, plan: Proposal) -> float:
     try:
-        return call("the objective", prepared.objective, prepared.apply(problem, plan)) or 0.0
+        return call("the objective", prepared.objective, prepared.to_measure(problem, plan)) or 0.0
     except Exception:  # noqa: BLE001  # a user's code: if no plan can be measured, the search's own evaluation reports it
         return math.inf

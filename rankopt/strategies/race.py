@@ -22,6 +22,9 @@ FIRST = 256
 CLEAR = 2.0
 """Standard errors by which a plan is behind that is given up."""
 
+CLOSE = 0.01
+"""The race ends where the standard errors of all differences are below this share of the best plan's objective."""
+
 
 def race(
     divergence: Divergence,
@@ -32,6 +35,8 @@ def race(
 ) -> dict[Proposal, float]:
     """Measure plans on twice as many examples each time, and give up those that are clearly behind the best.
 
+    It ends with a single plan left, or where more examples would hardly tell the others apart.
+
     Args:
         divergence: The objective.
         dense: The dense model.
@@ -40,25 +45,26 @@ def race(
         progress: Progress callback.
 
     Returns:
-        The objective of the plans that were measured on all examples, the best among them; empty if none could be
-        measured.
+        The objective of the plans that are left, as estimated from the examples that they were measured on; empty if
+        none could be measured.
     """
     sample, units = Sample(divergence.expected()), divergence.units
     first = FIRST if examples_are_apart(divergence, dense) else units
     rises = {plan: torch.zeros(0, dtype=torch.float64) for plan in plans}
     seen, n = 0, min(first, units)
-    while rises and seen < units:
+    close = False
+    while rises and seen < units and not close:
         ascending, place = sample.order[seen:n].sort()
-        part = divergence.part(ascending)
+        part = divergence.part(ascending).beside(dense)
         for plan in progress(list(rises), f"measuring contenders on {n - seen:,} examples", len(rises)):
             rise = _measured(part, build, plan)
             if rise is None:
                 del rises[plan]
             else:
                 rises[plan] = torch.cat([rises[plan], rise[place.argsort()]])
-        rises = {plan: rises[plan] for plan in _near_the_best(sample, rises)}
-        seen, n = n, min(2 * n, units) if len(rises) > 1 else units
-    return {plan: float(rise.mean()) for plan, rise in rises.items()}
+        rises, close = _near_the_best(sample, rises)
+        seen, n = n, min(2 * n, units)
+    return {plan: sample.mean(rise)[0] for plan, rise in rises.items()}
 
 
 def _measured(part: Divergence, build: Callable[[Proposal], nn.Module], plan: Proposal) -> Tensor | None:
@@ -70,14 +76,15 @@ def _measured(part: Divergence, build: Callable[[Proposal], nn.Module], plan: Pr
     return rise if rise.isfinite().all() else None
 
 
-def _near_the_best(sample: Sample, rises: dict[Proposal, Tensor]) -> list[Proposal]:
-    """The plans that may still be the best."""
+def _near_the_best(sample: Sample, rises: dict[Proposal, Tensor]) -> tuple[dict[Proposal, Tensor], bool]:
+    """The plans that may still be the best, and whether their order is known well enough."""
     if not rises:
-        return []
+        return {}, True
     best = min(rises.values(), key=lambda rise: sample.mean(rise)[0])
-    kept = []
+    kept, close = {}, True
     for plan, rise in rises.items():
         behind, error = sample.mean(rise - best)
         if behind <= 0 or error * CLEAR >= 1 or len(rise) == len(sample.order):
-            kept.append(plan)
-    return kept
+            kept[plan] = rise
+            close = close and behind * error <= CLOSE * sample.mean(best)[0]
+    return kept, close

@@ -172,8 +172,9 @@ class Fidelity:
             self.wanted = [dense(**b) for b in batches]
 
     def __call__(self, model: nn.Module) -> float:
+        device = next(model.parameters()).device
         with torch.inference_mode():
-            found = [model(**b) for b in self.batches]
+            found = [model(**{key: t.to(device) for key, t in b.items()}).cpu() for b in self.batches]
         return F.cosine_similarity(torch.cat(found), torch.cat(self.wanted)).mean().item()
 
 

@@ -60,7 +60,13 @@ def test_layers_in_one_batch_are_fitted_as_each_alone(family, name):
     given = zip(*((c.layer, c.module.weight, c.moment, c.metric) for c in both), strict=True)
     layers, weights, *statistics = given
     stack = decomposition.fit_stack(layers, weights, ranks, *statistics, 20)
-    for one, fits in zip(both, stack, strict=True):
+    without_factors = decomposition.errors_stack(layers, weights, ranks, *statistics, 20)
+    for one, fits, errors_alone in zip(both, stack, without_factors, strict=True):
+        only = decomposition.errors(one.layer, one.module.weight, ranks, one.moment, one.metric, 20)
+        assert not any(fit.factors for fit in errors_alone)
+        assert [fit.error for fit in errors_alone] == pytest.approx([fit.error for fit in only], rel=0.01, abs=1e-7)
+        for fit, expected in zip(errors_alone, only, strict=True):
+            assert fit.start == (None if expected.start is None else pytest.approx(expected.start, rel=0.01))
         alone = list(decomposition.fit(one.layer, one.module.weight, ranks, one.moment, one.metric, 20))
         for fit, expected in zip(fits, alone, strict=True):
             assert [f.shape for f in fit.factors] == [f.shape for f in expected.factors]
@@ -110,7 +116,8 @@ def test_starts_of_all_ranks_take_one_decomposition(family, monkeypatch):
         return len([x for x in taken if x[1][-2:] != case.layer.kernel])  # those of cp's terms are of its rank
 
     ranks = [(2, r) for r in (1, 2, 3)] if family in {"svd_grouped", "tucker2"} else [(r,) for r in (1, 2, 3)]
-    assert decompositions(ranks) == decompositions(ranks[:1]) > 0
+    first = decompositions(ranks)
+    assert first > decompositions(ranks) == decompositions(ranks[:1]) > 0, "the metric's roots are taken once"
     gc.collect()
     assert len(_of_target) == 0  # kept no longer than the target
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 
@@ -13,11 +14,11 @@ from torch import nn
 
 import rankopt
 from rankopt.candidates.fit import in_each_form
-from rankopt.candidates.pareto import frontier
+from rankopt.candidates.pareto import dense_candidate, frontier
 from rankopt.candidates.search_space import SearchSpace
-from rankopt.core.records import FACTORISED, RECONSTRUCTED, Call, Layer
+from rankopt.core.records import DENSE, FACTORISED, RECONSTRUCTED, Call, Candidate, Layer
 from rankopt.decompositions.core_networks import linear_modes
-from rankopt.decompositions.plan import save
+from rankopt.decompositions.plan import replacement, save, to_measure
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.variable_projection import full_target
 from rankopt.experiments.tasks import load_task
@@ -62,6 +63,28 @@ def test_cost_error_and_weight_are_those_of_the_module(family, name):
             twin = copy.deepcopy(case.module)
             twin.weight.data = weight
             torch.testing.assert_close(twin(case.x), module(case.x))
+
+
+@pytest.mark.parametrize(("family", "name"), SAMPLED)
+def test_what_is_measured_on_a_gpu_is_the_candidate_up_to_rounding(family, name):
+    case, decomposition = make(name), DECOMPOSITIONS[family]
+    rank = decomposition.full_rank(case.layer)
+    (fit,) = decomposition.fit(case.layer, case.module.weight, [rank], case.moment, case.metric, 5)
+    cost, form = decomposition.cost(case.layer, rank), decomposition.forms[0]
+    candidate = Candidate(family, rank, cost, fit.error, key="key", form=form)
+    measured = to_measure(case.layer, candidate, torch.device("cuda:0"))
+    assert (measured.form == RECONSTRUCTED) or case.module.weight.ndim == 2
+    assert to_measure(case.layer, candidate, torch.device("cpu")) == candidate
+    built, other = (replacement(case.module, case.layer, c, {"key": fit.factors}) for c in (candidate, measured))
+    torch.testing.assert_close(other(case.x), built(case.x), rtol=1e-4, atol=1e-4)
+
+
+def test_dense_and_quantized_layers_are_measured_as_they_are():
+    case = make("conv3x3")
+    dense = dense_candidate(case.layer)
+    rounded = Candidate("svd_out", (2,), case.layer.cost, 0.1, key="key", precision="int8")
+    for candidate in (dense, rounded, dataclasses.replace(rounded, method=DENSE, rank=())):
+        assert to_measure(case.layer, candidate, torch.device("cuda")) == candidate
 
 
 @pytest.mark.parametrize(("family", "name"), [pair for pair in PAIRS if pair[1] in {"conv3x3", "linear"}])

@@ -88,20 +88,29 @@ def test_the_whole_job_stays_on_the_device(tmp_path):
     torch.testing.assert_close(loaded(x), result.model(x))
 
 
-def test_small_layers_are_fitted_on_the_cpu_and_wide_ones_on_the_gpu(tmp_path, monkeypatch):
-    seen = {}
+def test_wide_layers_are_fitted_on_the_gpu(tmp_path, monkeypatch):
+    seen = set()
     whole = fit._fits
 
     def watch(jobs, weights, *others):
-        seen.update({job.layer.name: w.device.type for job, w in zip(jobs, weights, strict=True)})
+        seen.update((job.layer.name, w.device.type) for job, w in zip(jobs, weights, strict=True))
         return whole(jobs, weights, *others)
 
     monkeypatch.setattr(fit, "_fits", watch)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, fit.GPU_INPUTS), nn.ReLU(), nn.Linear(fit.GPU_INPUTS, 64)).cuda()
+    model = nn.Sequential(nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, 64)).cuda()
     task = rankopt.Task(model, torch.zeros(1, 64), calibration=[torch.randn(32, 64)])
     prepare(task, FEW_FITS, tmp_path, workers=1)
-    assert seen == {"0": "cpu", "2": "cuda"}
+    assert ("2", "cuda") in seen
+
+
+def test_convolutions_are_measured_as_they_are_built(tmp_path):
+    """Plans are measured with reconstructed weights there."""
+    prepared = prepare(on_gpu(), QUICK, tmp_path)
+    problem = prepared.problem({"params": 0.3})
+    proposal = make_strategy("knapsack", problem).ask()
+    built, measured = prepared.apply(problem, proposal), prepared.to_measure(problem, proposal)
+    assert prepared.objective(measured) == pytest.approx(prepared.objective(built), rel=1e-3)
 
 
 def test_a_search_on_the_command_line_moves_the_model(tmp_path, quick_space):

@@ -45,6 +45,7 @@ def test_a_batch_fills_the_device_where_twice_as_many_take_twice_as_long(monkeyp
     monkeypatch.setattr(speed, "in_turn", in_turn)
     monkeypatch.setattr(speed, "LONGEST_PASS", 0.02)
     assert full_batch(model, torch.zeros(1, 3)) == full
+    assert full_batch(model, torch.zeros(1, 3), 4) == max(4, full)
 
 
 def test_the_ratio_of_times_lies_within_its_interval():

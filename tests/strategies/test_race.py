@@ -1,4 +1,4 @@
-"""Plans that race: the best is found on fewer examples, and measured on all."""
+"""Plans that race: the best is found on few examples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from rankopt.core.progress import silent
 from rankopt.model.objective import Divergence
-from rankopt.strategies.race import FIRST, race
+from rankopt.strategies.race import CLOSE, FIRST, race
 
 PLANS = [(i,) for i in range(8)]
 
@@ -46,27 +46,34 @@ class Builder:
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0])
-def test_the_best_plan_wins_and_its_objective_is_that_of_all_examples(divergence, scale):
+def test_the_best_plan_wins_or_one_that_is_hardly_worse(divergence, scale):
     whole = {plan: divergence(Builder(scale)(plan)) for plan in PLANS}
     found = race(divergence, make_model(), Builder(scale), PLANS, silent)
-    best = min(whole, key=whole.__getitem__)
-    assert min(found, key=found.__getitem__) == best
-    assert {plan: value for plan, value in found.items() if plan in whole} == pytest.approx(
-        {plan: whole[plan] for plan in found}, rel=1e-6
-    )
+    best = min(found, key=found.__getitem__)
+    assert whole[best] <= (1 + 2 * CLOSE) * min(whole.values())
+    assert found == pytest.approx({plan: whole[plan] for plan in found}, rel=0.1)
 
 
 def test_plans_that_are_clearly_behind_are_measured_on_the_first_examples_only(divergence):
     build = Builder(scale=1.0)
     assert list(race(divergence, make_model(), build, PLANS, silent)) == [(0,)]
-    assert build.seen == 8 * FIRST + 2048 - FIRST
+    assert build.seen == 8 * FIRST
 
 
-def test_equal_plans_are_all_measured_on_all_examples(divergence):
+def test_equal_plans_are_not_told_apart(divergence):
     build = Builder(scale=0.0)
     found = race(divergence, make_model(), lambda plan: build((3,)), PLANS, silent)
     assert [*found] == PLANS and len(set(found.values())) == 1
+    assert build.seen == 8 * FIRST
+
+
+def test_plans_that_differ_are_measured_on_all_examples_until_their_order_is_known(divergence, monkeypatch):
+    monkeypatch.setattr("rankopt.strategies.race.CLOSE", 0.0)
+    monkeypatch.setattr("rankopt.strategies.race.CLEAR", 1e9)
+    build = Builder(scale=0.1)
+    found = race(divergence, make_model(), build, PLANS, silent)
     assert build.seen == 8 * 2048
+    assert found == pytest.approx({plan: divergence(build(plan)) for plan in PLANS}, rel=1e-6)
 
 
 def test_the_same_race_has_the_same_result(divergence):

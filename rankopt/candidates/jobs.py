@@ -1,0 +1,165 @@
+"""Jobs of fitting: how long they take, and whether a GPU or the cores beside it take them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from rankopt.candidates.calibration import is_wide, sketch_rows, statistics_bytes
+from rankopt.core.records import Layer, Rank
+from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.variable_projection import OutputSolved, affordable_steps
+
+
+class Request(NamedTuple):
+    """Fits of one family to one layer, which share work.
+
+    Attributes:
+        layer: The layer.
+        family: Name of the decomposition.
+        ranks: The ranks to fit.
+        steps: Optimisation steps of each, before the family's own factor.
+        factors: Whether the factors are kept; otherwise only errors are estimated, which takes less.
+    """
+
+    layer: Layer
+    family: str
+    ranks: tuple[Rank, ...]
+    steps: int
+    factors: bool = True
+
+
+BESIDE = 3
+"""How many steps starts, exact solutions and stored errors take as long as."""
+
+
+PER_WORK = 4
+"""Multiply-accumulates of a step for each unit of `work_of`: 2 to 8 in convolutions and wide Linears."""
+
+
+GPU_STEP = 8e-3
+"""Seconds of a step of a batch on a GPU, which waits for launches: 5 to 12 ms on an H200, whatever the size."""
+
+
+GPU_RATE = 1e12
+"""Multiply-accumulates that a GPU does in a second beside that: measured on an H200 with CP of 4,608 inputs."""
+
+
+STACK_BYTES = 2**31
+"""Bytes of statistics of layers that are fitted at once on a GPU."""
+
+
+class Job(NamedTuple):
+    """A request, and the key under which the cache holds its fits."""
+
+    layer: Layer
+    family: str
+    ranks: tuple[Rank, ...]
+    steps: int
+    factors: bool
+    key: str
+
+    @property
+    def work(self) -> int:
+        """A rough measure of how long the fits take, to order jobs by."""
+        return work_of(self.layer, self.family, self.ranks)
+
+    def seconds(self) -> float:
+        """Estimate how long the fits take on one core of a server of 2024, where time goes to products and overhead."""
+        layer = self.layer
+        width = min(layer.patch, 2 + 2 * sketch_rows(layer)) if is_wide(layer) else layer.patch  # products with S
+        if DECOMPOSITIONS[self.family].closed_form:  # in float64
+            outputs = layer.out_channels
+            return 1e-3 + layer.groups * 5e-11 * outputs * (layer.patch * width + 10 * outputs**2)
+        work = self.work * width // layer.patch
+        steps = math.ceil(self.steps * DECOMPOSITIONS[self.family].effort)
+        steps = affordable_steps(steps, max(1, PER_WORK * work // len(self.ranks)))
+        return (steps + BESIDE) * (1e-3 * len(self.ranks) + 1.5e-10 * work)
+
+    def seconds_on_gpu(self, layers: int) -> float:
+        """Estimate how long the fits of some layers like this one take at once on a GPU.
+
+        Args:
+            layers: How many.
+        """
+        family = DECOMPOSITIONS[self.family]
+        if family.closed_form:
+            return layers * GPU_STEP
+        steps = math.ceil(self.steps * family.effort)
+        steps = affordable_steps(steps, max(1, PER_WORK * self.work // len(self.ranks)))
+        alike = {repr(family.padding(self.layer, r)) for r in self.ranks} if isinstance(family, OutputSolved) else {""}
+        return (steps + BESIDE) * (len(alike) * GPU_STEP + layers * PER_WORK * self.work / GPU_RATE)
+
+
+Stack = list[int]
+"""Numbers of jobs of one family, whose layers have equal shapes and are fitted at once."""
+
+
+def stacks(jobs: Sequence[Job], kind: Callable[[Layer], str]) -> list[Stack]:
+    """Gather the jobs that can be fitted at once: of equal ranks and steps, a few gigabytes at most.
+
+    Those of the same layers follow each other, whose statistics are then read once.
+
+    Args:
+        jobs: The jobs.
+        kind: What layers that are fitted at once have in common.
+    """
+    found: dict[str, dict[str, list[int]]] = {}
+    for number, job in enumerate(jobs):
+        same = repr((job.family, job.ranks, job.steps, job.factors))
+        found.setdefault(kind(job.layer), {}).setdefault(same, []).append(number)
+    cut = []
+    for numbers in (numbers for of_kind in found.values() for numbers in of_kind.values()):
+        most = max(1, STACK_BYTES // statistics_bytes(jobs[numbers[0]].layer))
+        cut += [numbers[i : i + most] for i in range(0, len(numbers), most)]
+    return cut
+
+
+def for_gpu(jobs: Sequence[Job], found: Sequence[Stack], cores: int, start_up: float = 0.0) -> list[Stack]:
+    """Choose the stacks that a GPU takes, so that it and the cores beside it are done soonest by their estimates.
+
+    Args:
+        jobs: The jobs.
+        found: Their stacks.
+        cores: How many cores there are.
+        start_up: Seconds until they begin.
+
+    Returns:
+        Some of the stacks, in the same order.
+    """
+    here = [[jobs[i].seconds() for i in stack] for stack in found]
+    there = [jobs[stack[0]].seconds_on_gpu(len(stack)) for stack in found]
+    order = sorted(range(len(found)), key=lambda i: there[i] / sum(here[i]))
+
+    def ends(count: int) -> float:
+        left = [here[i] for i in order[count:]]
+        on_cores = start_up + max(*map(max, left), sum(map(sum, left)) / cores) if left else 0.0
+        return max(on_cores, sum(there[i] for i in order[:count]))
+
+    chosen = order[: min(range(len(found) + 1), key=ends)]
+    return [found[i] for i in sorted(chosen)]
+
+
+def rough_seconds(request: Request) -> float:
+    """A rough measure of how dear fits are, several times their seconds on one core; products count most.
+
+    Args:
+        request: The fits.
+    """
+    if DECOMPOSITIONS[request.family].closed_form:  # one eigendecomposition for all ranks
+        outputs, inputs = request.layer.out_channels, request.layer.patch
+        return 1e-3 + request.layer.groups * 4e-10 * outputs * (inputs**2 + 10 * outputs**2 + 2 * outputs * inputs)
+    work = work_of(request.layer, request.family, request.ranks)
+    return (request.steps + 1) * (0.5e-3 * len(request.ranks) + 4e-9 * work)
+
+
+def work_of(layer: Layer, family: str, ranks: Sequence[Rank]) -> int:
+    """A rough measure of what a step of fits takes.
+
+    Args:
+        layer: The layer.
+        family: Name of the decomposition.
+        ranks: The ranks.
+    """
+    return sum(DECOMPOSITIONS[family].weights(layer, r) for r in ranks) * layer.patch

@@ -1,0 +1,123 @@
+"""Where fits run: on a GPU, with layers of equal shapes at once, or on the cores beside it."""
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankopt.candidates import fit as fits
+from rankopt.candidates import lazy
+from rankopt.candidates.jobs import Job, for_gpu, stacks
+from rankopt.candidates.prepare import prepare
+from rankopt.candidates.search_space import SearchSpace
+from rankopt.core.errors import RankoptError
+from rankopt.core.records import Task
+from rankopt.model.inventory import inventory
+from tests.helpers.layers import make
+
+
+def job(family="cp_merged", ranks=((4,),), steps=20, layer=None):
+    return Job(layer or make("conv3x3").layer, family, ranks, steps, True, f"{family}{ranks}{steps}")
+
+
+FAMILIES = st.sampled_from(["svd_out", "svd_in", "cp_merged", "tucker2"])
+
+
+@given(
+    st.lists(st.tuples(FAMILIES, st.integers(1, 500), st.integers(1, 6)), min_size=1, max_size=8), st.integers(1, 16)
+)
+def test_a_gpu_and_the_cores_share_fits_so_that_they_are_done_sooner_than_either_alone(kinds, cores):
+    jobs, found = [], []
+    for family, steps, layers in kinds:
+        found.append([*range(len(jobs), len(jobs) + layers)])
+        jobs += [job(family, ((2, 2),) if family == "tucker2" else ((2,),), steps)] * layers
+
+    def ends(chosen):
+        left = [jobs[i].seconds() for stack in found if stack not in chosen for i in stack]
+        on_gpu = sum(jobs[stack[0]].seconds_on_gpu(len(stack)) for stack in chosen)
+        return max(on_gpu, 1.0 + max(*left, sum(left) / cores) if left else 0.0)
+
+    here = for_gpu(jobs, found, cores, 1.0)
+    assert here == [stack for stack in found if stack in here]
+    assert ends(here) <= min(ends([]), ends(found)) + 1e-9
+
+
+def test_few_short_fits_do_not_wait_for_processes_and_wide_ones_go_to_the_gpu():
+    short = [job(steps=5)] * 3
+    assert for_gpu(short, [[0, 1, 2]], 16, 2.0) == [[0, 1, 2]]
+    (wide,) = inventory(torch.nn.Conv2d(256, 256, 3), torch.zeros(1, 256, 4, 4))
+    jobs = [job(steps=25, layer=wide, ranks=((128,),)), *[job(steps=25)] * 16]
+    assert for_gpu(jobs, [[i] for i in range(17)], 16) == [[0]]
+
+
+def test_fits_of_equal_shapes_ranks_and_steps_are_one_stack_and_those_of_a_layer_follow_each_other():
+    a, b = (dataclasses.replace(make("conv3x3").layer, name=name) for name in "ab")
+    other = dataclasses.replace(make("linear").layer, name="other")
+    jobs = [job(layer=a), job("svd_out", layer=other), job("tucker2", ((2, 2),), layer=a), job(layer=b)]
+    jobs += [job(layer=b, steps=21), job(layer=b, ranks=((5,),))]
+    assert stacks(jobs, lambda layer: repr(layer.shape)) == [[0, 3], [2], [4], [5], [1]]
+
+
+@pytest.fixture(scope="module")
+def task():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d
+    model = torch.nn.Sequential(
+        conv(6, 12, 3), torch.nn.ReLU(), conv(12, 12, 3), torch.nn.ReLU(), conv(12, 12, 3), torch.nn.Flatten()
+    ).eval()
+    x = torch.randn(64, 6, 8, 8)
+    return Task(model, x[:1], [x])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_fits_that_a_gpu_and_workers_share_are_those_of_workers(task, tmp_path, monkeypatch, workers):
+    """A CPU plays the GPU's part: the same calls, in stacks."""
+    space = SearchSpace(
+        families=("svd_out", "cp_merged", "tucker2", "svd_grouped"), points=6, steps=40, effort="normal"
+    )
+    monkeypatch.setattr(lazy, "SMALL", 0.0)
+    before = prepare(task, space, tmp_path / "before", workers=1)
+    stacked = []
+    whole = fits._fit_stack
+
+    def watch(cache, numbers, *others):
+        stacked.append(len(numbers))
+        return whole(cache, numbers, *others)
+
+    def half(jobs, found, *_):
+        return found[::2]
+
+    monkeypatch.setattr(fits, "is_on_gpu", lambda statistics: True)
+    monkeypatch.setattr(fits, "for_gpu", half)
+    monkeypatch.setattr(fits, "_fit_stack", watch)
+    after = prepare(task, space, tmp_path / "after", workers=workers)
+    assert max(stacked) > 1
+    for name, candidates in before.candidates.items():
+        errors = {(c.method, c.rank): c.error for c in candidates}
+        again = {(c.method, c.rank): c.error for c in after.candidates[name]}
+        assert errors.keys() == again.keys()
+        assert [again[key] for key in errors] == pytest.approx([*errors.values()], rel=0.02)
+
+
+def test_workers_read_statistics_from_the_cache_and_say_what_is_lost(task, tmp_path):
+    statistics = prepare(task, SearchSpace(families=("svd_out",), points=2), tmp_path, workers=1).statistics
+    stored = pickle.loads(pickle.dumps(statistics.stored))
+    for name in statistics:
+        assert statistics.shapes(name) == {
+            "moment": [*statistics[name][0].shape],
+            "metric": [*statistics[name][1].shape],
+        }
+        for mine, other in zip(statistics[name], stored[name], strict=True):
+            assert mine.dtype == other.dtype == torch.float64 and torch.equal(mine, other)
+    for path in tmp_path.glob("statistics-*"):
+        path.unlink()
+    with pytest.raises(RankoptError, match=r"the cache .* lost what was just written"):
+        stored["0"]
+    assert torch.equal(statistics["0"][0], mine_again(task, tmp_path)), "measured again"
+
+
+def mine_again(task, cache):
+    return prepare(task, SearchSpace(families=("svd_out",), points=2), cache, workers=1).statistics["0"][0]
