@@ -77,9 +77,9 @@ def fit(
 ) -> tuple[list[list[Fitted]], dict[str, float]]:
     """Make the fits that the cache does not hold.
 
-    A job is one layer and one family. Jobs run in worker processes of one thread each; those of a model on a GPU run on
-    that GPU, layers of equal shape and ranks at once. Short ones, and all of a model that takes no longer than to start
-    processes, run in this process.
+    A job is one layer and one family. Jobs run in worker processes of one thread each. Short ones, and all of a model
+    that takes no longer than to start processes, run in this process. Those of a model on a GPU are shared between the
+    GPU, which takes layers of equal shape and ranks at once, and the processes (`jobs.for_gpu`).
 
     Args:
         statistics: Calibration statistics of the layers to fit.
@@ -187,8 +187,9 @@ def _run(
         with threads(1):
             ended = _fit_one(statistics, *arguments(left.pop()))
         yield ended
-    alone = len(left) == 1 and not here
-    elsewhere = _on_workers(statistics, jobs, (arguments(n) for n in in_time(left)), 1 if alone else workers)
+    if not callable(workers) and not here and (len(left) == 1 or not are_started()):
+        workers = min(workers, max(1, len(left)))  # those that there are stay: starting them again takes seconds
+    elsewhere = _on_workers(statistics, jobs, (arguments(n) for n in in_time(left)), workers) if left else ()
     for stack in in_time(here):  # meanwhile
         own = [jobs[i] for i in stack]
         yield from _fit_stack(statistics.cache, stack, own, *zip(*held.of([job.layer for job in own]), strict=True))

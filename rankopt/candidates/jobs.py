@@ -105,10 +105,11 @@ def stacks(jobs: Sequence[Job], kind: Callable[[Layer], str]) -> list[Stack]:
         jobs: The jobs.
         kind: What layers that are fitted at once have in common.
     """
+    kinds = {name: kind(layer) for name, layer in {job.layer.name: job.layer for job in jobs}.items()}
     found: dict[str, dict[str, list[int]]] = {}
     for number, job in enumerate(jobs):
         same = repr((job.family, job.ranks, job.steps, job.factors))
-        found.setdefault(kind(job.layer), {}).setdefault(same, []).append(number)
+        found.setdefault(kinds[job.layer.name], {}).setdefault(same, []).append(number)
     cut = []
     for numbers in (numbers for of_kind in found.values() for numbers in of_kind.values()):
         most = max(1, STACK_BYTES // statistics_bytes(jobs[numbers[0]].layer))
@@ -118,6 +119,8 @@ def stacks(jobs: Sequence[Job], kind: Callable[[Layer], str]) -> list[Stack]:
 
 def for_gpu(jobs: Sequence[Job], found: Sequence[Stack], cores: int, start_up: float = 0.0) -> list[Stack]:
     """Choose the stacks that a GPU takes, so that it and the cores beside it are done soonest by their estimates.
+
+    The GPU takes those first of which it saves the cores the most time for its own.
 
     Args:
         jobs: The jobs.

@@ -214,15 +214,19 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
+KNOWN = 0.01
+"""Share of the work from which on the time left is predicted: the first items to end may be the shortest by far."""
+
+
 def time_left(done: float, total: float, elapsed: float) -> str:
-    """Estimate how long the rest will take, as "about 18 min left"; empty while nothing is done.
+    """Estimate how long the rest will take, as "about 18 min left"; empty while hardly anything is done.
 
     Args:
         done: Work done within `elapsed`: a number of items or of operations.
         total: All work to do, in the same unit.
         elapsed: Seconds since the first began.
     """
-    if not done:
+    if not done or done < KNOWN * total:
         return ""
     seconds = elapsed / done * max(total - done, 0)
     step = 1 if seconds < 60 else 10 if seconds < 600 else 60  # an estimate is no more exact than that

@@ -18,7 +18,7 @@ from rankopt.strategies.allocation import allocate
 BLOCKS = 24  # largest number of multipliers; with more layers, neighbours share one
 
 
-CONTENDERS = 8  # plans that `knapsack` compares, and that the Bayesian search starts with
+WARM = 8  # plans that the Bayesian search starts with
 
 
 PRICES = 3.5  # the price of a further metric is at most e^3.5 times the exact plan's loss per cost

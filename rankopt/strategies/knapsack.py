@@ -21,8 +21,12 @@ from rankopt.core.statistics import is_far
 from rankopt.model.objective import Divergence, call
 from rankopt.strategies.allocation import allocate
 from rankopt.strategies.base import Strategy
-from rankopt.strategies.corrections import CONTENDERS, Corrections
+from rankopt.strategies.corrections import Corrections
 from rankopt.strategies.race import race
+
+CONTENDERS = 12
+"""Plans that are compared. At six budgets of ResNet-20 the best of 12 has a KL divergence 2 % lower than the best of 8
+(up to 5 %), and the best of 16 hardly a lower one."""
 
 REPAIRS = 5  # rounds of measuring a plan's layers alone, at most
 

@@ -34,7 +34,7 @@ from rankopt.core.problem import Problem
 from rankopt.core.records import BUDGETS, RECONSTRUCTED, SAME, Candidate, Proposal, Trial
 from rankopt.strategies.allocation import fill, project
 from rankopt.strategies.base import Strategy
-from rankopt.strategies.corrections import BLOCKS, CONTENDERS, WIDTH, Corrections
+from rankopt.strategies.corrections import BLOCKS, WARM, WIDTH, Corrections
 from rankopt.strategies.optuna_plugins import Pruning, SamplerFactory
 
 MEMORYLESS = {"TPESampler", "GPSampler", "RandomSampler"}
@@ -67,7 +67,7 @@ class Optuna(Strategy):
         sampler: str | samplers.BaseSampler = "",
         parametrisation: str = "corrections",
         infeasible: str = "project",
-        warm: int = CONTENDERS,
+        warm: int = WARM,
         n_startup_trials: int = 0,
         blocks: int = BLOCKS,
         width: float = WIDTH,

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import Proposal, Trial
 from rankopt.core.registry import imported
-from rankopt.strategies.corrections import CONTENDERS
+from rankopt.strategies.corrections import WARM
 
 T = TypeVar("T")
 
@@ -37,8 +37,8 @@ ETA = 3  # a fidelity is reported to pruners as this many times the step of the 
 
 
 SETTINGS: dict[str, dict[str, Any]] = {  # deviations from Optuna's defaults, for searches of tens of trials
-    "TPESampler": {"multivariate": True, "constant_liar": True, "n_startup_trials": CONTENDERS},
-    "GPSampler": {"n_startup_trials": CONTENDERS},
+    "TPESampler": {"multivariate": True, "constant_liar": True, "n_startup_trials": WARM},
+    "GPSampler": {"n_startup_trials": WARM},
     "NSGAIISampler": {"population_size": 10},
     "NSGAIIISampler": {"population_size": 10},
     "SuccessiveHalvingPruner": {"min_resource": 1, "reduction_factor": ETA},

@@ -16,13 +16,13 @@ from rankopt.core.progress import Progress
 from rankopt.core.records import Proposal
 from rankopt.model.objective import Divergence
 
-FIRST = 256
+FIRST = 128
 """Examples that all plans are measured on."""
 
 CLEAR = 2.0
 """Standard errors by which a plan is behind that is given up."""
 
-CLOSE = 0.01
+CLOSE = 0.02
 """The race ends where the standard errors of all differences are below this share of the best plan's objective."""
 
 

@@ -22,7 +22,7 @@ from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal, Trial
 from rankopt.strategies.allocation import fill
 from rankopt.strategies.base import Strategy
-from rankopt.strategies.corrections import CONTENDERS, Corrections
+from rankopt.strategies.corrections import WARM, Corrections
 from rankopt.strategies.layer_walk import LayerMdp
 
 TRIES = 10  # draws per ask in search of a new plan
@@ -83,7 +83,7 @@ class Thompson(WeighsLosses):
         self.posterior: tuple[np.ndarray, np.ndarray] | None = None
 
     def propose(self, number: int) -> Proposal | None:
-        if number < CONTENDERS:
+        if number < WARM:
             return self.demonstrations.contender(self.seed, number)
         rng = np.random.default_rng([self.seed, number])
         if self.posterior is None:

@@ -80,7 +80,7 @@ def test_durations_in_words(seconds, text):
 
 
 def test_the_time_left_is_rounded():
-    assert time_left(0, 145, 30) == ""
+    assert time_left(0, 145, 30) == time_left(1.4, 145, 30) == time_left(0, 0, 30) == ""
     assert time_left(14, 145, 130) == "about 20 min left"
     assert time_left(1, 3, 101) == "about 3 min 20 s left"
     assert time_left(9, 10, 90) == "about 10 s left"
