@@ -25,7 +25,7 @@ from rankopt.core.text import reason
 from rankopt.decompositions.types import Factors, Nested
 from rankopt.decompositions.variable_projection import cut
 
-VERSION = 11  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
+VERSION = 12  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
 
 
 MOST = 20 * 10**9
