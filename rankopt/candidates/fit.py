@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rankopt.candidates.cache import VERSION, Cache
 from rankopt.candidates.calibration import Statistics, StoredStatistics, statistics_bytes
-from rankopt.candidates.jobs import Job, Request, for_gpu, stacks
+from rankopt.candidates.jobs import Job, Request, for_gpu, stacks, takes_a_step
 from rankopt.candidates.pool import WORKER_BYTES, Pool, are_started, local_pool
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError
@@ -63,10 +63,38 @@ class Fitted(NamedTuple):
 def whole_grid(layers: Sequence[Layer], space: SearchSpace) -> list[Request]:
     """List the fits of all that a search space allows.
 
+    Left out are families whose fits take so long on a very wide layer that they would take no step, if the layer has
+    others.
+
     Args:
         layers: The layers to fit.
         space: Families, ranks and number of optimisation steps.
     """
+    found = _all_requests(layers, space)
+    feasible = [request for request in found if takes_a_step(request)]
+    names = {request.layer.name for request in feasible}
+    return [request for request in found if request in feasible or request.layer.name not in names]
+
+
+def left_out(grid: Sequence[Request], layers: Sequence[Layer], space: SearchSpace) -> list[str]:
+    """Warn of families that `whole_grid` leaves out.
+
+    Args:
+        grid: What it lists.
+        layers: The layers.
+        space: The search space.
+    """
+    families: dict[str, list[str]] = {}
+    for request in _all_requests(layers, space):
+        if request not in grid:
+            families.setdefault(request.layer.name, []).append(request.family)
+    return [
+        f"{', '.join(names)} are not tried on {name!r}, so wide that a single step of their fits would take minutes"
+        for name, names in families.items()
+    ]
+
+
+def _all_requests(layers: Sequence[Layer], space: SearchSpace) -> list[Request]:
     pairs = [(layer, family) for layer in layers for family in space.families_of(layer)]
     found = [Request(x, family, tuple(space.ranks(family, x)), space.steps) for x, family in pairs]
     return [request for request in found if request.ranks]

@@ -92,6 +92,18 @@ class Job(NamedTuple):
         return (steps + BESIDE) * (len(alike) * GPU_STEP + layers * PER_WORK * self.work / GPU_RATE)
 
 
+def takes_a_step(request: Request) -> bool:
+    """Whether a step of the smallest rank is within the bound on a fit's operations, if there are to be steps.
+
+    Args:
+        request: The fits.
+    """
+    if request.steps == 0 or DECOMPOSITIONS[request.family].closed_form:
+        return True
+    least = min(work_of(request.layer, request.family, [rank]) for rank in request.ranks)
+    return affordable_steps(1, PER_WORK * max(1, least)) > 0
+
+
 Stack = list[int]
 """Numbers of jobs of one family, whose layers have equal shapes and are fitted at once."""
 

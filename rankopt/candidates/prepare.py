@@ -28,7 +28,7 @@ from rankopt.candidates.calibration import (
     wide_layers,
     without_metric,
 )
-from rankopt.candidates.fit import fit_candidates, in_each_form, is_on_gpu, whole_grid, worker_count
+from rankopt.candidates.fit import fit_candidates, in_each_form, is_on_gpu, left_out, whole_grid, worker_count
 from rankopt.candidates.instruments import INSTRUMENTS
 from rankopt.candidates.jobs import Request
 from rankopt.candidates.latency import MeasuredCosts, measure_costs
@@ -393,7 +393,13 @@ def _prepare(
         family_seconds,
         costs,
         memory,
-        [*warnings, *few_examples(statistics), *wide_layers(statistics), *without_metric(statistics)],
+        [
+            *warnings,
+            *few_examples(statistics),
+            *wide_layers(statistics),
+            *left_out(grid, free, space),
+            *without_metric(statistics),
+        ],
         curves,
         passes,
         lazy,

@@ -408,8 +408,8 @@ class OutputSolver:
         return (self.scales.unsqueeze(-1) - explained).clamp_min(0), output
 
     def _normal_equations(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """K S by the block of its inputs (g, p, z, m, n / z), K S Kᵀ (g, p, m, m), K S Wᵀ (g, p, m, T); all but the first
-        in float64."""
+        """K S by the block of its inputs (g, p, z, m, n / z), and in float64 K S Kᵀ (g, p, m, m) and
+        K S Wᵀ (g, p, m, T)."""
         together = blocks.transpose(1, 2).flatten(2, 3)  # (g, z, p r, n / z)
         moment = self._times_moment(together, blocks.shape)
         gram = (moment @ blocks.mT).transpose(2, 3).flatten(3).double()

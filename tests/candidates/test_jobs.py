@@ -121,3 +121,14 @@ def test_workers_read_statistics_from_the_cache_and_say_what_is_lost(task, tmp_p
 
 def mine_again(task, cache):
     return prepare(task, SearchSpace(families=("svd_out",), points=2), cache, workers=1).statistics["0"][0]
+
+
+def test_families_that_could_not_take_a_step_are_left_out_and_named(task, tmp_path, monkeypatch):
+    families = SearchSpace(families=("svd_out", "cp_merged", "tucker2"), points=3, steps=10)
+    monkeypatch.setattr("rankopt.decompositions.variable_projection.MAX_FLOPS", 1e3)
+    found = prepare(task, families, tmp_path, workers=1)
+    assert {c.method for menu in found.candidates.values() for c in menu} == {"svd_out"}
+    assert sum("cp_merged, tucker2 are not tried on" in warning for warning in found.warnings) == 3
+    others = prepare(task, SearchSpace(families=("cp_merged",), points=3, steps=10), tmp_path, workers=1)
+    assert all(others.candidates.values()), "where there are no others, these are offered as they start"
+    assert not any("are not tried" in warning for warning in others.warnings)

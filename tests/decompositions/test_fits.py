@@ -10,6 +10,7 @@ from scipy.optimize import check_grad
 from torch import nn
 
 from rankopt.core.records import Layer
+from rankopt.decompositions import variable_projection
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.variable_projection import (
     SEARCH_RIDGE,
@@ -82,9 +83,29 @@ def test_rows_in_blocks_are_solved_as_all_rows_are(family, kind):
     losses, outputs, gradients = parts.solve(blocks.diagonal.detach().unsqueeze(1), ranks)
     assert float(losses) / parts.scale == pytest.approx(loss, rel=1e-9)
     torch.testing.assert_close(outputs[:, 0] @ rows, output @ rows)
+    alone, same = parts.losses(blocks.diagonal.detach().unsqueeze(1), ranks)  # with a ridge that is hardly any
+    torch.testing.assert_close(alone, losses, rtol=1e-6, atol=0)
+    assert torch.equal(same, outputs)
     by_rows = torch.autograd.grad(rows, theta, gradient, retain_graph=True)
     by_blocks = torch.autograd.grad(blocks.diagonal, theta, gradients[:, 0] / parts.scale)
     torch.testing.assert_close(by_blocks, by_rows)
+
+
+def test_wide_layers_keep_less_and_are_fitted_the_same(monkeypatch):
+    case = make("conv3x3")
+    given = (case.layer, case.module.weight, [(2, 3), (4, 2), (2, 2)], case.moment, case.metric, 20)
+    before = [fit.error for fit in DECOMPOSITIONS["svd_grouped"].fit(*given)]
+    kept = []
+
+    def watch(search, dtype, whole=variable_projection._Search._product):
+        found = whole(search, dtype)
+        kept.append(len(search.products))
+        return found
+
+    monkeypatch.setattr(variable_projection._Search, "_product", watch)
+    monkeypatch.setattr(variable_projection, "KEPT_BYTES", 0)
+    assert [fit.error for fit in DECOMPOSITIONS["svd_grouped"].fit(*given)] == before
+    assert max(kept) == 1 < len(kept)
 
 
 @pytest.mark.parametrize(("family", "name"), ONE_EACH)
