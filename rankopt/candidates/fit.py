@@ -70,10 +70,9 @@ def whole_grid(layers: Sequence[Layer], space: SearchSpace) -> list[Request]:
         layers: The layers to fit.
         space: Families, ranks and number of optimisation steps.
     """
-    found = _all_requests(layers, space)
-    feasible = [request for request in found if takes_a_step(request)]
-    names = {request.layer.name for request in feasible}
-    return [request for request in found if request in feasible or request.layer.name not in names]
+    found = [(request, takes_a_step(request)) for request in _all_requests(layers, space)]
+    names = {request.layer.name for request, feasible in found if feasible}
+    return [request for request, feasible in found if feasible or request.layer.name not in names]
 
 
 def left_out(grid: Sequence[Request], layers: Sequence[Layer], space: SearchSpace) -> list[str]:
@@ -84,9 +83,10 @@ def left_out(grid: Sequence[Request], layers: Sequence[Layer], space: SearchSpac
         layers: The layers.
         space: The search space.
     """
+    tried = {(request.layer.name, request.family) for request in grid}
     families: dict[str, list[str]] = {}
     for request in _all_requests(layers, space):
-        if request not in grid:
+        if (request.layer.name, request.family) not in tried:
             families.setdefault(request.layer.name, []).append(request.family)
     return [
         f"{', '.join(names)} are not tried on {name!r}, so wide that a single step of their fits would take minutes"
