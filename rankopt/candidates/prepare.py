@@ -265,11 +265,13 @@ class Prepared:
     def to_measure(self, problem: Problem, proposal: Proposal) -> nn.Module:
         """Build a model with the outputs of a compressed one, in the form in which it is measured soonest.
 
+        A task's own objective may look at more than outputs, and gets the compressed model itself.
+
         Args:
             problem: The problem that the proposal belongs to.
             proposal: One frontier index per layer.
         """
-        if self.network is not None:
+        if self.network is not None or not isinstance(self.objective, Divergence):
             return self.apply(problem, proposal)
         return apply_to_measure(self.task.model, problem.layers, problem.candidates(proposal), self.factors)
 

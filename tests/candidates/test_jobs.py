@@ -15,6 +15,7 @@ from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import Task
+from rankopt.decompositions.plan import apply
 from rankopt.model.inventory import inventory
 from tests.helpers.layers import make
 
@@ -100,6 +101,22 @@ def test_fits_that_a_gpu_and_workers_share_are_those_of_workers(task, tmp_path, 
         again = {(c.method, c.rank): c.error for c in after.candidates[name]}
         assert errors.keys() == again.keys()
         assert [again[key] for key in errors] == pytest.approx([*errors.values()], rel=0.02)
+
+
+def test_a_task_s_own_objective_gets_the_compressed_model_itself(task, tmp_path, monkeypatch):
+    """It may count operations, for example; on a GPU the default one is measured on reconstructed weights."""
+    space, asked = SearchSpace(families=("svd_out",), points=2), []
+
+    def build(*given):
+        asked.append(given)
+        return apply(*given)
+
+    monkeypatch.setattr("rankopt.candidates.prepare.apply_to_measure", build)
+    for objective, count in ((None, 1), (lambda model: 0.0, 1)):
+        found = prepare(dataclasses.replace(task, objective=objective), space, tmp_path, workers=1)
+        problem = found.problem({"params": 0.8})
+        found.to_measure(problem, tuple(0 for _ in problem.frontiers))
+        assert len(asked) == count
 
 
 def test_workers_read_statistics_from_the_cache_and_say_what_is_lost(task, tmp_path):
