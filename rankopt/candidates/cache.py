@@ -247,6 +247,10 @@ class Cache:
         except (OSError, ValueError):
             return None
 
+    def lost(self) -> RankoptError:
+        """The error of an entry that was written and cannot be read back."""
+        return RankoptError(f"the cache {self.folder} lost what was just written: is its disk sound?")
+
     def read_shapes(self, key: str, names: Collection[str]) -> dict[str, list[int]]:
         """Read the shapes of some tensors of an entry, as far as they are there.
 

@@ -870,7 +870,7 @@ class StoredStatistics:
     def __getitem__(self, name: str) -> tuple[Any, Any]:
         found = self.read(name, "moment", "metric")
         if found is None:
-            raise RankoptError(f"the cache {self.cache.folder} lost what was just written: is its disk sound?")
+            raise self.cache.lost()
         return _in_float64(found)
 
     def read(self, name: str, *kinds: str) -> dict[str, Tensor] | None:
@@ -972,7 +972,7 @@ class Statistics(Mapping[str, tuple[Any, Any]]):
             self._measure([self._block_of[name]])
             found = self.stored.read(name, *kinds)
         if found is None:
-            raise RankoptError(f"the cache {self.cache.folder} lost what was just written: is its disk sound?")
+            raise self.cache.lost()
         return found
 
     def __getitem__(self, name: str) -> tuple[Any, Any]:

@@ -136,7 +136,7 @@ def fit(
         job = jobs[number]
         known[job.key] = _read(cache, job)
         if known[job.key] is None:
-            raise RankoptError(f"the cache {cache.folder} lost what was just written: is its disk sound?")
+            raise cache.lost()
         seconds[job.family] = seconds.get(job.family, 0.0) + spent
     return [known[job.key] or [] for job in asked], seconds
 
