@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import rankopt
 from rankopt.core.records import Layer, Rank
+from rankopt.decompositions.linear_algebra import balanced, leading_rows
 from rankopt.decompositions.modules import load_factors
-from rankopt.decompositions.types import Factors, Stage, Target
-from rankopt.decompositions.variable_projection import OutputSolved, Parameters, balanced, leading_rows
+from rankopt.decompositions.types import Factors, Parameters, Stage, Target
+from rankopt.decompositions.variable_projection import OutputSolved
 
 
 class WidthFirst(OutputSolved):

@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from rankopt.candidates.calibration import moments
 from rankopt.core.files import write_beside
 from rankopt.core.records import Layer, Rank
-from rankopt.decompositions import variable_projection as fitting
+from rankopt.decompositions import parameter_search as fitting
 from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.targets import full_target
 from rankopt.decompositions.types import Target
-from rankopt.decompositions.variable_projection import full_target
 from rankopt.experiments.tasks import load_task
 from rankopt.model.inputs import CALIBRATION_EXAMPLES, collect_batches
 from rankopt.model.inventory import inventory

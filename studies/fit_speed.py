@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from joblib import Parallel, delayed
@@ -25,6 +25,7 @@ from torch import Tensor
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.types import Original
 
 SHAPES = ((16, 16, 6), (32, 16, 1), (32, 32, 5), (64, 32, 1), (64, 64, 5))
 """Outputs, inputs and number of the 3 x 3 convolutions of a ResNet-20."""
@@ -32,19 +33,7 @@ SHAPES = ((16, 16, 6), (32, 16, 1), (32, 32, 5), (64, 32, 1), (64, 64, 5))
 SPACE = SearchSpace()
 
 
-class Case(NamedTuple):
-    """A layer with its weight and statistics."""
-
-    layer: Layer
-    weight: Tensor
-    moment: Tensor
-    metric: Tensor
-
-    def to(self, device: str) -> Case:
-        return Case(self.layer, *(t.to(device) for t in self[1:]))
-
-
-def cases(outputs: int, inputs: int, number: int) -> list[Case]:
+def cases(outputs: int, inputs: int, number: int) -> list[Original]:
     """Layers of one shape."""
     found = []
     for i in range(number):
@@ -56,7 +45,7 @@ def cases(outputs: int, inputs: int, number: int) -> list[Case]:
             turn = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
             turn = turn * torch.arange(1, size + 1) ** -0.7
             weight = torch.tensordot(turn, weight.movedim(axis, 0), 1).movedim(0, axis)
-        found.append(Case(layer, weight.contiguous(), moment, metric))
+        found.append(Original(layer, weight.contiguous(), moment, metric))
     return found
 
 
@@ -66,7 +55,7 @@ def _moment(n: int, generator: torch.Generator) -> Tensor:
     return ((turn * torch.logspace(0, -5, n, dtype=torch.float64)) @ turn.mT)[None]
 
 
-def fit(case: Case, family: str, ranks: list[Rank]) -> tuple[list[float], float]:
+def fit(case: Original, family: str, ranks: list[Rank]) -> tuple[list[float], float]:
     """Errors of the fits of one layer, and CPU seconds."""
     torch.set_num_threads(1)
     start = time.process_time()
@@ -74,14 +63,14 @@ def fit(case: Case, family: str, ranks: list[Rank]) -> tuple[list[float], float]
     return [f.error for f in found], time.process_time() - start
 
 
-def jobs(shapes: list[list[Case]]) -> list[tuple[Case, str, list[Rank]]]:
+def jobs(shapes: list[list[Original]]) -> list[tuple[Original, str, list[Rank]]]:
     """All layers with each family and its ranks."""
     pairs = [(case, family) for same in shapes for case in same for family in SPACE.families]
     found = [(case, family, SPACE.ranks(family, case.layer)) for case, family in pairs]
     return sorted((job for job in found if job[2]), key=lambda job: -job[0].layer.weights * (job[1][:2] == "cp"))
 
 
-def on_cpu(shapes: list[list[Case]], workers: int) -> dict[str, Any]:
+def on_cpu(shapes: list[list[Original]], workers: int) -> dict[str, Any]:
     """Errors and CPU seconds by layer and family."""
     found = Parallel(n_jobs=workers)(delayed(fit)(*job) for job in jobs(shapes))
     return {f"{j[0].layer.name} {j[1]}": result for j, result in zip(jobs(shapes), found, strict=True)}
@@ -98,9 +87,9 @@ def compare(name: str, errors: dict[str, Any], reference: dict[str, Any]) -> Non
     )
 
 
-def on_gpu(shapes: list[list[Case]], device: str, reference: dict[str, Any]) -> None:
+def on_gpu(shapes: list[list[Original]], device: str, reference: dict[str, Any]) -> None:
     """Print seconds on a GPU one by one (a sample) and in batches, memory, and errors beside the CPU's."""
-    there = [[case.to(device) for case in same] for same in shapes]
+    there = [[Original(case[0], *(t.to(device) for t in case[1:])) for case in same] for same in shapes]
     fit(there[0][0], "svd_in", [(4,)])  # starts the device's libraries
     start = time.perf_counter()
     sample = {}
@@ -118,8 +107,7 @@ def on_gpu(shapes: list[list[Case]], device: str, reference: dict[str, Any]) -> 
         for family in SPACE.families:
             if ranks := SPACE.ranks(family, same[0].layer):
                 begun = time.perf_counter()
-                layers, weights, moments, metrics = zip(*same, strict=True)
-                stack = DECOMPOSITIONS[family].fit_stack(layers, weights, ranks, moments, metrics, SPACE.steps)
+                stack = DECOMPOSITIONS[family].fit_stack(same, ranks, SPACE.steps)
                 for case, fits in zip(same, stack, strict=True):
                     found[f"{case.layer.name} {family}"] = ([f.error for f in fits], 0.0)
                 seconds = time.perf_counter() - begun

@@ -44,7 +44,7 @@ from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.environment import processor
 from rankopt.core.records import Layer
-from rankopt.decompositions.variable_projection import MAX_FLOPS
+from rankopt.decompositions.parameter_search import MAX_FLOPS
 from rankopt.model.forward import batch_size
 from rankopt.model.layer_kinds import as_matrix, in_own_shape
 from rankopt.search.compress import run_search

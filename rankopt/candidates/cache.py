@@ -22,8 +22,8 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.files import digest, open_tensors, write_beside
 from rankopt.core.schema import checked, parse_json, read_json
 from rankopt.core.text import reason
+from rankopt.decompositions.linear_algebra import cut
 from rankopt.decompositions.types import Factors, Nested
-from rankopt.decompositions.variable_projection import cut
 
 VERSION = 12  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
 

@@ -24,7 +24,7 @@ from rankopt.core.records import Candidate, Layer, Rank
 from rankopt.core.timing import threads
 from rankopt.decompositions.conformance import checked_fits, code_of, named
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.types import Fit, Nested
+from rankopt.decompositions.types import Fit, Nested, Original
 
 START_UP = 2.0
 """Seconds of short fits before worker processes are started, which takes about as long: small models need none."""
@@ -220,7 +220,7 @@ def _run(
     elsewhere = _on_workers(statistics, jobs, (arguments(n) for n in in_time(left)), workers) if left else ()
     for stack in in_time(here):  # meanwhile
         own = [jobs[i] for i in stack]
-        yield from _fit_stack(statistics.cache, stack, own, *zip(*held.of([job.layer for job in own]), strict=True))
+        yield from _fit_stack(statistics.cache, stack, own, held.of([job.layer for job in own]))
     yield from elsewhere
 
 
@@ -242,10 +242,10 @@ class _Held:
 
     def __init__(self, statistics: Statistics) -> None:
         self.statistics = statistics
-        self.found: dict[str, tuple[Any, ...]] = {}
+        self.found: dict[str, Original] = {}
 
-    def of(self, layers: Sequence[Layer]) -> list[tuple[Any, ...]]:
-        """The weight, S and H of each of some layers; what is held of others is let go.
+    def of(self, layers: Sequence[Layer]) -> list[Original]:
+        """The weight and the norm of each of some layers; what is held of others is let go.
 
         Args:
             layers: The layers.
@@ -256,7 +256,7 @@ class _Held:
             if layer.name not in self.found:
                 weight = _weight(self.statistics, layer).detach()
                 given = (None if t is None else t.to(weight.device) for t in self.statistics[layer.name])
-                self.found[layer.name] = (weight, *given)
+                self.found[layer.name] = Original(layer, weight, *given)
         return [self.found[name] for name in names]
 
 
@@ -281,7 +281,7 @@ def _on_workers(
         _keep(statistics.cache, jobs[ended[0]], fits)
         return ended
 
-    whole = ((number, job, weight, *statistics[job.layer.name]) for number, job, weight in calls)
+    whole = ((n, job, Original(job.layer, weight, *statistics[job.layer.name])) for n, job, weight in calls)
     return itertools.starmap(keep, workers(_fit_away, whole, memory))
 
 
@@ -316,57 +316,47 @@ def _weight(statistics: Statistics, layer: Layer) -> Tensor:
     return weight
 
 
-def _fit_away(
-    _: None, number: int, job: Job, weight: Tensor, moment: Tensor | None, output_metric: Tensor | None
-) -> tuple[tuple[int, float], _Made]:
+def _fit_away(_: None, number: int, job: Job, original: Original) -> tuple[tuple[int, float], _Made]:
     """On another machine, which may not have this cache: the number and the seconds, and the fits."""
     start = time.perf_counter()
-    (fits,) = _fits([job], [weight], [moment], [output_metric])
+    (fits,) = _fits([job], [original])
     return (number, time.perf_counter() - start), fits
 
 
 def _fit_one(statistics: Statistics | StoredStatistics, number: int, job: Job, weight: Tensor) -> tuple[int, float]:
-    moment, metric = statistics[job.layer.name]
-    (ended,) = _fit_stack(statistics.cache, [number], [job], [weight], [moment], [metric])
+    original = Original(job.layer, weight, *statistics[job.layer.name])
+    (ended,) = _fit_stack(statistics.cache, [number], [job], [original])
     return ended
 
 
 def _fit_stack(
-    cache: Cache, numbers: Sequence[int], jobs: Sequence[Job], *tensors: Sequence[Any]
+    cache: Cache, numbers: Sequence[int], jobs: Sequence[Job], originals: Sequence[Original]
 ) -> list[tuple[int, float]]:
     """Fit several jobs of one family whose layers have equal shapes and ranks, and write to the cache."""
     start = time.perf_counter()
-    for job, fits in zip(jobs, _fits(jobs, *tensors), strict=True):
+    for job, fits in zip(jobs, _fits(jobs, originals), strict=True):
         _keep(cache, job, fits)
     return [(number, (time.perf_counter() - start) / len(jobs)) for number in numbers]
 
 
-def _fits(
-    jobs: Sequence[Job],
-    weights: Sequence[Tensor],
-    moments: Sequence[Tensor | None],
-    metrics: Sequence[Tensor | None],
-) -> list[_Made]:
+def _fits(jobs: Sequence[Job], originals: Sequence[Original]) -> list[_Made]:
     """The checked fits of each job, or its nested factors."""
-    layers, (_, family, ranks, steps, factors, _) = [job.layer for job in jobs], jobs[0]
-    names = ", ".join(repr(layer.name) for layer in layers)
+    _, family, ranks, steps, factors, _ = jobs[0]
+    names = ", ".join(repr(job.layer.name) for job in jobs)
     decomposition = DECOMPOSITIONS[family]
     try:
         if not factors:
-            return [*decomposition.errors_stack(layers, weights, ranks, moments, metrics, steps)]
+            return [*decomposition.errors(originals, ranks, steps)]
         if decomposition.closed_form and DECOMPOSITIONS.is_own(family):
-            nested = [decomposition.nested(*one) for one in zip(layers, weights, moments, metrics, strict=True)]
+            nested = [decomposition.nested(*one) for one in originals]
             return [one for one in nested if one is not None]
-        if len(jobs) == 1:
-            stack = [list(decomposition.fit(layers[0], weights[0], ranks, moments[0], metrics[0], steps))]
-        else:
-            stack = decomposition.fit_stack(layers, weights, ranks, moments, metrics, steps)
+        stack = decomposition.fit_stack(originals, ranks, steps)
     except RankoptError:
         raise
     except Exception as error:  # torch's, also those of linear algebra and out of memory, and other packages'
         raise RankoptError(f"fitting {family} to layer {names} failed: {error}") from error
-    given = zip(jobs, weights, moments, metrics, stack, strict=True)
-    return [checked_fits(family, job.layer, w, job.ranks, s, h, fits) for job, w, s, h, fits in given]
+    given = zip(jobs, originals, stack, strict=True)
+    return [checked_fits(family, original, job.ranks, fits) for job, original, fits in given]
 
 
 def _keep(cache: Cache, job: Job, made: _Made) -> None:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from rankopt.candidates.calibration import is_wide, sketch_rows, statistics_bytes
 from rankopt.core.records import Layer, Rank
+from rankopt.decompositions.parameter_search import affordable_steps
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.variable_projection import OutputSolved, affordable_steps
+from rankopt.decompositions.variable_projection import OutputSolved
 
 
 class Request(NamedTuple):

@@ -28,9 +28,10 @@ from rankopt.candidates.pareto import dense_candidate, frontier
 from rankopt.core.files import digest
 from rankopt.core.records import DENSE, INT8, SAME, Candidate, Layer
 from rankopt.decompositions.core_networks import CoreNetwork
+from rankopt.decompositions.output_solver import OutputSolver
 from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.targets import full_target
 from rankopt.decompositions.types import Factors, Target
-from rankopt.decompositions.variable_projection import OutputSolver, full_target
 from rankopt.model.quantization import ROW, Encoded, cost_at, decode, encode, to_grid
 
 DAMPING = 1e-8  # added to the diagonal of G, relative to its mean

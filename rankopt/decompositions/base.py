@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import FACTORISED, RECONSTRUCTED, Cost, Layer, Rank
 from rankopt.decompositions.modules import Reconstructed, build_chain, copy_settings
-from rankopt.decompositions.types import Aspect, Bond, Factors, Fit, Nested, Stage
+from rankopt.decompositions.types import Aspect, Bond, Factors, Fit, Nested, Original, Stage
 from rankopt.model.forward import random_numbers
 
 
@@ -109,30 +109,6 @@ class Decomposition(ABC):
             One fit per rank, in order.
         """
 
-    def errors(
-        self,
-        layer: Layer,
-        weight: Tensor,
-        ranks: Sequence[Rank],
-        moment: Tensor | None = None,
-        metric: Tensor | None = None,
-        steps: int = 100,
-    ) -> list[Fit]:
-        """Estimate the errors of fits of which nothing else is needed.
-
-        Args:
-            layer: Layer to decompose.
-            weight: The module's weight, in its own shape.
-            ranks: Valid ranks.
-            moment: S or None, as of `fit`.
-            metric: H or None.
-            steps: As of `fit`.
-
-        Returns:
-            One fit per rank, in order, without factors. Default: the errors of `fit`.
-        """
-        return [x._replace(factors=()) for x in self.fit(layer, weight, ranks, moment, metric, steps)]
-
     def nested(
         self, layer: Layer, weight: Tensor, moment: Tensor | None = None, metric: Tensor | None = None
     ) -> Nested | None:
@@ -145,59 +121,36 @@ class Decomposition(ABC):
             metric: H or None.
 
         Returns:
-            What `variable_projection.cut` cuts ranks (R,) from. Default: None, each rank has its own factors.
+            What `linear_algebra.cut` cuts ranks (R,) from. Default: None, each rank has its own factors.
         """
         return None
 
-    def fit_stack(
-        self,
-        layers: Sequence[Layer],
-        weights: Sequence[Tensor],
-        ranks: Sequence[Rank],
-        moments: Sequence[Tensor | None],
-        metrics: Sequence[Tensor | None],
-        steps: int = 100,
-    ) -> list[list[Fit]]:
+    def fit_stack(self, originals: Sequence[Original], ranks: Sequence[Rank], steps: int = 100) -> list[list[Fit]]:
         """Fit layers of the same shape; families that can fit them at once override this.
 
         Args:
-            layers: Layers to decompose, with equal shapes and groups.
-            weights: As in `fit`, one for each layer.
+            originals: Layers with equal shapes and groups, whose moments, and whose metrics, are all of the same shape
+                or all None.
             ranks: Valid ranks, the same for all.
-            moments: As in `fit`, one for each layer; all of the same shape, or all None.
-            metrics: As in `fit`, one for each layer; all of the same shape, or all None.
-            steps: As in `fit`.
+            steps: As of `fit`.
 
         Returns:
             For each layer one fit per rank, in order.
         """
-        given = zip(layers, weights, moments, metrics, strict=True)
-        return [list(self.fit(layer, w, ranks, s, h, steps)) for layer, w, s, h in given]
+        return [list(self.fit(x.layer, x.weight, ranks, x.moment, x.metric, steps)) for x in originals]
 
-    def errors_stack(
-        self,
-        layers: Sequence[Layer],
-        weights: Sequence[Tensor],
-        ranks: Sequence[Rank],
-        moments: Sequence[Tensor | None],
-        metrics: Sequence[Tensor | None],
-        steps: int = 100,
-    ) -> list[list[Fit]]:
-        """As `errors` of layers of the same shape; families that can fit them at once override this.
+    def errors(self, originals: Sequence[Original], ranks: Sequence[Rank], steps: int = 100) -> list[list[Fit]]:
+        """Estimate the errors of fits of which nothing else is needed; families that save work so override this.
 
         Args:
-            layers: Layers, as of `fit_stack`.
-            weights: One for each layer.
+            originals: Layers, as of `fit_stack`.
             ranks: Valid ranks, the same for all.
-            moments: As of `fit_stack`.
-            metrics: As of `fit_stack`.
             steps: As of `fit`.
 
         Returns:
-            For each layer one fit per rank, in order, without factors.
+            For each layer one fit per rank, in order, without factors. Default: the errors of `fit_stack`.
         """
-        given = zip(layers, weights, moments, metrics, strict=True)
-        return [self.errors(layer, w, ranks, s, h, steps) for layer, w, s, h in given]
+        return [[fit._replace(factors=()) for fit in fits] for fits in self.fit_stack(originals, ranks, steps)]
 
     # --- ranks ---
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.cp import rank_one_rows
-from rankopt.decompositions.types import Factors, Stage, Target
-from rankopt.decompositions.variable_projection import OutputSolved, Parameters, balanced_bond, leading_rows
+from rankopt.decompositions.linear_algebra import balanced_bond, leading_rows
+from rankopt.decompositions.types import Factors, Parameters, Stage, Target
+from rankopt.decompositions.variable_projection import OutputSolved
 
 
 class BlockTerm(OutputSolved):

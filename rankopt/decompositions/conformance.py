@@ -12,13 +12,13 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.types import Fit
-from rankopt.decompositions.variable_projection import full_target
+from rankopt.decompositions.targets import full_target
+from rankopt.decompositions.types import Fit, Original
 
 TOLERANCE = 1e-3
 """By how much the error that a fit declares may differ from that of its factors, relative and absolute."""
@@ -111,26 +111,15 @@ def check_modules(family: str, module: nn.Module, layer: Layer, ranks: Sequence[
                 )
 
 
-def checked_fits(
-    family: str,
-    layer: Layer,
-    weight: Tensor,
-    ranks: Sequence[Rank],
-    moment: Tensor | None,
-    metric: Tensor | None,
-    found: Sequence[Any],
-) -> list[Fit]:
+def checked_fits(family: str, original: Original, ranks: Sequence[Rank], found: Sequence[Any]) -> list[Fit]:
     """The fits of a decomposition, their factors contiguous and without gradients.
 
     What rankopt's own decompositions declare is not checked again.
 
     Args:
         family: Name of the decomposition.
-        layer: The layer.
-        weight: The module's weight.
+        original: What was fitted.
         ranks: The ranks that were asked for.
-        moment: S or None.
-        metric: H or None.
         found: What `fit` gave.
 
     Raises:
@@ -140,18 +129,17 @@ def checked_fits(
         return list(found)
     given = [fit.rank if isinstance(fit, Fit) else fit for fit in found]
     if given != list(ranks):
-        raise _fault(family, layer, f"its fit gave {given} for the ranks {list(ranks)}: yield a Fit for each, in order")
+        asked = f"its fit gave {given} for the ranks {list(ranks)}: yield a Fit for each, in order"
+        raise _fault(family, original.layer, asked)
     fits = [fit._replace(factors=tuple(f.detach().clone().contiguous() for f in fit.factors)) for fit in found]
     for fit in fits:
-        _check_fit(family, layer, weight, moment, metric, fit)
+        _check_fit(family, original, fit)
     return fits
 
 
-def _check_fit(
-    family: str, layer: Layer, weight: Tensor, moment: Tensor | None, metric: Tensor | None, fit: Fit
-) -> None:
-    decomposition = DECOMPOSITIONS[family]
-    kind = {"shape": tuple(map(tuple, decomposition.shapes(layer, fit.rank))), "dtype": weight.dtype}
+def _check_fit(family: str, original: Original, fit: Fit) -> None:
+    decomposition, layer = DECOMPOSITIONS[family], original.layer
+    kind = {"shape": tuple(map(tuple, decomposition.shapes(layer, fit.rank))), "dtype": original.weight.dtype}
     shapes = tuple(tuple(f.shape) for f in fit.factors)
     if shapes != kind["shape"] or any(f.dtype != kind["dtype"] for f in fit.factors):
         types = sorted({str(f.dtype) for f in fit.factors})
@@ -163,7 +151,7 @@ def _check_fit(
         )
     if not all(torch.isfinite(f).all() for f in fit.factors):
         raise _fault(family, layer, f"its fit of rank {fit.rank} gave factors that are NaN or infinite")
-    target = full_target(layer, weight, moment, metric)
+    target = full_target(*original)
     with named(family, layer, f"weight at rank {fit.rank}"):
         whole = decomposition.weight(layer, tuple(f.double() for f in fit.factors)).reshape(target.weight.shape)
     error = target.error(whole)
@@ -172,7 +160,7 @@ def _check_fit(
             family,
             layer,
             f"its fit of rank {fit.rank} declares an error of {fit.error:.4g}, its factors have {error:.4g}: end `fit` "
-            "with variable_projection.stored_fit",
+            "with targets.stored_fit",
         )
 
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.core.records import Layer, Rank
+from rankopt.decompositions.linear_algebra import roots
 from rankopt.decompositions.modules import OnBatches, empty_cores
+from rankopt.decompositions.targets import full_target
 from rankopt.decompositions.types import Bond, Factors, Target
-from rankopt.decompositions.variable_projection import OutputSolved, full_target, roots
+from rankopt.decompositions.variable_projection import OutputSolved
 from rankopt.model.layer_kinds import describe, in_own_shape
 
 TRAIN = (("C1",), ("C1", "C2"), ("C1", "C2", "T1"))

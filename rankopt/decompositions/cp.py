@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
-from rankopt.decompositions.types import Factors, Stage, Target, is_sketch
-from rankopt.decompositions.variable_projection import OutputSolved, Parameters, equal_norms, once_per_target
+from rankopt.decompositions.linear_algebra import equal_norms
+from rankopt.decompositions.targets import once_per_target
+from rankopt.decompositions.types import Factors, Parameters, Stage, Target, is_sketch
+from rankopt.decompositions.variable_projection import OutputSolved
 
 
 class Cp(OutputSolved):

@@ -41,8 +41,8 @@ from torch.utils.checkpoint import checkpoint
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import RECONSTRUCTED, Layer, Rank
 from rankopt.decompositions.joint_fit import Joint
+from rankopt.decompositions.linear_algebra import leading_basis
 from rankopt.decompositions.types import Bond, Factors
-from rankopt.decompositions.variable_projection import leading_basis
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: x,

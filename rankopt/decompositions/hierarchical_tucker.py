@@ -19,9 +19,9 @@ from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.core_networks import CoreNetwork, linear_modes
+from rankopt.decompositions.linear_algebra import balanced_bond, leading_rows
 from rankopt.decompositions.tucker import balanced_tucker, kronecker, mode_bases, tucker_weight
-from rankopt.decompositions.types import Aspect, Bond, Factors, Stage, Target
-from rankopt.decompositions.variable_projection import Parameters, balanced_bond, leading_rows
+from rankopt.decompositions.types import Aspect, Bond, Factors, Parameters, Stage, Target
 
 
 class HierarchicalTucker(CoreNetwork):

@@ -18,13 +18,9 @@ from torch import Tensor
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.lbfgs import Objective
-from rankopt.decompositions.types import Factors, Fit, Target
-from rankopt.decompositions.variable_projection import (
-    StoredError,
-    affordable_steps,
-    full_target,
-    minimize_in_both,
-)
+from rankopt.decompositions.parameter_search import affordable_steps, minimize_in_both
+from rankopt.decompositions.targets import StoredError, full_target
+from rankopt.decompositions.types import Factors, Fit, Original, Target
 
 
 class Joint(Decomposition):
@@ -85,19 +81,14 @@ class Joint(Decomposition):
             found, before, _, ended = search(start)
             yield error(self.balance(layer, found), rank)._replace(start=before, ended=ended)
 
-    def errors(
-        self,
-        layer: Layer,
-        weight: Tensor,
-        ranks: Sequence[Rank],
-        moment: Tensor | None = None,
-        metric: Tensor | None = None,
-        steps: int = 100,
-    ) -> list[Fit]:
-        if type(self).fit is not Joint.fit:
-            return super().errors(layer, weight, ranks, moment, metric, steps)
-        search = _Search(self, layer, full_target(layer, weight, moment, metric), steps)
-        found = map(search, self.starts(layer, search.dense, ranks))
+    def errors(self, originals: Sequence[Original], ranks: Sequence[Rank], steps: int = 100) -> list[list[Fit]]:
+        if type(self).fit is not Joint.fit:  # a subclass fits in its own way
+            return super().errors(originals, ranks, steps)
+        return [self._errors(original, ranks, steps) for original in originals]
+
+    def _errors(self, original: Original, ranks: Sequence[Rank], steps: int) -> list[Fit]:
+        search = _Search(self, original.layer, full_target(*original), steps)
+        found = map(search, self.starts(original.layer, search.dense, ranks))
         pairs = zip(ranks, found, strict=True)
         return [Fit(rank, (), after, before, ended) for rank, (_, before, after, ended) in pairs]
 

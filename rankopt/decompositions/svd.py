@@ -17,19 +17,11 @@ from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.base import Decomposition
-from rankopt.decompositions.types import Aspect, Factors, Fit, Nested, Stage, Target
-from rankopt.decompositions.variable_projection import (
-    Blocks,
-    OutputSolved,
-    Parameters,
-    absorb_metric,
-    balanced,
-    cut,
-    first_rows,
-    full_target,
-    once_per_target,
-    singular_rows,
-)
+from rankopt.decompositions.linear_algebra import balanced, cut, first_rows, singular_rows
+from rankopt.decompositions.output_solver import Blocks
+from rankopt.decompositions.targets import absorb_metric, full_target, once_per_target
+from rankopt.decompositions.types import Aspect, Factors, Fit, Nested, Parameters, Stage, Target
+from rankopt.decompositions.variable_projection import OutputSolved
 
 BLOCKS = (16, 8, 4, 2)
 """Numbers of blocks that svd_grouped tries."""
@@ -284,7 +276,7 @@ def input_blocks(layer: Layer, channels: Tensor) -> Blocks:
 
 
 def split_input(layer: Layer, channels: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Balance V and B (see `variable_projection.balanced`).
+    """Balance V and B (see `linear_algebra.balanced`).
 
     Args:
         layer: Layer to decompose.

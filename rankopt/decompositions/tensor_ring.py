@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.core_networks import TRAIN, CoreNetwork, linear_modes
-from rankopt.decompositions.types import Bond, Factors, Stage, Target
-from rankopt.decompositions.variable_projection import Parameters, balanced_bond, leading_rows
+from rankopt.decompositions.linear_algebra import balanced_bond, leading_rows
+from rankopt.decompositions.types import Bond, Factors, Parameters, Stage, Target
 
 
 class TensorRing(CoreNetwork):

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.core_networks import TRAIN, CoreNetwork, linear_modes
+from rankopt.decompositions.linear_algebra import balanced_bond, leading_rows
+from rankopt.decompositions.output_solver import Blocks
 from rankopt.decompositions.svd import input_start, width_blocks
 from rankopt.decompositions.tucker import low_rank
-from rankopt.decompositions.types import Bond, Factors, Stage, Target
-from rankopt.decompositions.variable_projection import Blocks, OutputSolved, Parameters, balanced_bond, leading_rows
+from rankopt.decompositions.types import Bond, Factors, Parameters, Stage, Target
+from rankopt.decompositions.variable_projection import OutputSolved
 
 
 class TensorTrain(CoreNetwork):

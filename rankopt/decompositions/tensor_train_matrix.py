@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from rankopt.core.records import RECONSTRUCTED, Layer, Rank
 from rankopt.decompositions.joint_fit import Joint
+from rankopt.decompositions.linear_algebra import balanced, leading_basis
 from rankopt.decompositions.modules import OnBatches, empty_cores
 from rankopt.decompositions.types import Aspect, Bond, Factors
-from rankopt.decompositions.variable_projection import balanced, leading_basis
 from rankopt.model.layer_kinds import describe, in_own_shape
 
 UNEVEN = 3

@@ -15,16 +15,11 @@ import torch
 from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
+from rankopt.decompositions.linear_algebra import balanced, balanced_bond, leading_rows
+from rankopt.decompositions.output_solver import Blocks
 from rankopt.decompositions.svd import input_blocks, input_start, split_input
-from rankopt.decompositions.types import Aspect, Factors, Stage, Target
-from rankopt.decompositions.variable_projection import (
-    Blocks,
-    OutputSolved,
-    Parameters,
-    balanced,
-    balanced_bond,
-    leading_rows,
-)
+from rankopt.decompositions.types import Aspect, Factors, Parameters, Stage, Target
+from rankopt.decompositions.variable_projection import OutputSolved
 
 SWEEPS = 20
 """Passes of HOOI over all modes."""

@@ -16,6 +16,9 @@ Aspect = tuple[float, ...]
 Factors = tuple[Tensor, ...]
 """The weights of a replacement's stages or its cores, in the order and layout of the module's parameters."""
 
+Parameters = tuple[Tensor, ...]
+"""The searched parameters θ of a fit by variable projection, float64 tensors (g, ...)."""
+
 
 class Stage(NamedTuple):
     """One convolution of a replacement.
@@ -80,6 +83,23 @@ class Bond(NamedTuple):
     inside: tuple[str, ...]
     factor: int | None = None
     axis: int = 0
+
+
+class Original(NamedTuple):
+    """A layer whose weight a fit approximates, and the norm of its error.
+
+    Attributes:
+        layer: The layer.
+        weight: The module's weight, in its own shape.
+        moment: Input moment S (groups, n, n), float64; of an Embedding its diagonal (groups, n), of very wide layers
+            as of `Target`. None: identity.
+        metric: Output metric H (groups, T, T), float64. None: identity.
+    """
+
+    layer: Layer
+    weight: Tensor
+    moment: Tensor | None = None
+    metric: Tensor | None = None
 
 
 class Fit(NamedTuple):

@@ -18,7 +18,7 @@ from rankopt.core.result_record import CorrelationEntry
 from rankopt.core.statistics import correlation
 from rankopt.decompositions.channels import channel_count, components, factors_of, output_directions, rotation
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.variable_projection import full_target
+from rankopt.decompositions.targets import full_target
 from rankopt.model.forward import batch_size, input_tensors
 from rankopt.model.quantization import dequantize_all
 from rankopt.report.bond_effects import ABLATED, PATCHED, Directions, Effects, Examples, losses, measure, predict

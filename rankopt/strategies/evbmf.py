@@ -34,9 +34,10 @@ from rankopt.core.budget import share
 from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.records import Cost, Layer, Proposal, Rank
+from rankopt.decompositions.linear_algebra import roots
 from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.targets import full_target
 from rankopt.decompositions.types import is_sketch, mean_squares
-from rankopt.decompositions.variable_projection import full_target, roots
 from rankopt.strategies.allocation import fill, project
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.baselines import largest, within

@@ -22,9 +22,9 @@ from rankopt.core.budget import Limit, share
 from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.records import FACTORISED, SAME, Candidate, Cost, Layer, Rank
+from rankopt.decompositions.linear_algebra import balanced
 from rankopt.decompositions.plan import apply, replace
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.variable_projection import balanced
 from rankopt.model.layer_kinds import as_matrix, describe, in_own_shape
 from rankopt.strategies.allocation import allocate
 

@@ -40,8 +40,8 @@ from rankopt.core.options import check_choice
 from rankopt.core.problem import Problem
 from rankopt.core.records import SAME, Candidate, Cost, Layer, Proposal
 from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.targets import full_target
 from rankopt.decompositions.types import FactorLookup, Target
-from rankopt.decompositions.variable_projection import full_target
 from rankopt.strategies.allocation import fill, project
 from rankopt.strategies.base import Strategy
 from rankopt.strategies.baselines import largest, within

@@ -40,10 +40,10 @@ from rankopt.core.problem import Problem
 from rankopt.core.progress import Progress
 from rankopt.core.records import Candidate, Layer
 from rankopt.decompositions.base import Decomposition
+from rankopt.decompositions.linear_algebra import roots
 from rankopt.decompositions.plan import apply
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import mean_squares
-from rankopt.decompositions.variable_projection import roots
 from rankopt.model.composites import expand_composites, take_ordinary_path
 from rankopt.model.layer_kinds import as_matrix, in_own_shape
 from rankopt.strategies.allocation import allocate

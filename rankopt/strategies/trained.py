@@ -28,7 +28,7 @@ from rankopt.core.progress import Progress
 from rankopt.core.records import METRICS, Candidate, Layer, Proposal, Task
 from rankopt.decompositions.plan import load, plan_of, save
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.variable_projection import stored_fit
+from rankopt.decompositions.targets import stored_fit
 from rankopt.strategies.base import Strategy
 from rankopt.training.loop import train
 from rankopt.training.losses import TrainingLoss

@@ -142,7 +142,7 @@ def mine_again(task, cache):
 
 def test_families_that_could_not_take_a_step_are_left_out_and_named(task, tmp_path, monkeypatch):
     families = SearchSpace(families=("svd_out", "cp_merged", "tucker2"), points=3, steps=10)
-    monkeypatch.setattr("rankopt.decompositions.variable_projection.MAX_FLOPS", 1e3)
+    monkeypatch.setattr("rankopt.decompositions.parameter_search.MAX_FLOPS", 1e3)
     found = prepare(task, families, tmp_path, workers=1)
     assert {c.method for menu in found.candidates.values() for c in menu} == {"svd_out"}
     assert sum("cp_merged, tucker2 are not tried on" in warning for warning in found.warnings) == 3

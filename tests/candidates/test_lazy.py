@@ -16,10 +16,10 @@ from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.errors import BudgetError, RankoptError
 from rankopt.core.records import DENSE, Task
 from rankopt.core.run_folder import read_result
-from rankopt.decompositions import variable_projection
+from rankopt.decompositions import parameter_search
 from rankopt.decompositions.plan import apply
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.variable_projection import full_target
+from rankopt.decompositions.targets import full_target
 from rankopt.experiments.tasks import load_task
 from rankopt.search.compress import run_search
 from rankopt.search.settings import SearchSettings
@@ -101,7 +101,7 @@ def test_a_search_that_came_to_its_end_is_not_begun_again_by_a_later_rung(famili
         return run(statistics, jobs, *others)
 
     monkeypatch.setattr(fits, "_run", noted)
-    monkeypatch.setattr(variable_projection, "MAX_FLOPS", 0.0)
+    monkeypatch.setattr(parameter_search, "MAX_FLOPS", 0.0)
     monkeypatch.setattr(fits, "takes_a_step", lambda request: True)  # else the layer would have closed forms only
     found = prepared(tmp_path, space=dataclasses.replace(SPACE, families=families))
     assert len(made) == len(set(made)) > 4

@@ -12,7 +12,7 @@ from torch import nn
 from rankopt.candidates.quantize import quantize_candidate
 from rankopt.core.records import INT8, Candidate, Cost
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.variable_projection import full_target
+from rankopt.decompositions.targets import full_target
 from rankopt.model.inventory import inventory
 
 

@@ -10,10 +10,12 @@ import torch
 
 from rankopt.core.records import Layer
 from rankopt.decompositions.lbfgs import Objective, minimize
+from rankopt.decompositions.parameter_search import DAMPING, inverse_curvature
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.svd import SvdIn
-from rankopt.decompositions.types import Target
-from rankopt.decompositions.variable_projection import DAMPING, OutputSolved, _of_target, inverse_curvature
+from rankopt.decompositions.targets import _of_target
+from rankopt.decompositions.types import Original, Target
+from rankopt.decompositions.variable_projection import OutputSolved
 from tests.helpers.layers import make
 
 SOLVED = [f for f in DECOMPOSITIONS.built_in if isinstance(DECOMPOSITIONS[f], OutputSolved)]
@@ -57,17 +59,15 @@ def test_layers_in_one_batch_are_fitted_as_each_alone(family, name):
     other.moment = other.moment + torch.eye(other.moment.shape[-1], dtype=other.moment.dtype)
     ranks = decomposition.ranks(case.layer, [0.3, 0.6])
     both = (case, other)
-    given = zip(*((c.layer, c.module.weight, c.moment, c.metric) for c in both), strict=True)
-    layers, weights, *statistics = given
-    stack = decomposition.fit_stack(layers, weights, ranks, *statistics, 20)
-    without_factors = decomposition.errors_stack(layers, weights, ranks, *statistics, 20)
-    for one, fits, errors_alone in zip(both, stack, without_factors, strict=True):
-        only = decomposition.errors(one.layer, one.module.weight, ranks, one.moment, one.metric, 20)
-        assert not any(fit.factors for fit in errors_alone)
-        assert [fit.error for fit in errors_alone] == pytest.approx([fit.error for fit in only], rel=0.01, abs=1e-7)
-        for fit, expected in zip(errors_alone, only, strict=True):
+    originals = [Original(c.layer, c.module.weight, c.moment, c.metric) for c in both]
+    stack, without_factors = decomposition.fit_stack(originals, ranks, 20), decomposition.errors(originals, ranks, 20)
+    for one, fits, estimates in zip(originals, stack, without_factors, strict=True):
+        (only,) = decomposition.errors([one], ranks, 20)
+        assert not any(fit.factors for fit in estimates)
+        assert [fit.error for fit in estimates] == pytest.approx([fit.error for fit in only], rel=0.01, abs=1e-7)
+        for fit, expected in zip(estimates, only, strict=True):
             assert fit.start == (None if expected.start is None else pytest.approx(expected.start, rel=0.01))
-        alone = list(decomposition.fit(one.layer, one.module.weight, ranks, one.moment, one.metric, 20))
+        alone = list(decomposition.fit(one.layer, one.weight, ranks, one.moment, one.metric, 20))
         for fit, expected in zip(fits, alone, strict=True):
             assert [f.shape for f in fit.factors] == [f.shape for f in expected.factors]
             assert fit.error == pytest.approx(expected.error, rel=0.01, abs=1e-7)
@@ -82,8 +82,7 @@ def test_a_family_with_a_fit_of_its_own_is_asked_for_it():
             return super().fit(layer, weight, ranks, moment, metric, 0)
 
     asked, case = [], make("conv3x3")
-    layers, weights, moments, metrics = ([x] * 2 for x in (case.layer, case.module.weight, case.moment, case.metric))
-    stack = Own().fit_stack(layers, weights, [(2,)], moments, metrics, 50)
+    stack = Own().fit_stack([Original(case.layer, case.module.weight, case.moment, case.metric)] * 2, [(2,)], 50)
     (expected,) = SvdIn().fit(case.layer, case.module.weight, [(2,)], case.moment, case.metric, 0)
     assert len(asked) == 2 and [fits[0].error for fits in stack] == [expected.error] * 2
 

@@ -20,7 +20,7 @@ from rankopt.core.records import DENSE, FACTORISED, RECONSTRUCTED, Call, Candida
 from rankopt.decompositions.core_networks import linear_modes
 from rankopt.decompositions.plan import replacement, save, to_measure
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.variable_projection import full_target
+from rankopt.decompositions.targets import full_target
 from rankopt.experiments.tasks import load_task
 from rankopt.model.counting import count
 from rankopt.model.layer_kinds import as_matrix

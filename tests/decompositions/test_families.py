@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.errors import PlanError
 from rankopt.core.records import Choice, Cost, Layer, Plan
-from rankopt.decompositions import variable_projection as fitting
+from rankopt.decompositions import parameter_search as fitting
 from rankopt.decompositions.cp import divergence
 from rankopt.decompositions.modules import load_factors
 from rankopt.decompositions.plan import rebuild

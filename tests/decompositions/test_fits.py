@@ -10,16 +10,14 @@ from scipy.optimize import check_grad
 from torch import nn
 
 from rankopt.core.records import Layer
-from rankopt.decompositions import variable_projection
+from rankopt.decompositions import parameter_search
+from rankopt.decompositions.linear_algebra import cut
+from rankopt.decompositions.output_solver import OutputSolver
+from rankopt.decompositions.parameter_search import SEARCH_RIDGE
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.variable_projection import (
-    SEARCH_RIDGE,
-    OutputSolved,
-    OutputSolver,
-    cut,
-    full_target,
-    stored_fit,
-)
+from rankopt.decompositions.targets import full_target, stored_fit
+from rankopt.decompositions.types import Original
+from rankopt.decompositions.variable_projection import OutputSolved
 from tests.helpers.layers import MODULES, ONE_EACH, PAIRS, build, make
 
 
@@ -97,13 +95,13 @@ def test_wide_layers_keep_less_and_are_fitted_the_same(monkeypatch):
     before = [fit.error for fit in DECOMPOSITIONS["svd_grouped"].fit(*given)]
     kept = []
 
-    def watch(search, dtype, whole=variable_projection._Search._product):
+    def watch(search, dtype, whole=parameter_search.Search._product):
         found = whole(search, dtype)
         kept.append(len(search.products))
         return found
 
-    monkeypatch.setattr(variable_projection._Search, "_product", watch)
-    monkeypatch.setattr(variable_projection, "KEPT_BYTES", 0)
+    monkeypatch.setattr(parameter_search.Search, "_product", watch)
+    monkeypatch.setattr(parameter_search, "KEPT_BYTES", 0)
     assert [fit.error for fit in DECOMPOSITIONS["svd_grouped"].fit(*given)] == before
     assert max(kept) == 1 < len(kept)
 
@@ -235,8 +233,9 @@ def test_ranks_cut_from_the_factors_of_all_have_the_errors_that_they_declare(fam
 def test_estimated_errors_are_nearly_those_of_fits(family, name, steps):
     case, decomposition = make(name), DECOMPOSITIONS[family]
     ranks = decomposition.ranks(case.layer, [0.2, 0.5])
-    given = (case.layer, case.module.weight, ranks, case.moment, case.metric, steps)
-    for fit, estimate in zip(decomposition.fit(*given), decomposition.errors(*given), strict=True):
+    original = Original(case.layer, case.module.weight, case.moment, case.metric)
+    ((fits,), (estimates,)) = (f([original], ranks, steps) for f in (decomposition.fit_stack, decomposition.errors))
+    for fit, estimate in zip(fits, estimates, strict=True):
         assert estimate.rank == fit.rank and estimate.factors == ()
         assert estimate.error == pytest.approx(fit.error, rel=0.1, abs=1e-6)
         assert (estimate.start is None) == (fit.start is None)

@@ -18,6 +18,7 @@ from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import BudgetError, RankoptError
 from rankopt.decompositions.registry import DECOMPOSITIONS
+from rankopt.decompositions.types import Original
 from rankopt.experiments.tasks import load_task
 from rankopt.model.energy import NotHereError, open_meter
 from rankopt.model.inventory import inventory
@@ -225,8 +226,8 @@ def test_layers_and_ranks_in_one_batch_agree_with_the_cpu(family):
     found = moments(model, layers, [x])
     ranks = DECOMPOSITIONS[family].ranks(layers[0], [0.1, 0.3, 0.6])
     weights, given = [layer.weight.detach() for layer in model], [found[layer.name] for layer in layers]
-    on_gpu = [[t.cuda() for t in tensors] for tensors in (weights, given)]
-    stack = DECOMPOSITIONS[family].fit_stack(layers, on_gpu[0], ranks, on_gpu[1], [None] * 2, 100)
+    on_gpu = [Original(x, w.cuda(), s.cuda()) for x, w, s in zip(layers, weights, given, strict=True)]
+    stack = DECOMPOSITIONS[family].fit_stack(on_gpu, ranks, 100)
     for layer, weight, moment, fits in zip(layers, weights, given, stack, strict=True):
         assert all(f.is_cuda for fit in fits for f in fit.factors)
         alone = [fit.error for fit in DECOMPOSITIONS[family].fit(layer, weight, ranks, moment, None, 100)]

@@ -23,7 +23,7 @@ from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.records import DENSE, PRECISIONS, SAME, Candidate, Choice, Plan
 from rankopt.decompositions.plan import apply, read_plan, save
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.variable_projection import full_target
+from rankopt.decompositions.targets import full_target
 from rankopt.experiments.digits import DigitsNet
 from rankopt.model.inventory import inventory
 from rankopt.model.layer_kinds import as_matrix

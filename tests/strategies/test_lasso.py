@@ -19,7 +19,7 @@ from rankopt.core.progress import silent
 from rankopt.core.records import Candidate, Cost
 from rankopt.decompositions.modules import load_factors
 from rankopt.decompositions.registry import DECOMPOSITIONS
-from rankopt.decompositions.variable_projection import full_target
+from rankopt.decompositions.targets import full_target
 from rankopt.model.layer_kinds import as_matrix
 from rankopt.search.compress import run_search
 from rankopt.search.settings import SearchSettings

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from rankopt.core.records import Layer, Proposal, Rank
-from rankopt.decompositions.types import Factors, Stage, Target
-from rankopt.decompositions.variable_projection import OutputSolved, Parameters, balanced, leading_rows
+from rankopt.decompositions.linear_algebra import balanced, leading_rows
+from rankopt.decompositions.types import Factors, Parameters, Stage, Target
+from rankopt.decompositions.variable_projection import OutputSolved
 from rankopt.strategies.allocation import allocate
 from rankopt.strategies.base import Strategy
 
