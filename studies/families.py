@@ -33,7 +33,7 @@ from rich.console import Console
 from tensorly import decomposition
 from torch import Tensor, nn
 
-from rankopt.candidates.calibration import moments
+from rankopt.candidates.input_moments import moments
 from rankopt.core.files import write_beside
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions import parameter_search as fitting

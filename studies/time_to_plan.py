@@ -37,8 +37,8 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt.candidates.calibration import ROWS, ROWS_EACH, moments
 from rankopt.candidates.effort import EFFORTS, NORMAL, THOROUGH, USUAL
+from rankopt.candidates.input_moments import ROWS, ROWS_EACH, moments
 from rankopt.candidates.pool import release_workers
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace, load_space

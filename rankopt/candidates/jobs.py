@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from rankopt.candidates.calibration import is_wide, sketch_rows, statistics_bytes
+from rankopt.candidates.calibration import statistics_bytes
+from rankopt.candidates.input_moments import is_wide, sketch_rows
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.parameter_search import affordable_steps
 from rankopt.decompositions.registry import DECOMPOSITIONS

@@ -21,7 +21,6 @@ from torch.nn.utils.parametrize import is_parametrized
 from rankopt.candidates.cache import VERSION, Cache, FactorStore
 from rankopt.candidates.calibration import (
     CALIBRATION_BYTES,
-    WIDEST,
     Statistics,
     WithinMemory,
     few_examples,
@@ -29,6 +28,7 @@ from rankopt.candidates.calibration import (
     without_metric,
 )
 from rankopt.candidates.fit import fit_candidates, in_each_form, is_on_gpu, left_out, whole_grid, worker_count
+from rankopt.candidates.input_moments import WIDEST
 from rankopt.candidates.instruments import INSTRUMENTS
 from rankopt.candidates.jobs import Request
 from rankopt.candidates.latency import MeasuredCosts, measure_costs

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankopt.candidates.calibration import WIDEST, columns, outer
+from rankopt.candidates.input_moments import WIDEST, columns, outer
 from rankopt.candidates.quantize import quantize_candidate
 from rankopt.core.records import DENSE, SAME, Candidate, Layer
 from rankopt.decompositions.modules import load_factors

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt.candidates import calibration
+from rankopt.candidates import calibration, input_moments
 from rankopt.candidates.cache import Cache
-from rankopt.candidates.calibration import Sample, Statistics, add_gram, columns, moments
+from rankopt.candidates.calibration import Statistics
+from rankopt.candidates.input_moments import Sample, add_gram, columns, moments
 from rankopt.core.progress import silent
 from tests.helpers.pools import Elsewhere
 
@@ -112,7 +113,7 @@ def test_a_moment_of_many_vectors_is_that_of_a_sample_of_them(monkeypatch):
     layers = rankopt.inventory(model, batches[0][:1])
     whole = moments(model, layers, batches)
     for constant in ("ROWS", "ROWS_EACH"):
-        monkeypatch.setattr(calibration, constant, 200)
+        monkeypatch.setattr(input_moments, constant, 200)
     assert not any(torch.equal(s, whole[name]) for name, s in moments(model, layers, batches).items())
     rows: dict[str, int] = {}
     some = moments(model, layers, batches, rows=rows)

@@ -12,8 +12,9 @@ from torch import nn
 
 import rankopt
 from rankopt.candidates import fit, instruments
-from rankopt.candidates.calibration import moments, output_metrics
+from rankopt.candidates.input_moments import moments
 from rankopt.candidates.latency_table import Conditions, interleaved, passes
+from rankopt.candidates.output_metrics import output_metrics
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import BudgetError, RankoptError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rankopt.candidates.calibration import moments
+from rankopt.candidates.input_moments import moments
 from rankopt.core.records import Layer
 from rankopt.decompositions.modules import load_factors
 from rankopt.decompositions.registry import DECOMPOSITIONS

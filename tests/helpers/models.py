@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from rankopt.candidates.cache import FactorStore
-from rankopt.candidates.calibration import moments
+from rankopt.candidates.input_moments import moments
 from rankopt.core.records import Candidate, Choice, Plan
 from rankopt.decompositions.plan import apply
 from rankopt.decompositions.registry import DECOMPOSITIONS

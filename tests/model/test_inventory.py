@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from rankopt import TaskError, count, inventory
-from rankopt.candidates.calibration import moments, output_metrics, patches
+from rankopt.candidates.input_moments import moments, patches
+from rankopt.candidates.output_metrics import output_metrics
 from rankopt.model.forward import take
 from rankopt.model.layer_kinds import as_matrix
 from tests.helpers.layers import MODULES, make

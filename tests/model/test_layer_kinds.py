@@ -17,7 +17,7 @@ from torch import nn
 import rankopt
 from rankopt import inventory
 from rankopt.api.inspection import Inspection
-from rankopt.candidates.calibration import frequencies, moments
+from rankopt.candidates.input_moments import frequencies, moments
 from rankopt.candidates.prepare import mark_dense, prepare
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.progress import silent

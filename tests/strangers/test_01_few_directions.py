@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rankopt
-from rankopt.candidates.calibration import shrunk
+from rankopt.candidates.input_moments import shrunk
 from rankopt.candidates.prepare import Prepared, prepare
 from rankopt.core.records import Task
 from rankopt.decompositions.registry import DECOMPOSITIONS

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import rankopt
-from rankopt.candidates.calibration import output_metrics
+from rankopt.candidates.output_metrics import output_metrics
 from rankopt.model.inventory import inventory
 from tests.strangers.models import compress, example_batch, net, reasons, sequential
 

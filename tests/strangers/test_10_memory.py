@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import rankopt
-from rankopt.candidates import calibration, prepare
+from rankopt.candidates import calibration, input_moments, prepare
 from rankopt.candidates.cache import Cache
-from rankopt.candidates.calibration import Sketch, moments, shrunk, sketch_rows, statistics_bytes
+from rankopt.candidates.calibration import statistics_bytes
+from rankopt.candidates.input_moments import Sketch, moments, shrunk, sketch_rows
 from rankopt.core.files import available_memory
 from rankopt.core.progress import silent
 from rankopt.decompositions.registry import DECOMPOSITIONS
@@ -112,7 +113,7 @@ def test_slices_of_outputs_that_are_not_kept_add_up(monkeypatch):
 @pytest.fixture
 def narrow(monkeypatch):
     """A limit that small layers exceed."""
-    for module in (calibration, refine):
+    for module in (input_moments, refine):
         monkeypatch.setattr(module, "WIDEST", 60)
 
 
