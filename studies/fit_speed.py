@@ -107,7 +107,7 @@ def on_gpu(shapes: list[list[Original]], device: str, reference: dict[str, Any])
         for family in SPACE.families:
             if ranks := SPACE.ranks(family, same[0].layer):
                 begun = time.perf_counter()
-                stack = DECOMPOSITIONS[family].fit_stack(same, ranks, SPACE.steps)
+                stack = DECOMPOSITIONS[family].fit_stack(same, [ranks] * len(same), SPACE.steps)
                 for case, fits in zip(same, stack, strict=True):
                     found[f"{case.layer.name} {family}"] = ([f.error for f in fits], 0.0)
                 seconds = time.perf_counter() - begun

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from rankopt.candidates.cache import VERSION, Cache
 from rankopt.candidates.calibration import Statistics, StoredStatistics, statistics_bytes
-from rankopt.candidates.jobs import Job, Request, for_gpu, stacks, takes_a_step
+from rankopt.candidates.jobs import (
+    STACK_BYTES_CPU,
+    Job,
+    Request,
+    Stack,
+    for_cores,
+    for_gpu,
+    seconds_on_a_core,
+    stacks,
+    takes_a_step,
+)
 from rankopt.candidates.pool import WORKER_BYTES, Pool, are_started, local_pool
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError
@@ -105,9 +115,9 @@ def fit(
 ) -> tuple[list[list[Fitted]], dict[str, float]]:
     """Make the fits that the cache does not hold.
 
-    A job is one layer and one family. Jobs run in worker processes of one thread each. Short ones, and all of a model
-    that takes no longer than to start processes, run in this process. Those of a model on a GPU are shared between the
-    GPU, which takes layers of equal shape and ranks at once, and the processes (`jobs.for_gpu`).
+    A job is one layer and one family. Jobs of layers of equal shape, of ranks that are alike, are run at once, as a
+    stack. Stacks run in worker processes of one thread each; short ones, and all of a model that takes no longer than
+    to start processes, in this process. Where the model is on a GPU, it and the processes share them (`jobs.for_gpu`).
 
     Args:
         statistics: Calibration statistics of the layers to fit.
@@ -128,7 +138,6 @@ def fit(
     jobs = [job for job in asked if known[job.key] is None]
     if jobs:
         cache.check_writable()
-    jobs.sort(key=lambda job: -job.work)  # longest first, so that workers finish together
     seconds: dict[str, float] = {}
     ended = _run(statistics, jobs, workers, until)
     work = Work(ended, lambda end: jobs[end[0]].seconds(), sum(job.seconds() for job in jobs))
@@ -199,29 +208,32 @@ def _run(
     workers = workers if callable(workers) else worker_count(statistics.layers, workers)
     cores = available_cores() if callable(workers) else workers
     start_up = 0.0 if workers == 1 else IDLE if are_started() else START_UP
-    found = stacks(jobs, partial(_kind, statistics)) if is_on_gpu(statistics) else []
-    here = for_gpu(jobs, found, cores, start_up)
-    left = sorted(set(range(len(jobs))) - {i for stack in here for i in stack})
-    held = _Held(statistics)
+    kind, here, held = partial(_kind, statistics), [], _Held(statistics)
+    if is_on_gpu(statistics):
+        here = for_gpu(jobs, stacks(jobs, kind), cores, start_up)
+    taken = {i for stack in here for i in stack}
+    small = [[i for i in stack if i not in taken] for stack in stacks(jobs, kind, STACK_BYTES_CPU)]
+    left = for_cores(jobs, [stack for stack in small if stack], cores)
 
-    def arguments(number: int) -> tuple[Any, ...]:
-        return (number, jobs[number], _weight(statistics, jobs[number].layer).detach().cpu())
+    def arguments(stack: Stack) -> tuple[Any, ...]:
+        own = [jobs[i] for i in stack]
+        return (stack, own, [_weight(statistics, job.layer).detach().cpu() for job in own])
 
     def in_time(items: Iterable[Any]) -> Iterator[Any]:
         return itertools.takewhile(lambda _: time.monotonic() < until, items)
 
     until_started = time.perf_counter() + (0.0 if here else start_up)
-    while left and time.perf_counter() + jobs[left[-1]].seconds() < until_started:  # the shortest first
-        with threads(1):
-            ended = _fit_one(statistics, *arguments(left.pop()))
-        yield ended
+    while left and time.perf_counter() + seconds_on_a_core([jobs[i] for i in left[-1]]) < until_started:
+        with threads(1):  # the shortest first
+            ended = _fit_here(statistics, *arguments(left.pop()))
+        yield from ended
     if not callable(workers) and not here and (len(left) == 1 or not are_started()):
         workers = min(workers, max(1, len(left)))  # those that there are stay: starting them again takes seconds
-    elsewhere = _on_workers(statistics, jobs, (arguments(n) for n in in_time(left)), workers) if left else ()
+    elsewhere = _on_workers(statistics, jobs, map(arguments, in_time(left)), workers) if left else ()
     for stack in in_time(here):  # meanwhile
         own = [jobs[i] for i in stack]
         yield from _fit_stack(statistics.cache, stack, own, held.of([job.layer for job in own]))
-    yield from elsewhere
+    yield from itertools.chain.from_iterable(elsewhere)
 
 
 def is_on_gpu(statistics: Statistics) -> bool:
@@ -269,26 +281,28 @@ def _kind(statistics: Statistics, layer: Layer) -> str:
 
 def _on_workers(
     statistics: Statistics, jobs: Sequence[Job], calls: Iterable[tuple[Any, ...]], workers: int | Pool
-) -> Iterator[tuple[int, float]]:
-    """Begin to run jobs in other processes, or with a single worker in this one; returns what `_run` yields."""
+) -> Iterator[list[tuple[int, float]]]:
+    """Begin to run stacks in other processes, or with a single worker in this one; of each, what `_run` yields."""
     memory = _memory(statistics.layers)
     if workers == 1:
-        return itertools.starmap(partial(_fit_one, statistics), calls)
+        return itertools.starmap(partial(_fit_here, statistics), calls)
     if not callable(workers):
-        return local_pool(workers)(_fit_one, _with_sound_statistics(statistics, calls), memory, statistics.stored)
+        return local_pool(workers)(_fit_here, _with_sound_statistics(statistics, calls), memory, statistics.stored)
 
-    def keep(ended: tuple[int, float], fits: _Made) -> tuple[int, float]:
-        _keep(statistics.cache, jobs[ended[0]], fits)
+    def keep(ended: list[tuple[int, float]], made: list[_Made]) -> list[tuple[int, float]]:
+        for (number, _), fits in zip(ended, made, strict=True):
+            _keep(statistics.cache, jobs[number], fits)
         return ended
 
-    whole = ((n, job, Original(job.layer, weight, *statistics[job.layer.name])) for n, job, weight in calls)
+    whole = ((stack, own, _originals(statistics, own, weights)) for stack, own, weights in calls)
     return itertools.starmap(keep, workers(_fit_away, whole, memory))
 
 
 def _with_sound_statistics(statistics: Statistics, calls: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
     """The same calls, once what they will read is known to be sound."""
     for call in calls:
-        statistics.ensure_sound(call[1].layer.name)
+        for job in call[1]:
+            statistics.ensure_sound(job.layer.name)
         yield call
 
 
@@ -307,8 +321,9 @@ def worker_count(layers: Sequence[Layer], workers: int | None = None) -> int:
 
 
 def _memory(layers: Sequence[Layer]) -> int:
-    """Bytes that a worker takes."""
-    return WORKER_BYTES + 12 * max(map(statistics_bytes, layers), default=0)
+    """Bytes that a worker takes: it holds the statistics of a stack of layers several times."""
+    sizes = [statistics_bytes(layer) for layer in layers]
+    return WORKER_BYTES + 12 * max(min(STACK_BYTES_CPU, sum(sizes)), max(sizes, default=0))
 
 
 def _weight(statistics: Statistics, layer: Layer) -> Tensor:
@@ -316,41 +331,54 @@ def _weight(statistics: Statistics, layer: Layer) -> Tensor:
     return weight
 
 
-def _fit_away(_: None, number: int, job: Job, original: Original) -> tuple[tuple[int, float], _Made]:
-    """On another machine, which may not have this cache: the number and the seconds, and the fits."""
+def _originals(
+    statistics: Statistics | StoredStatistics, jobs: Sequence[Job], weights: Sequence[Tensor]
+) -> list[Original]:
+    return [Original(job.layer, w, *statistics[job.layer.name]) for job, w in zip(jobs, weights, strict=True)]
+
+
+def _fit_away(
+    _: None, stack: Stack, jobs: Sequence[Job], originals: Sequence[Original]
+) -> tuple[list[tuple[int, float]], list[_Made]]:
+    """On another machine, which may not have this cache: what `_run` yields, and the fits."""
     start = time.perf_counter()
-    (fits,) = _fits([job], [original])
-    return (number, time.perf_counter() - start), fits
+    made = _fits(jobs, originals)
+    return _ended(stack, start), made
 
 
-def _fit_one(statistics: Statistics | StoredStatistics, number: int, job: Job, weight: Tensor) -> tuple[int, float]:
-    original = Original(job.layer, weight, *statistics[job.layer.name])
-    (ended,) = _fit_stack(statistics.cache, [number], [job], [original])
-    return ended
+def _fit_here(
+    statistics: Statistics | StoredStatistics, stack: Stack, jobs: Sequence[Job], weights: Sequence[Tensor]
+) -> list[tuple[int, float]]:
+    return _fit_stack(statistics.cache, stack, jobs, _originals(statistics, jobs, weights))
 
 
 def _fit_stack(
-    cache: Cache, numbers: Sequence[int], jobs: Sequence[Job], originals: Sequence[Original]
+    cache: Cache, stack: Stack, jobs: Sequence[Job], originals: Sequence[Original]
 ) -> list[tuple[int, float]]:
-    """Fit several jobs of one family whose layers have equal shapes and ranks, and write to the cache."""
+    """Fit several jobs of one family whose layers have equal shapes and ranks that are alike; write to the cache."""
     start = time.perf_counter()
     for job, fits in zip(jobs, _fits(jobs, originals), strict=True):
         _keep(cache, job, fits)
-    return [(number, (time.perf_counter() - start) / len(jobs)) for number in numbers]
+    return _ended(stack, start)
+
+
+def _ended(stack: Stack, start: float) -> list[tuple[int, float]]:
+    """The number of each job of a stack, with its share of the seconds."""
+    return [(number, (time.perf_counter() - start) / len(stack)) for number in stack]
 
 
 def _fits(jobs: Sequence[Job], originals: Sequence[Original]) -> list[_Made]:
     """The checked fits of each job, or its nested factors."""
-    _, family, ranks, steps, factors, _ = jobs[0]
+    _, family, _, steps, factors, _ = jobs[0]
     names = ", ".join(repr(job.layer.name) for job in jobs)
     decomposition = DECOMPOSITIONS[family]
     try:
         if not factors:
-            return [*decomposition.errors(originals, ranks, steps)]
+            return [*decomposition.errors(originals, [job.ranks for job in jobs], steps)]
         if decomposition.closed_form and DECOMPOSITIONS.is_own(family):
             nested = [decomposition.nested(*one) for one in originals]
             return [one for one in nested if one is not None]
-        stack = decomposition.fit_stack(originals, ranks, steps)
+        stack = decomposition.fit_stack(originals, [job.ranks for job in jobs], steps)
     except RankoptError:
         raise
     except Exception as error:  # torch's, also those of linear algebra and out of memory, and other packages'

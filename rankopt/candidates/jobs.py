@@ -48,8 +48,12 @@ GPU_RATE = 1e12
 """Multiply-accumulates that a GPU does in a second beside that: measured on an H200 with CP of 4,608 inputs."""
 
 
-STACK_BYTES = 2**31
-"""Bytes of statistics of layers that are fitted at once on a GPU."""
+STACK_BYTES, STACK_BYTES_CPU = 2**31, 2**25
+"""Bytes of statistics of layers that are fitted at once, on a GPU and on a core."""
+
+
+SHARES = 3
+"""Stacks of average length for each core: the more there are, the less some cores wait for others in the end."""
 
 
 class Job(NamedTuple):
@@ -68,16 +72,20 @@ class Job(NamedTuple):
         return work_of(self.layer, self.family, self.ranks)
 
     def seconds(self) -> float:
-        """Estimate how long the fits take on one core of a server of 2024, where time goes to products and overhead."""
+        """Estimate how long the fits take on one core of a server of 2024."""
+        return sum(self._overhead_and_products())
+
+    def _overhead_and_products(self) -> tuple[float, float]:
+        """Seconds that go to the overhead of operations, which a stack has once, and to products."""
         layer = self.layer
         width = min(layer.patch, 2 + 2 * sketch_rows(layer)) if is_wide(layer) else layer.patch  # products with S
         if DECOMPOSITIONS[self.family].closed_form:  # in float64
             outputs = layer.out_channels
-            return 1e-3 + layer.groups * 5e-11 * outputs * (layer.patch * width + 10 * outputs**2)
+            return 0.0, 1e-3 + layer.groups * 5e-11 * outputs * (layer.patch * width + 10 * outputs**2)
         work = self.work * width // layer.patch
         steps = math.ceil(self.steps * DECOMPOSITIONS[self.family].effort)
-        steps = affordable_steps(steps, max(1, PER_WORK * work // len(self.ranks)))
-        return (steps + BESIDE) * (1e-3 * len(self.ranks) + 1.5e-10 * work)
+        steps = affordable_steps(steps, max(1, PER_WORK * work // len(self.ranks))) + BESIDE
+        return steps * 2.5e-4 * (4 + len(self.ranks)), steps * 1.5e-10 * work
 
     def seconds_on_gpu(self, layers: int) -> float:
         """Estimate how long the fits of some layers like this one take at once on a GPU.
@@ -110,25 +118,57 @@ Stack = list[int]
 """Numbers of jobs of one family, whose layers have equal shapes and are fitted at once."""
 
 
-def stacks(jobs: Sequence[Job], kind: Callable[[Layer], str]) -> list[Stack]:
-    """Gather the jobs that can be fitted at once: of equal ranks and steps, a few gigabytes at most.
+def stacks(jobs: Sequence[Job], kind: Callable[[Layer], str], most: int = STACK_BYTES) -> list[Stack]:
+    """Gather the jobs that can be fitted at once: of ranks that are alike and equal steps.
 
     Those of the same layers follow each other, whose statistics are then read once.
 
     Args:
         jobs: The jobs.
         kind: What layers that are fitted at once have in common.
+        most: Bytes of statistics of a stack, unless a single layer has more.
     """
     kinds = {name: kind(layer) for name, layer in {job.layer.name: job.layer for job in jobs}.items()}
     found: dict[str, dict[str, list[int]]] = {}
     for number, job in enumerate(jobs):
-        same = repr((job.family, job.ranks, job.steps, job.factors))
+        alike = DECOMPOSITIONS[job.family].alike(job.layer, job.ranks)
+        same = repr((job.family, alike, job.steps, job.factors))
         found.setdefault(kinds[job.layer.name], {}).setdefault(same, []).append(number)
     cut = []
     for numbers in (numbers for of_kind in found.values() for numbers in of_kind.values()):
-        most = max(1, STACK_BYTES // statistics_bytes(jobs[numbers[0]].layer))
-        cut += [numbers[i : i + most] for i in range(0, len(numbers), most)]
+        size = max(1, most // statistics_bytes(jobs[numbers[0]].layer))
+        cut += [numbers[i : i + size] for i in range(0, len(numbers), size)]
     return cut
+
+
+def seconds_on_a_core(stack: Sequence[Job]) -> float:
+    """Estimate how long the fits of a stack take on one core.
+
+    Args:
+        stack: Its jobs.
+    """
+    overhead, products = zip(*(job._overhead_and_products() for job in stack), strict=True)
+    return float(max(overhead) + sum(products))
+
+
+def for_cores(jobs: Sequence[Job], found: Sequence[Stack], cores: int) -> list[Stack]:
+    """Cut stacks into parts, so that all cores are busy to the end.
+
+    Args:
+        jobs: The jobs.
+        found: Their stacks.
+        cores: How many cores there are.
+
+    Returns:
+        The parts, the longest first.
+    """
+    seconds = [seconds_on_a_core([jobs[i] for i in stack]) for stack in found]
+    share = sum(seconds) / (SHARES * cores)
+    cut = []
+    for stack, whole in zip(found, seconds, strict=True):
+        parts = min(len(stack), max(1, math.ceil(whole / share))) if cores > 1 else 1
+        cut += [stack[i::parts] for i in range(parts)]
+    return sorted(cut, key=lambda stack: -seconds_on_a_core([jobs[i] for i in stack]))
 
 
 def for_gpu(jobs: Sequence[Job], found: Sequence[Stack], cores: int, start_up: float = 0.0) -> list[Stack]:
@@ -145,13 +185,14 @@ def for_gpu(jobs: Sequence[Job], found: Sequence[Stack], cores: int, start_up: f
     Returns:
         Some of the stacks, in the same order.
     """
-    here = [[jobs[i].seconds() for i in stack] for stack in found]
+    here = [seconds_on_a_core([jobs[i] for i in stack]) for stack in found]
+    longest = [max(jobs[i].seconds() for i in stack) for stack in found]
     there = [jobs[stack[0]].seconds_on_gpu(len(stack)) for stack in found]
-    order = sorted(range(len(found)), key=lambda i: there[i] / sum(here[i]))
+    order = sorted(range(len(found)), key=lambda i: there[i] / here[i])
 
     def ends(count: int) -> float:
-        left = [here[i] for i in order[count:]]
-        on_cores = start_up + max(*map(max, left), sum(map(sum, left)) / cores) if left else 0.0
+        left = order[count:]
+        on_cores = start_up + max(*(longest[i] for i in left), sum(here[i] for i in left) / cores) if left else 0.0
         return max(on_cores, sum(there[i] for i in order[:count]))
 
     chosen = order[: min(range(len(found) + 1), key=ends)]

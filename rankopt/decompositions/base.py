@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -125,26 +125,43 @@ class Decomposition(ABC):
         """
         return None
 
-    def fit_stack(self, originals: Sequence[Original], ranks: Sequence[Rank], steps: int = 100) -> list[list[Fit]]:
+    def alike(self, layer: Layer, ranks: Sequence[Rank]) -> Hashable:
+        """What ranks have in common that may be fitted in one stack, of layers of the same shape.
+
+        Args:
+            layer: One of the layers.
+            ranks: Valid ranks of it.
+
+        Returns:
+            Default: the ranks.
+        """
+        return tuple(ranks)
+
+    def fit_stack(
+        self, originals: Sequence[Original], ranks: Sequence[Sequence[Rank]], steps: int = 100
+    ) -> list[list[Fit]]:
         """Fit layers of the same shape; families that can fit them at once override this.
 
         Args:
             originals: Layers with equal shapes and groups, whose moments, and whose metrics, are all of the same shape
                 or all None.
-            ranks: Valid ranks, the same for all.
+            ranks: For each layer valid ranks, which are `alike`.
             steps: As of `fit`.
 
         Returns:
-            For each layer one fit per rank, in order.
+            For each layer one fit per rank, in order. On a CPU they are the same to the last digit in any stack.
         """
-        return [list(self.fit(x.layer, x.weight, ranks, x.moment, x.metric, steps)) for x in originals]
+        given = zip(originals, ranks, strict=True)
+        return [list(self.fit(x.layer, x.weight, r, x.moment, x.metric, steps)) for x, r in given]
 
-    def errors(self, originals: Sequence[Original], ranks: Sequence[Rank], steps: int = 100) -> list[list[Fit]]:
+    def errors(
+        self, originals: Sequence[Original], ranks: Sequence[Sequence[Rank]], steps: int = 100
+    ) -> list[list[Fit]]:
         """Estimate the errors of fits of which nothing else is needed; families that save work so override this.
 
         Args:
             originals: Layers, as of `fit_stack`.
-            ranks: Valid ranks, the same for all.
+            ranks: As of `fit_stack`.
             steps: As of `fit`.
 
         Returns:

@@ -44,6 +44,9 @@ class Cp(OutputSolved):
     def padding(self, layer: Layer, rank: Rank) -> Hashable:
         return ()
 
+    def filled(self, layer: Layer, rank: Rank) -> Rank:
+        return (next_size(rank[0]),)
+
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         channels, spatial = rank_one_rows(layer, target, rank[0])
         u, s, vh = torch.linalg.svd(spatial.unflatten(-1, layer.kernel))
@@ -95,6 +98,9 @@ class CpMerged(OutputSolved):
     def padding(self, layer: Layer, rank: Rank) -> Hashable:
         return ()
 
+    def filled(self, layer: Layer, rank: Rank) -> Rank:
+        return (next_size(rank[0]),)
+
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         return rank_one_rows(layer, target, rank[0])
 
@@ -111,6 +117,16 @@ class CpMerged(OutputSolved):
             spatial.reshape(-1, 1, *layer.kernel),
             out.mT.reshape(-1, rank[0], 1, 1),
         )
+
+
+def next_size(rank: int) -> int:
+    """The next of 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...: four sizes from each power of two to the next.
+
+    Args:
+        rank: Number of components.
+    """
+    step = 2 ** max(1, rank.bit_length() - 3)
+    return max(8, -(-rank // step) * step)
 
 
 # --- start ----------------------------------------------------------------------------------------

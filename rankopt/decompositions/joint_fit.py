@@ -81,10 +81,12 @@ class Joint(Decomposition):
             found, before, _, ended = search(start)
             yield error(self.balance(layer, found), rank)._replace(start=before, ended=ended)
 
-    def errors(self, originals: Sequence[Original], ranks: Sequence[Rank], steps: int = 100) -> list[list[Fit]]:
+    def errors(
+        self, originals: Sequence[Original], ranks: Sequence[Sequence[Rank]], steps: int = 100
+    ) -> list[list[Fit]]:
         if type(self).fit is not Joint.fit:  # a subclass fits in its own way
             return super().errors(originals, ranks, steps)
-        return [self._errors(original, ranks, steps) for original in originals]
+        return [self._errors(original, own, steps) for original, own in zip(originals, ranks, strict=True)]
 
     def _errors(self, original: Original, ranks: Sequence[Rank], steps: int) -> list[Fit]:
         search = _Search(self, original.layer, full_target(*original), steps)
@@ -121,7 +123,7 @@ class _Search:
         if steps == 0:
             loss = objective(torch.float64).evaluate(point, torch.arange(1))[0].item()
             return start, loss, loss, True
-        found = minimize_in_both(objective, point, torch.tensor([steps]))
+        found = minimize_in_both(objective, point, torch.tensor([[steps]]))
         ended = self.cut or bool(found.ended.item())
         return _split(found.points, start), found.start.item(), found.losses.item(), ended
 

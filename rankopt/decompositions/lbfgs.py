@@ -1,7 +1,8 @@
 """L-BFGS (Liu and Nocedal 1989) on a batch of problems: a tensor program on one device.
 
-Every problem has its own step size and its own end. Each round evaluates all of them once: a problem whose trial point
-is not good enough tries a shorter step in the next round, while the others go on. Directions come from the compact
+Every problem has its own step size and its own end: what is found for it does not depend on the others of its batch.
+Each round evaluates all of them once: a problem whose trial point is not good enough tries a shorter step in the next
+round, while the others go on. Directions come from the compact
 representation of the inverse Hessian (Byrd, Nocedal and Schnabel 1994, equation 3.1), which takes a few products with
 the history instead of a loop over it.
 
@@ -12,7 +13,7 @@ that is cheap to compute. It is computed again from time to time, as points move
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,8 +42,15 @@ EARLY, LATE = 5, 20
 Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Maps points (g, p, N) and the indices (p,) of their columns to losses (g, p) and gradients (g, p, N)."""
 
-Precondition = Callable[[Tensor], Tensor]
-"""Multiplies vectors (g, p, h, N) by a symmetric positive definite matrix of each problem."""
+
+class Preconditioner(Protocol):
+    """A symmetric positive definite matrix of each problem (g, p)."""
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Its products with vectors (g, p, h, N)."""
+
+    def keep(self, index: Tensor) -> Preconditioner:
+        """Only those of some columns."""
 
 
 class Objective(NamedTuple):
@@ -55,7 +63,7 @@ class Objective(NamedTuple):
     """
 
     evaluate: Evaluate
-    preconditioner: Callable[[Tensor, Tensor], Precondition] | None = None
+    preconditioner: Callable[[Tensor, Tensor], Preconditioner] | None = None
 
 
 class Minimum(NamedTuple):
@@ -65,8 +73,8 @@ class Minimum(NamedTuple):
         points: Tensor (g, p, N).
         losses: Tensor (g, p).
         start: The losses of the initial points (g, p).
-        rounds: How many rounds each column took, (p,).
-        ended: Whether all problems of a column were done before its rounds were out, (p,).
+        rounds: How many rounds each took, (g, p), on the CPU.
+        ended: Whether each was done before its rounds were out, (g, p), on the CPU.
     """
 
     points: Tensor
@@ -84,41 +92,73 @@ def minimize(objective: Objective, start: Tensor, steps: Tensor, tolerance: floa
     Args:
         objective: Losses, gradients and preconditioners.
         start: Initial points (g, p, N).
-        steps: The most rounds of each column, integers (p,) on the CPU.
+        steps: The most rounds of each problem, integers (g, p) on the CPU.
         tolerance: A problem is done where its loss fell by less than this share of it in WINDOW rounds.
         floor: A problem is done where its loss is below.
 
     Returns:
         The points found; no loss is above that of the start.
     """
-    columns = torch.arange(start.shape[1])
-    points, rounds = start.clone(), torch.zeros_like(columns)
+    columns, most = torch.arange(start.shape[1]), int(steps.max())
     evaluate, preconditioner = objective
     losses, gradient = evaluate(start, columns)
-    apply = preconditioner and preconditioner(start, columns)
-    state = _State(start, losses, gradient, int(steps.max()), apply)
-    losses, first, before = state.loss.clone(), state.loss, state.loss
-    done = state.loss <= floor
-    stops, renewal = {*range(0, int(steps.max()) + 1, WINDOW), *steps.tolist()}, EARLY
-    for taken in range(int(steps.max()) + 1):
+    state = _State(start, losses, gradient, most, preconditioner and preconditioner(start, columns))
+    found = _Found(start, losses, steps)
+    before, done = state.loss, state.loss <= floor
+    stops, renewal = {*range(0, most + 1, WINDOW), *steps.unique().tolist()}, EARLY
+    for taken in range(most + 1):
         if taken in stops:
             if taken % WINDOW == 0 and taken:
-                done |= (before - state.loss <= tolerance * state.loss) | (state.loss <= floor) | state.stuck
+                done = done | (before - state.loss <= tolerance * state.loss) | (state.loss <= floor) | state.stuck
                 before = state.loss
-            left = ((steps[columns] > taken) & ~done.all(0).cpu()).nonzero()[:, 0]
+            left = found.note(columns, state, taken, done)
             if len(left) < len(columns):
-                points[:, columns], losses[:, columns], rounds[columns] = state.point, state.loss, taken
                 columns, index = columns[left], left.to(start.device)
                 done, before = done[:, index], before[:, index]
                 state.keep(index)
-                renewal = taken
             if not len(columns):
                 break
         if preconditioner and taken >= renewal:
             state.precondition(preconditioner(state.point, columns))
             renewal = taken + min(max(taken, EARLY), LATE)
         state.advance(*evaluate(state.trial, columns))
-    return Minimum(points, losses, first, rounds, rounds < steps)
+    return Minimum(found.points, found.losses, losses, found.rounds, found.ended)
+
+
+class _Found:
+    """Where each problem of a batch was when it was done or its rounds were out.
+
+    Args:
+        start: Initial points (g, p, N).
+        losses: Their losses (g, p).
+        steps: The most rounds of each problem (g, p), on the CPU.
+    """
+
+    def __init__(self, start: Tensor, losses: Tensor, steps: Tensor) -> None:
+        self.points, self.losses, self.steps = start.clone(), losses.clone(), steps
+        self.rounds = torch.zeros_like(steps)
+        self.over, self.ended = (torch.zeros_like(steps, dtype=torch.bool) for _ in range(2))
+
+    def note(self, columns: Tensor, state: _State, taken: int, done: Tensor) -> Tensor:
+        """Note the points of the problems that are not over yet; of those that are done now, for the last time.
+
+        Args:
+            columns: The columns that are left.
+            state: Their points.
+            taken: How many rounds they have taken.
+            done: Whether each of their problems is done.
+
+        Returns:
+            Which of these columns hold a problem that is not over.
+        """
+        open_, ended = ~self.over[:, columns], done.cpu()
+        moved = open_.to(done.device)
+        self.points[:, columns] = torch.where(moved.unsqueeze(-1), state.point, self.points[:, columns])
+        self.losses[:, columns] = torch.where(moved, state.loss, self.losses[:, columns])
+        self.rounds[:, columns] = torch.where(open_, taken, self.rounds[:, columns])
+        self.ended[:, columns] |= open_ & ended
+        self.over[:, columns] |= ended | (self.steps[:, columns] <= taken)
+        return (~self.over[:, columns]).any(0).nonzero()[:, 0]
 
 
 class _State:
@@ -128,42 +168,46 @@ class _State:
     """
 
     def __init__(
-        self, point: Tensor, loss: Tensor, gradient: Tensor, rounds: int, apply: Precondition | None = None
+        self, point: Tensor, loss: Tensor, gradient: Tensor, rounds: int, apply: Preconditioner | None = None
     ) -> None:
         self.point, self.loss, self.gradient, self.apply = point, loss, gradient, apply
         affordable = HISTORY_ELEMENTS.get(point.device.type, 2**25) // max(1, point.numel()) - WINDOW
         self.history = min(HISTORY // 2 if apply else HISTORY, rounds, max(affordable, 5))
         self.slack, self.first = max(1, min(WINDOW, rounds - self.history)), 0
         shape, size = point.shape[:2], self.history + self.slack
-        self.steps, self.differences = (point.new_zeros(*shape, size, point.shape[-1]) for _ in range(2))
-        self.turned = torch.zeros_like(self.differences) if apply else self.differences  # P Y
+        self.pairs = point.new_zeros(*shape, 2, size, point.shape[-1])  # S and P Y
+        self.differences = torch.zeros_like(self.pairs[:, :, 1]) if apply else self.pairs[:, :, 1]  # Y
         # Sᵀ Y, of which the upper triangle is used, and Yᵀ P Y; a pair of zeros has no effect with a diagonal of one
-        self.across = torch.eye(size, dtype=torch.float64, device=point.device).repeat(*shape, 1, 1)
-        self.within = torch.zeros_like(self.across)
+        self.products = point.new_zeros(*shape, 2, size, size, dtype=torch.float64)
+        self.products[:, :, 0].diagonal(dim1=-2, dim2=-1).fill_(1.0)
         self.curvature = torch.zeros(*shape, size, 1, dtype=torch.float64, device=point.device)
         self.scale = point.new_ones(shape)
-        self.direction = -self._turn(gradient)
+        self.turned = self._turn(gradient)  # P g
+        self.direction = -self.turned
         self.size = 1 / self.direction.norm(dim=-1).clamp_min(1e-30)
         self.slope = (self.direction * gradient).sum(-1)
         self.stuck = self.slope == 0
         self.trial = point + self.size.unsqueeze(-1) * self.direction
 
     def keep(self, index: Tensor) -> None:
-        """Leave only some columns; those of the preconditioner stay."""
+        """Leave only some columns."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value[:, index])
-        if not self.apply:
-            self.turned = self.differences
+        if self.apply:
+            self.apply = self.apply.keep(index)
+        else:
+            self.differences = self.pairs[:, :, 1]
 
-    def precondition(self, apply: Precondition) -> None:
+    def precondition(self, apply: Preconditioner) -> None:
         """Go on with another preconditioner."""
         self.apply, window = apply, slice(self.first, self.first + self.history)
         differences = self.differences[:, :, window]
-        self.turned[:, :, window] = turned = apply(differences)
-        self.within[:, :, window, window] = (differences @ turned.mT).double()
+        self.turned = self._turn(self.gradient)
+        self.pairs[:, :, 1, window] = turned = apply(differences)
+        self.products[:, :, 1, window, window] = (differences @ turned.mT).double()
         last = self.first + self.history - 1
-        curvature, square = (m[:, :, last, i] for m, i in ((self.curvature, 0), (self.within, last)))
+        curvature, square = self.curvature[:, :, last, 0], self.products[:, :, 1, last, last]
         self.scale = torch.where(square > 0, curvature / square, self.scale.double()).to(self.scale.dtype)
 
     def _turn(self, vectors: Tensor) -> Tensor:
@@ -177,57 +221,60 @@ class _State:
         taken = better.unsqueeze(-1)
         # The minimum of the parabola through what is known, safeguarded
         shorter = (-promised / (2 * (loss - self.loss - promised))).nan_to_num(0.1).clamp(0.1, 0.5).to(promised.dtype)
-        self._remember(better, promised, gradient)
+        turned = self._turn(gradient)
+        self._remember(better, promised, gradient, turned)
         self.point, self.loss = torch.where(taken, self.trial, self.point), torch.where(better, loss, self.loss)
-        self.gradient = torch.where(taken, gradient, self.gradient)
+        self.gradient, self.turned = (
+            torch.where(taken, gradient, self.gradient),
+            torch.where(taken, turned, self.turned),
+        )
         self.direction = torch.where(taken, self._direction(), self.direction)
         self.slope = (self.direction * self.gradient).sum(-1)
         self.size = torch.where(better, 1.0, self.size * shorter)
         self.stuck = (self.size < SHORTEST) | (self.slope >= 0)  # by rounding
         self.trial = self.point + self.size.unsqueeze(-1) * self.direction
 
-    def _remember(self, better: Tensor, promised: Tensor, gradient: Tensor) -> None:
+    def _remember(self, better: Tensor, promised: Tensor, gradient: Tensor, turned: Tensor) -> None:
         """Append a pair to the window; one without positive curvature as zeros, which have no effect."""
         h = self.history
         if self.first == self.slack:
             self._rewind()
         new, window = self.first + h, slice(self.first + 1, self.first + 1 + h)
-        step, difference = self.trial - self.point, gradient - self.gradient
-        turned = self._turn(difference)
-        curvature, square = (step * difference).sum(-1), (turned * difference).sum(-1)
+        difference = gradient - self.gradient
+        pair = torch.stack([self.trial - self.point, turned - self.turned], 2)
+        curvature, square = (pair * difference.unsqueeze(2)).sum(-1).unbind(2)
         useful = better & (curvature > -LEAST_CURVATURE * promised)
-        step, difference, turned = (torch.where(useful.unsqueeze(-1), v, 0) for v in (step, difference, turned))
         self.scale = torch.where(useful, curvature / square, self.scale)
-        self.steps[:, :, new], self.differences[:, :, new], self.turned[:, :, new] = step, difference, turned
-        row = difference.unsqueeze(-2)  # as a column it would take ten times as long on a CPU
-        self.across[:, :, window, new] = (row @ self.steps[:, :, window].mT)[..., 0, :].double()
-        inner = (row @ self.turned[:, :, window].mT)[..., 0, :].double()
-        self.within[:, :, window, new] = self.within[:, :, new, window] = inner
-        self.curvature[:, :, new, 0] = self.across[:, :, new, new]
-        self.across[:, :, new, new] += (~useful).double()
+        self.pairs[:, :, :, new] = pair.where(useful[..., None, None], 0.0)
+        difference = difference.where(useful.unsqueeze(-1), 0.0)
+        if self.apply:
+            self.differences[:, :, new] = difference
+        row = difference[:, :, None, None]  # as a column it would take ten times as long on a CPU
+        products = (row @ self.pairs[:, :, :, window].mT)[..., 0, :].double()
+        self.products[:, :, :, window, new] = products
+        self.products[:, :, 1, new, window] = products[:, :, 1]
+        last = self.products[:, :, 0, new, new]
+        self.curvature[:, :, new, 0] = last
+        last += ~useful
         self.first += 1
 
     def _rewind(self) -> None:
         """Move the window to the beginning of the buffers."""
         h, moved = self.history, slice(self.slack, None)
-        turned = (self.turned,) if self.apply else ()
-        for buffer in (self.steps, self.differences, self.curvature, *turned):
+        for buffer in (self.differences, self.curvature) if self.apply else (self.curvature,):
             buffer[:, :, :h] = buffer[:, :, moved].clone()
-        for buffer in (self.across, self.within):
-            buffer[:, :, :h, :h] = buffer[:, :, moved, moved].clone()
+        self.pairs[:, :, :, :h] = self.pairs[:, :, :, moved].clone()
+        self.products[:, :, :, :h, :h] = self.products[:, :, :, moved, moved].clone()
         self.first = 0
 
     def _direction(self) -> Tensor:
         """−H g, where H is the compact representation of the inverse Hessian that starts from a multiple of P."""
         window = slice(self.first, self.first + self.history)
-        steps, differences = self.steps[:, :, window], self.turned[:, :, window]
-        triangle, within = (m[:, :, window, window] for m in (self.across, self.within))
-        scale = self.scale[..., None, None]
-        gradient = self.gradient.unsqueeze(-2)
-        inner = torch.linalg.solve_triangular(triangle, (gradient @ steps.mT).double().mT, upper=True)
-        turned = (gradient @ differences.mT).double()
-        rest = self.curvature[:, :, window] * inner + scale * (inner.mT @ within - turned).mT
+        pairs, scale = self.pairs[:, :, :, window], self.scale[..., None, None]
+        triangle, within = self.products[:, :, :, window, window].unbind(2)
+        of_steps, of_differences = (self.gradient[:, :, None, None] @ pairs.mT).double().unbind(2)
+        inner = torch.linalg.solve_triangular(triangle, of_steps.mT, upper=True)
+        rest = self.curvature[:, :, window] * inner + scale * (inner.mT @ within - of_differences).mT
         outer = torch.linalg.solve_triangular(triangle.mT, rest, upper=False)
-        inner, outer = inner.mT.to(gradient.dtype), outer.mT.to(gradient.dtype)
-        gradient = self._turn(self.gradient).unsqueeze(-2)
-        return -(scale * (gradient - inner @ differences) + outer @ steps)[..., 0, :]
+        shares = torch.stack([outer, -scale * inner], 2).mT.to(pairs.dtype)
+        return -(self.scale.unsqueeze(-1) * self.turned + (shares @ pairs).sum(2)[..., 0, :])

@@ -172,8 +172,8 @@ def _solve(gram: Tensor, cross: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     ridges = torch.full_like(floor, ridge)
     while True:
         factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridges * diagonal + floor))
-        failed = (info > 0).unsqueeze(-1)
-        if not failed.any() or ridges.max() > 1:
+        failed = (info > 0).unsqueeze(-1) & (ridges <= 1)
+        if not failed.any():
             half = torch.linalg.solve_triangular(factor, cross, upper=False)
             return torch.linalg.solve_triangular(factor.mT, half, upper=True).mT, ridges * diagonal
         ridges = torch.where(failed, 100 * ridges, ridges)

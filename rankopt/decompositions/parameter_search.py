@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
-from rankopt.decompositions.lbfgs import Minimum, Objective, Precondition, minimize
+from rankopt.decompositions.lbfgs import Minimum, Objective, minimize
 from rankopt.decompositions.linear_algebra import roots
 from rankopt.decompositions.output_solver import RIDGE, Blocks, OutputSolver
 from rankopt.decompositions.types import Parameters, Target
@@ -80,7 +80,7 @@ class Parametrised(Protocol):
 
 
 class _Problem(NamedTuple):
-    """A rank of all layers of a stack: where its search starts."""
+    """A rank of all layers of a stack, or one of each that is filled up to the same size: where its search starts."""
 
     place: int
     rank: Rank
@@ -96,14 +96,14 @@ class Improved(NamedTuple):
         theta: The parameters.
         start: The relative loss of each weight (g,) before the search.
         loss: And after it.
-        ended: Whether more steps would change nothing, or are not affordable.
+        ended: Whether more steps would change nothing, or are not affordable (g,).
         output: The output factor of parameters that take no steps; None of others, whose was not exact.
     """
 
     theta: Parameters
     start: Tensor
     loss: Tensor
-    ended: bool
+    ended: Tensor
     output: Tensor | None = None
 
 
@@ -111,14 +111,18 @@ class Searched(NamedTuple):
     """What became of the parameters of one rank.
 
     Attributes:
-        start: The relative loss of each weight (g,) before the search; None where the first solution tells.
-        solutions: What was found. Where that may be worse than where the search started, that comes first.
+        start: The relative loss of each weight (g,) before the search.
+        better: Whether what was found for it is better for sure (g,).
+        found: What was found.
+        either: Where the search started, and of both what is better for each weight; empty where all `found` is.
         ended: As of `Improved`.
     """
 
-    start: Tensor | None
-    solutions: list[Solution]
-    ended: bool
+    start: Tensor
+    better: Tensor
+    found: Solution
+    either: list[Solution]
+    ended: Tensor
 
 
 class Search:
@@ -149,18 +153,20 @@ class Search:
         """
         found: list[Searched] = []
         for (rank, theta), improved in zip(starts, self.improved(starts), strict=True):
+            start = improved.start
             if improved.output is not None:
-                found.append(Searched(None, [(theta, improved.output)], improved.ended))
+                unmoved = (theta, improved.output)
+                found.append(Searched(start, start < 0, unmoved, [unmoved], improved.ended))
                 continue
             loss, output = self.exact(rank, improved.theta)
-            better = (improved.loss < CLEARLY * improved.start) & (improved.start > PENALISED)
-            if self.family.searches_error(self.layer) and better.all():
-                found.append(Searched(improved.start, [(improved.theta, output)], improved.ended))
-                continue
-            before, first = self.exact(rank, theta)
-            pairs = zip((*improved.theta, output), (*theta, first), strict=True)
-            *best, output = (torch.where((loss < before).view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs)
-            found.append(Searched(None, [(theta, first), (tuple(best), output)], improved.ended))
+            better = (improved.loss < CLEARLY * start) & (start > PENALISED) & self.family.searches_error(self.layer)
+            either: list[Solution] = []
+            if not better.all():
+                before, first = self.exact(rank, theta)
+                pairs = zip((*improved.theta, output), (*theta, first), strict=True)
+                *best, other = (torch.where((loss < before).view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs)
+                either = [(theta, first), (tuple(best), other)]
+            found.append(Searched(start, better, (improved.theta, output), either, improved.ended))
         return found
 
     def improved(self, starts: Sequence[tuple[Rank, Parameters]]) -> list[Improved]:
@@ -180,7 +186,7 @@ class Search:
                 problems.append(_Problem(i, rank, theta, rows, steps))
             else:
                 loss, output = self.exact(rank, theta)
-                found[i] = Improved(theta, loss, loss, ended=True, output=output)
+                found[i] = Improved(theta, loss, loss, torch.ones(len(loss), dtype=torch.bool), output)
         for batch in self._batches(problems):
             found |= zip((problem.place for problem in batch), self._improved(batch), strict=True)
         return [found[i] for i in range(len(starts))]
@@ -234,7 +240,9 @@ class Search:
     def _batches(self, problems: Sequence[_Problem]) -> Iterator[list[_Problem]]:
         """Problems that are fitted at once: as many as pay, of sizes as different as pays."""
         g, _, n = self.target.weight.shape
-        most, free = (GPU_BATCH, GPU_BATCH) if self.target.weight.is_cuda else (CPU_BATCH, CPU_FREE)
+        most = free = GPU_BATCH
+        if not self.target.weight.is_cuda:  # a layer's batches are the same in every stack
+            g, most, free = self.layer.groups, CPU_BATCH, CPU_FREE
         keys = {p.place: repr(self.family.padding(self.layer, p.rank)) for p in problems}
         batch: list[_Problem] = []
         for problem in sorted(problems, key=lambda p: (keys[p.place], p.rows)):
@@ -253,15 +261,16 @@ class Search:
         largest = [torch.Size(map(max, zip(*parts, strict=True))) for parts in zip(*shapes, strict=True)]
         flat = [torch.cat([_padded(t, s).flatten(1) for t, s in zip(p.theta, largest, strict=True)], -1) for p in batch]
         point, steps = torch.stack(flat, 1), torch.tensor([p.steps for p in batch])
+        most = steps.expand(len(point), -1)
 
         def objective(dtype: torch.dtype) -> Objective:
             like = self.family.blocks(self.layer, tuple(t.to(dtype) for t in batch[0].theta))
             solver = self._solver(batch[0].rank, like, SEARCH_RIDGE)
             return _Batch(self.family, self.layer, solver, self.target, largest, [p.rank for p in batch]).objective()
 
-        found = minimize_in_both(objective, point, steps)
+        found = minimize_in_both(objective, point, most)
         ended = found.ended | (steps < self.steps)
-        columns = (found.points.unbind(1), found.start.unbind(1), found.losses.unbind(1), ended.tolist())
+        columns = (found.points.unbind(1), found.start.unbind(1), found.losses.unbind(1), ended.unbind(1))
         for own_shapes, own, before, after, at_end in zip(shapes, *columns, strict=True):
             whole = [t.view(-1, *s) for t, s in zip(own.split([s.numel() for s in largest], -1), largest, strict=True)]
             cropped = (t[(slice(None), *map(slice, s))] for t, s in zip(whole, own_shapes, strict=True))
@@ -310,7 +319,7 @@ class _Batch:
         (found,) = torch.autograd.grad(blocks, flat, gradient.flatten(0, 1))
         return losses / self.scales, found
 
-    def preconditioner(self, points: Tensor, columns: Tensor) -> Precondition:
+    def preconditioner(self, points: Tensor, columns: Tensor) -> _Kronecker:
         """Γ⁻¹ ⊗ M^−½ for each parameter, with Γ of `inverse_curvature`.
 
         B follows in part what changes in K, so that the full M⁻¹ would go too far.
@@ -319,16 +328,11 @@ class _Batch:
         if self.solved is None or not torch.equal(self.solved[0], points):  # these are not the last ones
             self._solve(points, columns, self.family.blocks(self.layer, theta).diagonal)
         assert self.solved is not None
-        own = [tuple(t.repeat_interleave(points.shape[1], 0) for t in pair) for pair in self._mode_moments]
-        inverses = inverse_curvature(theta, self.solved[1].flatten(0, 1), [m for m, _ in own])
-
-        def precondition(vectors: Tensor) -> Tensor:
-            parts = vectors.flatten(0, 1).split(self.sizes, -1)
-            given = zip(parts, self.shapes, inverses, own, strict=True)
-            turned = [i.unsqueeze(1) @ v.unflatten(-1, s) @ root.unsqueeze(1) for v, s, i, (_, root) in given]
-            return torch.cat([t.flatten(2) for t in turned], -1).view(vectors.shape)
-
-        return precondition
+        moments = [m.repeat_interleave(points.shape[1], 0) for m, _ in self._mode_moments]
+        inverses = inverse_curvature(theta, self.solved[1].flatten(0, 1), moments)
+        return _Kronecker(
+            [i.unflatten(0, points.shape[:2]) for i in inverses], [root for _, root in self._mode_moments]
+        )
 
     @cached_property
     def _mode_moments(self) -> list[tuple[Tensor, Tensor]]:
@@ -349,6 +353,32 @@ class _Batch:
         return losses, gradient
 
 
+class _Kronecker:
+    """The preconditioner that is a Kronecker product for each parameter: a matrix of its rows and one of its columns.
+
+    Args:
+        left: For each parameter (g, p, r, r).
+        right: For each parameter (g, size, size).
+    """
+
+    def __init__(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+        self.left, self.right = left, right
+        self.sizes = [i.shape[-1] * m.shape[-1] for i, m in zip(left, right, strict=True)]
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """As of `lbfgs.Preconditioner`."""
+        found = []
+        for part, left, right in zip(vectors.split(self.sizes, -1), self.left, self.right, strict=True):
+            rows = part.unflatten(-1, (left.shape[-1], right.shape[-1]))  # (g, p, h, r, size)
+            turned = (rows.flatten(2, 3) @ right.unsqueeze(1)).view(rows.shape)
+            found.append((left.unsqueeze(2) @ turned).flatten(3))
+        return torch.cat(found, -1)
+
+    def keep(self, index: Tensor) -> _Kronecker:
+        """As of `lbfgs.Preconditioner`."""
+        return _Kronecker([t[:, index] for t in self.left], self.right)
+
+
 def _padded(theta: Tensor, shape: torch.Size) -> Tensor:
     """Filled up with zeros to (g, *shape)."""
     missing = [(0, size - have) for size, have in zip(shape, theta.shape[1:], strict=True)]
@@ -361,22 +391,24 @@ def minimize_in_both(objective: Callable[[torch.dtype], Objective], start: Tenso
     Args:
         objective: Makes losses, gradients and preconditioners in a precision.
         start: Initial points (g, p, N), float64.
-        steps: The most rounds of each column, integers (p,) on the CPU, not all 0.
+        steps: The most rounds of each problem, integers (g, p) on the CPU, not all 0.
 
     Returns:
         The points found, float64, with their losses and those of the start, and which searches came to their own end.
     """
-    point, losses, ended = start, [], torch.zeros_like(steps, dtype=torch.bool)
-    for dtype, floor in ((torch.float32, FLOAT32_LOSS), (torch.float64, NEGLIGIBLE)):
-        found = minimize(objective(dtype), point.to(dtype), steps, TOLERANCE, floor)
-        point = found.points.double()
-        losses.append(found.start)
-        going_on = torch.where((found.losses <= floor).any(0).cpu(), steps - found.rounds, 0)
-        ended |= found.ended & (steps > 0) & (going_on == 0)
-        steps = going_on
-        if not steps.any():
-            break
-    return found._replace(points=point, start=losses[0], ended=ended)
+    first = minimize(objective(torch.float32), start.float(), steps, TOLERANCE, FLOAT32_LOSS)
+    left = torch.where((first.losses <= FLOAT32_LOSS).cpu(), steps - first.rounds, 0)
+    if not left.any():
+        return first._replace(points=first.points.double())
+    further = minimize(objective(torch.float64), first.points.double(), left, TOLERANCE, NEGLIGIBLE)
+    moved, on = left > 0, (left > 0).to(start.device)
+    return Minimum(
+        further.points,
+        torch.where(on, further.losses, first.losses),
+        first.start,
+        first.rounds + further.rounds,
+        torch.where(moved, further.ended, first.ended),
+    )
 
 
 def inverse_curvature(theta: Parameters, output: Tensor, moments: Sequence[Tensor]) -> list[Tensor]:

@@ -17,12 +17,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.output_solver import Blocks
-from rankopt.decompositions.parameter_search import Search
+from rankopt.decompositions.parameter_search import Search, Solution
 from rankopt.decompositions.targets import StoredError, absorb_metric, stacked
 from rankopt.decompositions.types import Factors, Fit, Original, Parameters, Target
 
@@ -123,6 +124,21 @@ class OutputSolved(Decomposition):
         """
         return True
 
+    def filled(self, layer: Layer, rank: Rank) -> Rank:
+        """The rank up to which parameters are filled with zeros, for families whose components share nothing.
+
+        Layers of the same shape, each with a rank of its own, are one stack if they are filled up to the same rank. It
+        is for ranks (R,) that are the first dimension of each parameter and the number of rows of K(θ).
+
+        Args:
+            layer: Layer to decompose.
+            rank: A valid rank.
+
+        Returns:
+            Default: the rank, which is not filled up.
+        """
+        return rank
+
     def padding(self, layer: Layer, rank: Rank) -> Hashable:
         """Which ranks of a layer may be fitted in one batch.
 
@@ -148,55 +164,112 @@ class OutputSolved(Decomposition):
         metric: Tensor | None = None,
         steps: int = 100,
     ) -> Iterator[Fit]:
-        (fits,) = self._fit_stack([Original(layer, weight, moment, metric)], ranks, steps)
+        (fits,) = self._fit_stack([Original(layer, weight, moment, metric)], [ranks], steps)
         yield from fits
 
-    def fit_stack(self, originals: Sequence[Original], ranks: Sequence[Rank], steps: int = 100) -> list[list[Fit]]:
+    def alike(self, layer: Layer, ranks: Sequence[Rank]) -> Hashable:
+        return tuple(self.filled(layer, rank) for rank in ranks)
+
+    def fit_stack(
+        self, originals: Sequence[Original], ranks: Sequence[Sequence[Rank]], steps: int = 100
+    ) -> list[list[Fit]]:
         if type(self).fit is not OutputSolved.fit:  # a subclass fits in its own way
             return super().fit_stack(originals, ranks, steps)
         return self._fit_stack(originals, ranks, steps)
 
-    def errors(self, originals: Sequence[Original], ranks: Sequence[Rank], steps: int = 100) -> list[list[Fit]]:
+    def errors(
+        self, originals: Sequence[Original], ranks: Sequence[Sequence[Rank]], steps: int = 100
+    ) -> list[list[Fit]]:
         if type(self).fit is not OutputSolved.fit:  # a subclass fits in its own way
             return super().errors(originals, ranks, steps)
-        search, undo = self._search(originals, steps)
-        starts = [(rank, self.start(originals[0].layer, search.target, rank)) for rank in ranks]
-        found, parts = list(zip(ranks, search.improved(starts), strict=True)), _parts(originals)
-        fits = [
-            [Fit(r, (), search.whole(x.loss, p), search.whole(x.start, p), x.ended) for r, x in found] for p in parts
-        ]
-        if self.searches_error(originals[0].layer):
-            return fits
-        outputs = [search.exact(rank, x.theta)[1] for rank, x in found]
-        for i, (own, part) in enumerate(zip(originals, parts, strict=True)):
-            stored = StoredError(self, *own)
-            for j, ((rank, x), y) in enumerate(zip(found, outputs, strict=True)):
-                fit, theta = fits[i][j], tuple(t[part] for t in x.theta)
-                error = stored(self.factors(own.layer, theta, undo[i] @ y[part], rank), rank).error
-                fits[i][j] = fit._replace(error=error, start=error * (fit.start or 0.0) / max(fit.error, 1e-300))
+        stack = _Stack(self, originals, ranks, steps)
+        columns = stack.search.improved(stack.starts())
+        outputs: list[Tensor] = []
+        if not self.searches_error(originals[0].layer):
+            outputs = [
+                stack.search.exact(rank, x.theta)[1] for (rank, _), x in zip(stack.starts(), columns, strict=True)
+            ]
+        fits: list[list[Fit]] = []
+        for i, (own, part) in enumerate(zip(originals, stack.parts, strict=True)):
+            error = StoredError(self, *own) if outputs else None
+            fits.append([])
+            for j, (rank, x) in enumerate(zip(ranks[i], columns, strict=True)):
+                loss, start = (stack.search.whole(losses, part) for losses in (x.loss, x.start))
+                fit = Fit(rank, (), loss, start, bool(x.ended[part].all()))
+                if error:
+                    stored = error(stack.factors(i, rank, (x.theta, outputs[j])), rank).error
+                    fit = fit._replace(error=stored, start=stored * start / max(loss, 1e-300))
+                fits[-1].append(fit)
         return fits
 
-    def _fit_stack(self, originals: Sequence[Original], ranks: Sequence[Rank], steps: int) -> list[list[Fit]]:
-        search, undo = self._search(originals, steps)
-        found = search([(rank, self.start(originals[0].layer, search.target, rank)) for rank in ranks])
-        fits: list[list[Fit]] = [[] for _ in originals]
-        for i, (own, part) in enumerate(zip(originals, _parts(originals), strict=True)):
+    def _fit_stack(self, originals: Sequence[Original], ranks: Sequence[Sequence[Rank]], steps: int) -> list[list[Fit]]:
+        stack = _Stack(self, originals, ranks, steps)
+        columns = stack.search(stack.starts())
+        fits: list[list[Fit]] = []
+        for i, (own, part) in enumerate(zip(originals, stack.parts, strict=True)):
             error = StoredError(self, *own)
-            for rank, (before, solutions, ended) in zip(ranks, found, strict=True):
-                ours = ((tuple(t[part] for t in x), undo[i] @ y[part]) for x, y in solutions)
-                start, *better = (error(self.factors(own.layer, x, y, rank), rank) for x, y in ours)
-                started = start.error if before is None else search.whole(before, part)
-                best = min([start, *better], key=lambda fit: fit.error)
-                fits[i].append(best._replace(start=started, ended=ended))
+            fits.append([])
+            for rank, x in zip(ranks[i], columns, strict=True):
+                sure = not x.either or bool(x.better[part].all())
+                made = [error(stack.factors(i, rank, y), rank) for y in ([x.found] if sure else x.either)]
+                started = stack.search.whole(x.start, part) if sure else made[0].error
+                best = min(made, key=lambda fit: fit.error)
+                fits[-1].append(best._replace(start=started, ended=bool(x.ended[part].all())))
         return fits
 
-    def _search(self, originals: Sequence[Original], steps: int) -> tuple[Search, Sequence[Tensor]]:
-        """The search for the parameters of layers of the same shape, and for each what undoes its metric."""
-        targets, undo = zip(*(self.target(*one) for one in originals), strict=True)
-        return Search(self, originals[0].layer, stacked(targets), math.ceil(steps * self.effort)), undo
+
+class _Stack:
+    """Layers of the same shape whose parameters are searched at once, along the groups.
+
+    Args:
+        family: Their decomposition.
+        originals: The layers.
+        ranks: The ranks of each.
+        steps: Steps of the search, before the family's own factor.
+
+    Attributes:
+        search: The search.
+        parts: Where the groups of each layer are.
+    """
+
+    def __init__(
+        self, family: OutputSolved, originals: Sequence[Original], ranks: Sequence[Sequence[Rank]], steps: int
+    ) -> None:
+        self.family, self.layer, self.originals = family, originals[0].layer, originals
+        self.columns = list(zip(*ranks, strict=True))
+        targets, self.undo = zip(*(family.target(*one) for one in originals), strict=True)
+        self.search = Search(family, self.layer, stacked(targets), math.ceil(steps * family.effort))
+        g = self.layer.groups
+        self.parts = [slice(i * g, (i + 1) * g) for i in range(len(originals))]
+
+    def starts(self) -> list[tuple[Rank, Parameters]]:
+        """Of each column of ranks the first, and the parameters of all layers."""
+        return [(column[0], self._start(column)) for column in self.columns]
+
+    def _start(self, ranks: Sequence[Rank]) -> Parameters:
+        of_rank = {rank: self.family.start(self.layer, self.search.target, rank) for rank in dict.fromkeys(ranks)}
+        (size, *_) = self.family.filled(self.layer, ranks[0])
+        if all(self.family.filled(self.layer, rank) == rank for rank in of_rank):
+            return of_rank[ranks[0]]
+        filled = {rank: [_filled(t, size) for t in theta] for rank, theta in of_rank.items()}
+        own = ([t[part] for t in filled[rank]] for rank, part in zip(ranks, self.parts, strict=True))
+        return tuple(torch.cat(parts) for parts in zip(*own, strict=True))
+
+    def factors(self, number: int, rank: Rank, solution: Solution) -> Factors:
+        """The factors of a layer.
+
+        Args:
+            number: The layer's number.
+            rank: Its rank.
+            solution: The parameters and output factors of all layers.
+        """
+        part, (theta, output) = self.parts[number], solution
+        theta, output = tuple(t[part] for t in theta), output[part]
+        if self.family.filled(self.layer, rank) != rank:
+            theta, output = tuple(t[:, : rank[0]] for t in theta), output[..., : rank[0]]
+        return self.family.factors(self.originals[number].layer, theta, self.undo[number] @ output, rank)
 
 
-def _parts(originals: Sequence[Original]) -> list[slice]:
-    """Where the groups of each layer are in their stack."""
-    g = originals[0].layer.groups
-    return [slice(i * g, (i + 1) * g) for i in range(len(originals))]
+def _filled(theta: Tensor, size: int) -> Tensor:
+    """Parameters (g, r, ...) filled up with zeros to (g, size, ...)."""
+    return torch.cat([theta, theta.new_zeros(len(theta), size - theta.shape[1], *theta.shape[2:])], 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rankopt.candidates import fit as fits
 from rankopt.candidates import lazy
-from rankopt.candidates.jobs import Job, for_gpu, stacks
+from rankopt.candidates.jobs import Job, for_cores, for_gpu, seconds_on_a_core, stacks
 from rankopt.candidates.prepare import prepare
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.errors import RankoptError
@@ -37,9 +37,11 @@ def test_a_gpu_and_the_cores_share_fits_so_that_they_are_done_sooner_than_either
         jobs += [job(family, ((2, 2),) if family == "tucker2" else ((2,),), steps)] * layers
 
     def ends(chosen):
-        left = [jobs[i].seconds() for stack in found if stack not in chosen for i in stack]
+        left = [stack for stack in found if stack not in chosen]
+        longest = [jobs[i].seconds() for stack in left for i in stack]
         on_gpu = sum(jobs[stack[0]].seconds_on_gpu(len(stack)) for stack in chosen)
-        return max(on_gpu, 1.0 + max(*left, sum(left) / cores) if left else 0.0)
+        together = sum(seconds_on_a_core([jobs[i] for i in stack]) for stack in left)
+        return max(on_gpu, 1.0 + max(*longest, together / cores) if left else 0.0)
 
     here = for_gpu(jobs, found, cores, 1.0)
     assert here == [stack for stack in found if stack in here]
@@ -54,12 +56,37 @@ def test_few_short_fits_do_not_wait_for_processes_and_wide_ones_go_to_the_gpu():
     assert for_gpu(jobs, [[i] for i in range(17)], 16) == [[0]]
 
 
-def test_fits_of_equal_shapes_ranks_and_steps_are_one_stack_and_those_of_a_layer_follow_each_other():
+@given(
+    st.lists(st.tuples(FAMILIES, st.integers(1, 500), st.integers(1, 6)), min_size=1, max_size=8), st.integers(1, 16)
+)
+def test_stacks_are_cut_so_that_cores_are_busy_to_the_end(kinds, cores):
+    jobs, found = [], []
+    for family, steps, layers in kinds:
+        found.append([*range(len(jobs), len(jobs) + layers)])
+        jobs += [job(family, ((2, 2),) if family == "tucker2" else ((2,),), steps)] * layers
+    parts = for_cores(jobs, found, cores)
+    seconds = [seconds_on_a_core([jobs[i] for i in part]) for part in parts]
+    assert sorted(i for part in parts for i in part) == [*range(len(jobs))]
+    assert seconds == sorted(seconds, reverse=True)
+    ends = [0.0] * cores
+    for spent in seconds:  # as workers take them
+        ends[ends.index(min(ends))] += spent
+    longest = max(one.seconds() for one in jobs)
+    assert max(ends) <= sum(seconds) / cores + max(longest, seconds[0])
+    assert sum(seconds) <= sum(one.seconds() for one in jobs) + 1e-9
+    for part in parts:
+        assert any(set(part) <= set(stack) for stack in found)
+
+
+def test_fits_of_equal_shapes_and_steps_and_alike_ranks_are_one_stack_and_those_of_a_layer_follow_each_other():
     a, b = (dataclasses.replace(make("conv3x3").layer, name=name) for name in "ab")
     other = dataclasses.replace(make("linear").layer, name="other")
     jobs = [job(layer=a), job("svd_out", layer=other), job("tucker2", ((2, 2),), layer=a), job(layer=b)]
     jobs += [job(layer=b, steps=21), job(layer=b, ranks=((5,),))]
-    assert stacks(jobs, lambda layer: repr(layer.shape)) == [[0, 3], [2], [4], [5], [1]]
+    assert stacks(jobs, lambda layer: repr(layer.shape)) == [[0, 3, 5], [2], [4], [1]]
+    jobs.append(job(layer=b, ranks=((9,),)))
+    assert stacks(jobs, lambda layer: repr(layer.shape)) == [[0, 3, 5], [2], [4], [6], [1]]
+    assert stacks(jobs, lambda layer: repr(layer.shape), most=1) == [[0], [3], [5], [2], [4], [6], [1]]
 
 
 @pytest.fixture(scope="module")

@@ -138,13 +138,13 @@ def test_what_a_budget_gets_depends_on_no_other_budget_and_not_on_the_cache(cach
 
 def test_a_further_budget_fits_only_what_is_new_and_the_same_one_nothing(tmp_path, monkeypatch):
     made = []
-    real = fits._fit_one
+    real = fits._fit_here
 
-    def counted(number, cache, job, *others):
-        made.extend((job.layer.name, job.family, rank, job.steps) for rank in job.ranks)
-        return real(number, cache, job, *others)
+    def counted(statistics, stack, jobs, *others):
+        made.extend((job.layer.name, job.family, rank, job.steps) for job in jobs for rank in job.ranks)
+        return real(statistics, stack, jobs, *others)
 
-    monkeypatch.setattr(fits, "_fit_one", counted)
+    monkeypatch.setattr(fits, "_fit_here", counted)
     found = prepared(tmp_path)
     for budget in BUDGETS:
         found.problem(budget)

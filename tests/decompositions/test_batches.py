@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 
 import pytest
 import torch
@@ -60,9 +61,12 @@ def test_layers_in_one_batch_are_fitted_as_each_alone(family, name):
     ranks = decomposition.ranks(case.layer, [0.3, 0.6])
     both = (case, other)
     originals = [Original(c.layer, c.module.weight, c.moment, c.metric) for c in both]
-    stack, without_factors = decomposition.fit_stack(originals, ranks, 20), decomposition.errors(originals, ranks, 20)
+    stack, without_factors = (
+        decomposition.fit_stack(originals, [ranks] * 2, 20),
+        decomposition.errors(originals, [ranks] * 2, 20),
+    )
     for one, fits, estimates in zip(originals, stack, without_factors, strict=True):
-        (only,) = decomposition.errors([one], ranks, 20)
+        (only,) = decomposition.errors([one], [ranks], 20)
         assert not any(fit.factors for fit in estimates)
         assert [fit.error for fit in estimates] == pytest.approx([fit.error for fit in only], rel=0.01, abs=1e-7)
         for fit, expected in zip(estimates, only, strict=True):
@@ -82,7 +86,7 @@ def test_a_family_with_a_fit_of_its_own_is_asked_for_it():
             return super().fit(layer, weight, ranks, moment, metric, 0)
 
     asked, case = [], make("conv3x3")
-    stack = Own().fit_stack([Original(case.layer, case.module.weight, case.moment, case.metric)] * 2, [(2,)], 50)
+    stack = Own().fit_stack([Original(case.layer, case.module.weight, case.moment, case.metric)] * 2, [[(2,)]] * 2, 50)
     (expected,) = SvdIn().fit(case.layer, case.module.weight, [(2,)], case.moment, case.metric, 0)
     assert len(asked) == 2 and [fits[0].error for fits in stack] == [expected.error] * 2
 
@@ -132,12 +136,85 @@ def test_minima_of_a_batch(dtype):
         return losses.detach().double(), torch.autograd.grad(losses.sum(), x)[0]
 
     start = torch.tensor([-1.2, 1.0], dtype=dtype) + 0.1 * torch.arange(6, dtype=dtype).view(2, 3, 1)
-    found = minimize(Objective(evaluate), start, torch.tensor([200, 200, 200]), 1e-9, 1e-9)
+    found = minimize(Objective(evaluate), start, torch.full((2, 3), 200), 1e-9, 1e-9)
     assert found.losses.max() < 1e-5
-    short = minimize(Objective(evaluate), start, torch.tensor([3, 200, 0]), 1e-9, 1e-9)
-    assert short.rounds[0] == 3 and short.rounds[2] == 0
+    short = minimize(Objective(evaluate), start, torch.tensor([[3, 200, 0], [5, 200, 0]]), 1e-9, 1e-9)
+    assert short.rounds[:, 0].tolist() == [3, 5] and short.rounds[:, 2].tolist() == [0, 0]
+    assert short.ended.tolist() == [[False, True, False]] * 2
     assert torch.equal(short.points[:, 2], start[:, 2]) and short.losses[:, 1].max() < 1e-5
     assert (short.losses <= evaluate(start, torch.arange(3))[0]).all()
+
+
+class Product:
+    """A preconditioner that is a product with a tensor (g, p, ...)."""
+
+    def __init__(self, product, inverse):
+        self.product, self.inverse = product, inverse
+
+    def __call__(self, vectors):
+        return self.product(vectors, self.inverse)
+
+    def keep(self, index):
+        return Product(self.product, self.inverse[:, index])
+
+
+def test_what_is_found_for_a_problem_does_not_depend_on_its_batch():
+    """To the last digit, with a preconditioner and without one, wherever the others end."""
+    generator = torch.Generator().manual_seed(0)
+    start = 1.5 * torch.randn(4, 3, 2, generator=generator)
+    steepness = 10 ** torch.linspace(0, 2, 12).view(4, 3)
+    steps = torch.tensor([[200, 40, 7]] * 4)
+
+    def objective(rows, own_columns, with_preconditioner):
+        own = steepness[rows][:, own_columns]
+
+        def evaluate(points, columns):
+            x = points.detach().requires_grad_()
+            losses = own[:, columns] * (x[..., 1] - x[..., 0] ** 2) ** 2 + (1 - x[..., 0]) ** 2
+            return losses.detach().double(), torch.autograd.grad(losses.sum(), x)[0]
+
+        def preconditioner(points, columns):
+            return Product(lambda v, m: m.unsqueeze(2) * v, 1 / (1 + own[:, columns].unsqueeze(-1) * points.square()))
+
+        return Objective(evaluate, preconditioner if with_preconditioner else None)
+
+    every = list(range(3))
+    for with_preconditioner in (False, True):
+        whole = minimize(objective(slice(None), every, with_preconditioner), start, steps, 1e-6, 1e-12)
+        assert len(whole.rounds.unique()) > 3
+        for i, j in itertools.product(range(4), every):
+            rows, columns = slice(i, i + 1), [j]
+            alone = minimize(
+                objective(rows, columns, with_preconditioner), start[rows, columns], steps[rows, columns], 1e-6, 1e-12
+            )
+            for one, all_of_them in zip(alone, whole, strict=True):
+                assert torch.equal(one, all_of_them[rows, columns])
+
+
+@pytest.mark.parametrize("family", ["cp", "cp_merged", "tucker2", "svd_in"])
+@pytest.mark.parametrize("steps", [4, 300])
+def test_layers_in_a_stack_have_the_fits_that_they_have_alone(family, steps):
+    """To the last digit, so that what is fitted does not depend on what else is: also of other ranks, where these are
+    filled up to the same size."""
+    decomposition, cases = DECOMPOSITIONS[family], [make("conv3x3") for _ in range(3)]
+    originals = []
+    for i, case in enumerate(cases):
+        noise = torch.randn(case.module.weight.shape, generator=torch.Generator().manual_seed(i))
+        moment = case.moment + i * torch.eye(case.moment.shape[-1], dtype=case.moment.dtype)
+        originals.append(Original(case.layer, case.module.weight.detach() + i * noise, moment, case.metric))
+    possible = decomposition.ranks(cases[0].layer, [0.2, 0.25, 0.3, 0.5, 0.55, 0.6, 0.7])
+    ranks = [possible[-2:]] * 3
+    if family.startswith("cp"):
+        full = possible[-1][0]
+        ranks = [[(full,), (2,)], [(full - 1,), (3,)], [(full,), (5,)]]
+        assert len({decomposition.alike(cases[0].layer, own) for own in ranks}) == 1
+    both = {f: getattr(decomposition, f)(originals, ranks, steps) for f in ("fit_stack", "errors")}
+    for i, (original, own) in enumerate(zip(originals, ranks, strict=True)):
+        for name, stack in both.items():
+            (alone,) = getattr(decomposition, name)([original], [own], steps)
+            for one, other in zip(alone, stack[i], strict=True):
+                assert one[2:] == other[2:] and one.rank == other.rank
+                assert all(map(torch.equal, one.factors, other.factors))
 
 
 def test_a_preconditioner_makes_up_for_bad_scales():
@@ -151,11 +228,11 @@ def test_a_preconditioner_makes_up_for_bad_scales():
         return 0.5 * (gradient * points).sum(-1), gradient
 
     def preconditioner(_, columns):
-        return lambda vectors: vectors / curvatures[:, columns].unsqueeze(2)
+        return Product(lambda vectors, inverse: inverse.unsqueeze(2) * vectors, 1 / curvatures[:, columns])
 
-    plain = minimize(Objective(evaluate), start, torch.tensor([40, 40, 40]), 0.0, 1e-20)
+    plain = minimize(Objective(evaluate), start, torch.full((2, 3), 40), 0.0, 1e-20)
     assert plain.losses.min() > 1e-3
-    found = minimize(Objective(evaluate, preconditioner), start, torch.tensor([7, 40, 23]), 0.0, 1e-20)
+    found = minimize(Objective(evaluate, preconditioner), start, torch.tensor([[7, 40, 23]] * 2), 0.0, 1e-20)
     assert found.losses.max() < 1e-20 and found.rounds.max() <= 10
 
 
@@ -173,10 +250,10 @@ def test_a_preconditioner_that_changes_keeps_the_search_exact():
         hessian = torch.stack([1200 * x**2 - 400 * y + 2, across, across, torch.full_like(x, 200)], -1)
         values, vectors = torch.linalg.eigh(hessian.unflatten(-1, (2, 2)))
         inverse = (vectors / values.abs().clamp_min(1).unsqueeze(-2)) @ vectors.mT
-        return lambda vectors: vectors @ inverse
+        return Product(torch.matmul, inverse)
 
     start = torch.tensor([-1.2, 1.0], dtype=torch.float64) + torch.rand(2, 5, 2, dtype=torch.float64)
-    found = minimize(Objective(evaluate, preconditioner), start, torch.full((5,), 100), 1e-9, 1e-15)
+    found = minimize(Objective(evaluate, preconditioner), start, torch.full((2, 5), 100), 1e-9, 1e-15)
     assert found.losses.max() < 1e-12
     assert found.points.flatten().numpy() == pytest.approx(1, abs=1e-4)
 
@@ -188,7 +265,7 @@ def test_a_loss_that_is_not_finite_is_stepped_back_from():
         losses = (points.log() + 1 / points).sum(-1)
         return losses, (1 / points - 1 / points**2).nan_to_num()
 
-    found = minimize(Objective(evaluate), torch.tensor([[[1.5]]], dtype=torch.float64), torch.tensor([100]), 0.0, 1.0)
+    found = minimize(Objective(evaluate), torch.tensor([[[1.5]]], dtype=torch.float64), torch.tensor([[100]]), 0.0, 1.0)
     assert found.points.item() == pytest.approx(1, abs=1e-4)
 
 

@@ -234,7 +234,7 @@ def test_estimated_errors_are_nearly_those_of_fits(family, name, steps):
     case, decomposition = make(name), DECOMPOSITIONS[family]
     ranks = decomposition.ranks(case.layer, [0.2, 0.5])
     original = Original(case.layer, case.module.weight, case.moment, case.metric)
-    ((fits,), (estimates,)) = (f([original], ranks, steps) for f in (decomposition.fit_stack, decomposition.errors))
+    ((fits,), (estimates,)) = (f([original], [ranks], steps) for f in (decomposition.fit_stack, decomposition.errors))
     for fit, estimate in zip(fits, estimates, strict=True):
         assert estimate.rank == fit.rank and estimate.factors == ()
         assert estimate.error == pytest.approx(fit.error, rel=0.1, abs=1e-6)

@@ -228,7 +228,7 @@ def test_layers_and_ranks_in_one_batch_agree_with_the_cpu(family):
     ranks = DECOMPOSITIONS[family].ranks(layers[0], [0.1, 0.3, 0.6])
     weights, given = [layer.weight.detach() for layer in model], [found[layer.name] for layer in layers]
     on_gpu = [Original(x, w.cuda(), s.cuda()) for x, w, s in zip(layers, weights, given, strict=True)]
-    stack = DECOMPOSITIONS[family].fit_stack(on_gpu, ranks, 100)
+    stack = DECOMPOSITIONS[family].fit_stack(on_gpu, [ranks] * 2, 100)
     for layer, weight, moment, fits in zip(layers, weights, given, stack, strict=True):
         assert all(f.is_cuda for fit in fits for f in fit.factors)
         alone = [fit.error for fit in DECOMPOSITIONS[family].fit(layer, weight, ranks, moment, None, 100)]
