@@ -62,7 +62,7 @@ EFFORTS = {
         rungs=(Rung(5, 8, 2), Rung(20, 3, 4)), dear=_DEAR, steps=0.2, width=0.0, slack=0.0, rounds=2, passes=15
     ),
     NORMAL: Effort(
-        rungs=(Rung(5, 8, 2), Rung(25, 3, 4)), dear=_DEAR, steps=1.0, width=0.05, slack=0.01, rounds=6, passes=20
+        rungs=(Rung(5, 8, 2), Rung(25, 3, 4)), dear=_DEAR, steps=1.0, width=0.2, slack=0.05, rounds=6, passes=20
     ),
 }
 """The efforts below THOROUGH."""

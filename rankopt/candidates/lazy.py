@@ -10,9 +10,9 @@ errors, which is repeated until all candidates of good plans are fitted to the e
 the limits (`rankopt.core.dual`): each layer takes a candidate of least loss plus priced cost, or nearly. That includes
 the exact allocations under losses that differ from the predicted ones by some factor, which strategies try.
 
-Neighbouring ranks of small layers are fitted at once, in batches that are always the same: what is fitted for one
-budget does not depend on other budgets, nor on what the cache holds. All that is offered has factors and the error of
-these.
+What is fitted for one budget does not depend on other budgets, nor on what the cache holds: fits are those of each
+alone, however they are stacked, or neighbouring ranks of a small layer are fitted at once, in batches that are always
+the same. All that is offered has factors and the error of these.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ INTERPOLATED = 1.1
 
 
 AT_ONCE = 2_000_000
-"""`work_of` ranks that are fitted to the end at once: those of small layers, a step of which is mostly overhead."""
+"""`work_of` ranks that are fitted to the end at once: those of small layers, a step of which is mostly overhead.
+
+Families that stack ranks fit them one by one."""
 
 
 Menus = dict[str, list[Candidate]]
@@ -345,6 +347,8 @@ class LazyFits:
         return all(x.ended for x in self.reached[pair].values())
 
     def _cells(self, pair: Pair) -> list[tuple[Rank, ...]]:
+        if DECOMPOSITIONS[pair[1]].stacks_ranks:
+            return [(rank,) for rank in self.reached[pair]]
         found: list[list[Rank]] = []
         room = 0
         for rank in self.reached[pair]:

@@ -17,6 +17,9 @@ from rankopt.decompositions.targets import once_per_target
 from rankopt.decompositions.types import Factors, Parameters, Stage, Target, is_sketch
 from rankopt.decompositions.variable_projection import OutputSolved
 
+SIZES = (2**13, 2**15)
+"""Elements of K above which ranks are filled up to finer sizes (`next_size`)."""
+
 
 class Cp(OutputSolved):
     """CP over the modes C, kh, kw, T (Lebedev 2015).
@@ -26,6 +29,7 @@ class Cp(OutputSolved):
 
     name = "cp"
     effort = 0.7
+    stacks_ranks = True
 
     def full_rank(self, layer: Layer) -> Rank | None:
         if min(layer.kernel) == 1:
@@ -45,7 +49,7 @@ class Cp(OutputSolved):
         return ()
 
     def filled(self, layer: Layer, rank: Rank) -> Rank:
-        return (next_size(rank[0]),)
+        return (next_size(rank[0], layer.patch),)
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         channels, spatial = rank_one_rows(layer, target, rank[0])
@@ -81,6 +85,7 @@ class CpMerged(OutputSolved):
 
     name = "cp_merged"
     effort = 0.9
+    stacks_ranks = True
 
     def full_rank(self, layer: Layer) -> Rank | None:
         if layer.patch == layer.in_channels:
@@ -99,7 +104,7 @@ class CpMerged(OutputSolved):
         return ()
 
     def filled(self, layer: Layer, rank: Rank) -> Rank:
-        return (next_size(rank[0]),)
+        return (next_size(rank[0], layer.patch),)
 
     def start(self, layer: Layer, target: Target, rank: Rank) -> Parameters:
         return rank_one_rows(layer, target, rank[0])
@@ -119,13 +124,17 @@ class CpMerged(OutputSolved):
         )
 
 
-def next_size(rank: int) -> int:
-    """The next of 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...: four sizes from each power of two to the next.
+def next_size(rank: int, inputs: int) -> int:
+    """The next of 8, 16, 32, ...; of larger fits there are two or four sizes from each power of two to the next.
+
+    A step of small fits takes as long, whatever their size.
 
     Args:
         rank: Number of components.
+        inputs: Inputs of the layer.
     """
-    step = 2 ** max(1, rank.bit_length() - 3)
+    halvings = sum(rank * inputs > size for size in SIZES)
+    step = 2 ** max(0, (rank - 1).bit_length() - 1 - halvings)
     return max(8, -(-rank // step) * step)
 
 

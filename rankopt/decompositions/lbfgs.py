@@ -175,8 +175,8 @@ class _State:
         self.history = min(HISTORY // 2 if apply else HISTORY, rounds, max(affordable, 5))
         self.slack, self.first = max(1, min(WINDOW, rounds - self.history)), 0
         shape, size = point.shape[:2], self.history + self.slack
-        self.pairs = point.new_zeros(*shape, 2, size, point.shape[-1])  # S and P Y
-        self.differences = torch.zeros_like(self.pairs[:, :, 1]) if apply else self.pairs[:, :, 1]  # Y
+        self.steps, self.turns = (point.new_zeros(*shape, size, point.shape[-1]) for _ in range(2))  # S and P Y
+        self.differences = torch.zeros_like(self.turns) if apply else self.turns  # Y
         # Sᵀ Y, of which the upper triangle is used, and Yᵀ P Y; a pair of zeros has no effect with a diagonal of one
         self.products = point.new_zeros(*shape, 2, size, size, dtype=torch.float64)
         self.products[:, :, 0].diagonal(dim1=-2, dim2=-1).fill_(1.0)
@@ -197,14 +197,14 @@ class _State:
         if self.apply:
             self.apply = self.apply.keep(index)
         else:
-            self.differences = self.pairs[:, :, 1]
+            self.differences = self.turns
 
     def precondition(self, apply: Preconditioner) -> None:
         """Go on with another preconditioner."""
         self.apply, window = apply, slice(self.first, self.first + self.history)
         differences = self.differences[:, :, window]
         self.turned = self._turn(self.gradient)
-        self.pairs[:, :, 1, window] = turned = apply(differences)
+        self.turns[:, :, window] = turned = apply(differences)
         self.products[:, :, 1, window, window] = (differences @ turned.mT).double()
         last = self.first + self.history - 1
         curvature, square = self.curvature[:, :, last, 0], self.products[:, :, 1, last, last]
@@ -240,17 +240,16 @@ class _State:
         if self.first == self.slack:
             self._rewind()
         new, window = self.first + h, slice(self.first + 1, self.first + 1 + h)
-        difference = gradient - self.gradient
-        pair = torch.stack([self.trial - self.point, turned - self.turned], 2)
-        curvature, square = (pair * difference.unsqueeze(2)).sum(-1).unbind(2)
+        step, difference, turn = self.trial - self.point, gradient - self.gradient, turned - self.turned
+        curvature, square = (step * difference).sum(-1), (turn * difference).sum(-1)
         useful = better & (curvature > -LEAST_CURVATURE * promised)
         self.scale = torch.where(useful, curvature / square, self.scale)
-        self.pairs[:, :, :, new] = pair.where(useful[..., None, None], 0.0)
-        difference = difference.where(useful.unsqueeze(-1), 0.0)
+        step, difference, turn = (v.where(useful.unsqueeze(-1), 0.0) for v in (step, difference, turn))
+        self.steps[:, :, new], self.turns[:, :, new] = step, turn
         if self.apply:
             self.differences[:, :, new] = difference
-        row = difference[:, :, None, None]  # as a column it would take ten times as long on a CPU
-        products = (row @ self.pairs[:, :, :, window].mT)[..., 0, :].double()
+        row = difference.unsqueeze(2)  # as a column it would take ten times as long on a CPU
+        products = torch.cat([row @ pairs[:, :, window].mT for pairs in (self.steps, self.turns)], 2).double()
         self.products[:, :, :, window, new] = products
         self.products[:, :, 1, new, window] = products[:, :, 1]
         last = self.products[:, :, 0, new, new]
@@ -261,20 +260,21 @@ class _State:
     def _rewind(self) -> None:
         """Move the window to the beginning of the buffers."""
         h, moved = self.history, slice(self.slack, None)
-        for buffer in (self.differences, self.curvature) if self.apply else (self.curvature,):
+        own = (self.differences,) if self.apply else ()
+        for buffer in (self.steps, self.turns, self.curvature, *own):
             buffer[:, :, :h] = buffer[:, :, moved].clone()
-        self.pairs[:, :, :, :h] = self.pairs[:, :, :, moved].clone()
         self.products[:, :, :, :h, :h] = self.products[:, :, :, moved, moved].clone()
         self.first = 0
 
     def _direction(self) -> Tensor:
         """−H g, where H is the compact representation of the inverse Hessian that starts from a multiple of P."""
         window = slice(self.first, self.first + self.history)
-        pairs, scale = self.pairs[:, :, :, window], self.scale[..., None, None]
+        steps, turns, gradient = self.steps[:, :, window], self.turns[:, :, window], self.gradient.unsqueeze(2)
         triangle, within = self.products[:, :, :, window, window].unbind(2)
-        of_steps, of_differences = (self.gradient[:, :, None, None] @ pairs.mT).double().unbind(2)
-        inner = torch.linalg.solve_triangular(triangle, of_steps.mT, upper=True)
-        rest = self.curvature[:, :, window] * inner + scale * (inner.mT @ within - of_differences).mT
+        scale = self.scale[..., None, None]
+        inner = torch.linalg.solve_triangular(triangle, (gradient @ steps.mT).double().mT, upper=True)
+        across = inner.mT @ within - (gradient @ turns.mT).double()
+        rest = self.curvature[:, :, window] * inner + scale * across.mT
         outer = torch.linalg.solve_triangular(triangle.mT, rest, upper=False)
-        shares = torch.stack([outer, -scale * inner], 2).mT.to(pairs.dtype)
-        return -(self.scale.unsqueeze(-1) * self.turned + (shares @ pairs).sum(2)[..., 0, :])
+        inner, outer = inner.mT.to(gradient.dtype), outer.mT.to(gradient.dtype)
+        return -(scale * (self.turned.unsqueeze(2) - inner @ turns) + outer @ steps)[..., 0, :]
