@@ -22,7 +22,7 @@ HISTORY = 30
 """Pairs of steps and gradient differences that approximate the inverse Hessian; half as many with a preconditioner."""
 
 HISTORY_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
-"""Bound on the elements of each buffer of pairs, by device: of very large problems fewer are kept."""
+"""Bound on a group's elements in each buffer of pairs, by device: of very large problems fewer are kept."""
 
 WINDOW = 10
 """Rounds between two looks at which problems are done; each waits for the device."""
@@ -171,7 +171,7 @@ class _State:
         self, point: Tensor, loss: Tensor, gradient: Tensor, rounds: int, apply: Preconditioner | None = None
     ) -> None:
         self.point, self.loss, self.gradient, self.apply = point, loss, gradient, apply
-        affordable = HISTORY_ELEMENTS.get(point.device.type, 2**25) // max(1, point.numel()) - WINDOW
+        affordable = HISTORY_ELEMENTS.get(point.device.type, 2**25) // max(1, point[0].numel()) - WINDOW
         self.history = min(HISTORY // 2 if apply else HISTORY, rounds, max(affordable, 5))
         self.slack, self.first = max(1, min(WINDOW, rounds - self.history)), 0
         shape, size = point.shape[:2], self.history + self.slack

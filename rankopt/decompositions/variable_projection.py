@@ -186,9 +186,7 @@ class OutputSolved(Decomposition):
         columns = stack.search.improved(stack.starts())
         outputs: list[Tensor] = []
         if not self.searches_error(originals[0].layer):
-            outputs = [
-                stack.search.exact(rank, x.theta)[1] for (rank, _), x in zip(stack.starts(), columns, strict=True)
-            ]
+            outputs = [stack.search.exact(own[0], x.theta)[1] for own, x in zip(stack.columns, columns, strict=True)]
         fits: list[list[Fit]] = []
         for i, (own, part) in enumerate(zip(originals, stack.parts, strict=True)):
             error = StoredError(self, *own) if outputs else None
@@ -229,6 +227,7 @@ class _Stack:
 
     Attributes:
         search: The search.
+        columns: The first rank of all layers, the second of all, and so on.
         parts: Where the groups of each layer are.
     """
 
