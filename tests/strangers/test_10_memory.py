@@ -113,7 +113,7 @@ def test_slices_of_outputs_that_are_not_kept_add_up(monkeypatch):
 @pytest.fixture
 def narrow(monkeypatch):
     """A limit that small layers exceed."""
-    for module in (input_moments, refine):
+    for module in (input_moments, calibration, refine):
         monkeypatch.setattr(module, "WIDEST", 60)
 
 
