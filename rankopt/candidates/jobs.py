@@ -132,7 +132,7 @@ def stacks(jobs: Sequence[Job], kind: Callable[[Layer], str], most: int = STACK_
     found: dict[str, dict[str, list[int]]] = {}
     for number, job in enumerate(jobs):
         alike = DECOMPOSITIONS[job.family].alike(job.layer, job.ranks)
-        same = repr((job.family, alike, job.steps, job.factors))
+        same = job.key if alike is None else repr((job.family, alike, job.steps, job.factors))
         found.setdefault(kinds[job.layer.name], {}).setdefault(same, []).append(number)
     cut = []
     for numbers in (numbers for of_kind in found.values() for numbers in of_kind.values()):

@@ -127,7 +127,7 @@ class Decomposition(ABC):
         """
         return None
 
-    def alike(self, layer: Layer, ranks: Sequence[Rank]) -> Hashable:
+    def alike(self, layer: Layer, ranks: Sequence[Rank]) -> Hashable | None:
         """What ranks have in common that may be fitted in one stack, of layers of the same shape.
 
         Args:
@@ -135,9 +135,9 @@ class Decomposition(ABC):
             ranks: Valid ranks of it.
 
         Returns:
-            Default: the ranks.
+            Default: None, each layer is fitted alone, as a stack of them would take as long.
         """
-        return tuple(ranks)
+        return None
 
     def fit_stack(
         self, originals: Sequence[Original], ranks: Sequence[Sequence[Rank]], steps: int = 100

@@ -167,7 +167,9 @@ class OutputSolved(Decomposition):
         (fits,) = self._fit_stack([Original(layer, weight, moment, metric)], [ranks], steps)
         yield from fits
 
-    def alike(self, layer: Layer, ranks: Sequence[Rank]) -> Hashable:
+    def alike(self, layer: Layer, ranks: Sequence[Rank]) -> Hashable | None:
+        if self.closed_form or type(self).fit is not OutputSolved.fit:  # a subclass fits in its own way
+            return None
         return tuple(self.filled(layer, rank) for rank in ranks)
 
     def fit_stack(
