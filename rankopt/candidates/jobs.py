@@ -56,6 +56,11 @@ SHARES = 3
 """Stacks of average length for each core: the more there are, the less some cores wait for others in the end."""
 
 
+WORTH = 3.0
+"""Products of a stack on a core take up to so many times as long as its overhead: in larger ones nothing is saved, and
+they leave the core's cache (MiniLM's first fits took 1.3 times as long)."""
+
+
 class Job(NamedTuple):
     """A request, and the key under which the cache holds its fits."""
 
@@ -152,7 +157,7 @@ def seconds_on_a_core(stack: Sequence[Job]) -> float:
 
 
 def for_cores(jobs: Sequence[Job], found: Sequence[Stack], cores: int) -> list[Stack]:
-    """Cut stacks into parts, so that all cores are busy to the end.
+    """Cut stacks into parts that save time, so that all cores are busy to the end.
 
     Args:
         jobs: The jobs.
@@ -163,10 +168,11 @@ def for_cores(jobs: Sequence[Job], found: Sequence[Stack], cores: int) -> list[S
         The parts, the longest first.
     """
     seconds = [seconds_on_a_core([jobs[i] for i in stack]) for stack in found]
-    share = sum(seconds) / (SHARES * cores)
+    share = sum(seconds) / (SHARES * cores) if cores > 1 else math.inf
     cut = []
     for stack, whole in zip(found, seconds, strict=True):
-        parts = min(len(stack), max(1, math.ceil(whole / share))) if cores > 1 else 1
+        longest = min(share, (1 + WORTH) * max(jobs[i]._overhead_and_products()[0] for i in stack))
+        parts = max(1, min(len(stack), math.ceil(whole / max(longest, 1e-9))))
         cut += [stack[i::parts] for i in range(parts)]
     return sorted(cut, key=lambda stack: -seconds_on_a_core([jobs[i] for i in stack]))
 

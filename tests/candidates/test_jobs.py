@@ -78,6 +78,12 @@ def test_stacks_are_cut_so_that_cores_are_busy_to_the_end(kinds, cores):
         assert any(set(part) <= set(stack) for stack in found)
 
 
+def test_narrow_layers_are_stacked_and_wide_ones_are_not():
+    narrow, wide = (inventory(torch.nn.Conv2d(n, n, 3), torch.zeros(1, n, 4, 4))[0] for n in (16, 256))
+    assert for_cores([job(layer=narrow)] * 4, [[0, 1, 2, 3]], 1) == [[0, 1, 2, 3]]
+    assert for_cores([job(layer=wide, ranks=((200,),))] * 4, [[0, 1, 2, 3]], 1) == [[0], [1], [2], [3]]
+
+
 def test_fits_of_equal_shapes_and_steps_and_alike_ranks_are_one_stack_and_those_of_a_layer_follow_each_other():
     a, b = (dataclasses.replace(make("conv3x3").layer, name=name) for name in "ab")
     other = dataclasses.replace(make("linear").layer, name="other")
