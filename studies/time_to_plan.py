@@ -368,6 +368,9 @@ def main() -> None:
     parser.add_argument("--efforts", action="store_true", help="compare efforts at six budgets (of ResNet-20)")
     parser.add_argument("--row", help="measure this network here, and print its row as JSON in the last line")
     args = parser.parse_args()
+    own, imported = Path(__file__).resolve().parents[1], Path(rankopt.__file__).resolve().parents[1]
+    if own != imported:
+        parser.error(f"this would measure the rankopt in {imported}: set PYTHONPATH={own}")
     if args.row:
         print(json.dumps(measure(args.row, args.device, args.effort)))
         return
