@@ -212,8 +212,7 @@ def _run(
     if is_on_gpu(statistics):
         here = for_gpu(jobs, stacks(jobs, kind), cores, start_up)
     taken = {i for stack in here for i in stack}
-    small = [[i for i in stack if i not in taken] for stack in stacks(jobs, kind, STACK_BYTES_CPU)]
-    left = for_cores(jobs, [stack for stack in small if stack], cores)
+    left = for_cores(jobs, stacks(jobs, kind, STACK_BYTES_CPU, taken), cores)
 
     def arguments(stack: Stack) -> tuple[Any, ...]:
         own = [jobs[i] for i in stack]

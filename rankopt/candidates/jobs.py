@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from rankopt.candidates.calibration import statistics_bytes
@@ -57,8 +57,21 @@ SHARES = 3
 
 
 WORTH = 3.0
-"""Products of a stack on a core take up to so many times as long as its overhead: in larger ones nothing is saved, and
-they leave the core's cache (MiniLM's first fits took 1.3 times as long)."""
+"""A stack on a core is cut if its products take more than this many times as long as its overhead.
+
+Beyond that a stack saves next to nothing, and leaves the core's cache: MiniLM's first fits took 1.3 times as long."""
+
+
+class Estimate(NamedTuple):
+    """Seconds of fits on one core.
+
+    Attributes:
+        overhead: Those that go to the overhead of operations, which the jobs of a stack share.
+        products: Those that go to products.
+    """
+
+    overhead: float
+    products: float
 
 
 class Job(NamedTuple):
@@ -71,26 +84,21 @@ class Job(NamedTuple):
     factors: bool
     key: str
 
-    @property
-    def work(self) -> int:
-        """A rough measure of how long the fits take, to order jobs by."""
-        return work_of(self.layer, self.family, self.ranks)
-
     def seconds(self) -> float:
-        """Estimate how long the fits take on one core of a server of 2024."""
-        return sum(self._overhead_and_products())
+        """Estimate how long the fits take on one core."""
+        return sum(self.on_a_core())
 
-    def _overhead_and_products(self) -> tuple[float, float]:
-        """Seconds that go to the overhead of operations, which a stack has once, and to products."""
+    def on_a_core(self) -> Estimate:
+        """Estimate what the fits take on one core of a server of 2024."""
         layer = self.layer
         width = min(layer.patch, 2 + 2 * sketch_rows(layer)) if is_wide(layer) else layer.patch  # products with S
         if DECOMPOSITIONS[self.family].closed_form:  # in float64
             outputs = layer.out_channels
-            return 0.0, 1e-3 + layer.groups * 5e-11 * outputs * (layer.patch * width + 10 * outputs**2)
-        work = self.work * width // layer.patch
+            return Estimate(0.0, 1e-3 + layer.groups * 5e-11 * outputs * (layer.patch * width + 10 * outputs**2))
+        work = work_of(layer, self.family, self.ranks) * width // layer.patch
         steps = math.ceil(self.steps * DECOMPOSITIONS[self.family].effort)
         steps = affordable_steps(steps, max(1, PER_WORK * work // len(self.ranks))) + BESIDE
-        return steps * 2.5e-4 * (4 + len(self.ranks)), steps * 1.5e-10 * work
+        return Estimate(steps * 2.5e-4 * (4 + len(self.ranks)), steps * 1.5e-10 * work)
 
     def seconds_on_gpu(self, layers: int) -> float:
         """Estimate how long the fits of some layers like this one take at once on a GPU.
@@ -101,10 +109,11 @@ class Job(NamedTuple):
         family = DECOMPOSITIONS[self.family]
         if family.closed_form:
             return layers * GPU_STEP
+        work = work_of(self.layer, self.family, self.ranks)
         steps = math.ceil(self.steps * family.effort)
-        steps = affordable_steps(steps, max(1, PER_WORK * self.work // len(self.ranks)))
+        steps = affordable_steps(steps, max(1, PER_WORK * work // len(self.ranks)))
         alike = {repr(family.padding(self.layer, r)) for r in self.ranks} if isinstance(family, OutputSolved) else {""}
-        return (steps + BESIDE) * (len(alike) * GPU_STEP + layers * PER_WORK * self.work / GPU_RATE)
+        return (steps + BESIDE) * (len(alike) * GPU_STEP + layers * PER_WORK * work / GPU_RATE)
 
 
 def takes_a_step(request: Request) -> bool:
@@ -123,7 +132,9 @@ Stack = list[int]
 """Numbers of jobs of one family, whose layers have equal shapes and are fitted at once."""
 
 
-def stacks(jobs: Sequence[Job], kind: Callable[[Layer], str], most: int = STACK_BYTES) -> list[Stack]:
+def stacks(
+    jobs: Sequence[Job], kind: Callable[[Layer], str], most: int = STACK_BYTES, without: Collection[int] = ()
+) -> list[Stack]:
     """Gather the jobs that can be fitted at once: of ranks that are alike and equal steps.
 
     Those of the same layers follow each other, whose statistics are then read once.
@@ -132,10 +143,11 @@ def stacks(jobs: Sequence[Job], kind: Callable[[Layer], str], most: int = STACK_
         jobs: The jobs.
         kind: What layers that are fitted at once have in common.
         most: Bytes of statistics of a stack, unless a single layer has more.
+        without: Numbers of jobs that are left out.
     """
     kinds = {name: kind(layer) for name, layer in {job.layer.name: job.layer for job in jobs}.items()}
     found: dict[str, dict[str, list[int]]] = {}
-    for number, job in enumerate(jobs):
+    for number, job in ((n, job) for n, job in enumerate(jobs) if n not in without):
         alike = DECOMPOSITIONS[job.family].alike(job.layer, job.ranks)
         same = job.key if alike is None else repr((job.family, alike, job.steps, job.factors))
         found.setdefault(kinds[job.layer.name], {}).setdefault(same, []).append(number)
@@ -152,8 +164,11 @@ def seconds_on_a_core(stack: Sequence[Job]) -> float:
     Args:
         stack: Its jobs.
     """
-    overhead, products = zip(*(job._overhead_and_products() for job in stack), strict=True)
-    return float(max(overhead) + sum(products))
+    return _together([job.on_a_core() for job in stack])
+
+
+def _together(jobs: Sequence[Estimate]) -> float:
+    return max(job.overhead for job in jobs) + sum(job.products for job in jobs)
 
 
 def for_cores(jobs: Sequence[Job], found: Sequence[Stack], cores: int) -> list[Stack]:
@@ -167,14 +182,18 @@ def for_cores(jobs: Sequence[Job], found: Sequence[Stack], cores: int) -> list[S
     Returns:
         The parts, the longest first.
     """
-    seconds = [seconds_on_a_core([jobs[i] for i in stack]) for stack in found]
-    share = sum(seconds) / (SHARES * cores) if cores > 1 else math.inf
+    own = {i: jobs[i].on_a_core() for stack in found for i in stack}
+
+    def seconds(stack: Stack) -> float:
+        return _together([own[i] for i in stack])
+
+    share = sum(map(seconds, found)) / (SHARES * cores) if cores > 1 else math.inf
     cut = []
-    for stack, whole in zip(found, seconds, strict=True):
-        longest = min(share, (1 + WORTH) * max(jobs[i]._overhead_and_products()[0] for i in stack))
-        parts = max(1, min(len(stack), math.ceil(whole / max(longest, 1e-9))))
+    for stack in found:
+        longest = min(share, (1 + WORTH) * max(own[i].overhead for i in stack))
+        parts = max(1, min(len(stack), math.ceil(seconds(stack) / max(longest, 1e-9))))
         cut += [stack[i::parts] for i in range(parts)]
-    return sorted(cut, key=lambda stack: -seconds_on_a_core([jobs[i] for i in stack]))
+    return sorted(cut, key=seconds, reverse=True)
 
 
 def for_gpu(jobs: Sequence[Job], found: Sequence[Stack], cores: int, start_up: float = 0.0) -> list[Stack]:

@@ -44,7 +44,6 @@ class Decomposition(ABC):
         exact: Whether full rank reproduces the layer, so that lower ranks are truncations.
         effort: Factor on the search space's number of optimisation steps.
         closed_form: Whether fits take no optimisation steps.
-        stacks_ranks: Whether fits of different ranks can be one stack (`alike`).
         density: Factor on the number of points of the search space's grid of compression rates.
         aspects: Directions in which ranks grow.
         forms: Forms of the replacement; the first is the default.
@@ -54,7 +53,6 @@ class Decomposition(ABC):
     exact: ClassVar[bool] = True
     effort: ClassVar[float] = 1.0
     closed_form: ClassVar[bool] = False
-    stacks_ranks: ClassVar[bool] = False
     density: ClassVar[float] = 1.0
     aspects: ClassVar[tuple[Aspect, ...]] = ((1.0,),)
     forms: ClassVar[tuple[str, ...]] = (FACTORISED, RECONSTRUCTED)
@@ -138,6 +136,11 @@ class Decomposition(ABC):
             Default: None, each layer is fitted alone, as a stack of them would take as long.
         """
         return None
+
+    @property
+    def stacks_ranks(self) -> bool:
+        """Whether fits of different ranks can be one stack (`alike`)."""
+        return False
 
     def fit_stack(
         self, originals: Sequence[Original], ranks: Sequence[Sequence[Rank]], steps: int = 100

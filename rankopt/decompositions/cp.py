@@ -29,7 +29,6 @@ class Cp(OutputSolved):
 
     name = "cp"
     effort = 0.7
-    stacks_ranks = True
 
     def full_rank(self, layer: Layer) -> Rank | None:
         if min(layer.kernel) == 1:
@@ -85,7 +84,6 @@ class CpMerged(OutputSolved):
 
     name = "cp_merged"
     effort = 0.9
-    stacks_ranks = True
 
     def full_rank(self, layer: Layer) -> Rank | None:
         if layer.patch == layer.in_channels:

@@ -151,12 +151,12 @@ class _Found:
         Returns:
             Which of these columns hold a problem that is not over.
         """
-        open_, ended = ~self.over[:, columns], done.cpu()
-        moved = open_.to(done.device)
+        going_on, ended = ~self.over[:, columns], done.cpu()
+        moved = going_on.to(done.device)
         self.points[:, columns] = torch.where(moved.unsqueeze(-1), state.point, self.points[:, columns])
         self.losses[:, columns] = torch.where(moved, state.loss, self.losses[:, columns])
-        self.rounds[:, columns] = torch.where(open_, taken, self.rounds[:, columns])
-        self.ended[:, columns] |= open_ & ended
+        self.rounds[:, columns] = torch.where(going_on, taken, self.rounds[:, columns])
+        self.ended[:, columns] |= going_on & ended
         self.over[:, columns] |= ended | (self.steps[:, columns] <= taken)
         return (~self.over[:, columns]).any(0).nonzero()[:, 0]
 
@@ -224,10 +224,8 @@ class _State:
         turned = self._turn(gradient)
         self._remember(better, promised, gradient, turned)
         self.point, self.loss = torch.where(taken, self.trial, self.point), torch.where(better, loss, self.loss)
-        self.gradient, self.turned = (
-            torch.where(taken, gradient, self.gradient),
-            torch.where(taken, turned, self.turned),
-        )
+        self.gradient = torch.where(taken, gradient, self.gradient)
+        self.turned = torch.where(taken, turned, self.turned)
         self.direction = torch.where(taken, self._direction(), self.direction)
         self.slope = (self.direction * self.gradient).sum(-1)
         self.size = torch.where(better, 1.0, self.size * shorter)

@@ -25,6 +25,17 @@ def roots(metric: Tensor, least: float = 1e-4) -> tuple[Tensor, Tensor]:
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
 
 
+def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Fill a tensor (g, ...) up with zeros to (g, *shape).
+
+    Args:
+        tensor: The tensor.
+        shape: The shape of each group.
+    """
+    missing = [(0, size - have) for size, have in zip(shape, tensor.shape[1:], strict=True)]
+    return torch.nn.functional.pad(tensor, [n for pair in reversed(missing) for n in pair])
+
+
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Rescale two factors so that the singular values of their product are split evenly; the product stays.
 

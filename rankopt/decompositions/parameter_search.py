@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.lbfgs import Minimum, Objective, minimize
-from rankopt.decompositions.linear_algebra import roots
+from rankopt.decompositions.linear_algebra import padded, roots
 from rankopt.decompositions.output_solver import RIDGE, Blocks, OutputSolver
 from rankopt.decompositions.types import Parameters, Target
 
@@ -156,7 +156,8 @@ class Search:
             start = improved.start
             if improved.output is not None:
                 unmoved = (theta, improved.output)
-                found.append(Searched(start, start < 0, unmoved, [unmoved], improved.ended))
+                nowhere = torch.zeros_like(start, dtype=torch.bool)
+                found.append(Searched(start, nowhere, unmoved, [unmoved], improved.ended))
                 continue
             loss, output = self.exact(rank, improved.theta)
             better = (improved.loss < CLEARLY * start) & (start > PENALISED) & self.family.searches_error(self.layer)
@@ -259,7 +260,7 @@ class Search:
         """Improve the problems of a batch at once."""
         shapes = [[t.shape[1:] for t in problem.theta] for problem in batch]
         largest = [torch.Size(map(max, zip(*parts, strict=True))) for parts in zip(*shapes, strict=True)]
-        flat = [torch.cat([_padded(t, s).flatten(1) for t, s in zip(p.theta, largest, strict=True)], -1) for p in batch]
+        flat = [torch.cat([padded(t, s).flatten(1) for t, s in zip(p.theta, largest, strict=True)], -1) for p in batch]
         point, steps = torch.stack(flat, 1), torch.tensor([p.steps for p in batch])
         most = steps.expand(len(point), -1)
 
@@ -377,12 +378,6 @@ class _Kronecker:
     def keep(self, index: Tensor) -> _Kronecker:
         """As of `lbfgs.Preconditioner`."""
         return _Kronecker([t[:, index] for t in self.left], self.right)
-
-
-def _padded(theta: Tensor, shape: torch.Size) -> Tensor:
-    """Filled up with zeros to (g, *shape)."""
-    missing = [(0, size - have) for size, have in zip(shape, theta.shape[1:], strict=True)]
-    return torch.nn.functional.pad(theta, [n for pair in reversed(missing) for n in pair])
 
 
 def minimize_in_both(objective: Callable[[torch.dtype], Objective], start: Tensor, steps: Tensor) -> Minimum:

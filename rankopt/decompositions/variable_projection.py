@@ -22,8 +22,9 @@ from torch import Tensor
 
 from rankopt.core.records import Layer, Rank
 from rankopt.decompositions.base import Decomposition
+from rankopt.decompositions.linear_algebra import padded
 from rankopt.decompositions.output_solver import Blocks
-from rankopt.decompositions.parameter_search import Search, Solution
+from rankopt.decompositions.parameter_search import Improved, Search, Searched, Solution
 from rankopt.decompositions.targets import StoredError, absorb_metric, stacked
 from rankopt.decompositions.types import Factors, Fit, Original, Parameters, Target
 
@@ -167,55 +168,56 @@ class OutputSolved(Decomposition):
         (fits,) = self._fit_stack([Original(layer, weight, moment, metric)], [ranks], steps)
         yield from fits
 
+    @property
+    def _fits_in_its_own_way(self) -> bool:
+        """Whether a subclass overrides `fit`, and knows nothing of stacks."""
+        return type(self).fit is not OutputSolved.fit
+
+    @property
+    def stacks_ranks(self) -> bool:
+        return type(self).filled is not OutputSolved.filled
+
     def alike(self, layer: Layer, ranks: Sequence[Rank]) -> Hashable | None:
-        if self.closed_form or type(self).fit is not OutputSolved.fit:  # a subclass fits in its own way
+        if self.closed_form or self._fits_in_its_own_way:
             return None
         return tuple(self.filled(layer, rank) for rank in ranks)
 
     def fit_stack(
         self, originals: Sequence[Original], ranks: Sequence[Sequence[Rank]], steps: int = 100
     ) -> list[list[Fit]]:
-        if type(self).fit is not OutputSolved.fit:  # a subclass fits in its own way
+        if self._fits_in_its_own_way:
             return super().fit_stack(originals, ranks, steps)
         return self._fit_stack(originals, ranks, steps)
 
     def errors(
         self, originals: Sequence[Original], ranks: Sequence[Sequence[Rank]], steps: int = 100
     ) -> list[list[Fit]]:
-        if type(self).fit is not OutputSolved.fit:  # a subclass fits in its own way
+        if self._fits_in_its_own_way:
             return super().errors(originals, ranks, steps)
         stack = _Stack(self, originals, ranks, steps)
         columns = stack.search.improved(stack.starts())
-        outputs: list[Tensor] = []
-        if not self.searches_error(originals[0].layer):
-            outputs = [stack.search.exact(own[0], x.theta)[1] for own, x in zip(stack.columns, columns, strict=True)]
-        fits: list[list[Fit]] = []
-        for i, (own, part) in enumerate(zip(originals, stack.parts, strict=True)):
-            error = StoredError(self, *own) if outputs else None
-            fits.append([])
-            for j, (rank, x) in enumerate(zip(ranks[i], columns, strict=True)):
-                loss, start = (stack.search.whole(losses, part) for losses in (x.loss, x.start))
-                fit = Fit(rank, (), loss, start, bool(x.ended[part].all()))
-                if error:
-                    stored = error(stack.factors(i, rank, (x.theta, outputs[j])), rank).error
-                    fit = fit._replace(error=stored, start=stored * start / max(loss, 1e-300))
-                fits[-1].append(fit)
+        if self.searches_error(originals[0].layer):
+            return [[stack.estimate(i, j, x) for j, x in enumerate(columns)] for i in range(len(originals))]
+        outputs = [stack.search.exact(own[0], x.theta)[1] for own, x in zip(stack.columns, columns, strict=True)]
+        fits = []
+        for i, own in enumerate(originals):
+            error, found = StoredError(self, *own), [stack.estimate(i, j, x) for j, x in enumerate(columns)]
+            made = [error(stack.factors(i, j, (x.theta, outputs[j])), ranks[i][j]).error for j, x in enumerate(columns)]
+            fits.append(list(map(_with_error, found, made)))
         return fits
 
     def _fit_stack(self, originals: Sequence[Original], ranks: Sequence[Sequence[Rank]], steps: int) -> list[list[Fit]]:
         stack = _Stack(self, originals, ranks, steps)
-        columns = stack.search(stack.starts())
-        fits: list[list[Fit]] = []
-        for i, (own, part) in enumerate(zip(originals, stack.parts, strict=True)):
+        columns, fits = stack.search(stack.starts()), []
+        for i, own in enumerate(originals):
             error = StoredError(self, *own)
-            fits.append([])
-            for rank, x in zip(ranks[i], columns, strict=True):
-                sure = not x.either or bool(x.better[part].all())
-                made = [error(stack.factors(i, rank, y), rank) for y in ([x.found] if sure else x.either)]
-                started = stack.search.whole(x.start, part) if sure else made[0].error
-                best = min(made, key=lambda fit: fit.error)
-                fits[-1].append(best._replace(start=started, ended=bool(x.ended[part].all())))
+            fits.append([stack.fit(i, j, x, error) for j, x in enumerate(columns)])
         return fits
+
+
+def _with_error(fit: Fit, error: float) -> Fit:
+    """A fit whose search minimised something else than its error, which is supposed to have fallen as much."""
+    return fit._replace(error=error, start=error * (fit.start or 0.0) / max(fit.error, 1e-300))
 
 
 class _Stack:
@@ -252,25 +254,49 @@ class _Stack:
         (size, *_) = self.family.filled(self.layer, ranks[0])
         if all(self.family.filled(self.layer, rank) == rank for rank in of_rank):
             return of_rank[ranks[0]]
-        filled = {rank: [_filled(t, size) for t in theta] for rank, theta in of_rank.items()}
+        filled = {rank: [padded(t, (size, *t.shape[2:])) for t in theta] for rank, theta in of_rank.items()}
         own = ([t[part] for t in filled[rank]] for rank, part in zip(ranks, self.parts, strict=True))
         return tuple(torch.cat(parts) for parts in zip(*own, strict=True))
 
-    def factors(self, number: int, rank: Rank, solution: Solution) -> Factors:
+    def fit(self, number: int, column: int, found: Searched, error: StoredError) -> Fit:
+        """The fit of a layer.
+
+        Args:
+            number: The layer's number.
+            column: The number of its rank.
+            found: What the search found for that rank of all layers.
+            error: Stores factors of the layer.
+        """
+        part, rank = self.parts[number], self.columns[column][number]
+        sure = not found.either or bool(found.better[part].all())
+        solutions = [found.found] if sure else found.either
+        made = [error(self.factors(number, column, solution), rank) for solution in solutions]
+        started = self.search.whole(found.start, part) if sure else made[0].error
+        best = min(made, key=lambda fit: fit.error)
+        return best._replace(start=started, ended=bool(found.ended[part].all()))
+
+    def estimate(self, number: int, column: int, found: Improved) -> Fit:
+        """A fit of a layer without factors, with the relative loss of its parameters as its error.
+
+        Args:
+            number: The layer's number.
+            column: The number of its rank.
+            found: What the search made of that rank of all layers.
+        """
+        part = self.parts[number]
+        loss, start = (self.search.whole(losses, part) for losses in (found.loss, found.start))
+        return Fit(self.columns[column][number], (), loss, start, bool(found.ended[part].all()))
+
+    def factors(self, number: int, column: int, solution: Solution) -> Factors:
         """The factors of a layer.
 
         Args:
             number: The layer's number.
-            rank: Its rank.
+            column: The number of its rank.
             solution: The parameters and output factors of all layers.
         """
-        part, (theta, output) = self.parts[number], solution
+        part, rank, (theta, output) = self.parts[number], self.columns[column][number], solution
         theta, output = tuple(t[part] for t in theta), output[part]
         if self.family.filled(self.layer, rank) != rank:
             theta, output = tuple(t[:, : rank[0]] for t in theta), output[..., : rank[0]]
         return self.family.factors(self.originals[number].layer, theta, self.undo[number] @ output, rank)
-
-
-def _filled(theta: Tensor, size: int) -> Tensor:
-    """Parameters (g, r, ...) filled up with zeros to (g, size, ...)."""
-    return torch.cat([theta, theta.new_zeros(len(theta), size - theta.shape[1], *theta.shape[2:])], 1)

@@ -25,16 +25,21 @@ def job(family="cp_merged", ranks=((4,),), steps=20, layer=None):
 
 
 FAMILIES = st.sampled_from(["svd_out", "svd_in", "cp_merged", "tucker2"])
+KINDS = st.lists(st.tuples(FAMILIES, st.integers(1, 500), st.integers(1, 6)), min_size=1, max_size=8)
 
 
-@given(
-    st.lists(st.tuples(FAMILIES, st.integers(1, 500), st.integers(1, 6)), min_size=1, max_size=8), st.integers(1, 16)
-)
-def test_a_gpu_and_the_cores_share_fits_so_that_they_are_done_sooner_than_either_alone(kinds, cores):
+def in_stacks(kinds):
+    """Jobs, and a stack for each family with its steps and number of layers."""
     jobs, found = [], []
     for family, steps, layers in kinds:
         found.append([*range(len(jobs), len(jobs) + layers)])
         jobs += [job(family, ((2, 2),) if family == "tucker2" else ((2,),), steps)] * layers
+    return jobs, found
+
+
+@given(KINDS, st.integers(1, 16))
+def test_a_gpu_and_the_cores_share_fits_so_that_they_are_done_sooner_than_either_alone(kinds, cores):
+    jobs, found = in_stacks(kinds)
 
     def ends(chosen):
         left = [stack for stack in found if stack not in chosen]
@@ -56,14 +61,9 @@ def test_few_short_fits_do_not_wait_for_processes_and_wide_ones_go_to_the_gpu():
     assert for_gpu(jobs, [[i] for i in range(17)], 16) == [[0]]
 
 
-@given(
-    st.lists(st.tuples(FAMILIES, st.integers(1, 500), st.integers(1, 6)), min_size=1, max_size=8), st.integers(1, 16)
-)
+@given(KINDS, st.integers(1, 16))
 def test_stacks_are_cut_so_that_cores_are_busy_to_the_end(kinds, cores):
-    jobs, found = [], []
-    for family, steps, layers in kinds:
-        found.append([*range(len(jobs), len(jobs) + layers)])
-        jobs += [job(family, ((2, 2),) if family == "tucker2" else ((2,),), steps)] * layers
+    jobs, found = in_stacks(kinds)
     parts = for_cores(jobs, found, cores)
     seconds = [seconds_on_a_core([jobs[i] for i in part]) for part in parts]
     assert sorted(i for part in parts for i in part) == [*range(len(jobs))]
