@@ -28,6 +28,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from rankopt.candidates.cache import FactorStore
+from rankopt.candidates.effort import THOROUGH
 from rankopt.candidates.prepare import Prepared, prepare
 from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.files import write_beside
@@ -46,8 +47,10 @@ SVD, INPUTS, OUTPUTS = "uniform SVD", "uniform SVD, inputs whitened", "uniform S
 BASELINES = {SVD: (False, False), INPUTS: (True, False), OUTPUTS: (True, True)}  # statistics used: S, H
 SPACES = {
     "rankopt, svd_out": SearchSpace("svd_out", families=("svd_out",), points=8),
-    "rankopt, svd_out + svd_grouped": SearchSpace("svd", families=("svd_out", "svd_grouped"), points=8, steps=100),
-    "rankopt, default space": load_space("default"),
+    "rankopt, svd_out + svd_grouped": SearchSpace(
+        "svd", families=("svd_out", "svd_grouped"), points=8, steps=100, effort=THOROUGH
+    ),
+    "rankopt, default space": load_space("default").adjusted(effort=THOROUGH),
 }
 console = Console(stderr=True)
 

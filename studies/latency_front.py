@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from rankopt.candidates.effort import THOROUGH
 from rankopt.candidates.latency_table import Conditions, machine
 from rankopt.candidates.prepare import Prepared, prepare
+from rankopt.candidates.search_space import load_space
 from rankopt.core.budget import Limit
 from rankopt.core.errors import BudgetError
 from rankopt.core.files import write_beside
@@ -148,7 +150,13 @@ def main() -> None:
     for runtime in given.runtimes:
         conditions = Conditions(runtime=runtime)
         task = load_task(f"{HERE}/tasks/cifar10.py:resnet20")
-        prepared = prepare(task, progress=show_progress, budget={"latency": 0.99}, latency_on=conditions)
+        prepared = prepare(
+            task,
+            load_space("default").adjusted(effort=THOROUGH),
+            progress=show_progress,
+            budget={"latency": 0.99},
+            latency_on=conditions,
+        )
         done = [r["budget"] for r in rows if r["runtime"] == runtime]
         todo = [b for b in budgets(prepared) if b not in done] if len(done) < POINTS else []
         for budget in todo:

@@ -23,7 +23,9 @@ import torch
 from rich.console import Console
 from rich.progress import track as bar
 
+from rankopt.candidates.effort import THOROUGH
 from rankopt.candidates.prepare import prepare
+from rankopt.candidates.search_space import load_space
 from rankopt.experiments.tasks import load_task
 from rankopt.search.compress import run_search
 from rankopt.search.settings import SearchSettings
@@ -61,7 +63,7 @@ def measure(
         return
     prepared = prepare(
         load_task(f"{HERE}/tasks/cifar10.py:{model}"),
-        space,
+        load_space(space).adjusted(effort=THOROUGH),
         progress=lambda x, what, n: bar(x, what, n, console=console),
     )
     shared = {k: round(v, 1) for k, v in prepared.clock.items()}

@@ -27,7 +27,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from rankopt.candidates.effort import THOROUGH
 from rankopt.candidates.prepare import prepare
+from rankopt.candidates.search_space import load_space
 from rankopt.core.files import write_beside
 from rankopt.core.records import Task
 from rankopt.experiments.tasks import load_task
@@ -82,7 +84,7 @@ def within(model: nn.Module, most: int, settings: dict[str, Any]) -> nn.Module:
 
 
 def ours(task: Task, fraction: float) -> nn.Module:
-    prepared = prepare(task, "default", workers=1)
+    prepared = prepare(task, load_space("default").adjusted(effort=THOROUGH), workers=1)
     return run_search(prepared, prepared.problem({"params": fraction}), SearchSettings("knapsack")).model
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from rankopt.candidates.effort import THOROUGH
 from rankopt.candidates.prepare import Prepared, prepare
 from rankopt.candidates.search_space import SearchSpace
 from rankopt.core.environment import processor
@@ -38,7 +39,9 @@ from rankopt.strategies.trained import RECIPE, Trainer
 HERE = Path(__file__).parent
 
 
-SPACE = SearchSpace(name="training", families=("svd_out", "svd_spatial", "cp_merged"), points=8, steps=40)
+SPACE = SearchSpace(
+    name="training", families=("svd_out", "svd_spatial", "cp_merged"), points=8, steps=40, effort=THOROUGH
+)
 """Short fits: the weights are trained anyway."""
 
 

@@ -100,7 +100,8 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
             pattern that fits a layer counts.
         keep_dense: Names or patterns of layers to leave dense, in addition to the space's.
         effort: How much to fit: "thorough" for all candidates of the search space, "normal" for those that can be part
-            of a good plan within the budget, "quick" for less. Default: the space's, which is "thorough".
+            of a good plan within the budget, "quick" for less. Default: the space's; if it says none, "normal" for the
+            strategy `knapsack`, and "thorough" for others.
         minutes: Instead: how long preparing may take; fits that were not started by then are left out.
         refine: Whether to refit the chosen plan's layers one after the other, against the dense model's outputs;
             takes minutes.

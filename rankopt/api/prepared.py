@@ -188,7 +188,8 @@ def prepare(  # noqa: PLR0913  (the model's arguments and the search space's)
         families: As of `rankopt.compress`.
         ranks: As of `rankopt.compress`.
         keep_dense: As of `rankopt.compress`.
-        effort: As of `rankopt.compress`. Further budgets fit what they need beyond the first.
+        effort: As of `rankopt.compress`, "normal" if the space says none: further budgets fit what they need beyond the
+            first. Strategies other than `knapsack` want "thorough".
         minutes: As of `rankopt.compress`, for each budget.
         cache: As of `rankopt.compress`.
         progress: As of `rankopt.compress`; also of all that is done with the prepared model.

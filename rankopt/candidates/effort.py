@@ -8,10 +8,6 @@ from typing import NamedTuple
 NORMAL, THOROUGH = "normal", "thorough"
 
 
-USUAL = THOROUGH
-"""The default; NORMAL once its plans are shown to be as good at every budget of studies/no_training.py."""
-
-
 SMALL = 10.0
 """Rough seconds of fitting, below which everything is fitted at any effort."""
 

@@ -1,4 +1,4 @@
-"""What a budget limits and only a measurement tells: how a sample is taken of it, and how many samples it takes."""
+"""Instruments for metrics that only a measurement tells, latency and energy: how to sample them, and how often."""
 
 from __future__ import annotations
 

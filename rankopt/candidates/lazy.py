@@ -3,16 +3,16 @@
 Some ranks of every family are fitted with a few steps, for any budget; errors of the ranks between are interpolated.
 Candidates that another one of their layer will beat are given up, whatever their family, and the others get more steps:
 successive halving (`rankopt.candidates.halving`). From the two errors of each that is left follows the error that it is
-likely to reach. A search that came to its own end is not begun again.
+likely to reach. A fit that has converged is not repeated.
 
 For a budget, the candidates that these likely errors make part of a good plan are fitted to the end; that corrects the
 errors, which is repeated until all candidates of good plans are fitted to the end. A good plan is one at the prices of
 the limits (`rankopt.core.dual`): each layer takes a candidate of least loss plus priced cost, or nearly. That includes
 the exact allocations under losses that differ from the predicted ones by some factor, which strategies try.
 
-What is fitted for one budget does not depend on other budgets, nor on what the cache holds: fits are those of each
-alone, however they are stacked, or neighbouring ranks of a small layer are fitted at once, in batches that are always
-the same. All that is offered has factors and the error of these.
+What is fitted for one budget does not depend on other budgets, nor on what the cache holds: a fit's result does not
+depend on what it is stacked with, and where neighbouring ranks of a small layer share a batch, batches are always the
+same. Every candidate that is offered has factors, and their measured error.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from rankopt.candidates.calibration import (
     wide_layers,
     without_metric,
 )
+from rankopt.candidates.effort import NORMAL
 from rankopt.candidates.fit import fit_candidates, in_each_form, is_on_gpu, left_out, whole_grid, worker_count
 from rankopt.candidates.input_moments import WIDEST
 from rankopt.candidates.instruments import INSTRUMENTS
@@ -292,7 +293,7 @@ def prepare(
 
     Args:
         task: Model, calibration data and objective.
-        space: Search space, or the name or path of one.
+        space: Search space, or the name or path of one; with effort "normal" if it says none.
         cache: Folder for statistics, fits and sensitivities. Default: see `Cache`.
         progress: Progress callback.
         workers: Processes that fit, or a pool that fits, calibrates and measures sensitivities, as other machines do.
@@ -324,7 +325,7 @@ def _prepare(
     latency_on: Conditions | None,
 ) -> Prepared:
     clock, store, start = Clock(), Cache(cache), time.monotonic()
-    space = load_space(space) if isinstance(space, str) else space
+    space = (load_space(space) if isinstance(space, str) else space).with_effort(NORMAL)
     check_model(task.model)
     task = dataclasses.replace(task, model=with_trainable_weights(task.model))
     with clock.stage("inventory"):

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from typing_extensions import TypedDict
 
-from rankopt.candidates.effort import EFFORTS, NORMAL, THOROUGH, USUAL
+from rankopt.candidates.effort import EFFORTS, NORMAL, THOROUGH
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import PRECISIONS, SAME, Layer, Rank
 from rankopt.core.schema import checked, read_toml
@@ -117,6 +117,7 @@ class SearchSpace:
         steps: Steps of L-BFGS per fit; some families take a share of it.
         effort: How much is fitted: "thorough" for everything, "normal" for what can be part of a good plan within the
             budget, "quick" for less of that, with fewer steps. Models that are fitted in seconds are fitted as a whole.
+            Empty: as the strategy needs it, see `Strategy.effort`.
         minutes: Minutes of preparation after which no further fits start; None for no limit. Not with "thorough".
         keep_dense: Layers to leave dense: names with wildcards * and ?, "@first-convolution" or "@classifier" (a
             last Linear).
@@ -138,7 +139,7 @@ class SearchSpace:
     activation: str = USUAL_ACTIVATION
     precisions: tuple[str, ...] = (SAME,)
     steps: int = 500
-    effort: str = USUAL
+    effort: str = ""
     minutes: float | None = None
     keep_dense: tuple[str, ...] = ()
     layers: tuple[LayerRule, ...] = ()
@@ -165,7 +166,7 @@ class SearchSpace:
             if precision not in PRECISIONS:
                 known = ", ".join(PRECISIONS)
                 raise RankoptError(f"search space {self.name!r}: unknown precision {precision!r}; choose from {known}")
-        if self.effort not in (*EFFORTS, THOROUGH):
+        if self.effort not in ("", *EFFORTS, THOROUGH):
             known = ", ".join((*EFFORTS, THOROUGH))
             raise RankoptError(f"search space {self.name!r}: unknown effort {self.effort!r}; choose from {known}")
         if self.minutes is not None and not self.minutes > 0:
@@ -213,6 +214,14 @@ class SearchSpace:
             effort=effort or (self.effort if minutes is None else NORMAL),
             minutes=self.minutes if minutes is None else minutes,
         )
+
+    def with_effort(self, usual: str) -> SearchSpace:
+        """The space with its own effort, or the usual one; with NORMAL where it limits the minutes.
+
+        Args:
+            usual: The effort of a space that has none.
+        """
+        return self if self.effort else replace(self, effort=NORMAL if self.minutes else usual)
 
     def settings(self) -> dict[str, Any]:
         """The settings by which a search or a study is recognised when it goes on.

@@ -15,8 +15,8 @@ import numpy as np
 from rankopt.core.records import Candidate
 
 PASSES = 60
-"""The most forward passes of all examples that the probes of all layers take together; one a layer of more layers, of a
-task's own objective."""
+"""The most forward passes of all examples that the probes of all layers take together. A task's own objective is called
+as often, or once a layer if there are more layers."""
 
 POINTS = 5  # candidates measured per layer, if the bound on forward passes allows
 EXACT = 1e-7  # a candidate below this error is not measured where others are above it

@@ -85,7 +85,7 @@ SpaceName = Annotated[
 EFFORT = "how much of the space to fit: quick, normal or thorough (all of it)"
 
 
-Effort = Annotated[str | None, typer.Option(help=EFFORT, show_default="the space's, thorough")]
+Effort = Annotated[str | None, typer.Option(help=EFFORT, show_default="normal for knapsack, else thorough")]
 
 
 Device = Annotated[

@@ -126,7 +126,7 @@ def benchmark(  # noqa: PLR0913  # a parameter for every option
             console.print(cell_line(cell), markup=False, highlight=False, soft_wrap=True)
 
         with folder_lock(out), session(runner):
-            adjusted = load_space(space).adjusted(effort=effort)
+            adjusted = load_space(space).adjusted(effort=effort).with_effort(benchmarks.usual_effort(names))
             prepared = prepare(
                 loaded(task, device), adjusted, cache, show_progress, pool_of(runner), budget[0].split(",")
             )

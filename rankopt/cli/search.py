@@ -137,7 +137,7 @@ def search(  # noqa: PLR0913  # a parameter for every option
     ] = None,
     effort: Annotated[
         str | None,
-        typer.Option(help=EFFORT, show_default="the space's, thorough", rich_help_panel=CANDIDATES),
+        typer.Option(help=EFFORT, show_default="normal for knapsack, else thorough", rich_help_panel=CANDIDATES),
     ] = None,
     minutes: Annotated[
         float | None,

@@ -62,7 +62,7 @@ class Experiment:
     Attributes:
         budget: Metric -> limit, as `parse_budget` reads them.
         search: How to search. Its seed is also the training's.
-        space: The search space.
+        space: The search space, with its strategy's effort if it says none.
         training: How to train the plan's model; without epochs it is not trained.
         from_scratch: Whether to train the plan on an untrained network.
         teacher: Name of a task whose model is distilled from; empty for the dense model itself.
@@ -78,6 +78,7 @@ class Experiment:
     def __post_init__(self) -> None:
         if (self.from_scratch or self.teacher) and not self.training.epochs:
             raise RankoptError("from_scratch and teacher need a training: give epochs")
+        object.__setattr__(self, "space", self.space.with_effort(self.search.effort))
 
     def tunable(self) -> dict[str, Any]:
         """List the settings that may be hyperparameters.

@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 from typing_extensions import TypedDict
 
+from rankopt.candidates.effort import NORMAL, THOROUGH
 from rankopt.candidates.prepare import Prepared
 from rankopt.core.errors import RankoptError, StudyError
 from rankopt.core.files import without_folder, write_beside
@@ -243,6 +244,16 @@ def read_strategies(text: str) -> list[str]:
     for label in labels:
         read_strategy(label)
     return labels
+
+
+def usual_effort(strategies: Sequence[str]) -> str:
+    """The effort that all of some strategies are served by, in a search space that says none.
+
+    Args:
+        strategies: Each strategy with its options, as text.
+    """
+    own = {strategy_class(read_strategy(x)[0]).effort for x in strategies}
+    return NORMAL if own == {NORMAL} else THOROUGH
 
 
 def benchmark(  # noqa: PLR0913  # all but three are optional

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from rankopt.candidates.effort import THOROUGH
 from rankopt.candidates.prepare import Prepared
 from rankopt.core.allocator import keep_freed_memory
 from rankopt.core.errors import RankoptError
@@ -109,7 +110,11 @@ def run_search(
         if max_drop:
             metadata["question"] = max_drop
         metadata["notes"] = strategy.notes
-        metadata["warnings"] = [*prepared.warnings, *_failed_prediction(prepared, finished.chosen)]
+        metadata["warnings"] = [
+            *prepared.warnings,
+            *_unfinished_fits(prepared, problem, settings),
+            *_failed_prediction(prepared, finished.chosen),
+        ]
         outcome = SearchOutcome(
             problem=finished.problem,
             trials=finished.trials,
@@ -133,6 +138,16 @@ def run_search(
         if store is not None:
             store.close()
     return result
+
+
+def _unfinished_fits(prepared: Prepared, problem: Problem, settings: SearchSettings) -> list[str]:
+    """A warning, if the strategy may choose candidates that the effort has not fitted to the end."""
+    if problem.fitting is None or settings.effort != THOROUGH:
+        return []
+    return [
+        f"with effort {prepared.space.effort} only candidates near the exact allocation are fitted to the end: "
+        f"strategy {settings.strategy} may choose others, whose fits are short; give it effort {THOROUGH}"
+    ]
 
 
 def _failed_prediction(prepared: Prepared, chosen: Trial) -> list[str]:

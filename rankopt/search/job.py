@@ -114,7 +114,7 @@ class Job:
             max_drop=max_drop,
             minimize=minimize,
             latency_on=latency_on or None,
-            space=found.adjusted(families, ranks, keep_dense, effort, minutes),
+            space=found.adjusted(families, ranks, keep_dense, effort, minutes).with_effort(settings.effort),
             settings=settings,
             runner=runner or RunnerSettings(),
             out=None if out is None else Path(out),

@@ -9,7 +9,7 @@ from typing import Any
 from rankopt.core.errors import RankoptError
 from rankopt.search.fidelity import FULL_FIDELITY, FidelitySchedule
 from rankopt.search.loop import Callback
-from rankopt.strategies.registry import StrategyLike, configured
+from rankopt.strategies.registry import StrategyLike, configured, strategy_class
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class SearchSettings:
         default = SearchSettings()
         names = ("trials", "refine", "fidelities", "timeout")
         return {name: str(value) for name in names if (value := getattr(self, name)) != getattr(default, name)}
+
+    @property
+    def effort(self) -> str:
+        """The effort of search spaces that say none."""
+        return strategy_class(self.strategy).effort
 
     @classmethod
     def parse(

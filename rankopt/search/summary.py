@@ -14,6 +14,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from rankopt.candidates.effort import THOROUGH
 from rankopt.candidates.search_space import load_space, space_names
 from rankopt.core.budget import EQUAL, amount
 from rankopt.core.names import groups, labels
@@ -32,6 +33,7 @@ from rankopt.core.result_record import (
     TieEntry,
 )
 from rankopt.core.text import shortened
+from rankopt.strategies.registry import strategy_class
 
 WIDTH = 80
 """Columns of a terminal that a result is written for."""
@@ -323,11 +325,18 @@ def faster_command(info: ResultInfo) -> str:
         words += ["--trials", trials]
     if info["seed"]:
         words += ["--seed", str(info["seed"])]
-    return shlex.join([*words, *_space_words(info.get("space", {})), "--out", "runs/as-fast"])
+    return shlex.join(
+        [*words, *_space_words(info.get("space", {}), strategy_class(info["strategy"]).effort), "--out", "runs/as-fast"]
+    )
 
 
-def _space_words(space: Mapping[str, Any]) -> list[str]:
-    """The options that ask for a search space: its name, and what was changed in one that rankopt brings."""
+def _space_words(space: Mapping[str, Any], usual_effort: str) -> list[str]:
+    """The options that ask for a search space: its name, and what was changed in one that rankopt brings.
+
+    Args:
+        space: The search space, as in result.json.
+        usual_effort: The effort of a space that says none.
+    """
     if (name := space.get("name", "default")) not in space_names():
         return ["--space", f"{name}.toml"]
     words, base = [] if name == "default" else ["--space", str(name)], load_space(name)
@@ -338,7 +347,7 @@ def _space_words(space: Mapping[str, Any]) -> list[str]:
             words += ["--keep-dense", pattern]
     if space.get("minutes"):
         return [*words, "--minutes", f"{space['minutes']:g}"]
-    if (effort := space.get("effort", base.effort)) != base.effort:
+    if (effort := space.get("effort", THOROUGH)) != base.with_effort(usual_effort).effort:  # always thorough, once
         words += ["--effort", effort]
     return words
 

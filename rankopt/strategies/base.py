@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from rankopt.candidates.effort import THOROUGH
 from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal, Trial
@@ -61,6 +62,8 @@ class Strategy(metaclass=_StrategyMeta):
         one_shot: Whether the strategy proposes a single plan; class attribute.
         needs_model: Whether `measure` must be called before the first ask; class attribute.
         prunes: Whether `promote` decides; a search without fidelities then makes no sense.
+        effort: The effort of search spaces that say none; class attribute. "thorough" fits whatever the strategy may
+            propose; "normal" fits little beside plans that are nearly the exact allocation.
         trains: Whether it delivers a trained network, as `rankopt.strategies.trained.TrainingStrategy` does; class
             attribute.
         problem: The candidates of every layer, and the limits.
@@ -74,6 +77,7 @@ class Strategy(metaclass=_StrategyMeta):
     one_shot: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
     prunes: bool = False
+    effort: ClassVar[str] = THOROUGH
     trains: ClassVar[bool] = False
 
     def __init__(self, problem: Problem, seed: int = 0) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from rankopt.candidates.effort import NORMAL
 from rankopt.core.errors import RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.records import Proposal
@@ -36,6 +37,7 @@ class Knapsack(Strategy):
 
     name = "knapsack"
     one_shot = True
+    effort = NORMAL
 
     def __init__(self, problem: Problem, seed: int = 0, *, contenders: int = CONTENDERS) -> None:
         """Set up the contenders.

@@ -20,8 +20,11 @@ from rankopt.decompositions import parameter_search
 from rankopt.decompositions.plan import apply
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.targets import full_target
+from rankopt.experiments.experiment import Experiment
 from rankopt.experiments.tasks import load_task
+from rankopt.search.benchmark import usual_effort
 from rankopt.search.compress import run_search
+from rankopt.search.job import Job
 from rankopt.search.settings import SearchSettings
 from rankopt.search.sweep import sweep
 from rankopt.strategies.allocation import allocate
@@ -317,3 +320,37 @@ def test_effort_and_minutes_exclude_each_other_and_come_from_files(tmp_path):
     (tmp_path / "mine.toml").write_text('effort = "quick"\n')
     assert load_space(tmp_path / "mine.toml").effort == "quick"
     assert load_space(tmp_path / "mine.toml").adjusted(effort="thorough").effort == "thorough"
+
+
+@pytest.mark.parametrize(("strategy", "usual"), [("knapsack", "normal"), ("uniform", "thorough"), ("rl", "thorough")])
+def test_a_space_without_an_effort_has_its_strategys(strategy, usual, tmp_path):
+    budget, settings = {"params": 0.5}, SearchSettings(strategy)
+    assert Job.parse(budget, strategy=strategy).space.effort == usual
+    assert Experiment(budget, settings, SearchSpace()).space.effort == usual
+    assert usual_effort([strategy]) == usual
+    (tmp_path / "mine.toml").write_text('effort = "quick"\n')
+    own = load_space(tmp_path / "mine.toml")
+    assert Job.parse(budget, strategy=strategy, space=own).space.effort == "quick"
+    assert Experiment(budget, settings, own).with_values({"space.steps": 10}).space.effort == "quick"
+    assert Job.parse(budget, strategy=strategy, effort="quick").space.effort == "quick"
+    assert Job.parse(budget, strategy=strategy, minutes=5).space.effort == "normal"
+    (tmp_path / "timed.toml").write_text("minutes = 5\n")
+    assert Job.parse(budget, strategy=strategy, space=tmp_path / "timed.toml").space.effort == "normal"
+
+
+def test_strategies_that_are_compared_see_the_candidates_that_all_of_them_need():
+    assert usual_effort(["knapsack", "knapsack:contenders=1"]) == "normal"
+    assert usual_effort(["knapsack", "uniform"]) == "thorough"
+
+
+def test_a_strategy_that_may_choose_short_fits_is_warned_of(cache):
+    def warnings(strategy, effort):
+        found = prepared(cache, effort)
+        return " ".join(run_search(found, found.problem({"params": 0.5}), SearchSettings(strategy)).info["warnings"])
+
+    assert "strategy uniform may choose others, whose fits are short" in warnings("uniform", "normal")
+    assert "fits are short" not in warnings("uniform", "thorough") + warnings("knapsack", "normal")
+
+
+def test_a_prepared_task_has_the_effort_of_knapsack(tmp_path):
+    assert prepare(make_task(), SPACE, tmp_path, workers=1).space.effort == "normal"
