@@ -46,6 +46,7 @@ from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.environment import processor
 from rankopt.core.records import Layer
 from rankopt.decompositions.parameter_search import MAX_FLOPS
+from rankopt.decompositions.types import Target
 from rankopt.model.forward import batch_size
 from rankopt.model.layer_kinds import as_matrix, in_own_shape
 from rankopt.search.compress import run_search
@@ -232,7 +233,8 @@ def whitened_svd(prepared: Any, share: float, batches: Sequence[Any]) -> None:
         module = prepared.model.get_submodule(layer.name)
         weight = as_matrix(layer, module.weight.detach()).double()
         moment = s.get(layer.name, weight.new_ones(layer.groups, layer.patch))
-        rows = weight * moment.unsqueeze(1) if moment.ndim == 2 else weight @ moment
+        identity = torch.eye(layer.out_channels, dtype=weight.dtype, device=weight.device)
+        rows = Target(weight, moment, identity).times_moment(weight)
         vectors = torch.linalg.eigh(rows @ weight.mT)[1]
         rank = max(1, int(share * layer.weights / (layer.groups * (layer.patch + layer.out_channels))))
         vectors = vectors[..., -rank:]

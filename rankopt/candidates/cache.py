@@ -25,7 +25,7 @@ from rankopt.core.text import reason
 from rankopt.decompositions.linear_algebra import cut
 from rankopt.decompositions.types import Factors, Nested
 
-VERSION = 13  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
+VERSION = 14  # part of every hash: raise it when statistics or fits change, so that old entries are ignored
 
 
 MOST = 20 * 10**9

@@ -223,8 +223,7 @@ def _check_memory(model: nn.Module, layers: Sequence[Layer], needed: int) -> Non
     free = available_memory()
     where = "memory"
     if weight.is_cuda:
-        unused = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
-        on_gpu = torch.cuda.mem_get_info(weight.device)[0] + unused
+        on_gpu = free_on_gpu(weight.device)
         free, where = (on_gpu, "GPU memory") if free is None or on_gpu < free else (free, where)
     if free is not None and needed > free:
         raise RankoptError(
@@ -233,6 +232,16 @@ def _check_memory(model: nn.Module, layers: Sequence[Layer], needed: int) -> Non
             f"{', '.join(map(repr, largest))} take {gigabytes(sum(map(sizes.__getitem__, largest)))}), or use a larger "
             "machine"
         )
+
+
+def free_on_gpu(device: torch.device) -> int:
+    """Bytes of a GPU's memory that this process may still take.
+
+    Args:
+        device: The GPU.
+    """
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def wide_layers(statistics: Statistics) -> list[str]:
@@ -248,6 +257,23 @@ def wide_layers(statistics: Statistics) -> list[str]:
     return [
         f"{', '.join(map(repr, names[:3]))}{more}: more than {WIDEST:,} inputs, of whose correlations only the "
         "strongest directions are kept to save memory"
+    ]
+
+
+def without_input(statistics: Statistics) -> list[str]:
+    """Warn of layers that no input reaches, or nothing but zeros.
+
+    Args:
+        statistics: The statistics of all layers.
+    """
+    blind = [x.name for x in statistics.layers if not statistics.rows(x.name)]
+    if not blind:
+        return []
+    more = f" and {len(blind) - 3} more" if len(blind) > 3 else ""
+    return [
+        f"no calibration input, or nothing but zeros, reaches {', '.join(map(repr, blind[:3]))}{more}: how much they "
+        "matter is unknown, and a plan may leave next to nothing of them; give data that reaches them, or name them in "
+        "keep_dense"
     ]
 
 

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rankopt.candidates.cache import VERSION, Cache
-from rankopt.candidates.calibration import Statistics, StoredStatistics, statistics_bytes
+from rankopt.candidates.calibration import Statistics, StoredStatistics, free_on_gpu, statistics_bytes
 from rankopt.candidates.jobs import (
+    STACK_BYTES,
     STACK_BYTES_CPU,
+    STACK_COPIES,
     Job,
     Request,
     Stack,
@@ -35,6 +37,7 @@ from rankopt.core.timing import threads
 from rankopt.decompositions.conformance import checked_fits, code_of, named
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import Fit, Nested, Original
+from rankopt.model.forward import device_of
 
 START_UP = 2.0
 """Seconds of short fits before worker processes are started, which takes about as long: small models need none."""
@@ -210,7 +213,8 @@ def _run(
     start_up = 0.0 if workers == 1 else IDLE if are_started() else START_UP
     kind, here, held = partial(_kind, statistics), [], _Held(statistics)
     if is_on_gpu(statistics):
-        here = for_gpu(jobs, stacks(jobs, kind), cores, start_up)
+        most = min(STACK_BYTES, free_on_gpu(device_of(statistics.model)) // STACK_COPIES)
+        here = for_gpu(jobs, stacks(jobs, kind, most), cores, start_up)
     taken = {i for stack in here for i in stack}
     left = for_cores(jobs, stacks(jobs, kind, STACK_BYTES_CPU, taken), cores)
 
@@ -286,7 +290,9 @@ def _on_workers(
     if workers == 1:
         return itertools.starmap(partial(_fit_here, statistics), calls)
     if not callable(workers):
-        return local_pool(workers)(_fit_here, _with_sound_statistics(statistics, calls), memory, statistics.stored)
+        for name in dict.fromkeys(job.layer.name for job in jobs):  # not as calls are sent: another thread may do that
+            statistics.ensure_sound(name)
+        return local_pool(workers)(_fit_here, calls, memory, statistics.stored)
 
     def keep(ended: list[tuple[int, float]], made: list[_Made]) -> list[tuple[int, float]]:
         for (number, _), fits in zip(ended, made, strict=True):
@@ -295,14 +301,6 @@ def _on_workers(
 
     whole = ((stack, own, _originals(statistics, own, weights)) for stack, own, weights in calls)
     return itertools.starmap(keep, workers(_fit_away, whole, memory))
-
-
-def _with_sound_statistics(statistics: Statistics, calls: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """The same calls, once what they will read is known to be sound."""
-    for call in calls:
-        for job in call[1]:
-            statistics.ensure_sound(job.layer.name)
-        yield call
 
 
 def worker_count(layers: Sequence[Layer], workers: int | None = None) -> int:

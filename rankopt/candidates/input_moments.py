@@ -63,10 +63,11 @@ def moments(
         By layer name, S as `shrunk` leaves it, float64 (groups, patch, patch) on the model's device, with patch =
         in_channels // groups * height * width in the order that decompositions see. For an Embedding, whose input is
         one-hot, the diagonal (1, vocabulary) as in `frequencies`; for a layer of more than `WIDEST` inputs a sketch
-        (groups, 1 + l, patch), as `decompositions.types.Target` has it. Layers that no input reached are missing.
+        (groups, 1 + l, patch), as `decompositions.types.Target` has it. Layers that no input reached, or nothing but
+        zeros, are missing.
 
     Raises:
-        TaskError: The model does not run on a batch, or the input of a layer is not finite.
+        TaskError: The model does not run on a batch, or the input of a layer, or its square, is not finite.
     """
     by_name = {layer.name: layer for layer in layers}
     sums: dict[str, Tensor] = {}
@@ -98,16 +99,24 @@ def moments(
                     on_batch()
     except (RuntimeError, TypeError) as error:
         raise TaskError(f"the model does not run on a calibration batch: {type(error).__name__}: {error}") from error
-    reached = [name for name in by_name if counts[name]]  # an idle expert is not
-    seen = {name: round(counts[name] * samples[name].seen_by_drawn) for name in reached}
-    if rows is not None:
-        rows.update(seen)
-    return {
-        name: sketches.pop(name).moment()
-        if name in sketches
-        else _finished(by_name[name], sums.pop(name), counts[name], seen[name])
-        for name in reached
-    }
+    found: dict[str, Tensor] = {}
+    for name in (name for name in by_name if counts[name]):  # an idle expert has none
+        seen = round(counts[name] * samples[name].seen_by_drawn)
+        if name in sketches:
+            moment = sketches.pop(name).moment()
+        else:
+            moment = _finished(by_name[name], sums.pop(name), counts[name], seen)
+        found |= _unless_zero(name, moment)
+        if rows is not None and name in found:
+            rows[name] = seen
+    return found
+
+
+def _unless_zero(name: str, moment: Tensor) -> dict[str, Tensor]:
+    """A layer's moment, if it saw anything but zeros; raises TaskError if that was too large."""
+    if not torch.isfinite(moment).all():
+        raise TaskError(f"the squares of the inputs of layer {name!r} overflow on the calibration data")
+    return {name: moment} if moment.any() else {}
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
@@ -294,7 +303,7 @@ class Sample:
             Indices (groups, drawn); None for all.
         """
         drawn = math.ceil(self.share * size)
-        all_of_them = 2 * drawn > size
+        all_of_them = not size or 2 * drawn > size  # an expert may get no token
         self._seen += groups * size
         self._drawn += groups * (size if all_of_them else drawn)
         if all_of_them:

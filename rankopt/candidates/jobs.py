@@ -52,6 +52,10 @@ STACK_BYTES, STACK_BYTES_CPU = 2**31, 2**25
 """Bytes of statistics of layers that are fitted at once, on a GPU and on a core."""
 
 
+STACK_COPIES = 8
+"""How many times its statistics' bytes a stack takes on a GPU: in float64, stacked, their roots, in float32."""
+
+
 SHARES = 3
 """Stacks of average length for each core: the more there are, the less some cores wait for others in the end."""
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
+from typing import Any
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -196,7 +197,7 @@ class LazyFits:
         self.limited, until = minutes, math.inf if minutes is None else begun + 60 * minutes
         self.reached = {pair: dict.fromkeys(r.ranks, UNKNOWN) for pair, r in self.grid.items()}
         asked = [(layer, family, r.ranks, r.steps) for (layer, family), r in self.grid.items()]
-        record = "first-" + digest(VERSION, self.statistics.key, self.effort, minutes, asked)
+        record = "first-" + digest(VERSION, self.statistics.key, self.effort, minutes, asked, _costs(offers, metrics))
         kept = self.statistics.cache.read_json(record, list[list[Pair]]) if minutes else None
         known = iter(kept if kept and len(kept) == 2 * len(self.effort.rungs) else ())
         made = []
@@ -410,7 +411,8 @@ class LazyFits:
         further: Fits = {}
         rounds, until = 0, time.monotonic() + self.limit
         band = _Band(state(self._estimated(offers, further)), self.effort)
-        record = "lazy-" + digest(VERSION, self._first_keys, self.effort, self.limited, band.problem.limits)
+        costs = _costs(offers, [limit.metric for limit in band.problem.limits])
+        record = "lazy-" + digest(VERSION, self._first_keys, self.effort, self.limited, band.problem.limits, costs)
         if self.limited and (kept := self.statistics.cache.read_json(record, _Record)):
             further = self._further({(layer, family): ranks for layer, family, ranks in kept["fits"]})
             band = _Band(state(self._estimated(offers, further)), self.effort)
@@ -525,6 +527,12 @@ class LazyFits:
                 for layer, family in dropped
             ],
         }
+
+
+def _costs(offers: Menus, metrics: Sequence[str]) -> list[tuple[Any, ...]]:
+    """What candidates there are, and what they cost, by which what was chosen among them is recognised."""
+    found = ((name, c) for name, menu in offers.items() for c in menu)
+    return [(name, c.method, c.rank, c.form, c.precision, [c.cost[m] for m in metrics]) for name, c in found]
 
 
 def with_gain(entry: FittingEntry, problem: Problem) -> FittingEntry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rankopt.candidates.input_moments import add_gram, shrunk
 from rankopt.candidates.probing import examples_are_apart
+from rankopt.core.errors import TaskError
 from rankopt.core.records import Layer
 from rankopt.model.forward import batch_size, class_axis, hooked, inference, map_tensors, outputs, run, take, to_device
 from rankopt.model.objective import Divergence
@@ -42,6 +43,9 @@ def output_metrics(
     Returns:
         By layer name, H as `shrunk` leaves it, float64 (groups, T, T) with trace T. Layers that no gradient reached are
         missing.
+
+    Raises:
+        TaskError: A backward takes more memory than a GPU has.
     """
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = defaultdict(int)
@@ -65,8 +69,8 @@ def output_metrics(
         return output
 
     by_name = {layer.name: layer for layer in layers}
-    pieces = _Pieces(model, batches)
     try:
+        pieces = _Pieces(model, batches)
         with (
             _parameters_apart(model, by_name),
             inference(model),
@@ -82,6 +86,10 @@ def output_metrics(
                         directions.backward()
                 if on_batch:
                     on_batch()
+    except torch.OutOfMemoryError as error:
+        raise TaskError(
+            f"a backward takes more than the GPU's memory: give smaller calibration batches ({error})"
+        ) from error
     except RuntimeError as error:  # a forward that takes gradients itself, or only runs without them
         log.warning("no gradients of the model's outputs can be taken (%s: %s)", type(error).__name__, error)
         sums.clear()
@@ -100,9 +108,9 @@ class _Pieces:
     def __init__(self, model: nn.Module, batches: Sequence[Any]) -> None:
         self.most = max(map(batch_size, batches), default=1)
         if self.most > 1 and (saved := _saved_bytes(model, take(batches[0], slice(1)))) * self.most > SAVED_BYTES:
-            first = Divergence(model, batches[:1])
-            if examples_are_apart(first, model):
-                self.most = max(1, SAVED_BYTES // saved)
+            with suppress(TaskError):  # outputs that the default objective refuses
+                if examples_are_apart(Divergence(model, batches[:1]), model):
+                    self.most = max(1, SAVED_BYTES // saved)
 
     def __call__(self, batch: Any) -> Iterator[Any]:
         n = batch_size(batch)
@@ -122,6 +130,8 @@ def _saved_bytes(model: nn.Module, batch: Any) -> int:
     try:
         with inference(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             kept = run(model, map_tensors(to_device(batch, model), _with_gradient))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # it will be met again, and said
         return 0
     del kept

@@ -25,6 +25,7 @@ from rankopt.candidates.calibration import (
     WithinMemory,
     few_examples,
     wide_layers,
+    without_input,
     without_metric,
 )
 from rankopt.candidates.effort import NORMAL
@@ -398,6 +399,7 @@ def _prepare(
         memory,
         [
             *warnings,
+            *without_input(statistics),
             *few_examples(statistics),
             *wide_layers(statistics),
             *left_out(grid, free, space),

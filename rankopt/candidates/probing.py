@@ -137,6 +137,8 @@ def _rises(
     for probe, layer, candidate in wanted:
         try:
             yield number, probe, runs.rise(piece, layer, candidate)
+        except torch.OutOfMemoryError:  # says nothing of the candidate
+            raise
         except Exception as error:  # noqa: BLE001  # whatever a forward raises
             yield number, probe, str(error)
 

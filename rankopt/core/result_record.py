@@ -734,6 +734,7 @@ class AsFastEntry(TypedDict):
     Attributes:
         conditions: Conditions of the times, as `latency_on` takes them.
         refused: Why there is no such model; absent if there is one, as are the other keys if there is none.
+        failed: Why the search did not end; then all others but the conditions are absent.
         run: Where it is within the run folder.
         cost: Cost of its model.
         score: Scores of its model.
@@ -744,6 +745,7 @@ class AsFastEntry(TypedDict):
 
     conditions: str
     refused: NotRequired[str]
+    failed: NotRequired[str]
     run: NotRequired[str]
     cost: NotRequired[CostEntry]
     score: NotRequired[ScoreEntry]

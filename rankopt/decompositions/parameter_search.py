@@ -425,8 +425,9 @@ def inverse_curvature(theta: Parameters, output: Tensor, moments: Sequence[Tenso
     for i in range(len(theta)):
         curvature = reduce(torch.mul, [*grams[:i], *grams[i + 1 :]], output.mT @ output).double()
         diagonal = curvature.diagonal(dim1=-2, dim2=-1)
-        # Rows of padding, and those of no effect, have no curvature
-        floor = (1e-8 * diagonal.amax(-1, keepdim=True)).clamp_min(1e-300)
+        # Rows of padding, and those of no effect, have no curvature; nor has anything where no input comes
+        peak = diagonal.amax(-1, keepdim=True)
+        floor = torch.where(peak > 1e-30, 1e-8 * peak, 1.0)
         damped = curvature + torch.diag_embed(DAMPING * diagonal + floor)
         found.append(torch.cholesky_inverse(torch.linalg.cholesky_ex(damped)[0]).to(output.dtype))
     return found

@@ -225,13 +225,14 @@ class Divergence:
         return same
 
     def beside(self, model: nn.Module) -> Divergence:
-        """The same with its batches on the device of a model: they are moved once, and not in each run.
+        """The same with all that it compares on the device of a model: it is moved once, and not in each run.
 
         Args:
             model: The model.
         """
         same = copy.copy(self)
         same.batches = [to_device(batch, model) for batch in self.batches]
+        same.reference = [None if zs is None else to_device(zs, model) for zs in self.reference]
         return same
 
     def apart(self) -> Divergence:

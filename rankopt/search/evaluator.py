@@ -134,8 +134,9 @@ class Evaluator:
         Yields:
             The objective at each lower fidelity, then (objective, validation score).
         """
-        model = self._build(proposal)
-        objective = yield from self._whole(self._to_measure(proposal) or model)
+        measured = self._to_measure(proposal)
+        model = self._build(proposal) if measured is None or self.score is not None else measured
+        objective = yield from self._whole(model if measured is None else measured)
         if self.training_data:
             yield objective
             model = train_briefly(model, *self.training_data, self.steps)

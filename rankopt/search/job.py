@@ -8,7 +8,6 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rankopt.candidates.calibration import WithinMemory
 from rankopt.candidates.latency_table import Conditions
 from rankopt.candidates.prepare import Budget, Prepared, prepare
 from rankopt.candidates.search_space import SearchSpace, load_space
@@ -185,9 +184,9 @@ def run_job(task: Task, job: Job, progress: bool | Progress | None = None) -> Re
     Raises:
         RankoptError: If an argument is wrong or the search cannot be done; see `rankopt.compress`.
     """
-    if job.as_fast and isinstance(task.calibration, Iterator):  # it is read twice
-        task = dataclasses.replace(task, calibration=list(WithinMemory(task.calibration)))
     result = _run(task, job, progress)
+    if job.as_fast and isinstance(task.calibration, Iterator):  # it has been read
+        task = dataclasses.replace(task, calibration=result.inputs or ())
     return _with_as_fast(result, task, job, progress) if job.as_fast and not result.interrupted else result
 
 
@@ -207,6 +206,10 @@ def _with_as_fast(result: Result, task: Task, job: Job, progress: bool | Progres
         entry = {**entry, **as_fast_entry(result.as_fast)}
     except BudgetError as error:
         entry["refused"] = str(error)
+    except RankoptError as error:  # the first result stays, whatever becomes of the second
+        entry["failed"] = str(error)
+    except KeyboardInterrupt:
+        entry["failed"] = "it was stopped"
     result.info["as_fast"] = entry
     if job.out is not None:
         write_result(job.out, result.info)

@@ -14,7 +14,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from rankopt.candidates.effort import THOROUGH
+from rankopt.candidates.effort import NORMAL, THOROUGH
 from rankopt.candidates.search_space import load_space, space_names
 from rankopt.core.budget import EQUAL, amount
 from rankopt.core.names import groups, labels
@@ -33,7 +33,7 @@ from rankopt.core.result_record import (
     TieEntry,
 )
 from rankopt.core.text import shortened
-from rankopt.strategies.registry import strategy_class
+from rankopt.strategies.knapsack import Knapsack
 
 WIDTH = 80
 """Columns of a terminal that a result is written for."""
@@ -325,17 +325,15 @@ def faster_command(info: ResultInfo) -> str:
         words += ["--trials", trials]
     if info["seed"]:
         words += ["--seed", str(info["seed"])]
-    return shlex.join(
-        [*words, *_space_words(info.get("space", {}), strategy_class(info["strategy"]).effort), "--out", "runs/as-fast"]
-    )
+    return shlex.join([*words, *_space_words(info.get("space", {}), info["strategy"]), "--out", "runs/as-fast"])
 
 
-def _space_words(space: Mapping[str, Any], usual_effort: str) -> list[str]:
+def _space_words(space: Mapping[str, Any], strategy: str) -> list[str]:
     """The options that ask for a search space: its name, and what was changed in one that rankopt brings.
 
     Args:
         space: The search space, as in result.json.
-        usual_effort: The effort of a space that says none.
+        strategy: The name of the strategy. Its class is not looked up: that would import what a run folder names.
     """
     if (name := space.get("name", "default")) not in space_names():
         return ["--space", f"{name}.toml"]
@@ -347,7 +345,8 @@ def _space_words(space: Mapping[str, Any], usual_effort: str) -> list[str]:
             words += ["--keep-dense", pattern]
     if space.get("minutes"):
         return [*words, "--minutes", f"{space['minutes']:g}"]
-    if (effort := space.get("effort", THOROUGH)) != base.with_effort(usual_effort).effort:  # always thorough, once
+    usual = NORMAL if strategy == Knapsack.name else THOROUGH
+    if (effort := space.get("effort", THOROUGH)) != base.with_effort(usual).effort:  # once it was always thorough
         words += ["--effort", effort]
     return words
 
@@ -374,6 +373,8 @@ def as_fast_lines(info: ResultInfo) -> list[str]:
             "no model of this search space is within the budget and not slower than the dense one, both fused "
             f"({found['conditions']}): {found['refused']}"
         ]
+    if "failed" in found:
+        return [f"the second search, for a model that is not slower than the dense one, did not end: {found['failed']}"]
     cost, dense, score = found["cost"], info["cost"]["dense"], found["score"]
     kept = ", ".join(f"{percent(cost[m] / dense[m], 1)} of the {UNITS[m]}" for m in UNITS if m in info["budget"])
     scores = "".join(f", {part} score {percent(score[part])}" for part in PARTS if score[part] is not None)

@@ -6,7 +6,7 @@ of the difference. Successive rejection by confidence bounds: Maron and Moore 19
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ def race(
             else:
                 rises[plan] = torch.cat([rises[plan], rise[place.argsort()]])
         rises, close = _near_the_best(sample, rises)
+        models.keep(rises)
         seen, n = n, min(2 * n, units)
     return {plan: sample.mean(rise)[0] for plan, rise in rises.items()}
 
@@ -87,10 +88,18 @@ class _Models:
         if plan in self.kept:
             return self.kept[plan]
         model = self.build(plan)
-        size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-        if size <= self.room:
+        if (size := _size(model)) <= self.room:
             self.kept[plan], self.room = model, self.room - size
         return model
+
+    def keep(self, plans: Collection[Proposal]) -> None:
+        """Let go of the models of other plans."""
+        for plan in self.kept.keys() - plans:
+            self.room += _size(self.kept.pop(plan))
+
+
+def _size(model: nn.Module) -> int:
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
 def _measured(part: Divergence, build: Callable[[Proposal], nn.Module], plan: Proposal) -> Tensor | None:

@@ -1,14 +1,18 @@
 """Calibration statistics measured block by block, in this process and in others."""
 
+import dataclasses
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 import rankopt
-from rankopt.candidates import calibration, input_moments
+from rankopt.candidates import calibration, fit, input_moments
 from rankopt.candidates.cache import Cache
 from rankopt.candidates.calibration import Statistics
 from rankopt.candidates.input_moments import Sample, add_gram, columns, moments
+from rankopt.candidates.prepare import prepare
 from rankopt.core.progress import silent
 from tests.helpers.pools import Elsewhere
 
@@ -122,6 +126,39 @@ def test_a_moment_of_many_vectors_is_that_of_a_sample_of_them(monkeypatch):
         assert torch.linalg.matrix_norm(some[layer.name] - whole[layer.name]) < 0.15 * torch.linalg.matrix_norm(
             whole[layer.name]
         )
+
+
+def test_damaged_statistics_are_measured_again_before_workers_fit(tmp_path, monkeypatch):
+    """Not while calls are sent: joblib does that in a thread of its own, which may not run the model."""
+    monkeypatch.setattr(calibration, "BLOCK_BYTES", 1)  # a block for each layer
+    for name in ("START_UP", "IDLE"):
+        monkeypatch.setattr(fit, name, 0.0)  # everything in workers
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    task = rankopt.Task(nn.Sequential(*(nn.Linear(16, 16) for _ in range(12))).eval(), x[:1], [x])
+    space = rankopt.SearchSpace(families=("svd_out",), points=2)
+    prepare(task, space, tmp_path, workers=1)
+    files = [*tmp_path.rglob("statistics-*.safetensors")]
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    found = []
+    again = dataclasses.replace(space, families=("svd_out", "tt_matrix"))
+    thread = threading.Thread(target=lambda: found.append(prepare(task, again, tmp_path, workers=2)), daemon=True)
+    thread.start()
+    thread.join(180)
+    assert len(files) == 12 and found, "prepare does not end"
+
+
+def test_a_backward_that_takes_more_than_the_gpus_memory_is_no_missing_gradient(model, tmp_path):
+    class Full(nn.Module):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return x
+
+    with pytest.raises(rankopt.TaskError, match="smaller calibration batches"):
+        statistics(nn.Sequential(*model, Full()), tmp_path)
 
 
 def test_gradients_and_whether_they_are_taken_are_left_as_they_were(model, tmp_path):

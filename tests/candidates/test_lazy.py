@@ -276,6 +276,14 @@ def test_whenever_the_time_is_out_each_layer_is_offered_something_and_the_same_a
     assert offered(again) == offered(first) and again.fitting["settled"] == first.fitting["settled"]
 
 
+def test_what_was_chosen_by_other_costs_is_not_taken_for_this_searchs(tmp_path):
+    """Records of what there was time for, of searches with the same candidates under other metrics and precisions."""
+    space = dataclasses.replace(SPACE, effort="normal", minutes=60)
+    for given in ({}, {"budget": {"memory": 0.9}}, {"space": dataclasses.replace(space, precisions=("same", "int8"))}):
+        prepared(tmp_path, **({"space": space} | given)).problem(given.get("budget", {"bytes": 0.9}))
+    assert len([*tmp_path.rglob("first-*.json")]) == 3 and len([*tmp_path.rglob("lazy-*.json")]) == 3
+
+
 def test_the_result_says_what_was_fitted_and_why_not_more(cache, tmp_path):
     task, space = make_task(), dataclasses.replace(SPACE, steps=200)  # a fifth of which is more than the last rung
     result = rankopt.compress(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 
 import pytest
 
 import rankopt
 from rankopt.core.run_folder import read_result
+from rankopt.model.inputs import CALIBRATION_EXAMPLES
 from rankopt.report.html import verdict, write_report
 from rankopt.search import compress as job
+from rankopt.search import job as jobs
 from rankopt.search.latency_check import Measured
 from tests.helpers.browser import Page
 from tests.helpers.latency import SPACE, make_task, use_modelled_times
@@ -66,12 +69,29 @@ def test_where_there_is_none_the_report_says_so(tmp_path, monkeypatch):
         assert "o model of this search space is within the budget and not slower than the dense one" in text
 
 
-def test_batches_of_a_generator_are_read_once():
-    task = make_task()
-    result = rankopt.compress(
-        task.model, (x for x in task.calibration), {"params": 0.4}, space=SPACE, as_fast=True, progress=False
-    )
-    assert result.as_fast is not None
+@pytest.mark.parametrize("error", [rankopt.StudyError("no evaluation finished"), KeyboardInterrupt()])
+def test_the_first_result_stays_whatever_becomes_of_the_second(error, tmp_path, monkeypatch):
+    real, calls = jobs.run_search, itertools.count()
+
+    def second_fails(*given):
+        if next(calls):
+            raise error
+        return real(*given)
+
+    monkeypatch.setattr(jobs, "run_search", second_fails)
+    result = compress(out=tmp_path / "run")
+    assert result.as_fast is None and result.plan.cost.params <= 0.4 * result.plan.dense.params
+    said = str(error) or "it was stopped"
+    assert f"did not end: {said}" in " ".join(result.summary().split())
+    assert read_result(tmp_path / "run")["as_fast"]["failed"] == said
+
+
+def test_batches_of_an_endless_generator_are_read_once_and_no_more_than_count():
+    task, read = make_task(), itertools.count()
+    batch = next(iter(task.calibration))
+    endless = (batch for _ in read)
+    result = rankopt.compress(task.model, endless, {"params": 0.4}, space=SPACE, as_fast=True, progress=False)
+    assert result.as_fast is not None and next(read) <= 2 + CALIBRATION_EXAMPLES // len(batch)
 
 
 @pytest.mark.parametrize("other", [{"budget": {"latency": 0.5}}, {"budget": None, "max_drop": 0.1}])

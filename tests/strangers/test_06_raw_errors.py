@@ -50,6 +50,33 @@ def test_a_part_without_gradients_is_compressed_and_that_is_said(forward, tmp_pa
     assert any("no gradient of the model's outputs reaches 2 of 3 layers" in text for text in result.info["warnings"])
 
 
+def test_an_expert_that_a_batch_gives_no_token_is_compressed():
+    def forward(s: Any, x: Tensor) -> Tensor:
+        chosen = x[:, 0] > 0
+        y = torch.zeros(len(x), 128)
+        for expert, mask in ((s.a, chosen), (s.e, ~chosen)):
+            y[mask] = expert(x[mask])
+        return s.h(s.b(y.relu()))
+
+    model = net(forward)
+    model.e = nn.Linear(64, 128)
+    some = X[X[:, 0] > 0]
+    result = compress(model, [X, some], params=0.7)
+    assert within(result) and not result.info["warnings"]
+
+
+def test_a_layer_that_sees_nothing_but_zeros_is_named():
+    model = net(lambda s, x: s.h(s.b((s.a(x) + s.e(0 * x)).relu())))
+    model.e = nn.Linear(64, 128)
+    result = compress(model, params=0.7)
+    assert any("or nothing but zeros, reaches 'e'" in text for text in result.info["warnings"])
+
+
+def test_inputs_whose_squares_overflow_are_refused():
+    with pytest.raises(rankopt.TaskError, match="the squares of the inputs of layer '0' overflow"):
+        compress(sequential(), [1e25 * X], params=0.7)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_make_no_difference(reentrant):
     plain = net(lambda s, x: s.h(s.b(s.a(x)).relu()))
