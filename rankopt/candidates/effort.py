@@ -34,7 +34,7 @@ class Effort:
         rungs: What is fitted before a budget is known, from few steps and ranks to more. After each rung the
             candidates that others have beaten are given up.
         dear: The same for families and layers whose fits take long; there are as many as in `rungs`.
-        steps: Share of the search space's steps that fits to the end take.
+        share: How large a share of the search space's steps a fit to the end takes.
         width: Candidates are fitted that are best for losses of one layer up to e^width times larger or smaller.
         slack: And those that are worse than the best by this share of an average layer's loss.
         rounds: How often to allocate and fit, at most.
@@ -43,7 +43,7 @@ class Effort:
 
     rungs: tuple[Rung, ...]
     dear: tuple[Rung, ...]
-    steps: float
+    share: float
     width: float
     slack: float
     rounds: int
@@ -55,10 +55,10 @@ _DEAR = (Rung(5, 8, 2), Rung(12, 8, 2))
 
 EFFORTS = {
     "quick": Effort(
-        rungs=(Rung(5, 8, 2), Rung(20, 3, 4)), dear=_DEAR, steps=0.2, width=0.0, slack=0.0, rounds=2, passes=15
+        rungs=(Rung(5, 8, 2), Rung(20, 3, 4)), dear=_DEAR, share=0.2, width=0.0, slack=0.0, rounds=2, passes=15
     ),
     NORMAL: Effort(
-        rungs=(Rung(5, 8, 2), Rung(25, 3, 4)), dear=_DEAR, steps=1.0, width=0.2, slack=0.05, rounds=6, passes=20
+        rungs=(Rung(5, 8, 2), Rung(25, 3, 4)), dear=_DEAR, share=1.0, width=0.2, slack=0.05, rounds=6, passes=20
     ),
 }
 """The efforts below THOROUGH."""

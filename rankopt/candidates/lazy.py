@@ -330,7 +330,7 @@ class LazyFits:
 
     def _steps(self, pair: Pair) -> int:
         """Steps of fits to the end, before the family's own factor."""
-        return math.ceil(self.effort.steps * self.grid[pair].steps)
+        return math.ceil(self.effort.share * self.grid[pair].steps)
 
     def _steps_of_rung(self, pair: Pair, rung: Rung) -> int:
         return math.ceil(rung.steps / DECOMPOSITIONS[pair[1]].effort)

@@ -187,7 +187,7 @@ def _solved_last(
     eye = torch.eye(m, dtype=target.weight.dtype).repeat(g, 1).view(g * m, m, *[1] * (len(layer.shape) - 2))
     others = (decode(e, dtype).double() for e in encoded[:-1])
     rows = family.weight(inner, (*others, eye)).reshape(g, m, -1)
-    output = OutputSolver(target, None)(rows)[1]
+    output = OutputSolver(target, None).losses(rows[:, None, None])[1][:, 0]
     shape = encoded[-1][0].shape
     scale = encode(output.flatten(0, 1).view(shape), INT8)[1]
     values = _compensated(output, scale.double().view(g, -1) if len(scale) > 1 else scale.double(), target, rows)

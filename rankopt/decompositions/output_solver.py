@@ -63,24 +63,9 @@ class OutputSolver:
             target, weight_moment = target.inputs(order), weight_moment[..., order]
         self.target = target
         self.scales = (weight_moment.double() * target.weight).sum((-2, -1))
-        self.scale = self.scales.sum().item()
         self.weight, self.weight_moment = (  # (g, z, T, n / z)
             w.unflatten(-1, (z, -1)).transpose(1, 2).contiguous() for w in (target.weight, weight_moment)
         )
-
-    def __call__(self, rows: Tensor) -> tuple[float, Tensor, Tensor]:
-        """Solve for the output factor.
-
-        Args:
-            rows: K (g, m, n), of a single block.
-
-        Returns:
-            The loss relative to ‖W‖², B (g, T, m), and the gradient of the loss with respect to K (g, m, n).
-        """
-        r = None if self.output_rank is None else torch.tensor([self.output_rank[1]], device=rows.device)
-        losses, output, gradient = self.solve(rows[:, None, None], r)
-        scale = self.scale or 1.0
-        return losses.sum().item() / scale, output[:, 0], gradient[:, 0, 0] / scale
 
     def solve(self, blocks: Tensor, output_ranks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Solve for the output factors of several K for each weight.

@@ -76,16 +76,16 @@ def test_rows_in_blocks_are_solved_as_all_rows_are(family, kind):
     output_rank = decomposition.output_rank(case.layer, rank)
     whole = OutputSolver(target, output_rank)
     parts = OutputSolver(target, output_rank, z=blocks.diagonal.shape[1], interleaved=blocks.interleaved)
-    loss, output, gradient = whole(rows.detach())
     ranks = None if output_rank is None else torch.tensor([output_rank[1]])
+    loss, output, gradient = whole.solve(rows.detach()[:, None, None], ranks)
     losses, outputs, gradients = parts.solve(blocks.diagonal.detach().unsqueeze(1), ranks)
-    assert float(losses) / parts.scale == pytest.approx(loss, rel=1e-9)
-    torch.testing.assert_close(outputs[:, 0] @ rows, output @ rows)
+    torch.testing.assert_close(losses, loss, rtol=1e-9, atol=0)
+    torch.testing.assert_close(outputs[:, 0] @ rows, output[:, 0] @ rows)
     alone, same = parts.losses(blocks.diagonal.detach().unsqueeze(1), ranks)  # with a ridge that is hardly any
     torch.testing.assert_close(alone, losses, rtol=1e-6, atol=0)
     assert torch.equal(same, outputs)
-    by_rows = torch.autograd.grad(rows, theta, gradient, retain_graph=True)
-    by_blocks = torch.autograd.grad(blocks.diagonal, theta, gradients[:, 0] / parts.scale)
+    by_rows = torch.autograd.grad(rows, theta, gradient[:, 0, 0] / whole.scales.sum(), retain_graph=True)
+    by_blocks = torch.autograd.grad(blocks.diagonal, theta, gradients[:, 0] / parts.scales.sum())
     torch.testing.assert_close(by_blocks, by_rows)
 
 
@@ -157,7 +157,8 @@ def test_gradient_of_the_projected_loss(family, name):
         return
     rank = decomposition.ranks(case.layer, [0.4])[0]
     target, _ = decomposition.target(case.layer, case.module.weight, case.moment, case.metric)
-    solver = OutputSolver(target, decomposition.output_rank(case.layer, rank), SEARCH_RIDGE)
+    output_rank = decomposition.output_rank(case.layer, rank)
+    solver = OutputSolver(target, output_rank, SEARCH_RIDGE)
     theta = decomposition.start(case.layer, target, rank)
     sizes = [p.numel() for p in theta]
 
@@ -165,13 +166,18 @@ def test_gradient_of_the_projected_loss(family, name):
         flat = torch.as_tensor(x)
         return flat, [p.view(t.shape) for p, t in zip(flat.split(sizes), theta, strict=True)]
 
+    def solved(rows):
+        ranks = None if output_rank is None else torch.tensor([output_rank[1]])
+        losses, _, gradients = solver.solve(rows[:, None, None], ranks)
+        return losses.sum().item() / solver.scales.sum().item(), gradients[:, 0, 0] / solver.scales.sum()
+
     def value(x):
-        return solver(decomposition.rows(case.layer, unpack(x)[1]))[0]
+        return solved(decomposition.rows(case.layer, unpack(x)[1]))[0]
 
     def gradient(x):
         flat = torch.as_tensor(x).requires_grad_()
         rows = decomposition.rows(case.layer, unpack(flat)[1])
-        return torch.autograd.grad(rows, flat, solver(rows.detach())[2])[0].numpy()
+        return torch.autograd.grad(rows, flat, solved(rows.detach())[1])[0].numpy()
 
     x = torch.cat([p.reshape(-1) for p in theta]).numpy()
     x = x + 0.1 * np.random.default_rng(0).standard_normal(len(x))
