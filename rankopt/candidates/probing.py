@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from rankopt.candidates.pool import WORKER_BYTES, NotSentError, Pool
 from rankopt.candidates.sensitivity import PASSES, POINTS, Curve, probes
+from rankopt.core.errors import RankoptError
 from rankopt.core.progress import Progress, Work
 from rankopt.core.records import Candidate, Layer
 from rankopt.decompositions.plan import replace
@@ -137,8 +138,9 @@ def _rises(
     for probe, layer, candidate in wanted:
         try:
             yield number, probe, runs.rise(piece, layer, candidate)
-        except torch.OutOfMemoryError:  # says nothing of the candidate
-            raise
+        except torch.OutOfMemoryError as error:  # says nothing of the candidate
+            said = f"the GPU's memory is out while layer {layer.name!r} is measured: give smaller calibration batches"
+            raise RankoptError(f"{said} ({error})") from error
         except Exception as error:  # noqa: BLE001  # whatever a forward raises
             yield number, probe, str(error)
 

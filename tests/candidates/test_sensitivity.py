@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import rankopt
 from rankopt.candidates.pool import Pool
 from rankopt.candidates.prepare import prepare
-from rankopt.candidates.probing import Prober, Sample
+from rankopt.candidates.probing import Prober, ProbeRuns, Sample
 from rankopt.candidates.sensitivity import PASSES, Curve
 from rankopt.core.progress import silent
 from rankopt.core.records import Candidate, Cost, Layer
@@ -310,3 +310,14 @@ def test_a_model_that_cannot_be_sent_is_measured_here():
     model, x, pool = Chain(3), torch.randn(96, 6), Elsewhere()
     model.lock = (number for number in range(3))
     assert probed(model, x, 48, pool)[0] == probed(model, x, 48)[0] and not pool.calls
+
+
+def test_a_gpu_whose_memory_is_out_says_nothing_of_a_candidate(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ProbeRuns, "rise", full)
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    task = rankopt.Task(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), x[:1], [x])
+    with pytest.raises(rankopt.RankoptError, match="the GPU's memory is out while layer '0' is measured"):
+        prepare(task, rankopt.SearchSpace(families=("svd_out",), points=3), tmp_path, workers=1)
