@@ -127,8 +127,8 @@ def compress(  # noqa: PLR0913  (the public entry point: everything after `score
 
     Returns:
         The result: the compressed model, an ordinary `nn.Module`, as `result.model`; its plan as `result.plan`; a
-        readable report from `result.summary()`. `result.save(folder)` writes it to disk for `rankopt.load`. Ctrl-C ends
-        the search in good order: the result is that of the trials so far.
+        readable report from `result.summary()`. `result.save(folder)` writes it to disk for `rankopt.load`. Once trials
+        have begun, Ctrl-C ends the search in good order: the result is that of the trials so far.
 
     Raises:
         RankoptError: If an argument is wrong or the search cannot be done; the message says what to do. Subclasses:

@@ -72,6 +72,8 @@ class PreparedModel:
                 was prepared without.
         """
         search = {k: given.pop(k) for k in SEARCH if k in given}
+        if before := sorted(given.keys() & PREPARED):
+            raise RankoptError(f"{before[0]} is an argument of rankopt.prepare or rankopt.compress, not of this method")
         if budget is not None and given:
             raise RankoptError(f"give the budget either as a whole or by name, not both: {', '.join(given)}")
         return self._run(Job.parse(budget if budget is not None else given, **search), progress)
@@ -146,6 +148,12 @@ SEARCH = (
     "storage",
 )
 """Arguments of `rankopt.compress` that say how to search, whatever the model and its candidates."""
+
+
+PREPARED = {
+    *("space", "families", "ranks", "keep_dense", "effort", "minutes", "latency_on", "cache", "workers", "as_fast")
+}
+"""Arguments of `rankopt.compress` that a prepared model does not take again."""
 
 
 @in_python_words

@@ -432,7 +432,7 @@ class LazyFits:
 
     @property
     def _first_keys(self) -> list[str]:
-        return [one.key or "" for found in self.first.values() for one in found.values()]
+        return sorted(one.key or "" for found in self.first.values() for one in found.values())
 
     def _further(self, wanted: Mapping[Pair, Sequence[Rank]], until: float = math.inf) -> Fits:
         """The fits of the cells that hold these ranks, of which each is made once."""

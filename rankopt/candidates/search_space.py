@@ -169,7 +169,7 @@ class SearchSpace:
         if self.effort not in ("", *EFFORTS, THOROUGH):
             known = ", ".join((*EFFORTS, THOROUGH))
             raise RankoptError(f"search space {self.name!r}: unknown effort {self.effort!r}; choose from {known}")
-        if self.minutes is not None and not self.minutes > 0:
+        if self.minutes is not None and not (isinstance(self.minutes, int | float) and self.minutes > 0):
             raise RankoptError(f"search space {self.name!r}: minutes is {self.minutes}: give a number above 0")
         if self.minutes is not None and self.effort == THOROUGH:
             raise RankoptError(f"search space {self.name!r}: minutes go with effort {' or '.join(map(repr, EFFORTS))}")

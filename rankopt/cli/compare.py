@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from rankopt.cli.app import (
     COMPARE,
+    EFFORT,
     CacheFolder,
     CpusPerTrial,
     Device,
@@ -40,7 +42,7 @@ def sweep(  # noqa: PLR0913  # a parameter for every option
         Path | None, typer.Option(help="the folder for sweep.csv and sweep.png", show_default="runs/TASK-sweep")
     ] = None,
     space: SpaceName = "default",
-    effort: Effort = None,
+    effort: Annotated[str | None, typer.Option(help=EFFORT, show_default="the space's, or normal")] = None,
     cache: CacheFolder = None,
     device: Device = None,
     workers: Workers = 0,
@@ -69,7 +71,10 @@ def sweep(  # noqa: PLR0913  # a parameter for every option
             write(out, result)
         echo(table(result))
         echo(f"written: {out / 'sweep.csv'}, {out / 'sweep.png'}")
-        echo(f"a model of one of them, in seconds: rankopt search {task} --budget METRIC=VALUE")
+        own = [*(["--space", space] if space != "default" else []), *(["--effort", effort] if effort else [])]
+        echo(
+            f"a model of one of them, in seconds: {shlex.join(['rankopt', 'search', task, *own])} --budget METRIC=VALUE"
+        )
 
 
 @app.command(rich_help_panel=COMPARE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, sdpa_flo
 
 from rankopt.core.errors import TaskError
 from rankopt.core.records import Cost
-from rankopt.model.forward import inference, run, to_device
+from rankopt.model.forward import hooked, inference, run, to_device
 from rankopt.model.inputs import one_example
 
 aten = torch.ops.aten
@@ -60,6 +60,22 @@ def count(model: nn.Module, example_input: Any) -> Cost:
         macs=flops.get_total_flops() // 2,
         bytes=sum(t.numel() * t.element_size() for t in tensors),
     )
+
+
+def inputs_of(model: nn.Module, names: Iterable[str], example_input: Any) -> dict[str, list[torch.Size]]:
+    """The shapes of what some modules are called with, by name; of two models they differ where data choose the way.
+
+    Args:
+        model: The model; modules that it lacks are left out.
+        names: Names of modules.
+        example_input: As of `count`.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, list[torch.Size]] = {name: [] for name in names if name in modules}
+    x = to_device(one_example(model, example_input), model)
+    with inference(model), hooked(model, found, on_input=lambda name, args: found[name].append(args[0].shape)):
+        run(model, x)
+    return found
 
 
 def _without_dynamo() -> None:

@@ -231,7 +231,7 @@ def obstacle(module: nn.Module, calls: list[Call], owners: dict[int, list[str]])
         "its forward was replaced on the instance, which the replacement would lose": any(
             "forward" in vars(m) for m in inside
         ),
-        "not called as a module by the example input (unused, or its weight is read directly)": not calls,
+        "not called as a module by the first example (unused, for other data, or its weight read directly)": not calls,
         f"its weight is {other_types[0] if other_types else ''}": bool(other_types),
         "it carries hooks, which the replacement would lose": any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside

@@ -18,7 +18,7 @@ from rankopt.candidates.prepare import Prepared
 from rankopt.candidates.sensitivity import Curve
 from rankopt.core.budget import Limit
 from rankopt.core.environment import environment
-from rankopt.core.errors import RankoptError
+from rankopt.core.errors import BudgetError, RankoptError
 from rankopt.core.problem import Problem
 from rankopt.core.progress import Progress, silent
 from rankopt.core.records import (
@@ -58,7 +58,7 @@ from rankopt.core.result_record import (
 from rankopt.core.run_folder import AS_FAST, write_frontiers, write_result
 from rankopt.core.statistics import misread_score, proxy, tie, wilson
 from rankopt.decompositions.plan import apply, replaced_layers, save
-from rankopt.model.counting import count
+from rankopt.model.counting import count, inputs_of
 from rankopt.model.energy import of_models
 from rankopt.model.forward import device_of, to_device
 from rankopt.model.inputs import one_example
@@ -313,7 +313,8 @@ def build_result(
     plan = make_plan(prepared, outcome.problem, outcome.chosen.proposal)
     model, changes = _rebuild(prepared, outcome, settings, progress)
     achieved = _count(prepared, model, plan.cost, outcome.checks)
-    _check_cost(prepared, outcome, planned=plan.cost, achieved=achieved)
+    warnings = _check_cost(prepared, outcome, model, planned=plan.cost, achieved=achieved)
+    metadata = {**metadata, "warnings": [*metadata["warnings"], *warnings]}
     score = _score(prepared, outcome.chosen, model, changes)
     rebuilt = _Rebuilt(model, dataclasses.replace(plan, cost=achieved), changes, score)
     info = _assemble(prepared, outcome, metadata, settings, rebuilt)
@@ -412,12 +413,26 @@ def _count(prepared: Prepared, model: nn.Module, planned: Cost, checks: Checks) 
     return cost
 
 
-def _check_cost(prepared: Prepared, outcome: SearchOutcome, planned: Cost, achieved: Cost) -> None:
-    """Raises RankoptError if the rebuilt model misses a limit, or does not cost what the plan says."""
+def _check_cost(
+    prepared: Prepared, outcome: SearchOutcome, model: nn.Module, planned: Cost, achieved: Cost
+) -> list[str]:
+    """Raises RankoptError if the rebuilt model misses a limit, or does not cost what the plan says.
+
+    Returns:
+        A warning, if it takes another way through its layers than the dense model, and keeps the limits all the same.
+    """
     missed = [limit.metric for limit in outcome.problem.limits if achieved[limit.metric] > limit.target]
     if not missed and achieved == planned:  # without what Cost does not compare
-        return
+        return []
     metrics = dict.fromkeys([*missed, *(m for m in ("params", "macs", "bytes") if achieved[m] != planned[m])])
+    if [*metrics] == ["macs"] and _takes_another_way(prepared, outcome, model):
+        said = (
+            f"data choose the way through this model (its experts, say): the example takes {achieved.macs:,} MACs in "
+            f"the compressed model, where {planned.macs:,} were planned for the way that it takes in the dense one"
+        )
+        if missed:
+            raise BudgetError(f"{said}, which is beyond the budget: give a smaller one, or one without macs")
+        return [said]
     costs = ", ".join(f"{achieved[m]:,} {m} where the plan says {planned[m]:,}" for m in metrics)
     layer = _differing_layer(prepared, outcome)
     raise RankoptError(
@@ -428,6 +443,14 @@ def _check_cost(prepared: Prepared, outcome: SearchOutcome, planned: Cost, achie
             else "a bug in rankopt, please report it"
         )
     )
+
+
+def _takes_another_way(prepared: Prepared, outcome: SearchOutcome, model: nn.Module) -> bool:
+    """Whether the example reaches other layers in a model than in the dense one, or with other vectors."""
+    names = [layer.name for layer in outcome.problem.layers]
+    here = inputs_of(model, names, prepared.task.example_input)
+    there = inputs_of(prepared.model, names, prepared.task.example_input)
+    return any(shapes != there.get(name, shapes) for name, shapes in here.items())
 
 
 def _differing_layer(prepared: Prepared, outcome: SearchOutcome) -> str | None:

@@ -196,8 +196,8 @@ def summary(info: ResultInfo) -> str:
     advice = slower(info)
     facts = [
         *(text.splitlines() if (text := max_drop_text(info)) else []),
-        *([f"slower  {advice}; for a model that is not:"] if advice else []),
-        *([_continued(faster_command(info))] if advice else []),
+        *([f"slower  {advice}" + ("" if "as_fast" in info else "; for a model that is not:")] if advice else []),
+        *([_continued(faster_command(info))] if advice and "as_fast" not in info else []),
         *as_fast_lines(info),
         *budget_text(info).splitlines(),
         *fitting_lines(info),
@@ -458,8 +458,9 @@ def fitting_lines(info: ResultInfo) -> list[str]:
         return []
     cut, more = ("", "") if found["settled"] else (", cut short", " or more")
     return [
-        f"fitted  {found['final']:,} of {found['candidates']:,} candidates to the end, {found['first']:,} in part "
-        f"(effort {info['effort']}{cut}); all of them could lower the predicted loss by about {found['gain']:.1%}{more}"
+        f"fitted  {found['first']:,} of {found['candidates']:,} candidates in few steps or closed form, "
+        f"{found['final']:,} to the end for this budget (effort {info['effort']}{cut}); all of them could lower the "
+        f"predicted loss by about {found['gain']:.1%}{more}"
     ]
 
 

@@ -139,5 +139,7 @@ def test_one_preparation_answers_many_budgets(model):
     assert len(prepared.sweep("params=0.8,0.5", evaluate="none").points) == 2
     with pytest.raises(rankopt.BudgetError, match="unknown budget metric 'stratgy'"):
         prepared.compress(params=0.5, stratgy="uniform")
+    with pytest.raises(rankopt.RankoptError, match=r"effort is an argument of rankopt\.prepare"):
+        prepared.compress(params=0.5, effort="quick")
     with pytest.raises(rankopt.BudgetError, match="latency was not measured here"):
         prepared.compress(latency=0.5)

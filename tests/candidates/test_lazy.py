@@ -276,6 +276,14 @@ def test_whenever_the_time_is_out_each_layer_is_offered_something_and_the_same_a
     assert offered(again) == offered(first) and again.fitting["settled"] == first.fitting["settled"]
 
 
+def test_the_record_of_what_there_was_time_for_is_found_again(tmp_path, monkeypatch):
+    """What each layer needs is fitted first, in the time of the first run; in that of the second all at once."""
+    space = dataclasses.replace(SPACE, effort="normal", minutes=1)
+    for _ in range(2):
+        prepared(tmp_path, space=space).problem({"params": 0.3})
+    assert len([*tmp_path.rglob("lazy-*.json")]) == 1
+
+
 def test_what_was_chosen_by_other_costs_is_not_taken_for_this_searchs(tmp_path):
     """Records of what there was time for, of searches with the same candidates under other metrics and precisions."""
     space = dataclasses.replace(SPACE, effort="normal", minutes=60)
@@ -294,7 +302,9 @@ def test_the_result_says_what_was_fitted_and_why_not_more(cache, tmp_path):
     assert {(x["layer"], x["family"]) for x in entry["dropped"]} < {
         (x.name, f) for x in result.plan.choices for f in SPACE.families
     }
-    assert f"{entry['final']} of {entry['candidates']} candidates" in result.summary().replace("\n", " ")
+    said = " ".join(result.summary().split())
+    assert f"{entry['first']} of {entry['candidates']} candidates in few steps" in said
+    assert f"{entry['final']} to the end for this budget" in said
     page = result.report(tmp_path / "page.html").read_text()
     assert "Families that were dropped" in page and f"<td>{entry['dropped'][0]['family']}</td>" in page
     assert read_result(tmp_path / "run")["fitting"] == entry
@@ -313,6 +323,7 @@ def test_limits_that_exclude_each_other_are_refused_as_ever(cache):
     [
         ({"effort": "huge"}, "unknown effort 'huge'; choose from quick, normal, thorough"),
         ({"effort": "quick", "minutes": 0}, "above 0"),
+        ({"effort": "quick", "minutes": "x"}, "above 0"),
         ({"effort": "thorough", "minutes": 5}, "minutes go with effort 'quick' or 'normal'"),
     ],
 )

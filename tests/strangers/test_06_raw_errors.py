@@ -65,6 +65,33 @@ def test_an_expert_that_a_batch_gives_no_token_is_compressed():
     assert within(result) and not result.info["warnings"]
 
 
+class Routed(nn.Module):
+    """Sequences whose vectors go to one of two experts of different sizes, by the output of a layer before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.h, self.small = nn.Linear(64, 64), nn.Linear(64, 10), nn.Linear(64, 64)
+        self.large = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).tanh()
+        chosen = x[..., 0] > 0
+        y = torch.zeros_like(x)
+        y[chosen], y[~chosen] = self.small(x[chosen]), self.large(x[~chosen])
+        return self.h(y.mean(1))
+
+
+def test_the_way_that_data_take_through_experts_may_change():
+    """A vector that goes to another expert costs other MACs than were planned, which is no bug."""
+    batches = [torch.randn(32, 24, 64, generator=torch.Generator().manual_seed(0))]
+    result = compress(Routed().eval(), batches, params=0.15)
+    assert any("data choose the way through this model" in text for text in result.info["warnings"])
+    cost = rankopt.count(result.model, batches[0][:1])
+    assert result.info["cost"]["compressed"]["macs"] == cost.macs and cost.params <= result.limits[0].target
+    assert result.plan.cost == cost
+
+
 def test_a_layer_that_sees_nothing_but_zeros_is_named():
     model = net(lambda s, x: s.h(s.b((s.a(x) + s.e(0 * x)).relu())))
     model.e = nn.Linear(64, 128)
