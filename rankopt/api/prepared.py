@@ -18,9 +18,17 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.progress import Progress
 from rankopt.core.records import METRICS, Candidate, Cost, Layer, Task
 from rankopt.decompositions.registry import FamilyLike
+from rankopt.search import sweep as sweeps
 from rankopt.search.job import Job, run_prepared
-from rankopt.search.sweep import Sweep
-from rankopt.search.sweep import sweep as run_sweep
+
+
+class Sweep(sweeps.Sweep):
+    """A finished sweep, which prints as its table."""
+
+    def __repr__(self) -> str:
+        from rankopt.report.sweep import table
+
+        return table(self)
 
 
 class PreparedModel:
@@ -115,7 +123,8 @@ class PreparedModel:
         Raises:
             RankoptError: As `rankopt.sweep`.
         """
-        return run_sweep(self._prepared, budgets, evaluate, _shown(self._progress if progress is None else progress))
+        shown = _shown(self._progress if progress is None else progress)
+        return Sweep(**vars(sweeps.sweep(self._prepared, budgets, evaluate, shown)))
 
     def frontier(self, layer: str, metric: str = "params") -> tuple[Candidate, ...]:
         """The candidates of a layer that no other beats in both loss and cost, cheapest first.

@@ -136,7 +136,8 @@ def test_one_preparation_answers_many_budgets(model):
     assert small.info["budget"]["macs"]["achieved"] <= 0.4 * prepared.dense.macs and small.info["strategy"] == "uniform"
     assert prepared.smallest(max_drop=0.1).info["question"]["drop"] <= 0.1
     assert prepared.frontier("2")[-1].method == "dense" and set(prepared.sensitivities) == {"0", "2", "4"}
-    assert len(prepared.sweep("params=0.8,0.5", evaluate="none").points) == 2
+    found = prepared.sweep("params=0.8,0.5", evaluate="none")
+    assert len(found.points) == 2 and "the exact allocation for each budget" in str(found)
     with pytest.raises(rankopt.BudgetError, match="unknown budget metric 'stratgy'"):
         prepared.compress(params=0.5, stratgy="uniform")
     with pytest.raises(rankopt.RankoptError, match=r"effort is an argument of rankopt\.prepare"):
