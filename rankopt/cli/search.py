@@ -218,7 +218,9 @@ def search(  # noqa: PLR0913  # a parameter for every option
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="show no progress", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Search for the best plan within a budget and write the run folder."""
-    with readable_errors():
+    with readable_errors(
+        "fits and finished trials are kept: the same command goes on, with --resume once there are trials"
+    ):
         from rankopt.core.options import parse_pairs
         from rankopt.search.job import Job, run_job
         from rankopt.search.runners import RunnerSettings

@@ -406,7 +406,7 @@ def test_no_worker_outlives_a_search_that_is_ended_while_it_fits(tmp_path, numbe
         process.send_signal(number)
         assert process.wait(60) == code
         if number == signal.SIGTERM:
-            assert "stopped; every finished trial is kept: go on with --resume" in process.stderr.read()
+            assert "stopped; fits and finished trials are kept: the same command goes on" in process.stderr.read()
     wait_for(lambda: not marked(tmp_path))
 
 
