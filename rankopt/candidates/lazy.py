@@ -3,7 +3,7 @@
 Some ranks of every family are fitted with a few steps, for any budget; errors of the ranks between are interpolated.
 Candidates that another one of their layer will beat are given up, whatever their family, and the others get more steps:
 successive halving (`rankopt.candidates.halving`). From the two errors of each that is left follows the error that it is
-likely to reach. A fit that has converged is not repeated.
+likely to reach. A fit that has converged is left out of the next round.
 
 For a budget, the candidates that these likely errors make part of a good plan are fitted to the end; that corrects the
 errors, which is repeated until all candidates of good plans are fitted to the end. A good plan is one at the prices of
