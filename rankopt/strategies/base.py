@@ -171,3 +171,10 @@ class Strategy(metaclass=_StrategyMeta):
         for trial in trials:
             self.tell(trial)
         self.n_asked = n_asked
+
+    def expect(self, running: Mapping[Proposal, tuple[float, ...]]) -> None:
+        """Know of proposals that are still being evaluated, after `restore`.
+
+        Args:
+            running: The proposals in the order in which they were made, each with its `note`.
+        """

@@ -19,7 +19,7 @@ the plan that was evaluated, so its knowledge depends on the trials alone.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -185,6 +185,13 @@ class Optuna(Strategy):
         if trial.note:
             self.points_of[plan] = trial.note[:size]
         self.beyond += [trial.note[i : i + size] for i in range(size, len(trial.note), size or 1)]
+
+    def expect(self, running: Mapping[Proposal, tuple[float, ...]]) -> None:
+        for plan, note in running.items():
+            self.pending[plan] = None
+            if note:
+                size = self.points.size
+                self.points_of[plan], self.beyond_of[plan] = note[:size], note[size:]
 
     def note(self, proposal: Proposal) -> tuple[float, ...]:
         point = self.points_of.get(proposal, ())

@@ -122,14 +122,21 @@ class RankSearch(Searcher):  # type: ignore[misc]
         self.builder = PlanBuilder(found.task.model, lean, factors)
         self._begin([], 0, lambda s: s.measure(found, lambda items, what, total: items))
 
-    def _begin(self, trials: list[Trial], asked: int, prepare: Any = None) -> None:
-        """Make the study, as it was after some trials."""
+    def _begin(
+        self,
+        trials: list[Trial],
+        asked: int,
+        prepare: Any = None,
+        running: Mapping[Proposal, tuple[float, ...]] | None = None,
+    ) -> None:
+        """Make the study, as it was after some trials and with others running, which are noted with `Strategy.note`."""
         name, seed, options = self.asked
         strategy = make_strategy(name, self.problem, seed, options)
         if prepare:
             prepare(strategy)
         self.study = Study(self.problem, strategy, trial_limit(strategy, self.limit), trials=trials)
         strategy.restore(trials, asked)
+        strategy.expect(running or {})
         self.study.pending = dict.fromkeys(self.running.values(), asked)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -165,12 +172,14 @@ class RankSearch(Searcher):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """What Tune keeps on disk: everything but the study, which is made again from its trials."""
         state = {k: v for k, v in self.__dict__.items() if k != "study"}
-        return state | {"trials": self.study.trials, "n_asked": self.study.strategy.n_asked}
+        strategy = self.study.strategy
+        notes = {proposal: strategy.note(proposal) for proposal in self.running.values()}
+        return state | {"trials": self.study.trials, "n_asked": strategy.n_asked, "notes": notes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        trials, asked = state.pop("trials"), state.pop("n_asked")
+        trials, asked, notes = (state.pop(name) for name in ("trials", "n_asked", "notes"))
         self.__dict__.update(state)
-        self._begin(trials, asked)
+        self._begin(trials, asked, running=notes)
 
     def save(self, checkpoint_path: str) -> None:
         """Write the state; called by Tune.
