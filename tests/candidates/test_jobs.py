@@ -125,6 +125,7 @@ def test_fits_that_a_gpu_and_workers_share_are_those_of_workers(task, tmp_path, 
         return found[::2]
 
     monkeypatch.setattr(fits, "is_on_gpu", lambda statistics: True)
+    monkeypatch.setattr(fits, "free_on_gpu", lambda device: 2**34)
     monkeypatch.setattr(fits, "for_gpu", half)
     monkeypatch.setattr(fits, "_fit_stack", watch)
     after = prepare(task, space, tmp_path / "after", workers=workers)

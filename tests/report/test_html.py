@@ -112,6 +112,7 @@ def test_the_slower_note_is_there_if_the_smaller_model_is_slower(info: dict[str,
     info.pop("batch_milliseconds", None)
     for ratio, slower in ((0.5, False), (1.0, False), (2.5, True)):
         info["milliseconds"]["compressed"] = ratio * info["milliseconds"]["dense"]
+        info["milliseconds"]["ratio"] = [0.98 * ratio, 1.02 * ratio]
         source = render(info, [], "run")
         assert ('id="slower"' in source) == slower
         assert ("2.50 × slower" in source) == slower

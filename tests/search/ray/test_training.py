@@ -105,7 +105,7 @@ def test_the_weights_are_those_of_a_training_here(cluster, tmp_path):
     trained = away(tmp_path, Loss(tmp_path), progress=progress, note=notes.append)
     assert torch.equal(weights(trained), here(tmp_path))
     assert shown == [("training", 18)] and notes[-1].startswith("training, loss") and len(trained.info["epochs"]) == 3
-    assert (tmp_path / checkpoint.FILE).is_file() and left_behind() == before
+    assert (tmp_path / checkpoint.FILE).is_file() and left_behind() <= before
 
 
 @pytest.mark.slow
@@ -126,7 +126,7 @@ def test_a_stop_leaves_a_checkpoint_to_go_on_from(cluster, tmp_path):
     assert 3 <= steps < 18
     again = away(tmp_path, loss, resume=True)
     assert loss.counts() == [steps, 18 - steps]
-    assert torch.equal(weights(again), here(tmp_path)) and left_behind() == before
+    assert torch.equal(weights(again), here(tmp_path)) and left_behind() <= before
 
 
 @pytest.mark.slow
