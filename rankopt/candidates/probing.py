@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from rankopt.candidates.pool import WORKER_BYTES, NotSentError, Pool
 from rankopt.candidates.sensitivity import PASSES, POINTS, Curve, probes
-from rankopt.core.errors import RankoptError
+from rankopt.core.errors import RankoptError, TaskError
 from rankopt.core.progress import Progress, Work
 from rankopt.core.records import Candidate, Layer
 from rankopt.decompositions.plan import replace
@@ -214,7 +214,10 @@ def _trial(divergence: Divergence, model: nn.Module) -> tuple[bool, int]:
 
 
 def _are_apart(divergence: Divergence, model: nn.Module) -> bool:
-    return bool(divergence.part(slice(TRIAL)).by_unit(model).abs().max() < 1e-6)
+    try:
+        return bool(divergence.part(slice(TRIAL)).by_unit(model).abs().max() < 1e-6)
+    except TaskError:  # fewer examples have outputs of another shape: similarities of all pairs in a batch, as CLIP's
+        return False
 
 
 class Prober:

@@ -321,3 +321,18 @@ def test_a_gpu_whose_memory_is_out_says_nothing_of_a_candidate(tmp_path, monkeyp
     task = rankopt.Task(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), x[:1], [x])
     with pytest.raises(rankopt.RankoptError, match="the GPU's memory is out while layer '0' is measured"):
         prepare(task, rankopt.SearchSpace(families=("svd_out",), points=3), tmp_path, workers=1)
+
+
+def test_outputs_that_compare_the_examples_of_a_batch_are_measured_on_whole_batches(tmp_path):
+    """As CLIP's similarities of all pairs."""
+
+    class Similarities(nn.Module):
+        def forward(self, x):
+            return x @ x.T
+
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), Similarities()).eval()
+    space = rankopt.SearchSpace(families=("svd_out",), points=4)
+    result = rankopt.compress(model, x.split(16), {"params": 0.8}, space=space, cache=tmp_path)
+    assert result.info["cost"]["compressed"]["params"] <= 0.8 * result.info["cost"]["dense"]["params"]
