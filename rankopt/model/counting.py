@@ -62,7 +62,7 @@ def count(model: nn.Module, example_input: Any) -> Cost:
     )
 
 
-def inputs_of(model: nn.Module, names: Iterable[str], example_input: Any) -> dict[str, list[torch.Size]]:
+def inputs_of(model: nn.Module, names: Iterable[str], example_input: Any) -> dict[str, list[tuple[torch.Size, ...]]]:
     """The shapes of what some modules are called with, by name; of two models they differ where data choose the way.
 
     Args:
@@ -71,9 +71,13 @@ def inputs_of(model: nn.Module, names: Iterable[str], example_input: Any) -> dic
         example_input: As of `count`.
     """
     modules = dict(model.named_modules())
-    found: dict[str, list[torch.Size]] = {name: [] for name in names if name in modules}
+    found: dict[str, list[tuple[torch.Size, ...]]] = {name: [] for name in names if name in modules}
     x = to_device(one_example(model, example_input), model)
-    with inference(model), hooked(model, found, on_input=lambda name, args: found[name].append(args[0].shape)):
+
+    def note(name: str, args: tuple[Any, ...]) -> None:
+        found[name].append(tuple(t.shape for t in args))
+
+    with inference(model), hooked(model, found, on_input=note):
         run(model, x)
     return found
 
