@@ -46,9 +46,9 @@ from rankopt.candidates.search_space import SearchSpace, load_space
 from rankopt.core.environment import processor
 from rankopt.core.records import Layer
 from rankopt.decompositions.parameter_search import MAX_FLOPS
-from rankopt.decompositions.types import Target
+from rankopt.decompositions.targets import full_target
 from rankopt.model.forward import batch_size
-from rankopt.model.layer_kinds import as_matrix, in_own_shape
+from rankopt.model.layer_kinds import in_own_shape
 from rankopt.search.compress import run_search
 from rankopt.search.progress import show_progress
 from rankopt.search.settings import SearchSettings
@@ -231,11 +231,9 @@ def whitened_svd(prepared: Any, share: float, batches: Sequence[Any]) -> None:
     s = moments(prepared.model, prepared.free, batches)
     for layer in prepared.free:
         module = prepared.model.get_submodule(layer.name)
-        weight = as_matrix(layer, module.weight.detach()).double()
-        moment = s.get(layer.name, weight.new_ones(layer.groups, layer.patch))
-        identity = torch.eye(layer.out_channels, dtype=weight.dtype, device=weight.device)
-        rows = Target(weight, moment, identity).times_moment(weight)
-        vectors = torch.linalg.eigh(rows @ weight.mT)[1]
+        target = full_target(layer, module.weight, s.get(layer.name), None)
+        weight = target.weight
+        vectors = torch.linalg.eigh(target.times_moment(weight) @ weight.mT)[1]
         rank = max(1, int(share * layer.weights / (layer.groups * (layer.patch + layer.out_channels))))
         vectors = vectors[..., -rank:]
         with torch.no_grad():
@@ -423,26 +421,31 @@ def _apart(name: str, device: str, effort: str, end: float | None) -> dict[str, 
 
 
 def _write(rows: dict[str, dict[str, Any]], device: str) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{device}.json"
-    kept = {r["network"]: r for r in json.loads(path.read_text())} if path.exists() else {}
-    now = datetime.datetime.now().astimezone().isoformat(timespec="minutes")
-    kept |= {name: row | {"date": now} for name, row in rows.items() if "seconds" in row or name not in kept}
-    found = [kept[name] for name in NETWORKS if name in kept]
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    known = {row["network"] for row in _rows(path)}
+    found = _kept(path, [row for name, row in rows.items() if "seconds" in row or name not in known])
     path.with_suffix(".md").write_text(table(found))
     plot(found, path.with_suffix(".png"))
 
 
 def _write_efforts(rows: Sequence[dict[str, Any]], device: str) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"efforts_{device}.json"
+    path.with_suffix(".md").write_text(efforts_table(_kept(path, rows)))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _kept(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a file holds once rows of some networks, with their date, have taken the place of earlier ones."""
     measured = {row["network"] for row in rows}
-    kept = [r for r in json.loads(path.read_text()) if r["network"] not in measured] if path.exists() else []
     now = datetime.datetime.now().astimezone().isoformat(timespec="minutes")
-    found = sorted([*kept, *(row | {"date": now} for row in rows)], key=lambda r: [*NETWORKS].index(r["network"]))
+    every = [*(row for row in _rows(path) if row["network"] not in measured), *(row | {"date": now} for row in rows)]
+    found = sorted(every, key=lambda row: [*NETWORKS].index(row["network"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
-    path.with_suffix(".md").write_text(efforts_table(found))
+    return found
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from rankopt.api.compress import as_task
+from rankopt.api.compress import as_task, compress
 from rankopt.api.errors import in_python_words
 from rankopt.api.result import Result
 from rankopt.candidates import prepare as preparation
@@ -80,7 +81,7 @@ class PreparedModel:
                 was prepared without.
         """
         search = {k: given.pop(k) for k in SEARCH if k in given}
-        if before := sorted(given.keys() & PREPARED):
+        if before := sorted(given.keys() & signature(compress).parameters.keys()):
             raise RankoptError(f"{before[0]} is an argument of rankopt.prepare or rankopt.compress, not of this method")
         if budget is not None and given:
             raise RankoptError(f"give the budget either as a whole or by name, not both: {', '.join(given)}")
@@ -157,12 +158,6 @@ SEARCH = (
     "storage",
 )
 """Arguments of `rankopt.compress` that say how to search, whatever the model and its candidates."""
-
-
-PREPARED = {
-    *("space", "families", "ranks", "keep_dense", "effort", "minutes", "latency_on", "cache", "workers", "as_fast")
-}
-"""Arguments of `rankopt.compress` that a prepared model does not take again."""
 
 
 @in_python_words

@@ -22,6 +22,7 @@ from rankopt.core.errors import RankoptError
 from rankopt.core.files import available_memory, gigabytes
 from rankopt.core.progress import Progress
 from rankopt.core.records import Layer
+from rankopt.core.text import few
 from rankopt.model.forward import input_tensors, model_input
 from rankopt.model.inputs import check_batches
 
@@ -250,13 +251,12 @@ def wide_layers(statistics: Statistics) -> list[str]:
     Args:
         statistics: The statistics of the layers that may be factorised.
     """
-    names = [x.name for x in statistics.layers if is_wide(x) and statistics.rows(x.name) > sketch_rows(x)]
+    names = [repr(x.name) for x in statistics.layers if is_wide(x) and statistics.rows(x.name) > sketch_rows(x)]
     if not names:
         return []
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return [
-        f"{', '.join(map(repr, names[:3]))}{more}: more than {WIDEST:,} inputs, of whose correlations only the "
-        "strongest directions are kept to save memory"
+        f"{few(names, 3)}: more than {WIDEST:,} inputs, of whose correlations only the strongest directions are kept "
+        "to save memory"
     ]
 
 
@@ -266,12 +266,11 @@ def without_input(statistics: Statistics) -> list[str]:
     Args:
         statistics: The statistics of all layers.
     """
-    blind = [x.name for x in statistics.layers if not statistics.rows(x.name)]
+    blind = [repr(x.name) for x in statistics.layers if not statistics.rows(x.name)]
     if not blind:
         return []
-    more = f" and {len(blind) - 3} more" if len(blind) > 3 else ""
     return [
-        f"no calibration input, or nothing but zeros, reaches {', '.join(map(repr, blind[:3]))}{more}: how much they "
+        f"no calibration input, or nothing but zeros, reaches {few(blind, 3)}: how much they "
         "matter is unknown, and a plan may leave next to nothing of them; give data that reaches them, or name them in "
         "keep_dense"
     ]

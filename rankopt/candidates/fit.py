@@ -6,9 +6,9 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -218,25 +218,28 @@ def _run(
     taken = {i for stack in here for i in stack}
     left = for_cores(jobs, stacks(jobs, kind, STACK_BYTES_CPU, taken), cores)
 
-    def arguments(stack: Stack) -> tuple[Any, ...]:
-        own = [jobs[i] for i in stack]
-        return (stack, own, [_weight(statistics, job.layer).detach().cpu() for job in own])
-
-    def in_time(items: Iterable[Any]) -> Iterator[Any]:
-        return itertools.takewhile(lambda _: time.monotonic() < until, items)
-
     until_started = time.perf_counter() + (0.0 if here else start_up)
     while left and time.perf_counter() + seconds_on_a_core([jobs[i] for i in left[-1]]) < until_started:
         with threads(1):  # the shortest first
-            ended = _fit_here(statistics, *arguments(left.pop()))
+            ended = _fit_here(statistics, *_call(statistics, jobs, left.pop()))
         yield from ended
     if not callable(workers) and not here and (len(left) == 1 or not are_started()):
         workers = min(workers, max(1, len(left)))  # those that there are stay: starting them again takes seconds
-    elsewhere = _on_workers(statistics, jobs, map(arguments, in_time(left)), workers) if left else ()
-    for stack in in_time(here):  # meanwhile
+    elsewhere = _on_workers(statistics, jobs, left, workers, until) if left else ()
+    for stack in _in_time(here, until):  # meanwhile
         own = [jobs[i] for i in stack]
         yield from _fit_stack(statistics.cache, stack, own, held.of([job.layer for job in own]))
     yield from itertools.chain.from_iterable(elsewhere)
+
+
+def _call(statistics: Statistics, jobs: Sequence[Job], stack: Stack) -> tuple[Stack, list[Job], list[Tensor]]:
+    """What fits a stack: its numbers, its jobs and their weights."""
+    own = [jobs[i] for i in stack]
+    return stack, own, [_weight(statistics, job.layer).detach().cpu() for job in own]
+
+
+def _in_time(found: Sequence[Stack], until: float) -> Iterator[Stack]:
+    return itertools.takewhile(lambda _: time.monotonic() < until, found)
 
 
 def is_on_gpu(statistics: Statistics) -> bool:
@@ -283,15 +286,16 @@ def _kind(statistics: Statistics, layer: Layer) -> str:
 
 
 def _on_workers(
-    statistics: Statistics, jobs: Sequence[Job], calls: Iterable[tuple[Any, ...]], workers: int | Pool
+    statistics: Statistics, jobs: Sequence[Job], left: Sequence[Stack], workers: int | Pool, until: float
 ) -> Iterator[list[tuple[int, float]]]:
     """Begin to run stacks in other processes, or with a single worker in this one; of each, what `_run` yields."""
     memory = _memory(statistics.layers)
+    calls = map(partial(_call, statistics, jobs), _in_time(left, until))
     if workers == 1:
         return itertools.starmap(partial(_fit_here, statistics), calls)
     if not callable(workers):
-        for name in dict.fromkeys(job.layer.name for job in jobs):  # not as calls are sent: another thread may do that
-            statistics.ensure_sound(name)
+        for i in itertools.chain.from_iterable(left):  # not as calls are sent: another thread may do that
+            statistics.ensure_sound(jobs[i].layer.name)
         return local_pool(workers)(_fit_here, calls, memory, statistics.stored)
 
     def keep(ended: list[tuple[int, float]], made: list[_Made]) -> list[tuple[int, float]]:

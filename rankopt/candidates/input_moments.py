@@ -99,6 +99,7 @@ def moments(
                     on_batch()
     except (RuntimeError, TypeError) as error:
         raise TaskError(f"the model does not run on a calibration batch: {type(error).__name__}: {error}") from error
+    rows = {} if rows is None else rows
     found: dict[str, Tensor] = {}
     for name in (name for name in by_name if counts[name]):  # an idle expert has none
         seen = round(counts[name] * samples[name].seen_by_drawn)
@@ -106,17 +107,16 @@ def moments(
             moment = sketches.pop(name).moment()
         else:
             moment = _finished(by_name[name], sums.pop(name), counts[name], seen)
-        found |= _unless_zero(name, moment)
-        if rows is not None and name in found:
-            rows[name] = seen
+        if _is_any(name, moment):
+            found[name], rows[name] = moment, seen
     return found
 
 
-def _unless_zero(name: str, moment: Tensor) -> dict[str, Tensor]:
-    """A layer's moment, if it saw anything but zeros; raises TaskError if that was too large."""
+def _is_any(name: str, moment: Tensor) -> bool:
+    """Whether a layer saw anything but zeros; raises TaskError if that was too large."""
     if not torch.isfinite(moment).all():
         raise TaskError(f"the squares of the inputs of layer {name!r} overflow on the calibration data")
-    return {name: moment} if moment.any() else {}
+    return bool(moment.any())
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, part: Tensor) -> None:

@@ -38,6 +38,7 @@ from rankopt.candidates.halving import UNKNOWN, Reached, beaten, between, paths,
 from rankopt.candidates.jobs import Request, rough_seconds, work_of
 from rankopt.candidates.pareto import dense_candidate
 from rankopt.candidates.pool import Pool
+from rankopt.core.budget import Limit
 from rankopt.core.dual import Array, Positions, drop_impossible, maximise_dual, pick
 from rankopt.core.files import digest
 from rankopt.core.problem import Problem, ProblemTable
@@ -196,8 +197,7 @@ class LazyFits:
         """
         self.limited, until = minutes, math.inf if minutes is None else begun + 60 * minutes
         self.reached = {pair: dict.fromkeys(r.ranks, UNKNOWN) for pair, r in self.grid.items()}
-        asked = [(layer, family, r.ranks, r.steps) for (layer, family), r in self.grid.items()]
-        record = "first-" + digest(VERSION, self.statistics.key, self.effort, minutes, asked, _costs(offers, metrics))
+        record = self._first_record(offers, metrics) if minutes else ""
         kept = self.statistics.cache.read_json(record, list[list[Pair]]) if minutes else None
         known = iter(kept if kept and len(kept) == 2 * len(self.effort.rungs) else ())
         made = []
@@ -211,6 +211,11 @@ class LazyFits:
             self.statistics.cache.write_json(record, [[[*pair] for pair in pairs] for pairs in made])
         self.made = {pair: {} if pair in self.cells else dict(found) for pair, found in self.first.items()}
         return self.menus({}), self.seconds
+
+    def _first_record(self, offers: Menus, metrics: Sequence[str]) -> str:
+        asked = [(layer, family, r.ranks, r.steps) for (layer, family), r in self.grid.items()]
+        key = (VERSION, self.statistics.key, self.effort, self.limited, asked, _costs(offers, metrics))
+        return "first-" + digest(*key)
 
     def _climb(self, pairs: Collection[Pair], number: int, until: float, only: Collection[Pair] | None) -> list[Pair]:
         """Fit what is left of some families and layers with the steps of a rung.
@@ -411,8 +416,7 @@ class LazyFits:
         further: Fits = {}
         rounds, until = 0, time.monotonic() + self.limit
         band = _Band(state(self._estimated(offers, further)), self.effort)
-        costs = _costs(offers, [limit.metric for limit in band.problem.limits])
-        record = "lazy-" + digest(VERSION, self._first_keys, self.effort, self.limited, band.problem.limits, costs)
+        record = self._record(offers, band.problem.limits) if self.limited else ""
         if self.limited and (kept := self.statistics.cache.read_json(record, _Record)):
             further = self._further({(layer, family): ranks for layer, family, ranks in kept["fits"]})
             band = _Band(state(self._estimated(offers, further)), self.effort)
@@ -430,9 +434,10 @@ class LazyFits:
             self.statistics.cache.write_json(record, {"fits": fits, "rounds": rounds, "settled": not wanted})
         return further, self._entry(further, band, rounds, settled=not wanted)
 
-    @property
-    def _first_keys(self) -> list[str]:
-        return sorted(one.key or "" for found in self.first.values() for one in found.values())
+    def _record(self, offers: Menus, limits: Sequence[Limit]) -> str:
+        first = sorted(one.key or "" for found in self.first.values() for one in found.values())
+        costs = _costs(offers, [limit.metric for limit in limits])
+        return "lazy-" + digest(VERSION, first, self.effort, self.limited, limits, costs)
 
     def _further(self, wanted: Mapping[Pair, Sequence[Rank]], until: float = math.inf) -> Fits:
         """The fits of the cells that hold these ranks, of which each is made once."""

@@ -30,7 +30,7 @@ from rankopt.decompositions.plan import assemble
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.model.forward import hooked, inference, map_tensors, run, to_device
 from rankopt.model.inputs import one_example
-from rankopt.model.memory import Live, file_size, peak_memory
+from rankopt.model.memory import Live, file_size, peak_memory, stored_bytes
 from rankopt.model.quantization import quantize_
 
 # Length of a tensor's line in the header of a safetensors file, without its name and numbers.
@@ -83,7 +83,7 @@ class MemoryCosts:
         """
         model, expanded = model_layers.model, model_layers.unfolded
         inputs, before, peak = _calls(model_layers)
-        weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        weights = stored_bytes(model)
         room = {name: max(dense.memory - weights, peak) - live for name, live in before.items()}
         modules = {name: copy.deepcopy(expanded.get_submodule(name)).to("meta").eval() for name in inputs}
         own = {name for name, _ in model.named_modules(remove_duplicate=False)}

@@ -15,7 +15,7 @@ from rankopt.candidates.effort import EFFORTS, NORMAL, THOROUGH
 from rankopt.core.errors import RankoptError
 from rankopt.core.records import PRECISIONS, SAME, Layer, Rank
 from rankopt.core.schema import checked, read_toml
-from rankopt.core.text import reason
+from rankopt.core.text import few, reason
 from rankopt.decompositions.base import Decomposition
 from rankopt.decompositions.conformance import named
 from rankopt.decompositions.generators import USUAL as USUAL_ACTIVATION
@@ -359,8 +359,7 @@ def _own_ranks(family: str, layer: Layer, ranks: Sequence[int | Rank]) -> list[R
 
 
 def _no_layer(pattern: str, what: str, layers: Sequence[Layer]) -> str:
-    names = ", ".join(repr(x.name) for x in layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
-    return f"{what}: no layer is called {pattern!r}; the layers are {names}"
+    return f"{what}: no layer is called {pattern!r}; the layers are {few([repr(x.name) for x in layers], 5)}"
 
 
 def search_spaces_folder() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 LONGEST = 2000
@@ -60,6 +61,16 @@ def in_one_line(content: Any) -> Any:
     if isinstance(content, dict):
         return {one_line(key): in_one_line(value) for key, value in content.items()}
     return [in_one_line(x) for x in content] if isinstance(content, list) else content
+
+
+def few(names: Sequence[str], most: int) -> str:
+    """The first of some names, and how many more there are: "a, b, c and 4 more".
+
+    Args:
+        names: The names.
+        most: How many are shown.
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def shortened(text: str, most: int) -> str:

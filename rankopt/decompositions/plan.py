@@ -40,13 +40,14 @@ from rankopt.core.records import (
 )
 from rankopt.core.run_folder import PLAN, WEIGHTS, WEIGHTS_BESIDE
 from rankopt.core.schema import LARGEST, checked, read_json
-from rankopt.core.text import reason
+from rankopt.core.text import few, reason
 from rankopt.decompositions.modules import Factorised, Reconstructed, load_factors
 from rankopt.decompositions.registry import DECOMPOSITIONS
 from rankopt.decompositions.types import FactorLookup
 from rankopt.model.composites import expand_composites, parts, take_ordinary_path
 from rankopt.model.forward import device_of
 from rankopt.model.layer_kinds import describe, is_kind
+from rankopt.model.memory import stored_bytes
 from rankopt.model.pretrained import holds_pretrained, mark_replaced
 from rankopt.model.quantization import quantize_
 
@@ -430,8 +431,7 @@ def _check_names(choices: Sequence[Choice], names: Collection[str], unexpanded: 
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(map(repr, names[:SHOWN])) + more
+    return few(list(map(repr, names)), SHOWN)
 
 
 def _checked_layer(module: nn.Module, choice: Choice) -> Layer:
@@ -485,7 +485,7 @@ def load(model: nn.Module | Callable[[], nn.Module], folder: str | Path, strict:
     if not path.exists():
         path = Path(folder) / WEIGHTS  # of earlier versions
     try:
-        expected = sum(t.numel() * t.element_size() for t in (*small.parameters(), *small.buffers()))
+        expected = stored_bytes(small)
         if path.stat().st_size > 2 * expected + LARGEST:
             raise PlanError(f"{path} is larger than the plan's model: it is from elsewhere")
         if not path.is_file():

@@ -37,7 +37,7 @@ from rankopt.core.records import Task
 from rankopt.core.result_record import Bounds, Part
 from rankopt.core.run_folder import RESULT, check_no_links, claim, folder_lock, read_result
 from rankopt.core.schema import read_json
-from rankopt.core.text import reason
+from rankopt.core.text import few, reason
 from rankopt.experiments.config import Case, StudyFile
 from rankopt.experiments.elsewhere import experiment_job, machine, result_folder, status
 from rankopt.experiments.experiment import run_in_folder, same_settings
@@ -139,9 +139,8 @@ def chosen_cases(study: StudyFile, only: Sequence[str] = ()) -> list[Case]:
     """
     asked = [case for case in study.cases if not only or any(fnmatchcase(case.name, name) for name in only)]
     if unknown := [name for name in only if not any(fnmatchcase(case.name, name) for case in asked)]:
-        names = [case.name for case in study.cases]
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        raise RankoptError(f"unknown case {unknown[0]!r}; the cases are {', '.join(names[:NAMED])}{more}")
+        names = few([case.name for case in study.cases], NAMED)
+        raise RankoptError(f"unknown case {unknown[0]!r}; the cases are {names}")
     return asked
 
 

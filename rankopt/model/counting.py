@@ -14,6 +14,7 @@ from rankopt.core.errors import TaskError
 from rankopt.core.records import Cost
 from rankopt.model.forward import hooked, inference, run, to_device
 from rankopt.model.inputs import one_example
+from rankopt.model.memory import stored_bytes
 
 aten = torch.ops.aten
 
@@ -54,11 +55,10 @@ def count(model: nn.Module, example_input: Any) -> Cost:
             run(model, x)
     except RuntimeError as error:
         raise TaskError(f"the operations cannot be counted, does the forward take gradients? ({error})") from error
-    tensors = [*model.parameters(), *model.buffers()]
     return Cost(
         params=sum(p.numel() for p in model.parameters()),
         macs=flops.get_total_flops() // 2,
-        bytes=sum(t.numel() * t.element_size() for t in tensors),
+        bytes=stored_bytes(model),
     )
 
 

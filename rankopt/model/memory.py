@@ -161,6 +161,15 @@ class Entry(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers.
+
+    Args:
+        model: The model.
+    """
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
 def file_size(model: nn.Module) -> int:
     """Bytes of the model.safetensors that `decompositions.plan.save` would write.
 

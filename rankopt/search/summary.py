@@ -32,7 +32,7 @@ from rankopt.core.result_record import (
     ResultInfo,
     TieEntry,
 )
-from rankopt.core.text import shortened
+from rankopt.core.text import few, shortened
 from rankopt.strategies.knapsack import Knapsack
 
 WIDTH = 80
@@ -171,11 +171,6 @@ def correlation_text(found: CorrelationEntry) -> str:
         return f"none, one of the two is the same for all {n}"
     text = f"Spearman {found['spearman']:.2f} (95 % interval {found['low']:.2f} to {found['high']:.2f}, {n})"
     return text + {"poor": ", poor", "unclear": ", may be poor", "good": ""}[found["verdict"]]
-
-
-def _few(names: Sequence[str], most: int = 6) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # --- the whole ---------------------------------------------------------------------------------------
@@ -495,7 +490,7 @@ def _lines_of(metric: Metric, info: ResultInfo) -> list[str]:
     else:
         lines = [f"{metric} from a table measured {_conditions(found)}: it was not measured here"]
     if n := len(found["none_faster"]):
-        names = _few(found["none_faster"])
+        names = few(found["none_faster"], 6)
         lines.append(f"{counted(n, 'layer')} stayed dense: factorised they would {slower} ({names})")
     own = "time" if metric == "latency" else "energy"
     fit = f"a candidate costs {found['slope']:.2f} times its own {own}, fitted to {found['plans']} whole models"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankopt.candidates.probing import Sample, examples_are_apart
 from rankopt.core.progress import Progress
 from rankopt.core.records import Proposal
+from rankopt.model.memory import stored_bytes
 from rankopt.model.objective import Divergence
 
 FIRST = 128
@@ -88,18 +89,14 @@ class _Models:
         if plan in self.kept:
             return self.kept[plan]
         model = self.build(plan)
-        if (size := _size(model)) <= self.room:
+        if (size := stored_bytes(model)) <= self.room:
             self.kept[plan], self.room = model, self.room - size
         return model
 
     def keep(self, plans: Collection[Proposal]) -> None:
         """Let go of the models of other plans."""
         for plan in self.kept.keys() - plans:
-            self.room += _size(self.kept.pop(plan))
-
-
-def _size(model: nn.Module) -> int:
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+            self.room += stored_bytes(self.kept.pop(plan))
 
 
 def _measured(part: Divergence, build: Callable[[Proposal], nn.Module], plan: Proposal) -> Tensor | None:

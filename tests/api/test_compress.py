@@ -33,7 +33,8 @@ def compress(model, **more):
     return rankopt.compress(model, [X], **{"budget": {"params": 0.5}, **RANDOM, **more})
 
 
-def test_bars_are_shown_on_a_terminal(model, monkeypatch):
+def test_bars_are_shown_on_a_terminal(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKOPT_CACHE", str(tmp_path))  # what another test left in the cache is not measured again
     out = io.StringIO()
     monkeypatch.setattr(progress, "console", Console(file=out, force_terminal=True, width=100))
     compress(model)
